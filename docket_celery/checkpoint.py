@@ -1,0 +1,367 @@
+"""What is stored and how it is named: identities, records, leases, and the `Store` protocol.
+
+A run is named by (graph, execution_id). A checkpoint's identity is 32 bytes: SHA-256 over a domain tag and
+length-prefixed parts, so that no two different lists of parts give the same input to the hash.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol
+
+from docket_celery.errors import CorruptCheckpoint, InvalidArguments
+
+MAX_EXECUTION_ID = 255
+_KEY_NAMESPACE = uuid.UUID("5f0c1f2e-6f5d-5b0a-9a53-6d1c0d0b6c11")
+
+
+def digest(tag: bytes, *parts: bytes) -> bytes:
+    """Return SHA-256 over *tag* and *parts*, each prefixed with its length as 8 bytes."""
+    sha = hashlib.sha256()
+    for part in (tag, *parts):
+        sha.update(len(part).to_bytes(8, "big"))
+        sha.update(part)
+    return sha.digest()
+
+
+def workflow_key(graph: str, execution_id: str, step: str, item: str = "") -> bytes:
+    """Name the checkpoint of *step* in one run. No input bytes: a recomputed input must not repeat an effect."""
+    return digest(b"docket.workflow.1", graph.encode(), execution_id.encode(), step.encode(), item.encode())
+
+
+def global_key(graph: str, step: str, version: str, inputs: Iterable[tuple[str, bytes]]) -> bytes:
+    """Name the checkpoint of *step* for these inputs, each a type name with its deterministic bytes."""
+    parts = [part for name, data in inputs for part in (name.encode(), data)]
+    return digest(b"docket.global.1", graph.encode(), step.encode(), version.encode(), *parts)
+
+
+def input_digest(inputs: Iterable[tuple[str, bytes]]) -> str:
+    """Return the hex digest of a step's inputs, kept beside its checkpoint as a check."""
+    return digest(b"docket.inputs.1", *(part for name, data in inputs for part in (name.encode(), data))).hex()
+
+
+def job_digest(inputs: Iterable[tuple[str, bytes]]) -> bytes:
+    """Return the digest of a run's job, taken once over the submitted bytes; inputs in any order."""
+    return digest(b"docket.job.1", *(part for name, data in sorted(inputs) for part in (name.encode(), data)))
+
+
+def idempotency_key(graph: str, execution_id: str, step: str, item: str = "") -> str:
+    """Return the UUID that names this step of this run to the outside world, the same on every attempt."""
+    return str(uuid.uuid5(_KEY_NAMESPACE, workflow_key(graph, execution_id, step, item).hex()))
+
+
+def check_execution_id(value: object) -> str:
+    """Return *value* if it can name a run.
+
+    Raises:
+        InvalidArguments: It is not text of 1 to 255 printable characters.
+    """
+    if not isinstance(value, str):
+        raise InvalidArguments("execution_id", f"must be a str, not {type(value).__name__}")
+    if not 1 <= len(value) <= MAX_EXECUTION_ID:
+        raise InvalidArguments("execution_id", f"must have 1 to {MAX_EXECUTION_ID} characters, has {len(value)}")
+    if not value.isprintable():
+        raise InvalidArguments("execution_id", f"must be printable, got {value!r}")
+    return value
+
+
+class RunState(enum.StrEnum):
+    """Where a run stands. RUNNING is leased; WAITING is not: a parked retry or an open join."""
+
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    WAITING = "WAITING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    QUARANTINED = "QUARANTINED"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing advances the run any more by itself."""
+        return self in _ENDED
+
+
+_ENDED = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED, RunState.QUARANTINED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One row of ``docket_cache``: a step's output and what it was made from.
+
+    Attributes:
+        key: `workflow_key` or `global_key`.
+        execution_id: None for a GLOBAL checkpoint.
+        item: Text path of the item in a batch: '', '7', '7/3'.
+        input_hash: `input_digest` in hex.
+        output_type: Full Protocol Buffers name of *output_data*'s type.
+        output_json: JSON view for people, or None.
+        ttl_s: Seconds to live: from now (GLOBAL), from the run's end (WORKFLOW), or None: for ever.
+    """
+
+    key: bytes
+    graph: str
+    execution_id: str | None
+    step_name: str
+    step_version: str = ""
+    item: str = ""
+    item_index: int | None = None
+    input_hash: str
+    output_type: str
+    output_data: bytes
+    output_json: str | None = None
+    ttl_s: float | None = None
+
+    def checksum(self) -> bytes:
+        """Return the checksum of all that gives the row its meaning; stored beside it."""
+        return digest(
+            b"docket.checkpoint.1",
+            self.key,
+            self.graph.encode(),
+            b"\0" if self.execution_id is None else b"\1" + self.execution_id.encode(),
+            self.step_name.encode(),
+            self.step_version.encode(),
+            self.item.encode(),
+            str(self.item_index).encode(),
+            self.input_hash.encode(),
+            self.output_type.encode(),
+            self.output_data,
+        )
+
+    def verify(self, checksum: bytes) -> Checkpoint:
+        """Return this checkpoint if it matches the stored *checksum*.
+
+        Raises:
+            CorruptCheckpoint: It does not.
+        """
+        if self.checksum() != checksum:
+            raise CorruptCheckpoint("docket_cache", f"cache_key={self.key.hex()}", "checksum mismatch")
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepExecution:
+    """One row of ``docket_executions``: what became of a step in one delivery.
+
+    Attributes:
+        attempts: Calls made; 0 when the output was restored.
+        cached: Whether the output came from a checkpoint.
+        status: 'SUCCEEDED', 'FAILED', 'TIMED_OUT' or 'CANCELLED'.
+        started_at: Time zone aware.
+        duration_ms: From the first call to the last return, waits included.
+    """
+
+    graph: str
+    execution_id: str
+    step_name: str
+    item: str = ""
+    delivery: int
+    attempts: int
+    cached: bool
+    status: str
+    started_at: datetime
+    duration_ms: float
+    error_code: str | None = None
+    error_message: str | None = None
+    worker: str = ""
+    task_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """What somebody who wants to advance a run says of itself.
+
+    Attributes:
+        target: Full Protocol Buffers name of the result's type.
+        job: The submitted inputs, framed by the caller; kept for people and later tools.
+        job_digest: `job_digest` over the submitted bytes.
+        owner: Random text, new for each delivery; repeating an acquire with it is idempotent.
+        lease_s: Seconds until others may take over unless the lease is extended.
+        max_deliveries: Takeovers of never released leases at which the run is quarantined.
+        task_name, task_id, retries: Celery's own; None and 0 in process.
+        attached: This submission met the live run before and waits for its outcome: a FAILED run is not resumed.
+        released: The delivery before this one of the same task ended in order, so its lease is no crash.
+    """
+
+    graph: str
+    execution_id: str
+    target: str
+    job: bytes
+    job_digest: bytes
+    owner: str
+    lease_s: float
+    max_deliveries: int
+    task_name: str | None = None
+    task_id: str | None = None
+    retries: int = 0
+    attached: bool = False
+    released: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """The time-limited right to advance a run.
+
+    Attributes:
+        epoch: The fencing token; grows with each acquire. Also the number of the delivery, from 1.
+        lost: Takeovers of leases that were never released: crashes.
+        failures: Ordinary Celery retries so far.
+    """
+
+    graph: str
+    execution_id: str
+    owner: str
+    epoch: int
+    lease_s: float
+    lost: int = 0
+    failures: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRow:
+    """A run as ``docket_runs`` has it.
+
+    Attributes:
+        result: Deterministic bytes of the target message, once SUCCEEDED.
+        error: `errors.to_record` of what ended it.
+        lease_left_s: Seconds until the lease expires, by the database's clock; not positive: expired.
+    """
+
+    graph: str
+    execution_id: str
+    target: str
+    job_digest: bytes
+    state: RunState
+    epoch: int
+    lost: int
+    failures: int
+    retries: int
+    task_name: str | None
+    task_id: str | None
+    result: bytes | None = None
+    error: dict[str, Any] | None = None
+    lease_left_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEnd:
+    """How a delivery leaves its run.
+
+    Attributes:
+        state: An ended state, or WAITING: parked for another delivery.
+        result: The target's bytes when SUCCEEDED.
+        error: `errors.to_record` of what ended or parked it.
+        failed_once: Count an ordinary retry (``failures + 1``).
+        wake_in_s: WAITING only: when the next delivery is due, in seconds from now.
+        executions: Rows not yet written with a save.
+        retention_s: Seconds until purging may delete the run; counted from its end.
+    """
+
+    state: RunState
+    result: bytes | None = None
+    error: dict[str, Any] | None = None
+    failed_once: bool = False
+    wake_in_s: float | None = None
+    executions: Sequence[StepExecution] = field(default=())
+    retention_s: float | None = None
+
+
+class Store(Protocol):
+    """Where checkpoints and runs live. Every method may be called from any thread and blocks.
+
+    Raises (all methods):
+        StoreUnavailable: No answer, or a passing refusal; trying again is safe.
+        SchemaMismatch: The tables are missing.
+    """
+
+    persistent: bool
+    """Whether other processes see what is stored (False: memory)."""
+
+    def acquire(self, request: RunRequest) -> Lease | RunRow:
+        """Take the run's lease, or return the run as it stands when it may not be taken.
+
+        Taken: an unknown run; QUEUED; WAITING; FAILED when another task id (or none) submits it again unless
+        ``request.attached``; RUNNING when the lease expired, when *owner* is the holder itself, or when the same
+        task id comes with greater ``retries``. A RUNNING lease taken over counts as lost unless
+        ``request.released``; at ``max_deliveries`` the run becomes QUARANTINED instead and its row is returned.
+        Not taken: another live holder, an ended run, and a run of another target or job digest; the caller compares.
+        """
+        ...
+
+    def restore(self, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]:
+        """Return the run's WORKFLOW checkpoints with item '' and any others stored under *keys*, verified.
+
+        Raises:
+            CorruptCheckpoint: A row fails its checksum.
+        """
+        ...
+
+    def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:
+        """Store a WORKFLOW checkpoint under the lease's fence and return the one that counts.
+
+        Whoever saved first wins: a second saver gets the first one's checkpoint back, read in a new statement.
+
+        Raises:
+            LeaseLost: The lease's epoch is no longer the run's, or the run is not RUNNING.
+            CorruptCheckpoint: The winner's row fails its checksum.
+        """
+        ...
+
+    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+        """Return a live GLOBAL checkpoint, or claim the right to compute it.
+
+        Returns:
+            The verified checkpoint; True if *owner* now holds the claim; False if another live owner does.
+        """
+        ...
+
+    def publish(self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None) -> Checkpoint:
+        """Store a GLOBAL checkpoint, replace an expired one, drop *owner*'s claim; return the one that counts."""
+        ...
+
+    def disclaim(self, key: bytes, owner: str) -> None:
+        """Give up a claim without a result, so that another may compute."""
+        ...
+
+    def extend(self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()) -> set[tuple[str, str]]:
+        """Extend live leases by their own ``lease_s`` from now, in one statement, and claims (key, owner, seconds).
+
+        Returns:
+            (graph, execution_id) of each run still held under the given owner and epoch.
+        """
+        ...
+
+    def end(self, lease: Lease, end: RunEnd) -> None:
+        """Leave the run: close it or park it, and write the remaining step executions, in one statement.
+
+        Ending sets ``expires_at`` of the run's WORKFLOW checkpoints that have a ttl.
+
+        Raises:
+            LeaseLost: The run is no longer this lease's; nothing was written.
+        """
+        ...
+
+    def find_run(self, graph: str, execution_id: str) -> RunRow | None:
+        """Return the run, or None."""
+        ...
+
+    def migrate(self) -> int:
+        """Create or upgrade the tables and return their version; safe to repeat and to run side by side."""
+        ...
+
+    def check_schema(self) -> None:
+        """Check that the tables are of the version this release knows.
+
+        Raises:
+            SchemaMismatch: They are not.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back all connections."""
+        ...

@@ -1,0 +1,497 @@
+"""Every error this library raises, as one tree.
+
+::
+
+    DocketError                     DC000
+    ├── GraphError                  DC100   the graph is wired wrongly (all faults in one report)
+    ├── InvalidArguments            DC101   a call's arguments do not fit (also a TypeError)
+    ├── InvalidSettings             DC102   a ``docket_*`` setting is unknown or out of range (also a ValueError)
+    ├── InvalidDeclaration          DC103   a GraphTask is declared wrongly (also a TypeError)
+    ├── AbortError                  DC200   a step stopped the whole graph; never retried
+    ├── StepFailed                  DC201   a step used up its attempts or may not be retried
+    │   ├── StepTimedOut            DC202   its last attempt passed ``timeout``
+    │   └── WrongResult             DC203   it returned None or another type than it declares
+    ├── RunCancelled                DC300   someone outside stopped the run
+    ├── RunTimedOut                 DC301   the run's own deadline passed
+    ├── RunConflict                 DC302   the execution id already names another job
+    ├── RunNotFound                 DC303   no run has that name
+    ├── RunQuarantined              DC304   the run lost its worker too often; an operator must look
+    ├── GraphChanged                DC305   a resumed run holds a checkpoint of a step that is gone
+    ├── LeaseLost                   DC306   another worker took the run over
+    ├── InputsChanged               DC307   a checkpoint was made from other inputs (``on_input_change="error"``)
+    ├── TooManyAbandoned            DC308   timed-out steps hold too many threads
+    ├── StoreMissing                DC400   a step persists but no store is configured
+    ├── StoreUnavailable            DC401   the database did not answer; safe to retry
+    ├── SchemaMismatch              DC402   the tables are missing or of another version
+    ├── CorruptCheckpoint           DC403   a stored row does not match its checksum
+    ├── PayloadTooLarge             DC500   a message is over ``docket_max_message_bytes``
+    ├── UnknownMessageType          DC501   no declared task uses this message type
+    ├── DecodeFailed                DC502   the bytes are not a valid message of their type
+    └── ServersUnavailable          DC600   the development servers cannot be started
+
+Every class passes its fields positionally to ``Exception.__init__`` and every field is a JSON value, so that
+type, fields and text survive pickle and Celery's JSON result backend. A cause travels as type names and text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+
+def type_path(kind: type) -> str:
+    """Return the importable name of *kind*, as ``module.QualName``."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+class DocketError(Exception):
+    """Base of all errors of this library.
+
+    Attributes:
+        code: Stable code, explained in docs/errors.md; part of every message.
+    """
+
+    code: ClassVar[str] = "DC000"
+
+    def describe(self) -> str:
+        """Return what happened, which thing it concerns and what to do, without the code."""
+        return " ".join(str(part) for part in self.args)
+
+    def __str__(self) -> str:
+        return f"[{self.code}] {self.describe()}"
+
+
+class GraphError(DocketError):
+    """A graph is wired wrongly, or a registration is refused. *faults* lists everything found."""
+
+    code = "DC100"
+
+    def __init__(self, graph: str, faults: Sequence[str]) -> None:
+        super().__init__(graph, list(faults))
+        self.graph, self.faults = graph, tuple(faults)
+
+    def describe(self) -> str:
+        head = f"graph {self.graph!r} has {len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
+        return "\n".join([head + ":", *(f"  - {fault}" for fault in self.faults)])
+
+
+class InvalidArguments(DocketError, TypeError):
+    """A call's arguments do not fit what it declares; nothing was sent and nothing ran."""
+
+    code = "DC101"
+
+    def __init__(self, what: str, problem: str) -> None:
+        super().__init__(what, problem)
+        self.what, self.problem = what, problem
+
+    def describe(self) -> str:
+        return f"{self.what}: {self.problem}"
+
+
+class InvalidSettings(DocketError, ValueError):
+    """A ``docket_*`` setting is unknown, or its value cannot be used."""
+
+    code = "DC102"
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(key, problem)
+        self.key, self.problem = key, problem
+
+    def describe(self) -> str:
+        return f"setting {self.key}: {self.problem}"
+
+
+class InvalidDeclaration(DocketError, TypeError):
+    """A GraphTask is declared in a way that cannot work."""
+
+    code = "DC103"
+
+    def __init__(self, task: str, problem: str) -> None:
+        super().__init__(task, problem)
+        self.task, self.problem = task, problem
+
+    def describe(self) -> str:
+        return f"task {self.task}: {self.problem}"
+
+
+class AbortError(DocketError):
+    """Raised by a step to stop the whole graph at once; nobody retries it.
+
+    Args:
+        message: Why going on would be wrong.
+        cause: What led to it; kept as ``__cause__`` here, as text after transport.
+    """
+
+    code = "DC200"
+
+    def __init__(self, message: str, cause: BaseException | str | None = None) -> None:
+        text = f"{type(cause).__name__}: {cause}" if isinstance(cause, BaseException) else cause
+        super().__init__(message, text)
+        self.message, self.cause = message, text
+        if isinstance(cause, BaseException):
+            self.__cause__ = cause
+
+    def describe(self) -> str:
+        return self.message if self.cause is None else f"{self.message} ({self.cause})"
+
+
+class StepFailed(DocketError):
+    """A step failed for good; the run failed with it.
+
+    Attributes:
+        step: Name of the step.
+        attempts: Calls made in this delivery, the first included.
+        retriable: Whether the last error was one that another attempt may cure.
+        cause_types: Importable names of the cause's class and its bases, nearest first.
+        cause_text: The cause's own text.
+        others: One line for each other step that failed in the same run.
+    """
+
+    code = "DC201"
+
+    def __init__(
+        self,
+        step: str,
+        attempts: int,
+        retriable: bool,
+        cause_types: Sequence[str],
+        cause_text: str,
+        others: Sequence[str] = (),
+    ) -> None:
+        super().__init__(step, attempts, retriable, list(cause_types), cause_text, list(others))
+        self.step, self.attempts, self.retriable = step, attempts, retriable
+        self.cause_types, self.cause_text, self.others = tuple(cause_types), cause_text, tuple(others)
+
+    @classmethod
+    def from_cause(cls, step: str, attempts: int, retriable: bool, cause: BaseException) -> StepFailed:
+        """Build the error for *cause* and chain it, so that local tracebacks show the user's own frames."""
+        names = [type_path(kind) for kind in type(cause).__mro__ if kind is not object]
+        error = StepFailed(step, attempts, retriable, names, _safe_text(cause))
+        error.__cause__ = cause
+        return error
+
+    def caused_by(self, kind: type[BaseException]) -> bool:
+        """Tell whether the cause is a *kind*, also after transport, by importable name."""
+        return isinstance(self.__cause__, kind) or type_path(kind) in self.cause_types
+
+    def describe(self) -> str:
+        cause = self.cause_types[0].rpartition(".")[2] if self.cause_types else "error"
+        tries = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts"
+        why = "attempts used up" if self.retriable else "not retriable"
+        text = f"step {self.step!r} failed after {tries} ({why}): {cause}: {self.cause_text}"
+        return text if not self.others else "\n".join([text, "also failed:", *(f"  - {o}" for o in self.others)])
+
+
+class StepTimedOut(StepFailed):
+    """A step's last attempt passed its ``timeout``; its late result, if any, is discarded."""
+
+    code = "DC202"
+
+    def __init__(
+        self, step: str, attempts: int, timeout_s: float, retriable: bool = True, others: Sequence[str] = ()
+    ) -> None:
+        super().__init__(step, attempts, retriable, [type_path(StepTimedOut)], "", others)
+        self.args = (step, attempts, timeout_s, retriable, list(others))
+        self.timeout_s = timeout_s
+
+    def describe(self) -> str:
+        return (
+            f"step {self.step!r} passed timeout={self.timeout_s:g} s (attempt {self.attempts}); raise the timeout, "
+            "split the step, or watch ctx.cancelled in it"
+        )
+
+
+class WrongResult(StepFailed):
+    """A step returned None or another type than it declares. Never retried."""
+
+    code = "DC203"
+
+    def __init__(
+        self, step: str, attempts: int, expected: str, actual: str, others: Sequence[str] = ()
+    ) -> None:
+        super().__init__(step, attempts, False, [type_path(WrongResult)], "", others)
+        self.args = (step, attempts, expected, actual, list(others))
+        self.expected, self.actual = expected, actual
+
+    def describe(self) -> str:
+        return f"step {self.step!r} returned {self.actual}, but declares {self.expected}; return a {self.expected}"
+
+
+class RunCancelled(DocketError):
+    """Someone outside stopped the run."""
+
+    code = "DC300"
+
+    def __init__(self, execution_id: str, reason: str) -> None:
+        super().__init__(execution_id, reason)
+        self.execution_id, self.reason = execution_id, reason
+
+    def describe(self) -> str:
+        return f"run {self.execution_id!r} was cancelled: {self.reason}"
+
+
+class RunTimedOut(DocketError):
+    """The run's own deadline passed before its target was there."""
+
+    code = "DC301"
+
+    def __init__(self, execution_id: str, timeout_s: float) -> None:
+        super().__init__(execution_id, timeout_s)
+        self.execution_id, self.timeout_s = execution_id, timeout_s
+
+    def describe(self) -> str:
+        return f"run {self.execution_id!r} passed its timeout of {self.timeout_s:g} s; finished steps that persist are kept"
+
+
+class RunConflict(DocketError):
+    """The execution id already names a run of another job or target."""
+
+    code = "DC302"
+
+    def __init__(self, graph: str, execution_id: str, what: str) -> None:
+        super().__init__(graph, execution_id, what)
+        self.graph, self.execution_id, self.what = graph, execution_id, what
+
+    def describe(self) -> str:
+        return (
+            f"run {self.execution_id!r} of graph {self.graph!r} exists with another {self.what}; use another "
+            "execution_id, or submit the same job again"
+        )
+
+
+class RunNotFound(DocketError):
+    """No run has that name."""
+
+    code = "DC303"
+
+    def __init__(self, graph: str, execution_id: str) -> None:
+        super().__init__(graph, execution_id)
+        self.graph, self.execution_id = graph, execution_id
+
+    def describe(self) -> str:
+        return f"graph {self.graph!r} has no run {self.execution_id!r}; it may have been purged after its retention"
+
+
+class RunQuarantined(DocketError):
+    """The run lost its worker too often; its code is not started again until an operator says so."""
+
+    code = "DC304"
+
+    def __init__(self, graph: str, execution_id: str, lost: int) -> None:
+        super().__init__(graph, execution_id, lost)
+        self.graph, self.execution_id, self.lost = graph, execution_id, lost
+
+    def describe(self) -> str:
+        return (
+            f"run {self.execution_id!r} of graph {self.graph!r} is quarantined: its worker was lost {self.lost} times; "
+            "find what kills it (memory, a crash in C code) before you retry it"
+        )
+
+
+class GraphChanged(DocketError):
+    """A resumed run holds checkpoints of steps which the graph no longer has. Nothing ran."""
+
+    code = "DC305"
+
+    def __init__(self, graph: str, execution_id: str, steps: Sequence[str]) -> None:
+        super().__init__(graph, execution_id, list(steps))
+        self.graph, self.execution_id, self.steps = graph, execution_id, tuple(steps)
+
+    def describe(self) -> str:
+        names = ", ".join(repr(name) for name in self.steps)
+        return (
+            f"run {self.execution_id!r} of graph {self.graph!r} holds checkpoints of {names}, which the graph no longer "
+            "has; put the step back, name the old step in renamed_from=(...), or submit under a new execution_id"
+        )
+
+
+class LeaseLost(DocketError):
+    """Another worker took the run over, so this one may not save anything more."""
+
+    code = "DC306"
+
+    def __init__(self, graph: str, execution_id: str, epoch: int) -> None:
+        super().__init__(graph, execution_id, epoch)
+        self.graph, self.execution_id, self.epoch = graph, execution_id, epoch
+
+    def describe(self) -> str:
+        return (
+            f"run {self.execution_id!r} of graph {self.graph!r}: the lease of epoch {self.epoch} is gone; "
+            "another worker goes on with the run"
+        )
+
+
+class InputsChanged(DocketError):
+    """A step's checkpoint was made from other inputs than it would get now (``on_input_change="error"``)."""
+
+    code = "DC307"
+
+    def __init__(self, execution_id: str, step: str) -> None:
+        super().__init__(execution_id, step)
+        self.execution_id, self.step = execution_id, step
+
+    def describe(self) -> str:
+        return (
+            f"run {self.execution_id!r}: the checkpoint of step {self.step!r} was made from other inputs; persist the "
+            'step above it, use on_input_change="reuse", or submit under a new execution_id'
+        )
+
+
+class TooManyAbandoned(DocketError):
+    """Steps that ignored their timeout hold so many threads that no new run may start in this process."""
+
+    code = "DC308"
+
+    def __init__(self, abandoned: int, limit: int, steps: Sequence[str]) -> None:
+        super().__init__(abandoned, limit, list(steps))
+        self.abandoned, self.limit, self.steps = abandoned, limit, tuple(steps)
+
+    def describe(self) -> str:
+        return (
+            f"{self.abandoned} threads are held by steps past their timeout (limit {self.limit}): "
+            f"{', '.join(self.steps)}; let those steps watch ctx.cancelled, then restart the worker"
+        )
+
+
+class StoreMissing(DocketError):
+    """A step persists its output, but there is no store to keep it in."""
+
+    code = "DC400"
+
+    def __init__(self, graph: str, step: str) -> None:
+        super().__init__(graph, step)
+        self.graph, self.step = graph, step
+
+    def describe(self) -> str:
+        return (
+            f"step {self.step!r} of graph {self.graph!r} persists its output, but no store is configured; set "
+            "docket_database_url (or DOCKET_CELERY_DATABASE_URL), or pass store= to the graph or the call"
+        )
+
+
+class StoreUnavailable(DocketError):
+    """The database did not answer or refused for a passing reason; trying again is safe."""
+
+    code = "DC401"
+
+    def __init__(self, action: str, problem: str) -> None:
+        super().__init__(action, problem)
+        self.action, self.problem = action, problem
+
+    def describe(self) -> str:
+        return f"the database did not {self.action}: {self.problem}"
+
+
+class SchemaMismatch(DocketError):
+    """The database's tables are missing or of a version that this release does not know."""
+
+    code = "DC402"
+
+    def __init__(self, found: int | None, expected: int) -> None:
+        super().__init__(found, expected)
+        self.found, self.expected = found, expected
+
+    def describe(self) -> str:
+        state = "has no docket tables" if self.found is None else f"has docket tables of version {self.found}"
+        fix = "run 'celery -A YOUR_APP docket migrate'"
+        if self.found is not None and self.found > self.expected:
+            fix = "upgrade docket-celery here"
+        return f"the database {state}, this release needs version {self.expected}; {fix}"
+
+
+class CorruptCheckpoint(DocketError):
+    """A stored row does not match its checksum, its type or its key. It is never used and never overwritten."""
+
+    code = "DC403"
+
+    def __init__(self, table: str, row: str, problem: str) -> None:
+        super().__init__(table, row, problem)
+        self.table, self.row, self.problem = table, row, problem
+
+    def describe(self) -> str:
+        return f"row {self.row} of {self.table} is damaged ({self.problem}); restore it from a backup or delete it"
+
+
+class PayloadTooLarge(DocketError):
+    """A message is larger than ``docket_max_message_bytes``."""
+
+    code = "DC500"
+
+    def __init__(self, what: str, size_bytes: int, limit_bytes: int) -> None:
+        super().__init__(what, size_bytes, limit_bytes)
+        self.what, self.size_bytes, self.limit_bytes = what, size_bytes, limit_bytes
+
+    def describe(self) -> str:
+        return (
+            f"{self.what} has {self.size_bytes} bytes, over the limit of {self.limit_bytes}; raise "
+            "docket_max_message_bytes, or store the data elsewhere and send its key"
+        )
+
+
+class UnknownMessageType(DocketError):
+    """A message names a type that no declared task uses in this process."""
+
+    code = "DC501"
+
+    def __init__(self, type_name: str) -> None:
+        super().__init__(type_name)
+        self.type_name = type_name
+
+    def describe(self) -> str:
+        return (
+            f"message type {self.type_name!r} belongs to no declared GraphTask of this process; import the module "
+            "that declares the task, on the worker and where you call .get()"
+        )
+
+
+class DecodeFailed(DocketError):
+    """The bytes of a message cannot be read as its type."""
+
+    code = "DC502"
+
+    def __init__(self, type_name: str, problem: str) -> None:
+        super().__init__(type_name, problem)
+        self.type_name, self.problem = type_name, problem
+
+    def describe(self) -> str:
+        return f"a message of type {self.type_name!r} cannot be read: {self.problem}"
+
+
+class ServersUnavailable(DocketError):
+    """The development servers cannot be found or started."""
+
+    code = "DC600"
+
+    def __init__(self, what: str, problem: str) -> None:
+        super().__init__(what, problem)
+        self.what, self.problem = what, problem
+
+    def describe(self) -> str:
+        return f"{self.what}: {self.problem}"
+
+
+def _safe_text(error: BaseException) -> str:
+    """Return the text of *error*; an exception whose ``__str__`` raises must not hide what happened."""
+    try:
+        return str(error)
+    except Exception as broken:
+        return f"<{type(error).__name__} whose text raised {type(broken).__name__}>"
+
+
+def _family(kind: type[DocketError]) -> Iterable[type[DocketError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _family(child)
+
+
+def to_record(error: DocketError) -> dict[str, Any]:
+    """Return *error* as a JSON object from which `from_record` builds it again."""
+    return {"code": error.code, "args": list(error.args)}
+
+
+def from_record(record: dict[str, Any]) -> DocketError:
+    """Build the error that `to_record` described; an unknown code gives a plain `DocketError`."""
+    for kind in _family(DocketError):
+        if kind.code == record.get("code") and kind.__module__ == __name__:
+            return kind(*record["args"])
+    return DocketError(str(record.get("code")), *record.get("args", []))

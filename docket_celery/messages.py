@@ -1,0 +1,163 @@
+"""Protocol Buffers messages: names, stable bytes, and bounded views that hide what is marked as secret."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any, TypeGuard, TypeVar
+
+from google.protobuf import json_format
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import DecodeError, Message
+
+from docket_celery.errors import DecodeFailed, InvalidArguments, PayloadTooLarge
+
+M = TypeVar("M", bound=Message)
+
+MAX_JSON_BYTES = 16 * 1024
+"""Above this a message gets no ``output_json`` view (DESIGN section 5)."""
+_MAX_FIELD_CHARS = 60
+_REDACTED = "***"
+
+
+def is_message_type(kind: object) -> TypeGuard[type[Message]]:
+    """Tell whether *kind* is a generated message class."""
+    return isinstance(kind, type) and issubclass(kind, Message) and getattr(kind, "DESCRIPTOR", None) is not None
+
+
+def type_name(kind: type[Message] | Message) -> str:
+    """Return the full Protocol Buffers name, such as ``shop.Order``."""
+    name: str = kind.DESCRIPTOR.full_name
+    return name
+
+
+def to_bytes(message: Message) -> bytes:
+    """Return the deterministic encoding: equal messages give equal bytes within one library version."""
+    return message.SerializeToString(deterministic=True)
+
+
+def from_bytes(kind: type[M], data: bytes) -> M:
+    """Read *data* as a *kind*.
+
+    Raises:
+        DecodeFailed: The bytes are not a valid message of that type.
+    """
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise DecodeFailed(type_name(kind), str(error)) from error
+
+
+def from_json_object(kind: type[M], value: dict[str, Any]) -> M:
+    """Read the JSON form of Protocol Buffers, as beat, ``celery call`` and Flower send it.
+
+    Raises:
+        InvalidArguments: A field is unknown or has a wrong value; the field is named.
+    """
+    try:
+        return json_format.ParseDict(value, kind())
+    except json_format.ParseError as error:
+        raise InvalidArguments(f"JSON form of {type_name(kind)}", str(error)) from error
+
+
+def check_size(what: str, size_bytes: int, limit_bytes: int) -> None:
+    """Refuse a message over the limit.
+
+    Raises:
+        PayloadTooLarge: *size_bytes* is over *limit_bytes*.
+    """
+    if size_bytes > limit_bytes:
+        raise PayloadTooLarge(what, size_bytes, limit_bytes)
+
+
+def to_view(message: Message) -> str | None:
+    """Return the JSON view for people who read the database, or None if there is none to be had.
+
+    Fields marked ``debug_redact`` are left out. A view is a convenience: it is None above `MAX_JSON_BYTES`, when
+    it cannot be rendered (an Any of an unknown type, say) and when it holds U+0000, which jsonb cannot store.
+    """
+    if message.ByteSize() > MAX_JSON_BYTES:
+        return None
+    shown = message
+    if _holds_secrets(message.DESCRIPTOR):
+        shown = type(message)()
+        shown.CopyFrom(message)
+        _clear_secrets(shown)
+    try:
+        view = json.dumps(json_format.MessageToDict(shown, preserving_proto_field_name=True))
+    except (TypeError, ValueError, json_format.Error):
+        return None
+    return None if len(view) > MAX_JSON_BYTES or "\\u0000" in view else view
+
+
+def brief(message: Message, limit: int = 200) -> str:
+    """Return a one-line text for logs, Flower and events: bounded, without the secrets.
+
+    Args:
+        message: What to show.
+        limit: Most characters to return.
+    """
+    text = _brief(message, depth=2)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _brief(message: Message, depth: int) -> str:
+    shown: list[str] = []
+    for field, value in message.ListFields():
+        shown.append(f"{field.name}={_brief_field(field, value, depth)}")
+        if len(shown) == 8:
+            shown.append("…")
+            break
+    return f"{message.DESCRIPTOR.name}({', '.join(shown)})"
+
+
+def _brief_field(field: FieldDescriptor, value: Any, depth: int) -> str:
+    if field.GetOptions().debug_redact:
+        return _REDACTED
+    if field.is_repeated:
+        return f"[{len(value)}]"
+    if isinstance(value, Message):
+        return _brief(value, depth - 1) if depth else f"{value.DESCRIPTOR.name}(…)"
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    if isinstance(value, str):
+        cut = value if len(value) <= _MAX_FIELD_CHARS else value[: _MAX_FIELD_CHARS - 1] + "…"
+        return repr(cut)
+    if field.enum_type is not None:
+        known = field.enum_type.values_by_number.get(value)
+        return known.name if known is not None else str(value)
+    return repr(value)
+
+
+@functools.cache
+def _holds_secrets(descriptor: Descriptor) -> bool:
+    seen: set[str] = set()
+    todo = [descriptor]
+    while todo:
+        current = todo.pop()
+        if current.full_name in seen:
+            continue
+        seen.add(current.full_name)
+        for field in current.fields:
+            if field.GetOptions().debug_redact:
+                return True
+            if field.message_type is not None:
+                todo.append(field.message_type)
+    return False
+
+
+def _clear_secrets(message: Message) -> None:
+    for field, value in message.ListFields():
+        if field.GetOptions().debug_redact:
+            message.ClearField(field.name)
+        elif field.message_type is None:
+            continue
+        elif field.message_type.GetOptions().map_entry:
+            if field.message_type.fields_by_name["value"].message_type is not None:
+                for key in value:
+                    _clear_secrets(value[key])
+        elif field.is_repeated:
+            for item in value:
+                _clear_secrets(item)
+        else:
+            _clear_secrets(value)

@@ -1,0 +1,153 @@
+"""What a step asks for: scope, retries, backoff and the other options."""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from datetime import timedelta
+from typing import Any, Literal, Protocol
+
+from google.protobuf.message import Message
+
+Seconds = float | int | timedelta
+
+
+def to_seconds(value: Seconds, name: str) -> float:
+    """Return *value* in seconds.
+
+    Raises:
+        ValueError: It is negative, or not a number; *name* is named.
+    """
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise ValueError(f"{name} must be seconds or a timedelta, not {value!r}")
+    if not seconds >= 0:
+        raise ValueError(f"{name} must not be negative, got {value!r}")
+    return float(seconds)
+
+
+class Scope(enum.Enum):
+    """Who shares a checkpoint."""
+
+    GLOBAL = "global"
+    """Every run that calls the step with equal inputs: a cache."""
+    WORKFLOW = "workflow"
+    """The one run that made it, through every retry and redelivery."""
+
+
+class Backoff(Protocol):
+    """How long to wait before the next attempt."""
+
+    def delay_s(self, attempt: int, uniform: Callable[[float, float], float] = random.uniform) -> float:
+        """Return the seconds to wait after *attempt* (from 1) failed; *uniform* draws the jitter."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ExponentialBackoff:
+    """Wait ``initial``, ``initial * factor``, ... seconds, at most ``maximum``.
+
+    Args:
+        initial: Seconds (or timedelta) after the first failure.
+        factor: What each further wait is multiplied by; at least 1.
+        maximum: Upper bound in seconds.
+        jitter: Draw each wait evenly from 0 to its full length, so that failures do not return in step.
+    """
+
+    initial: Seconds = 0.1
+    factor: float = 2.0
+    maximum: Seconds = 10.0
+    jitter: bool = True
+
+    def __post_init__(self) -> None:
+        to_seconds(self.initial, "ExponentialBackoff.initial")
+        to_seconds(self.maximum, "ExponentialBackoff.maximum")
+        if not self.factor >= 1:
+            raise ValueError(f"ExponentialBackoff.factor must be at least 1, got {self.factor!r}")
+
+    def delay_s(self, attempt: int, uniform: Callable[[float, float], float] = random.uniform) -> float:
+        initial, maximum = to_seconds(self.initial, "initial"), to_seconds(self.maximum, "maximum")
+        try:
+            full = min(maximum, initial * self.factor ** (attempt - 1))
+        except OverflowError:
+            full = maximum
+        return uniform(0.0, full) if self.jitter else full
+
+
+@dataclass(frozen=True, slots=True)
+class FixedBackoff:
+    """Wait *delay* seconds (or a timedelta) after every failure."""
+
+    delay: Seconds
+
+    def __post_init__(self) -> None:
+        to_seconds(self.delay, "FixedBackoff.delay")
+
+    def delay_s(self, attempt: int, uniform: Callable[[float, float], float] = random.uniform) -> float:
+        return to_seconds(self.delay, "delay")
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often a step is called and how long to wait in between.
+
+    Args:
+        max_attempts: Calls in one delivery, the first included; at least 1.
+        backoff: The wait before each further call.
+        redeliver: When the attempts are used up, let Celery deliver the run again later instead of failing it.
+    """
+
+    max_attempts: int = 3
+    backoff: Backoff = ExponentialBackoff()  # noqa: RUF009 -- a frozen value, shared safely
+    redeliver: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int) or self.max_attempts < 1:
+            raise ValueError(f"RetryPolicy.max_attempts counts the first call, so at least 1; got {self.max_attempts!r}")
+
+
+ErrorClassifier = Callable[[BaseException], bool] | type[BaseException] | tuple[type[BaseException], ...]
+"""What may be retried: a predicate over the error, or the exception types."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOptions:
+    """A preset of step options; ``graph.step(PRESET, timeout=5)`` overrides single ones.
+
+    Args:
+        name: The step's name; default: the function's or class's own.
+        persist: Keep the output: `Scope.GLOBAL` or `Scope.WORKFLOW`.
+        ttl: Seconds or timedelta a kept output lives: from saving (GLOBAL) or from the run's end (WORKFLOW).
+        version: Part of a GLOBAL key: change it when the code's result changes. Recorded for WORKFLOW.
+        key: GLOBAL only: from the inputs, the message to hash instead of them.
+        retry: Attempts and waits; default: one attempt.
+        timeout: Seconds or timedelta for one attempt.
+        retriable: Which errors another attempt may cure.
+        on_input_change: WORKFLOW only: what a checkpoint made from other inputs means.
+        renamed_from: Earlier names of the step, oldest first; keeps checkpoints and idempotency keys.
+    """
+
+    name: str | None = None
+    persist: Scope | None = None
+    ttl: Seconds | None = None
+    version: str = ""
+    key: Callable[..., Message] | None = None
+    retry: RetryPolicy | None = None
+    timeout: Seconds | None = None
+    retriable: ErrorClassifier | None = None
+    on_input_change: Literal["reuse", "error"] = "reuse"
+    renamed_from: tuple[str, ...] = ()
+
+    def override(self, **changes: Any) -> StepOptions:
+        """Return these options with *changes*.
+
+        Raises:
+            TypeError: An option does not exist; the nearest names are listed.
+        """
+        known = {field.name for field in fields(self)}
+        unknown = sorted(set(changes) - known)
+        if unknown:
+            raise TypeError(f"unknown step option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        return replace(self, **changes)
