@@ -1,0 +1,112 @@
+"""The ``docket_*`` settings, their environment twins and their limits."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+from docket_celery.errors import InvalidSettings
+
+PREFIX: Final = "docket_"
+ENV_PREFIX: Final = "DOCKET_CELERY_"
+TRUST_MARGIN_S: Final = 5.0
+"""A holder stops trusting its lease this long before it expires (DESIGN section 3)."""
+
+
+def default_threads() -> int:
+    """Return min(32, 4 x cores)."""
+    return min(32, 4 * (os.cpu_count() or 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Checked values; `Settings.read` builds them.
+
+    Attributes:
+        database_url: SQLAlchemy URL of the checkpoint database, or None.
+        threads: Most step threads in a process.
+        lease_seconds: Seconds until another worker may take over a silent run.
+        max_deliveries: Crashes after which a run is quarantined.
+        max_message_bytes: Largest message accepted, checked before decoding.
+        retention: Seconds an ended run is kept.
+    """
+
+    database_url: str | None = None
+    threads: int = 0
+    lease_seconds: float = 30.0
+    max_deliveries: int = 10
+    max_message_bytes: int = 1024 * 1024
+    retention: float = 30 * 86400.0
+
+    @property
+    def heartbeat_s(self) -> float:
+        """Seconds between two extensions of a lease: a quarter of it."""
+        return self.lease_seconds / 4
+
+    @property
+    def trust_margin_s(self) -> float:
+        """Seconds before expiry at which the holder stops: 5 s, or a sixth of a short lease."""
+        return min(TRUST_MARGIN_S, self.lease_seconds / 6)
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:
+        """Build settings from ``docket_*`` *values*, then the environment, then the defaults.
+
+        Args:
+            values: Keys with the ``docket_`` prefix; other keys are not looked at. None counts as not set.
+            environ: ``DOCKET_CELERY_*`` twins; default: the process's environment.
+
+        Raises:
+            InvalidSettings: A ``docket_*`` key is unknown, or a value is of the wrong kind or out of range.
+        """
+        environ = os.environ if environ is None else environ
+        known = {field.name for field in fields(cls)}
+        for key in values:
+            if key.startswith(PREFIX) and key[len(PREFIX) :] not in known:
+                raise InvalidSettings(key, _unknown(key, known))
+        found: dict[str, Any] = {}
+        for name in known:
+            value, label = values.get(PREFIX + name), PREFIX + name
+            if value is None and ENV_PREFIX + name.upper() in environ:
+                value, label = environ[ENV_PREFIX + name.upper()], ENV_PREFIX + name.upper()
+            if value is not None:
+                found[name] = _CHECKS[name](label, value)
+        return cls(**({"threads": default_threads()} | found))
+
+
+def _unknown(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, [PREFIX + name for name in known], n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(PREFIX + n for n in known))}"
+    return f"unknown setting; {hint}"
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise InvalidSettings(key, "must be a non-empty string")
+    return value
+
+
+def _number(least: float, *, whole: bool) -> Callable[[str, Any], Any]:
+    def check(key: str, value: Any) -> Any:
+        try:
+            number = int(value) if whole else float(value)
+        except (TypeError, ValueError):
+            raise InvalidSettings(key, f"must be a {'whole ' if whole else ''}number, got {value!r}") from None
+        if isinstance(value, bool) or number != float(value) or not number >= least:
+            raise InvalidSettings(key, f"must be a {'whole ' if whole else ''}number of at least {least:g}, got {value!r}")
+        return number
+
+    return check
+
+
+_CHECKS: Final[dict[str, Callable[[str, Any], Any]]] = {
+    "database_url": _text,
+    "threads": _number(1, whole=True),
+    "lease_seconds": _number(1, whole=False),
+    "max_deliveries": _number(1, whole=True),
+    "max_message_bytes": _number(1, whole=True),
+    "retention": _number(0, whole=False),
+}

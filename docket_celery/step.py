@@ -1,0 +1,276 @@
+"""From a function to a step: what its signature says goes in and comes out."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+from google.protobuf.message import Message
+
+from docket_celery.context import StepContext
+from docket_celery.messages import is_message_type, type_name
+from docket_celery.policy import Scope, StepOptions, to_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """Tells two values of one message type apart: ``Annotated[Money, Named("tax")]``."""
+
+    name: str
+
+
+class ValueKey(NamedTuple):
+    """What identifies a value within a run: its message type and, where given, its `Named` name."""
+
+    kind: type[Message]
+    name: str = ""
+
+    def __str__(self) -> str:
+        text = type_name(self.kind)
+        return f'{text} named "{self.name}"' if self.name else text
+
+
+class SignatureFault(Exception):
+    """A signature cannot be read as a step; the text says which part and how to mend it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """What was handed to the graph, before its signature is read (annotations may name later definitions)."""
+
+    target: Any
+    options: StepOptions
+    name: str
+    order: int
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A typed function with its policy.
+
+    Attributes:
+        call: The function or bound ``compute`` method.
+        positional: For each positional argument the index into `inputs`, or -1 for the StepContext.
+        keywords: The same for keyword-only arguments.
+        identity: The oldest name; names checkpoints and idempotency keys.
+        timeout_s: Seconds for one attempt, or None.
+        retriable: Whether another attempt may cure an error; None: the default rule.
+    """
+
+    name: str
+    order: int
+    where: str
+    call: Callable[..., Any]
+    inputs: tuple[ValueKey, ...]
+    output: ValueKey
+    positional: tuple[int, ...]
+    keywords: tuple[tuple[str, int], ...]
+    is_async: bool
+    options: StepOptions
+    timeout_s: float | None
+    ttl_s: float | None
+    max_attempts: int
+    retriable: Callable[[BaseException], bool] | None
+
+    @property
+    def identity(self) -> str:
+        return self.options.renamed_from[0] if self.options.renamed_from else self.name
+
+    @property
+    def persist(self) -> Scope | None:
+        return self.options.persist
+
+    def invoke(self, values: Sequence[Message], context: StepContext) -> Any:
+        """Call the function; for ``async def`` this returns the coroutine."""
+        args = [context if i < 0 else values[i] for i in self.positional]
+        if not self.keywords:
+            return self.call(*args)
+        return self.call(*args, **{name: context if i < 0 else values[i] for name, i in self.keywords})
+
+
+def default_name(target: Any) -> str | None:
+    """Return the name a step gets without ``name=``: the function's or class's; None where there is none to use."""
+    if isinstance(target, functools.partial):
+        return None
+    name = getattr(target, "__name__", None)
+    if name is None:
+        return type(target).__name__
+    return None if name == "<lambda>" else str(name)
+
+
+def locate(target: Any) -> str:
+    """Return ``file:line`` of a function or class, or its repr."""
+    plain = inspect.unwrap(target) if callable(target) else target
+    while isinstance(plain, functools.partial):
+        plain = plain.func
+    plain = getattr(plain, "__func__", plain)
+    code = getattr(plain, "__code__", None)
+    if code is None:
+        compute = getattr(type(plain), "compute", None)
+        code = getattr(compute, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else repr(target)
+
+
+def read_step(registration: Registration) -> Step:
+    """Read the signature and check the options against each other.
+
+    Raises:
+        SignatureFault: Something is missing, unsupported or contradictory.
+    """
+    call = _callable(registration.target)
+    inputs, positional, keywords, output = _signature(call)
+    options = registration.options
+    _check_options(options)
+    return Step(
+        name=registration.name,
+        order=registration.order,
+        where=registration.where,
+        call=call,
+        inputs=inputs,
+        output=output,
+        positional=positional,
+        keywords=keywords,
+        is_async=_is_async(call),
+        options=options,
+        timeout_s=None if options.timeout is None else to_seconds(options.timeout, "timeout"),
+        ttl_s=None if options.ttl is None else to_seconds(options.ttl, "ttl"),
+        max_attempts=1 if options.retry is None else options.retry.max_attempts,
+        retriable=_classifier(options),
+    )
+
+
+def read_annotation(annotation: Any, what: str) -> ValueKey:
+    """Return the value an annotation stands for.
+
+    Raises:
+        SignatureFault: It is not a message type (with at most one `Named`); *what* says whose annotation it is.
+    """
+    name, kind = "", annotation
+    if typing.get_origin(annotation) is Annotated:
+        kind, *extras = typing.get_args(annotation)
+        names = [extra.name for extra in extras if isinstance(extra, Named)]
+        if len(names) > 1:
+            raise SignatureFault(f"{what} has {len(names)} Named(...); keep one")
+        name = names[0] if names else ""
+    if is_message_type(kind):
+        return ValueKey(kind, name)
+    shown = kind.__name__ if isinstance(kind, type) else str(kind)
+    if typing.get_origin(kind) in (list, Sequence) or shown.startswith(("list[", "typing.Iterable")):
+        raise SignatureFault(f"{what} is {shown}; lists belong to batches, which this graph call does not support")
+    raise SignatureFault(f"{what} is {shown}, not a Protocol Buffers message; annotate it with a message type")
+
+
+def _callable(target: Any) -> Callable[..., Any]:
+    if isinstance(target, type):
+        raise SignatureFault(f"{target.__name__} is a class; register an instance of it")
+    compute = getattr(target, "compute", None)
+    if compute is not None and not inspect.isroutine(target):
+        return typing.cast("Callable[..., Any]", compute)
+    if not callable(target):
+        raise SignatureFault(f"{target!r} is neither a function nor an object with a compute method")
+    return typing.cast("Callable[..., Any]", target)
+
+
+def _signature(
+    call: Callable[..., Any],
+) -> tuple[tuple[ValueKey, ...], tuple[int, ...], tuple[tuple[str, int], ...], ValueKey]:
+    try:
+        parameters = inspect.signature(call).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise SignatureFault(f"its signature cannot be read ({error}); wrap it in a plain function") from error
+    hints = _hints(call)
+    inputs: list[ValueKey] = []
+    positional: list[int] = []
+    keywords: list[tuple[str, int]] = []
+    for parameter in parameters:
+        index = _parameter(parameter, hints, inputs)
+        if index is None:
+            continue
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            keywords.append((parameter.name, index))
+        else:
+            positional.append(index)
+    if "return" not in hints:
+        raise SignatureFault("its return annotation is missing; annotate it with the message type it returns")
+    return tuple(inputs), tuple(positional), tuple(keywords), read_annotation(hints["return"], "its result")
+
+
+def _parameter(parameter: inspect.Parameter, hints: dict[str, Any], inputs: list[ValueKey]) -> int | None:
+    """Return the index of the parameter's value in *inputs*, -1 for the context, None for one left to its default."""
+    what = f"parameter {parameter.name!r}"
+    if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+        raise SignatureFault(f"{what} is variadic; name each input and annotate it with its message type")
+    annotation = hints.get(parameter.name)
+    if annotation is StepContext:
+        return -1
+    has_default = parameter.default is not inspect.Parameter.empty
+    if annotation is None:
+        if has_default:
+            return None
+        raise SignatureFault(f"{what} has no annotation; annotate it with its message type or StepContext")
+    try:
+        key = read_annotation(annotation, what)
+    except SignatureFault:
+        if has_default:
+            return None
+        raise
+    inputs.append(key)
+    return len(inputs) - 1
+
+
+def _hints(call: Callable[..., Any]) -> dict[str, Any]:
+    plain: Any = call
+    while isinstance(plain, functools.partial):
+        plain = plain.func
+    if not inspect.isroutine(plain):
+        plain = type(plain).__call__
+    plain = inspect.unwrap(plain)
+    function = getattr(plain, "__func__", plain)
+    cells = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
+    try:
+        return typing.get_type_hints(function, localns=dict(cells) or None, include_extras=True)
+    except NameError as error:
+        raise SignatureFault(f"an annotation names something that is not defined: {error}") from error
+    except TypeError as error:
+        raise SignatureFault(f"its annotations cannot be read: {error}") from error
+
+
+def _is_async(call: Callable[..., Any]) -> bool:
+    plain: Any = call
+    while isinstance(plain, functools.partial):
+        plain = plain.func
+    return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None))  # noqa: B004
+
+
+def _classifier(options: StepOptions) -> Callable[[BaseException], bool] | None:
+    retriable = options.retriable
+    if retriable is None:
+        return None
+    if isinstance(retriable, (type, tuple)):
+        kinds = retriable
+        return lambda error: isinstance(error, kinds)
+    return retriable
+
+
+def _check_options(options: StepOptions) -> None:
+    if options.key is not None and options.persist is not Scope.GLOBAL:
+        raise SignatureFault("key= names GLOBAL checkpoints; add persist=Scope.GLOBAL or drop it")
+    if options.ttl is not None and options.persist is None:
+        raise SignatureFault("ttl= without persist= keeps nothing; add persist= or drop it")
+    if options.on_input_change not in ("reuse", "error"):
+        raise SignatureFault(f'on_input_change= is "reuse" or "error", not {options.on_input_change!r}')
+    if options.on_input_change != "reuse" and options.persist is not Scope.WORKFLOW:
+        raise SignatureFault("on_input_change= concerns WORKFLOW checkpoints; add persist=Scope.WORKFLOW or drop it")
+    if isinstance(options.renamed_from, str):
+        raise SignatureFault("renamed_from= is a tuple of names, oldest first; write a comma: ('old',)")
+    for name in ("timeout", "ttl"):
+        value = getattr(options, name)
+        try:
+            _ = None if value is None else to_seconds(value, name)
+        except ValueError as error:
+            raise SignatureFault(str(error)) from error
