@@ -42,7 +42,9 @@ def global_key(graph: str, step: str, version: str, inputs: Iterable[tuple[str, 
 
 def input_digest(inputs: Iterable[tuple[str, bytes]]) -> str:
     """Return the hex digest of a step's inputs, kept beside its checkpoint as a check."""
-    return digest(b"docket.inputs.1", *(part for name, data in inputs for part in (name.encode(), data))).hex()
+    return digest(
+        b"docket.inputs.1", *(part for name, data in inputs for part in (name.encode(), data))
+    ).hex()
 
 
 def job_digest(inputs: Iterable[tuple[str, bytes]]) -> bytes:
@@ -64,7 +66,9 @@ def check_execution_id(value: object) -> str:
     if not isinstance(value, str):
         raise InvalidArguments("execution_id", f"must be a str, not {type(value).__name__}")
     if not 1 <= len(value) <= MAX_EXECUTION_ID:
-        raise InvalidArguments("execution_id", f"must have 1 to {MAX_EXECUTION_ID} characters, has {len(value)}")
+        raise InvalidArguments(
+            "execution_id", f"must have 1 to {MAX_EXECUTION_ID} characters, has {len(value)}"
+        )
     if not value.isprintable():
         raise InvalidArguments("execution_id", f"must be printable, got {value!r}")
     return value
@@ -208,13 +212,15 @@ class Lease:
     """The time-limited right to advance a run.
 
     Attributes:
-        epoch: The fencing token; grows with each acquire. Also the number of the delivery, from 1.
+        target: `RunRequest.target`; the checksum of the run's result covers it.
+        epoch: The fencing token; grows with each owner. Also the number of the delivery, from 1.
         lost: Takeovers of leases that were never released: crashes.
         failures: Ordinary Celery retries so far.
     """
 
     graph: str
     execution_id: str
+    target: str
     owner: str
     epoch: int
     lease_s: float
@@ -289,12 +295,16 @@ class Store(Protocol):
         ``request.attached``; RUNNING when the lease expired, when *owner* is the holder itself, or when the same
         task id comes with greater ``retries``. A RUNNING lease taken over counts as lost unless
         ``request.released``; at ``max_deliveries`` the run becomes QUARANTINED instead and its row is returned.
+        The holder itself gets its lease again with the same epoch; resuming FAILED starts ``failures`` from 0.
         Not taken: another live holder, an ended run, and a run of another target or job digest; the caller compares.
         """
         ...
 
     def restore(self, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]:
         """Return the run's WORKFLOW checkpoints with item '' and any others stored under *keys*, verified.
+
+        A checkpoint counts as long as its row exists: ``ttl`` of a WORKFLOW row only says when a purge may delete
+        it after the run's end, and resuming the run takes that date back.
 
         Raises:
             CorruptCheckpoint: A row fails its checksum.
@@ -328,7 +338,9 @@ class Store(Protocol):
         """Give up a claim without a result, so that another may compute."""
         ...
 
-    def extend(self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()) -> set[tuple[str, str]]:
+    def extend(
+        self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
+    ) -> set[tuple[str, str]]:
         """Extend live leases by their own ``lease_s`` from now, in one statement, and claims (key, owner, seconds).
 
         Returns:
@@ -339,7 +351,7 @@ class Store(Protocol):
     def end(self, lease: Lease, end: RunEnd) -> None:
         """Leave the run: close it or park it, and write the remaining step executions, in one statement.
 
-        Ending sets ``expires_at`` of the run's WORKFLOW checkpoints that have a ttl.
+        Repeating it with the same lease and state does nothing, so that a lost answer can be asked for again. Ending sets ``expires_at`` of the run's WORKFLOW checkpoints that have a ttl.
 
         Raises:
             LeaseLost: The run is no longer this lease's; nothing was written.
@@ -359,6 +371,13 @@ class Store(Protocol):
 
         Raises:
             SchemaMismatch: They are not.
+        """
+        ...
+
+    def twin(self) -> Store:
+        """Return a store over the same data with connections of its own (itself where there is but one).
+
+        The heartbeat uses it: it must not queue behind steps for a connection.
         """
         ...
 
