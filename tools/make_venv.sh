@@ -9,6 +9,9 @@ RECENT='import sys, venv; sys.exit(sys.version_info < (3, 11))'
 # Debian splits ensurepip off: such a Python makes environments with uv alone.
 WITH_PIP='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'
 
+# pip runs with an empty PATH, the one inside venv too: it asks compilers on PATH for their versions, and some of those
+# write to HOME when they are asked.
+
 # Run the candidates: a version manager's shim is on PATH even where its Python is not to be had.
 find_python() {
     for candidate in "$PYTHON" python3.13 python3.12 python3.11 python3.14 python3 python; do
@@ -40,7 +43,7 @@ else
     else
         python=$(find_python "$WITH_PIP")
         echo "-- making $VENV with $("$python" -V)"
-        "$python" -m venv "$VENV"
+        PATH= "$python" -m venv "$VENV"
     fi
 fi
 
@@ -48,5 +51,5 @@ if ! sh "$HERE/find_uv.sh" "$VENV" "$UV" >/dev/null; then
     echo "-- installing uv"
     # The locked uv, by its hashes.
     awk '/^uv==/ {on = 1} on {print} on && !/\\$/ {exit}' "$LOCK" > "$VENV/uv-requirement.txt"
-    "$VENV/bin/python" -m pip install --quiet --require-hashes -r "$VENV/uv-requirement.txt"
+    PATH= "$VENV/bin/python" -m pip install --quiet --no-cache-dir --require-hashes -r "$VENV/uv-requirement.txt"
 fi
