@@ -30,7 +30,7 @@ def digest(tag: bytes, *parts: bytes) -> bytes:
 
 
 def workflow_key(graph: str, execution_id: str, step: str, item: str = "") -> bytes:
-    """Name the checkpoint of *step* in one run. No input bytes: a recomputed input must not repeat an effect."""
+    """Name the checkpoint of *step* in one run. No input bytes: changed inputs must not repeat an effect."""
     return digest(b"docket.workflow.1", graph.encode(), execution_id.encode(), step.encode(), item.encode())
 
 
@@ -188,7 +188,8 @@ class RunRequest:
         lease_s: Seconds until others may take over unless the lease is extended.
         max_deliveries: Takeovers of never released leases at which the run is quarantined.
         task_name, task_id, retries: Celery's own; None and 0 in process.
-        attached: This submission met the live run before and waits for its outcome: a FAILED run is not resumed.
+        attached: This submission met the live run before and waits for its outcome: it does not resume a
+            FAILED run.
         released: The delivery before this one of the same task ended in order, so its lease is no crash.
     """
 
@@ -292,19 +293,20 @@ class Store(Protocol):
         """Take the run's lease, or return the run as it stands when it may not be taken.
 
         Taken: an unknown run; QUEUED; WAITING; FAILED when another task id (or none) submits it again unless
-        ``request.attached``; RUNNING when the lease expired, when *owner* is the holder itself, or when the same
-        task id comes with greater ``retries``. A RUNNING lease taken over counts as lost unless
-        ``request.released``; at ``max_deliveries`` the run becomes QUARANTINED instead and its row is returned.
-        The holder itself gets its lease again with the same epoch; resuming FAILED starts ``failures`` from 0.
-        Not taken: another live holder, an ended run, and a run of another target or job digest; the caller compares.
+        ``request.attached``; RUNNING when the lease expired, when *owner* is the holder itself, or when the
+        same task id comes with greater ``retries``. A RUNNING lease taken over counts as lost unless
+        ``request.released``; at ``max_deliveries`` the run becomes QUARANTINED instead and its row is
+        returned. The holder itself gets its lease again with the same epoch. Resuming FAILED starts
+        ``failures`` from 0. Not taken: another live holder, an ended run, and a run of another target or job
+        digest; the caller compares.
         """
         ...
 
     def restore(self, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]:
         """Return the run's WORKFLOW checkpoints with item '' and any others stored under *keys*, verified.
 
-        A checkpoint counts as long as its row exists: ``ttl`` of a WORKFLOW row only says when a purge may delete
-        it after the run's end, and resuming the run takes that date back.
+        A checkpoint counts as long as its row exists: ``ttl`` of a WORKFLOW row only says when a purge may
+        delete it after the run's end, and resuming the run takes that date back.
 
         Raises:
             CorruptCheckpoint: A row fails its checksum.
@@ -314,7 +316,8 @@ class Store(Protocol):
     def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:
         """Store a WORKFLOW checkpoint under the lease's fence and return the one that counts.
 
-        Whoever saved first wins: a second saver gets the first one's checkpoint back, read in a new statement.
+        Whoever saved first wins: a second saver gets the first one's checkpoint back, read in a new
+        statement.
 
         Raises:
             LeaseLost: The lease's epoch is no longer the run's, or the run is not RUNNING.
@@ -331,7 +334,11 @@ class Store(Protocol):
         ...
 
     def publish(self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None) -> Checkpoint:
-        """Store a GLOBAL checkpoint, replace an expired one, drop *owner*'s claim; return the one that counts."""
+        """Store a GLOBAL checkpoint, replace an expired one, drop *owner*'s claim.
+
+        Returns:
+            The checkpoint that counts, verified: this one, or a live one that was there before.
+        """
         ...
 
     def disclaim(self, key: bytes, owner: str) -> None:
@@ -341,7 +348,7 @@ class Store(Protocol):
     def extend(
         self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
     ) -> set[tuple[str, str]]:
-        """Extend live leases by their own ``lease_s`` from now, in one statement, and claims (key, owner, seconds).
+        """Extend leases by their own ``lease_s`` from now, and claims (key, owner, seconds), in one statement.
 
         Returns:
             (graph, execution_id) of each run still held under the given owner and epoch.
@@ -351,7 +358,8 @@ class Store(Protocol):
     def end(self, lease: Lease, end: RunEnd) -> None:
         """Leave the run: close it or park it, and write the remaining step executions, in one statement.
 
-        Repeating it with the same lease and state does nothing, so that a lost answer can be asked for again. Ending sets ``expires_at`` of the run's WORKFLOW checkpoints that have a ttl.
+        Repeating it with the same lease and state does nothing, so that a lost answer can be asked for again.
+        Ending sets ``expires_at`` of the run's WORKFLOW checkpoints that have a ttl.
 
         Raises:
             LeaseLost: The run is no longer this lease's; nothing was written.
