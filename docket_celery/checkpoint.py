@@ -348,7 +348,7 @@ class Store(Protocol):
     def extend(
         self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
     ) -> set[tuple[str, str]]:
-        """Extend leases by their own ``lease_s`` from now, and claims (key, owner, seconds), in one statement.
+        """Extend leases by their own ``lease_s`` from now, and claims (key, owner, seconds), in one go.
 
         Returns:
             (graph, execution_id) of each run still held under the given owner and epoch.
