@@ -174,11 +174,18 @@ class StepFailed(DocketError):
         """Tell whether the cause is a *kind*, also after transport, by importable name."""
         return isinstance(self.__cause__, kind) or type_path(kind) in self.cause_types
 
+    def add_others(self, lines: Sequence[str]) -> None:
+        """Mention the other steps that failed in the same run; part of the transported fields."""
+        self.others = (*self.others, *lines)
+        self.args = (*self.args[:-1], list(self.others))
+
     def describe(self) -> str:
         cause = self.cause_types[0].rpartition(".")[2] if self.cause_types else "error"
         tries = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts"
         why = "attempts used up" if self.retriable else "not retriable"
-        text = f"step {self.step!r} failed after {tries} ({why}): {cause}: {self.cause_text}"
+        return self._with_others(f"step {self.step!r} failed after {tries} ({why}): {cause}: {self.cause_text}")
+
+    def _with_others(self, text: str) -> str:
         return text if not self.others else "\n".join([text, "also failed:", *(f"  - {o}" for o in self.others)])
 
 
@@ -195,7 +202,7 @@ class StepTimedOut(StepFailed):
         self.timeout_s = timeout_s
 
     def describe(self) -> str:
-        return (
+        return self._with_others(
             f"step {self.step!r} passed timeout={self.timeout_s:g} s (attempt {self.attempts}); raise the timeout, "
             "split the step, or watch ctx.cancelled in it"
         )
@@ -214,7 +221,9 @@ class WrongResult(StepFailed):
         self.expected, self.actual = expected, actual
 
     def describe(self) -> str:
-        return f"step {self.step!r} returned {self.actual}, but declares {self.expected}; return a {self.expected}"
+        return self._with_others(
+            f"step {self.step!r} returned {self.actual}, but declares {self.expected}; return a {self.expected}"
+        )
 
 
 class RunCancelled(DocketError):

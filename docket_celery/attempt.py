@@ -1,0 +1,489 @@
+"""One step of one delivery: restore, call, classify, save, report."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from google.protobuf.message import Message
+
+from docket_celery.checkpoint import (
+    Checkpoint,
+    StepExecution,
+    Store,
+    global_key,
+    idempotency_key,
+    input_digest,
+    workflow_key,
+)
+from docket_celery.context import Cancellation, StepContext, bind_context
+from docket_celery.errors import (
+    AbortError,
+    DocketError,
+    GraphChanged,
+    LeaseLost,
+    StepFailed,
+    StepTimedOut,
+    StoreUnavailable,
+    WrongResult,
+)
+from docket_celery.events import Event, EventKind, Listener, emit
+from docket_celery.heartbeat import HeldLease, process_heartbeat
+from docket_celery.messages import from_bytes, to_bytes, to_view, type_name
+from docket_celery.plan import PlannedStep
+from docket_celery.policy import Scope
+from docket_celery.runtime import Runtime, Worker
+from docket_celery.step import Step
+
+_logger = logging.getLogger("docket_celery.attempt")
+_SAVE_TRIES = 5
+_SAVE_DELAY_S = 0.2
+_POLL_FIRST_S, _POLL_MOST_S = 0.05, 1.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Delivery:
+    """What all steps of one pick-up of a run share.
+
+    Attributes:
+        number: From 1.
+        values: The caller's ``context=``.
+        base: The caller's contextvars; each call gets a copy.
+        held: The run's lease; None when nothing is persisted.
+        passthrough: Exceptions that stop the run and reach the caller as they are.
+        scopes: Context managers entered around each call of a step, on its thread.
+        rows: Step executions that no save has carried yet.
+    """
+
+    graph: str
+    execution_id: str
+    runtime: Runtime
+    cancellation: Cancellation
+    base: contextvars.Context
+    number: int = 1
+    values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    store: Store | None = None
+    held: HeldLease | None = None
+    lease_s: float = 30.0
+    owner: str = ""
+    listeners: Sequence[Listener] = ()
+    passthrough: tuple[type[BaseException], ...] = ()
+    scopes: Sequence[Callable[[], AbstractContextManager[Any]]] = ()
+    worker: str = ""
+    task_id: str | None = None
+    rows: list[StepExecution] = field(default_factory=list[StepExecution])
+
+    def tell(self, kind: EventKind, step: str = "", attempt: int = 0, **facts: Any) -> None:
+        """Tell the listeners."""
+        if self.listeners:
+            event = Event(
+                kind=kind,
+                graph=self.graph,
+                execution_id=self.execution_id,
+                step=step,
+                attempt=attempt,
+                delivery=self.number,
+                at=time.monotonic(),
+                **facts,
+            )
+            emit(self.listeners, event)
+
+
+class Steps(Protocol):
+    """What a step call needs of the execution it belongs to."""
+
+    lock: threading.Lock
+    closed: bool
+    failing: bool
+
+    def inputs_of(self, planned: PlannedStep) -> list[Message]: ...
+    def complete(self, call: StepCall, value: Message) -> None: ...
+    def fail(self, call: StepCall, error: StepFailed) -> None: ...
+    def withdraw(self, call: StepCall) -> None: ...
+    def abort(self, error: BaseException) -> None: ...
+    def pause(self, call: StepCall, delay_s: float, error: StepFailed) -> None: ...
+    def carry_on(self, work: Callable[[], None], call: StepCall | None = None) -> None: ...
+
+
+class StepCall:
+    """A step on its way to a value, through restores, attempts, waits and the save. Never waits on a thread.
+
+    The number of the attempt in progress is a gate: who closes it first (the return or the timeout) decides, and
+    everything later is discarded.
+    """
+
+    __slots__ = (
+        "_alarm",
+        "_attempt_no",
+        "_began",
+        "_claimed",
+        "_delivery",
+        "_future",
+        "_open",
+        "_steps",
+        "_started_at",
+        "_values",
+        "planned",
+        "worker",
+    )
+
+    def __init__(self, planned: PlannedStep, steps: Steps, delivery: Delivery) -> None:
+        self.planned, self._steps, self._delivery = planned, steps, delivery
+        self._attempt_no = 0
+        self._open = 0
+        self._alarm: Any = None
+        self._future: Future[Any] | None = None
+        self._claimed: bytes | None = None
+        self._values: list[Message] = []
+        self._began = 0.0
+        self._started_at: datetime | None = None
+        self.worker: Worker | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether user code of this step runs now."""
+        return self._open > 0
+
+    def start(self) -> None:
+        """Begin the step on this thread; it ends by `complete`, `fail`, `withdraw` or `abort` of its execution."""
+        self._values = self._steps.inputs_of(self.planned)
+        self._began = time.monotonic()
+        if self._delivery.store is not None:
+            self._started_at = datetime.now(UTC)
+        if self.planned.step.persist is Scope.GLOBAL:
+            self._look_up(_POLL_FIRST_S)
+        else:
+            self.attempt()
+
+    def attempt(self) -> None:
+        """Call the user's code once."""
+        step, delivery = self.planned.step, self._delivery
+        if delivery.held is not None and not delivery.held.trusted():
+            lease = delivery.held.lease
+            self._steps.abort(LeaseLost(lease.graph, lease.execution_id, lease.epoch))
+            return
+        self._attempt_no += 1
+        number = self._attempt_no
+        context = self._context(number)
+        with self._steps.lock:
+            if self._steps.closed:
+                return
+            self._open = number
+            thread = threading.current_thread()
+            self.worker = thread if isinstance(thread, Worker) and not step.is_async else None
+        if step.timeout_s is not None:
+            ring = functools.partial(self._ring, number, context.cancelled)
+            self._alarm = delivery.runtime.timer.after(step.timeout_s, ring)
+        delivery.tell(EventKind.STEP_STARTED, step.name, number)
+        if step.is_async:
+            self._spawn(number, context)
+            return
+        try:
+            value = delivery.base.copy().run(self._invoke, context)
+        except BaseException as error:
+            self._returned(number, None, error)
+        else:
+            self._returned(number, value, None)
+
+    def cancel_future(self) -> None:
+        """Cancel an ``async def`` step for good."""
+        if self._future is not None:
+            self._future.cancel()
+
+    # --- calling -----------------------------------------------------------------------------------------------
+
+    def _context(self, attempt: int) -> StepContext:
+        step, delivery = self.planned.step, self._delivery
+        timed = step.timeout_s is not None
+        return StepContext(
+            graph=delivery.graph,
+            execution_id=delivery.execution_id,
+            step=step.name,
+            make_key=functools.partial(idempotency_key, delivery.graph, delivery.execution_id, step.identity),
+            attempt=attempt,
+            delivery=delivery.number,
+            values=delivery.values,
+            deadline=time.monotonic() + step.timeout_s if step.timeout_s is not None else None,
+            cancelled=Cancellation(delivery.cancellation) if timed else delivery.cancellation,
+        )
+
+    def _invoke(self, context: StepContext) -> Any:
+        bind_context(context)
+        if not self._delivery.scopes:
+            return self.planned.step.invoke(self._values, context)
+        with contextlib.ExitStack() as stack:
+            for scope in self._delivery.scopes:
+                stack.enter_context(scope())
+            return self.planned.step.invoke(self._values, context)
+
+    def _spawn(self, number: int, context: StepContext) -> None:
+        # The coroutine's task copies the contextvars in force where it is made, so it is made inside the copy.
+        submit = self._delivery.runtime.loop.submit
+        try:
+            self._future = self._delivery.base.copy().run(lambda: submit(self._await(context)))
+        except BaseException as error:
+            self._returned(number, None, error)
+            return
+
+        def finished(future: Future[Any]) -> None:
+            if not future.cancelled():
+                error = future.exception()
+                value = None if error is not None else future.result()
+                self._steps.carry_on(lambda: self._returned(number, value, error), self)
+
+        self._future.add_done_callback(finished)
+
+    async def _await(self, context: StepContext) -> Any:
+        bind_context(context)
+        return await self.planned.step.invoke(self._values, context)
+
+    def _close(self, number: int) -> bool:
+        with self._steps.lock:
+            if self._open != number or self._steps.closed:
+                return False
+            self._open = 0
+            self.worker = None
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        return True
+
+    def _ring(self, number: int, cancelled: Cancellation) -> None:
+        """End an attempt at its deadline; runs on the timer's thread, so it hands the rest to the pool."""
+        step, worker = self.planned.step, self.worker
+        if not self._close(number):
+            return
+        error = StepTimedOut(step.name, number, step.timeout_s or 0.0)
+        cancelled.cancel(error)
+        self.cancel_future()
+        if worker is not None:
+            self._delivery.runtime.pool.abandon(worker, step.name)
+            self._delivery.tell(EventKind.STEP_ABANDONED, step.name, number, detail=error.describe())
+            _logger.warning("run %r: %s; its thread goes on until the step returns", self._delivery.execution_id, error)
+        self._steps.carry_on(lambda: self._errored(error), self)
+
+    def _returned(self, number: int, value: Any, error: BaseException | None) -> None:
+        step = self.planned.step
+        if not self._close(number):
+            self._delivery.tell(EventKind.STEP_LATE, step.name, number, elapsed_s=time.monotonic() - self._began)
+            return
+        if error is None and type(value) is not step.output.kind:
+            actual = "None" if value is None else type(value).__name__
+            error = WrongResult(step.name, number, type_name(step.output.kind), actual)
+        if error is None:
+            self._succeeded(value)
+        else:
+            self._errored(error)
+
+    # --- judging -----------------------------------------------------------------------------------------------
+
+    def _errored(self, error: BaseException) -> None:
+        step, number = self.planned.step, self._attempt_no
+        if not isinstance(error, Exception) or isinstance(error, (AbortError, *self._delivery.passthrough)):
+            self._drop_claim()
+            self._steps.abort(error)
+            return
+        retriable, error = classify(step, error)
+        failure = _failure(step, number, retriable, error)
+        if retriable and number < step.max_attempts and step.options.retry is not None:
+            delay_s = step.options.retry.backoff.delay_s(number)
+            self._delivery.tell(EventKind.STEP_RETRYING, step.name, number, detail=f"again in {delay_s:.3g} s: {failure}")
+            self._steps.pause(self, delay_s, failure)
+        else:
+            self.give_up(failure)
+
+    def give_up(self, failure: StepFailed) -> None:
+        """End the step with *failure*."""
+        self._drop_claim()
+        status = "TIMED_OUT" if isinstance(failure, StepTimedOut) else "FAILED"
+        self._report(status, attempts=self._attempt_no, error=failure)
+        self._delivery.tell(EventKind.STEP_FAILED, self.planned.step.name, self._attempt_no, detail=str(failure))
+        self._steps.fail(self, failure)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------
+
+    def _look_up(self, poll_s: float) -> None:
+        """Restore a GLOBAL checkpoint, or claim the right to compute it, or look again later."""
+        delivery, step = self._delivery, self.planned.step
+        if self._steps.failing:
+            self._steps.withdraw(self)
+            return
+        assert delivery.store is not None
+        key = _checkpoint_key(step, delivery, self._values)
+        found = delivery.store.lookup(key, delivery.owner, delivery.lease_s)
+        if isinstance(found, Checkpoint):
+            self.restored(found)
+        elif found:
+            self._claimed = key
+            process_heartbeat(delivery.store).watch_claim(key, delivery.owner, delivery.lease_s)
+            self.attempt()
+        else:
+            again = functools.partial(self._look_up, min(poll_s * 2, _POLL_MOST_S))
+            delivery.runtime.timer.after(poll_s, lambda: self._steps.carry_on(again, self))
+
+    def restored(self, checkpoint: Checkpoint) -> None:
+        """Complete the step with a stored value."""
+        value = read_value(self.planned.step, checkpoint, self._delivery)
+        self.report_restored()
+        self._steps.complete(self, value)
+
+    def report_restored(self) -> None:
+        """Record that a stored value was used."""
+        if self._started_at is None:
+            self._started_at, self._began = datetime.now(UTC), time.monotonic()
+        self._report("SUCCEEDED", attempts=0, cached=True)
+        self._delivery.tell(EventKind.STEP_RESTORED, self.planned.step.name)
+
+    def _succeeded(self, value: Message) -> None:
+        if self.planned.step.persist is None:
+            self._report("SUCCEEDED", attempts=self._attempt_no)
+            self._done(value)
+        else:
+            row = self._row("SUCCEEDED", attempts=self._attempt_no)
+            self._save(value, self._checkpoint(value), row, tries=1)
+
+    def _save(self, value: Message, checkpoint: Checkpoint, row: StepExecution, tries: int) -> None:
+        """Store the checkpoint; the first saver wins. Save before telling: listeners may read the row."""
+        delivery = self._delivery
+        assert delivery.store is not None and delivery.held is not None
+        try:
+            if checkpoint.execution_id is None:
+                winner = delivery.store.publish(checkpoint, delivery.owner, row)
+            else:
+                winner = delivery.store.save(delivery.held.lease, checkpoint, row)
+        except StoreUnavailable as error:
+            if tries >= _SAVE_TRIES or not delivery.held.trusted():
+                raise
+            _logger.warning("run %r: saving %s, try %d: %s", delivery.execution_id, row.step_name, tries, error)
+            again = functools.partial(self._save, value, checkpoint, row, tries + 1)
+            delivery.runtime.timer.after(_SAVE_DELAY_S * 2**tries, lambda: self._steps.carry_on(again, self))
+            return
+        self._release_claim()
+        if winner is not checkpoint and winner.output_data != checkpoint.output_data:
+            value = read_value(self.planned.step, winner, delivery)
+        self._done(value)
+
+    def _done(self, value: Message) -> None:
+        elapsed = time.monotonic() - self._began
+        self._delivery.tell(EventKind.STEP_SUCCEEDED, self.planned.step.name, self._attempt_no, elapsed_s=elapsed)
+        self._steps.complete(self, value)
+
+    def _checkpoint(self, value: Message) -> Checkpoint:
+        step, delivery = self.planned.step, self._delivery
+        shared = step.persist is Scope.GLOBAL
+        return Checkpoint(
+            key=_checkpoint_key(step, delivery, self._values),
+            graph=delivery.graph,
+            execution_id=None if shared else delivery.execution_id,
+            step_name=step.name,
+            step_version=step.options.version,
+            input_hash=hash_inputs(self._values),
+            output_type=type_name(value),
+            output_data=to_bytes(value),
+            output_json=to_view(value),
+            ttl_s=step.ttl_s,
+        )
+
+    def _release_claim(self) -> None:
+        if self._claimed is not None and self._delivery.store is not None:
+            process_heartbeat(self._delivery.store).unwatch_claim(self._claimed)
+            self._claimed = None
+
+    def _drop_claim(self) -> None:
+        key, store = self._claimed, self._delivery.store
+        self._release_claim()
+        if key is not None and store is not None:
+            try:
+                store.disclaim(key, self._delivery.owner)
+            except DocketError as error:
+                _logger.warning("a claim stays until it expires: %s", error)
+
+    # --- reporting ---------------------------------------------------------------------------------------------
+
+    def _report(self, status: str, *, attempts: int, cached: bool = False, error: StepFailed | None = None) -> None:
+        if self._delivery.store is not None:
+            self._delivery.rows.append(self._row(status, attempts=attempts, cached=cached, error=error))
+
+    def _row(
+        self, status: str, *, attempts: int, cached: bool = False, error: StepFailed | None = None
+    ) -> StepExecution:
+        delivery = self._delivery
+        return StepExecution(
+            graph=delivery.graph,
+            execution_id=delivery.execution_id,
+            step_name=self.planned.step.name,
+            delivery=delivery.number,
+            attempts=attempts,
+            cached=cached,
+            status=status,
+            started_at=self._started_at or datetime.now(UTC),
+            duration_ms=(time.monotonic() - self._began) * 1000,
+            error_code=None if error is None else error.code,
+            error_message=None if error is None else str(error)[:2000],
+            worker=delivery.worker,
+            task_id=delivery.task_id,
+        )
+
+
+def hash_inputs(values: Sequence[Message]) -> str:
+    """Return `input_digest` of a step's input values."""
+    return input_digest((type_name(value), to_bytes(value)) for value in values)
+
+
+def read_value(step: Step, checkpoint: Checkpoint, delivery: Delivery) -> Message:
+    """Return the stored output of *step*.
+
+    Raises:
+        GraphChanged: It is of another type than the step returns now.
+        DecodeFailed: The bytes cannot be read.
+    """
+    expected = type_name(step.output.kind)
+    if checkpoint.output_type != expected:
+        change = f"{step.name} (returned {checkpoint.output_type}, now {expected})"
+        raise GraphChanged(delivery.graph, delivery.execution_id, [change])
+    return from_bytes(step.output.kind, checkpoint.output_data)
+
+
+def classify(step: Step, error: Exception) -> tuple[bool, Exception]:
+    """Tell whether another attempt may cure *error*, and which error to report.
+
+    A ``retriable`` predicate that raises is itself the failure: it is reported and nothing is retried.
+    """
+    if isinstance(error, WrongResult):
+        return False, error
+    if step.retriable is not None and not isinstance(error, StepTimedOut):
+        try:
+            return bool(step.retriable(error)), error
+        except Exception as broken:
+            broken.add_note(f"raised by retriable= of step {step.name!r} while judging {brief_error(error)}")
+            return False, broken
+    return isinstance(error, (StepTimedOut, StoreUnavailable)) or not isinstance(error, DocketError), error
+
+
+def brief_error(error: BaseException) -> str:
+    """Return the type and the first 200 characters of *error*."""
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def _failure(step: Step, attempts: int, retriable: bool, error: Exception) -> StepFailed:
+    if isinstance(error, (StepTimedOut, WrongResult)) and error.step == step.name:
+        return error
+    return StepFailed.from_cause(step.name, attempts, retriable, error)
+
+
+def _checkpoint_key(step: Step, delivery: Delivery, values: Sequence[Message]) -> bytes:
+    if step.persist is Scope.WORKFLOW:
+        return workflow_key(delivery.graph, delivery.execution_id, step.identity)
+    hashed = values if step.options.key is None else [step.options.key(*values)]
+    inputs = [(type_name(value), to_bytes(value)) for value in hashed]
+    return global_key(delivery.graph, step.name, step.options.version, inputs)

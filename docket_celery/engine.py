@@ -1,0 +1,297 @@
+"""Runs one plan: who is ready, who takes it, and how it ends.
+
+Every ready step may run at once. Ready steps lie in one list; each hand-over to the pool is only a hint that there
+is something to take, and whoever finishes a step takes the next one itself, so a chain costs no hop and a thread
+that wakes too late finds nothing to do. Nothing here waits on the pool.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from google.protobuf.message import Message
+
+from docket_celery.attempt import Delivery, StepCall, hash_inputs, read_value
+from docket_celery.checkpoint import Checkpoint
+from docket_celery.errors import DocketError, InputsChanged, StepFailed
+from docket_celery.events import EventKind
+from docket_celery.plan import Plan, PlannedStep
+from docket_celery.runtime import Alarm, Worker
+
+_logger = logging.getLogger("docket_celery.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an execution ended: a value, or an error."""
+
+    value: Message | None = None
+    error: BaseException | None = None
+
+
+class Execution:
+    """One plan being resolved for one delivery.
+
+    Args:
+        plan: What to do.
+        inputs: The given values, in the order of ``plan.given``.
+        delivery: What the steps share.
+        on_end: Called once with the outcome, on whichever thread ended it.
+        checkpoints: Stored outputs by plan index; these steps do not run, nor do those that only they need.
+        max_concurrency: Most steps at once; None: as many as there are threads.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        inputs: Sequence[Message],
+        delivery: Delivery,
+        on_end: Callable[[Outcome], None],
+        *,
+        checkpoints: Mapping[int, Checkpoint] | None = None,
+        max_concurrency: int | None = None,
+    ) -> None:
+        self.lock = threading.Lock()
+        self.closed = False
+        self.failing = False
+        self._plan, self._delivery, self._on_end = plan, delivery, on_end
+        self._checkpoints = checkpoints or {}
+        self._limit = max_concurrency if max_concurrency is not None else len(plan.steps) + 1
+        self._values: list[Message | None] = [*inputs, *([None] * len(plan.steps))]
+        self._pending: list[int] = []
+        self._ready: deque[PlannedStep] = deque()
+        self._calls: set[StepCall] = set()
+        self._parked: dict[StepCall, tuple[Alarm, StepFailed]] = {}
+        self._failures: list[StepFailed] = []
+
+    # --- from outside ------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Find what is needed, from the target down, and make the first steps ready.
+
+        Raises:
+            InputsChanged: A checkpoint was made from other inputs and its step asks for an error then.
+            GraphChanged: A checkpoint is of a type which its step no longer returns.
+        """
+        needed = self._resolve()
+        if needed is None:
+            self._pending = list(self._plan.pending)
+            needed = set(range(len(self._plan.steps)))
+        self._ready.extend(p for p in self._plan.steps if p.index in needed and not self._pending[p.index])
+        if not needed:
+            self._end(Outcome(value=self._values[self._plan.target_slot]))
+
+    def dispatch(self) -> None:
+        """Hand all ready steps to the pool."""
+        for _ in range(min(len(self._ready), self._limit)):
+            self._delivery.runtime.pool.submit(self._work)
+
+    def help(self) -> None:
+        """Run what the calling thread may run: synchronous steps that neither persist nor have a deadline.
+
+        The rest goes to the pool, also what other threads could start meanwhile.
+        """
+        for _ in range(min(len(self._ready), self._limit) - 1):
+            self._delivery.runtime.pool.submit(self._work)
+        while (call := self._take(_may_help)) is not None:
+            self._guard(call, call.start)
+        self.dispatch()
+
+    def abort(self, error: BaseException) -> None:
+        """End at once with *error*: nothing new starts, contexts are cancelled, late results are discarded."""
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+            self._ready.clear()
+            parked, self._parked = self._parked, {}
+            in_flight = [(call, call.worker) for call in self._calls if call.in_flight]
+        self._delivery.cancellation.cancel(error)
+        for alarm, _ in parked.values():
+            alarm.cancel()
+        for call, worker in in_flight:
+            call.cancel_future()
+            if worker is not None and worker is not threading.current_thread():
+                self._delivery.runtime.pool.abandon(worker, call.planned.step.name)
+        self._on_end(Outcome(error=error))
+
+    # --- what step calls use -----------------------------------------------------------------------------------
+
+    def inputs_of(self, planned: PlannedStep) -> list[Message]:
+        """Return the values of a step's inputs."""
+        return [value for slot in planned.sources if (value := self._values[slot]) is not None]
+
+    def complete(self, call: StepCall, value: Message) -> None:
+        """Take a step's value and make ready whoever waited for it."""
+        fresh = 0
+        with self.lock:
+            self._calls.discard(call)
+            if self.closed:
+                return
+            self._values[call.planned.slot] = value
+            if not self.failing:
+                for index in call.planned.consumers:
+                    self._pending[index] -= 1
+                    if self._pending[index] == 0:
+                        self._ready.append(self._plan.steps[index])
+                        fresh += 1
+            reached = self._values[self._plan.target_slot] is not None
+            over = reached or (self.failing and not self._calls)
+        if over:
+            self._end(self._outcome())
+            return
+        # This thread takes one of the fresh steps itself.
+        for _ in range(fresh - 1):
+            self._delivery.runtime.pool.submit(self._work)
+
+    def fail(self, call: StepCall, error: StepFailed) -> None:
+        """Take a step's failure: nothing new starts, what is running finishes and is saved."""
+        with self.lock:
+            self._calls.discard(call)
+            if self.closed:
+                return
+            self._failures.append(error)
+            self.failing = True
+            self._ready.clear()
+            parked, self._parked = self._parked, {}
+            over = not self._calls
+        for waiting, (alarm, last) in parked.items():
+            if alarm.cancel():
+                waiting.give_up(last)
+        if over:
+            self._end(self._outcome())
+
+    def withdraw(self, call: StepCall) -> None:
+        """Take back a step that has not begun because another one failed."""
+        with self.lock:
+            self._calls.discard(call)
+            over = not self.closed and self.failing and not self._calls
+        if over:
+            self._end(self._outcome())
+
+    def pause(self, call: StepCall, delay_s: float, error: StepFailed) -> None:
+        """Attempt *call* again after *delay_s* seconds, unless the run is failing: then *error* stands."""
+        with self.lock:
+            if self.closed:
+                return
+            failing = self.failing
+            if not failing:
+                alarm = self._delivery.runtime.timer.after(delay_s, lambda: self._resume(call))
+                self._parked[call] = (alarm, error)
+        if failing:
+            call.give_up(error)
+
+    def carry_on(self, work: Callable[[], None], call: StepCall | None = None) -> None:
+        """Go on with a step on the pool, then with what it made ready."""
+
+        def go_on() -> None:
+            self._guard(call, work)
+            self._work()
+
+        self._delivery.runtime.pool.submit(go_on)
+
+    # --- inside ------------------------------------------------------------------------------------------------
+
+    def _resume(self, call: StepCall) -> None:
+        with self.lock:
+            if self._parked.pop(call, None) is None:
+                return
+        self.carry_on(call.attempt, call)
+
+    def _work(self) -> None:
+        while not _given_up() and (call := self._take(None)) is not None:
+            self._guard(call, call.start)
+
+    def _take(self, may: Callable[[PlannedStep], bool] | None) -> StepCall | None:
+        with self.lock:
+            if self.closed or self.failing or len(self._calls) >= self._limit:
+                return None
+            for index, planned in enumerate(self._ready):
+                if may is None or may(planned):
+                    del self._ready[index]
+                    call = StepCall(planned, self, self._delivery)
+                    self._calls.add(call)
+                    return call
+        return None
+
+    def _guard(self, call: StepCall | None, work: Callable[[], None]) -> None:
+        """Do *work* so that nothing it raises can leave the run hanging."""
+        try:
+            work()
+        except DocketError as error:
+            self.abort(error)
+        except Exception as error:
+            name = call.planned.step.name if call is not None else "?"
+            _logger.debug("step %r failed outside its own code", name, exc_info=True)
+            self.abort(StepFailed.from_cause(name, 0, False, error))
+        except BaseException as error:
+            self.abort(error)
+
+    def _resolve(self) -> set[int] | None:
+        """Fill in stored values; return the steps still to run, or None for all of them."""
+        if not self._checkpoints:
+            return None
+        first = len(self._plan.given)
+        needed: set[int] = set()
+        used: list[int] = []
+        todo = [self._plan.target_slot - first] if self._plan.target_slot >= first else []
+        while todo:
+            index = todo.pop()
+            if index in needed or self._values[first + index] is not None:
+                continue
+            planned = self._plan.steps[index]
+            checkpoint = self._checkpoints.get(index)
+            if checkpoint is not None:
+                self._values[planned.slot] = read_value(planned.step, checkpoint, self._delivery)
+                used.append(index)
+                continue
+            needed.add(index)
+            todo += [slot - first for slot in planned.sources if slot >= first]
+        self._check_inputs(used)
+        self._pending = [0] * len(self._plan.steps)
+        for index in needed:
+            sources = {slot for slot in self._plan.steps[index].sources if slot >= first}
+            self._pending[index] = sum(slot - first in needed for slot in sources)
+        return needed
+
+    def _check_inputs(self, used: Sequence[int]) -> None:
+        """Compare what restored steps were made from with what is at hand."""
+        for index in used:
+            planned = self._plan.steps[index]
+            values = self.inputs_of(planned)
+            at_hand = len(values) == len(planned.sources)
+            if at_hand and hash_inputs(values) != self._checkpoints[index].input_hash:
+                if planned.step.options.on_input_change == "error":
+                    raise InputsChanged(self._delivery.execution_id, planned.step.name)
+                self._delivery.tell(EventKind.INPUTS_CHANGED, planned.step.name, detail="checkpoint reused")
+            StepCall(planned, self, self._delivery).report_restored()
+
+    def _outcome(self) -> Outcome:
+        value = self._values[self._plan.target_slot]
+        if value is not None:
+            return Outcome(value=value)
+        first, *others = self._failures
+        if others:
+            first.add_others([str(other) for other in others])
+        return Outcome(error=first)
+
+    def _end(self, outcome: Outcome) -> None:
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+        self._on_end(outcome)
+
+
+def _given_up() -> bool:
+    thread = threading.current_thread()
+    return isinstance(thread, Worker) and thread.given_up
+
+
+def _may_help(planned: PlannedStep) -> bool:
+    step = planned.step
+    return not step.is_async and step.persist is None and step.timeout_s is None

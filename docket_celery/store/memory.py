@@ -1,0 +1,295 @@
+"""A store in this process's memory: for tests, notebooks and eager runs. It keeps the SQL stores' rules."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from docket_celery.checkpoint import (
+    Checkpoint,
+    Lease,
+    RunEnd,
+    RunRequest,
+    RunRow,
+    RunState,
+    StepExecution,
+)
+from docket_celery.errors import LeaseLost
+from docket_celery.store.rows import check_owner, clean_checkpoint, dump_json, may_take, result_checksum
+
+_SCHEMA_VERSION = 1
+
+
+@dataclass(slots=True)
+class _Stored:
+    checkpoint: Checkpoint
+    checksum: bytes
+    expires_at: float | None
+
+    def read(self) -> Checkpoint:
+        return self.checkpoint.verify(self.checksum)
+
+
+@dataclass(slots=True)
+class _Run:
+    """A row of ``docket_runs``; times in seconds of the store's clock."""
+
+    request: RunRequest
+    created_at: float
+    state: RunState = RunState.QUEUED
+    epoch: int = 0
+    owner: str | None = None
+    lease_until: float | None = None
+    lost: int = 0
+    failures: int = 0
+    wake_at: float | None = None
+    error: str | None = None
+    result: bytes | None = None
+    result_checksum: bytes | None = None
+    expires_at: float | None = None
+
+    def row(self, now: float) -> RunRow:
+        """Return the run as others see it."""
+        return RunRow(
+            graph=self.request.graph,
+            execution_id=self.request.execution_id,
+            target=self.request.target,
+            job_digest=self.request.job_digest,
+            state=self.state,
+            epoch=self.epoch,
+            lost=self.lost,
+            failures=self.failures,
+            retries=self.request.retries,
+            task_name=self.request.task_name,
+            task_id=self.request.task_id,
+            result=self.result,
+            error=None if self.error is None else json.loads(self.error),
+            lease_left_s=None if self.lease_until is None else self.lease_until - now,
+        )
+
+
+class MemoryStore:
+    """Keeps checkpoints and runs in memory, for one process and as long as it lives.
+
+    Args:
+        clock: Seconds since any fixed moment; tests pass their own.
+    """
+
+    persistent = False
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._cache: dict[bytes, _Stored] = {}
+        self._runs: dict[tuple[str, str], _Run] = {}
+        self._claims: dict[bytes, tuple[str, float]] = {}
+        self._executions: list[StepExecution] = []
+
+    def acquire(self, request: RunRequest) -> Lease | RunRow:
+        """See `Store.acquire`."""
+        with self._lock:
+            now = self._clock()
+            run = self._runs.get((request.graph, request.execution_id))
+            if run is None:
+                run = _Run(request, created_at=now)
+                self._runs[request.graph, request.execution_id] = run
+            elif not self._may_take(run, request, now):
+                return run.row(now)
+            if run.state is RunState.RUNNING and run.owner != request.owner and not request.released:
+                run.lost += 1
+                if run.lost >= request.max_deliveries:
+                    run.state, run.lease_until = RunState.QUARANTINED, None
+                    return run.row(now)
+            return self._take(run, request, now)
+
+    def restore(self, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]:
+        """See `Store.restore`."""
+        wanted = frozenset(keys)
+        with self._lock:
+            found = [
+                stored
+                for key, stored in self._cache.items()
+                if key in wanted
+                or (
+                    stored.checkpoint.item == ""
+                    and stored.checkpoint.graph == lease.graph
+                    and stored.checkpoint.execution_id == lease.execution_id
+                )
+            ]
+            checkpoints = [check_owner(stored.read(), lease.graph, lease.execution_id) for stored in found]
+            if self._held(lease) is not None:
+                self._date_checkpoints(lease, None)
+        return checkpoints
+
+    def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:
+        """See `Store.save`."""
+        with self._lock:
+            if self._held(lease) is None:
+                raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+            stored = self._cache.get(checkpoint.key)
+            if stored is not None:
+                return check_owner(stored.read(), lease.graph, lease.execution_id)
+            return self._store(clean_checkpoint(checkpoint), None, execution)
+
+    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+        """See `Store.lookup`."""
+        with self._lock:
+            now = self._clock()
+            stored = self._live(key, now)
+            if stored is not None:
+                return check_owner(stored.read(), "", None)
+            holder, until = self._claims.get(key, (owner, now))
+            if holder != owner and until > now:
+                return False
+            self._claims[key] = (owner, now + lease_s)
+            return True
+
+    def publish(self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None) -> Checkpoint:
+        """See `Store.publish`."""
+        with self._lock:
+            now = self._clock()
+            self._drop_claim(checkpoint.key, owner)
+            stored = self._live(checkpoint.key, now)
+            if stored is not None:
+                if execution is not None and execution not in self._executions:
+                    self._executions.append(execution)
+                return check_owner(stored.read(), "", None)
+            expires_at = None if checkpoint.ttl_s is None else now + checkpoint.ttl_s
+            return self._store(clean_checkpoint(checkpoint), expires_at, execution)
+
+    def disclaim(self, key: bytes, owner: str) -> None:
+        """See `Store.disclaim`."""
+        with self._lock:
+            self._drop_claim(key, owner)
+
+    def extend(
+        self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
+    ) -> set[tuple[str, str]]:
+        """See `Store.extend`."""
+        held: set[tuple[str, str]] = set()
+        with self._lock:
+            now = self._clock()
+            for lease in leases:
+                run = self._held(lease)
+                if run is not None:
+                    run.lease_until = now + lease.lease_s
+                    held.add((lease.graph, lease.execution_id))
+            for key, owner, lease_s in claims:
+                if key in self._claims and self._claims[key][0] == owner:
+                    self._claims[key] = (owner, now + lease_s)
+        return held
+
+    def end(self, lease: Lease, end: RunEnd) -> None:
+        """See `Store.end`."""
+        with self._lock:
+            now = self._clock()
+            run = self._held(lease)
+            if run is None:
+                if not self._ended_by(lease, end):
+                    raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+                return
+            run.state, run.lease_until = end.state, None
+            run.error = None if end.error is None else dump_json(end.error)
+            run.result, run.result_checksum = end.result, None
+            if end.result is not None:
+                run.result_checksum = result_checksum(
+                    lease.graph, lease.execution_id, lease.target, end.result
+                )
+            run.failures += end.failed_once
+            run.wake_at = None if end.wake_in_s is None else now + end.wake_in_s
+            self._executions.extend(end.executions)
+            if end.state.ended:
+                run.expires_at = None if end.retention_s is None else now + end.retention_s
+                self._date_checkpoints(lease, now)
+
+    def find_run(self, graph: str, execution_id: str) -> RunRow | None:
+        """See `Store.find_run`."""
+        with self._lock:
+            run = self._runs.get((graph, execution_id))
+            return None if run is None else run.row(self._clock())
+
+    def migrate(self) -> int:
+        """Return the version of the rules; there are no tables."""
+        return _SCHEMA_VERSION
+
+    def check_schema(self) -> None:
+        """Do nothing: memory is always of this release's version."""
+
+    def close(self) -> None:
+        """Do nothing: there are no connections, and what is stored stays."""
+
+    @property
+    def executions(self) -> list[StepExecution]:
+        """All step executions written so far, oldest first."""
+        with self._lock:
+            return list(self._executions)
+
+    def _may_take(self, run: _Run, request: RunRequest, now: float) -> bool:
+        return may_take(
+            request,
+            target=run.request.target,
+            job_digest=run.request.job_digest,
+            state=run.state,
+            owner=run.owner,
+            task_id=run.request.task_id,
+            retries=run.request.retries,
+            expired=run.lease_until is not None and run.lease_until <= now,
+        )
+
+    def _take(self, run: _Run, request: RunRequest, now: float) -> Lease:
+        if run.state is RunState.FAILED:
+            run.failures = 0
+        if not (run.state is RunState.RUNNING and run.owner == request.owner):
+            run.epoch += 1
+        run.request, run.state, run.owner = request, RunState.RUNNING, request.owner
+        run.lease_until = now + request.lease_s
+        run.error = run.result = run.result_checksum = run.wake_at = run.expires_at = None
+        return Lease(
+            graph=request.graph,
+            execution_id=request.execution_id,
+            target=request.target,
+            owner=request.owner,
+            epoch=run.epoch,
+            lease_s=request.lease_s,
+            lost=run.lost,
+            failures=run.failures,
+        )
+
+    def _held(self, lease: Lease) -> _Run | None:
+        run = self._runs.get((lease.graph, lease.execution_id))
+        if run is None or run.state is not RunState.RUNNING:
+            return None
+        return run if (run.owner, run.epoch) == (lease.owner, lease.epoch) else None
+
+    def _ended_by(self, lease: Lease, end: RunEnd) -> bool:
+        run = self._runs.get((lease.graph, lease.execution_id))
+        return run is not None and (run.owner, run.epoch, run.state) == (lease.owner, lease.epoch, end.state)
+
+    def _live(self, key: bytes, now: float) -> _Stored | None:
+        stored = self._cache.get(key)
+        if stored is None or (stored.expires_at is not None and stored.expires_at <= now):
+            return None
+        return stored
+
+    def _store(
+        self, checkpoint: Checkpoint, expires_at: float | None, execution: StepExecution | None
+    ) -> Checkpoint:
+        self._cache[checkpoint.key] = _Stored(checkpoint, checkpoint.checksum(), expires_at)
+        if execution is not None:
+            self._executions.append(execution)
+        return replace(checkpoint, output_json=None, ttl_s=None)
+
+    def _drop_claim(self, key: bytes, owner: str) -> None:
+        if key in self._claims and self._claims[key][0] == owner:
+            del self._claims[key]
+
+    def _date_checkpoints(self, lease: Lease, ended_at: float | None) -> None:
+        for stored in self._cache.values():
+            checkpoint = stored.checkpoint
+            if checkpoint.ttl_s is None:
+                continue
+            if (checkpoint.graph, checkpoint.execution_id) == (lease.graph, lease.execution_id):
+                stored.expires_at = None if ended_at is None else ended_at + checkpoint.ttl_s

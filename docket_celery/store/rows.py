@@ -1,0 +1,196 @@
+"""What every store does alike: clean text, stamp and check checksums, and decide who may take a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from docket_celery.checkpoint import Checkpoint, Lease, RunEnd, RunRequest, RunRow, RunState, digest
+from docket_celery.errors import CorruptCheckpoint
+
+CHECKPOINT_COLUMNS = (
+    "cache_key",
+    "execution_id",
+    "graph",
+    "step_name",
+    "step_version",
+    "item",
+    "item_index",
+    "input_hash",
+    "output_type",
+    "output_data",
+    "checksum",
+)
+"""What is read back of a checkpoint; ``output_json`` is for people only."""
+
+_CHECKPOINT_TEXTS = tuple(f.name for f in fields(Checkpoint) if f.type in {"str", "str | None"})
+
+
+def clean_text(value: str) -> str:
+    """Return *value* as both databases can keep it: without U+0000, lone surrogates replaced."""
+    if value.isascii():
+        return value.replace("\0", "")
+    return value.replace("\0", "").encode("utf-8", "replace").decode()
+
+
+def clean_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """Return *checkpoint* with every text cleaned, before its checksum is taken, and without a broken view."""
+    changed: dict[str, Any] = {}
+    for name in _CHECKPOINT_TEXTS:
+        value = getattr(checkpoint, name)
+        if value is not None and clean_text(value) != value:
+            changed[name] = clean_text(value)
+    if checkpoint.output_json is not None and not _is_storable_json(checkpoint.output_json):
+        changed["output_json"] = None
+    return replace(checkpoint, **changed) if changed else checkpoint
+
+
+def _is_storable_json(view: str) -> bool:
+    """Tell whether jsonb takes *view*; a view that it refuses would fail the save of the data itself."""
+    try:
+        loaded = json.loads(view, parse_constant=_refuse_constant)
+        return "\\u0000" not in view and dump_json(loaded, exact=True) is not None
+    except (ValueError, RecursionError):
+        return False
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def dump_json(value: Any, *, exact: bool = False) -> str:
+    """Return *value* as JSON text that jsonb takes.
+
+    Args:
+        value: Made of JSON values; what is not is written as its text.
+        exact: Refuse instead of cleaning.
+
+    Raises:
+        ValueError: With *exact*, a text holds lone surrogates or a number has no JSON form.
+    """
+    cleaned = value if exact else _clean_value(value)
+    dumped = json.dumps(cleaned, ensure_ascii=False, allow_nan=False, default=str)
+    dumped.encode()
+    return dumped
+
+
+def _clean_value(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {clean_text(str(key)): _clean_value(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    if isinstance(value, list | tuple):
+        return [_clean_value(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+    return value
+
+
+def read_checkpoint(row: Mapping[str, Any]) -> Checkpoint:
+    """Return the checkpoint in *row*, verified.
+
+    Raises:
+        CorruptCheckpoint: It does not match its checksum.
+    """
+    checkpoint = Checkpoint(
+        key=bytes(row["cache_key"]),
+        graph=row["graph"],
+        execution_id=row["execution_id"],
+        step_name=row["step_name"],
+        step_version=row["step_version"],
+        item=row["item"],
+        item_index=row["item_index"],
+        input_hash=row["input_hash"],
+        output_type=row["output_type"],
+        output_data=bytes(row["output_data"]),
+    )
+    return checkpoint.verify(bytes(row["checksum"]))
+
+
+def check_owner(checkpoint: Checkpoint, graph: str, execution_id: str | None) -> Checkpoint:
+    """Return *checkpoint* if it belongs to that run (or, for GLOBAL, to none).
+
+    Raises:
+        CorruptCheckpoint: It belongs to another run, so its key cannot be right.
+    """
+    if checkpoint.execution_id != execution_id or (execution_id is not None and checkpoint.graph != graph):
+        whose = "no run" if checkpoint.execution_id is None else f"run {checkpoint.execution_id!r}"
+        problem = f"it belongs to {whose} of graph {checkpoint.graph!r}"
+        raise CorruptCheckpoint("docket_cache", f"cache_key={checkpoint.key.hex()}", problem)
+    return checkpoint
+
+
+def result_checksum(graph: str, execution_id: str, target: str, result: bytes) -> bytes:
+    """Return the checksum that is stored beside a run's result."""
+    return digest(b"docket.result.1", graph.encode(), execution_id.encode(), target.encode(), result)
+
+
+def end_checksum(lease: Lease, end: RunEnd, target: str) -> bytes | None:
+    """Return the checksum to store with *end*, or None if it carries no result."""
+    if end.result is None:
+        return None
+    return result_checksum(clean_text(lease.graph), clean_text(lease.execution_id), target, end.result)
+
+
+def read_run(row: Mapping[str, Any]) -> RunRow:
+    """Return the run in *row*, its result verified.
+
+    Raises:
+        CorruptCheckpoint: The result does not match its checksum, or a column holds what is never written.
+    """
+    name = f"graph={row['graph']!r}, execution_id={row['execution_id']!r}"
+    result = None if row["result"] is None else bytes(row["result"])
+    stored = None if row["result_checksum"] is None else bytes(row["result_checksum"])
+    expected = (
+        None
+        if result is None
+        else result_checksum(row["graph"], row["execution_id"], row["target"], result)
+    )
+    if expected != stored:
+        raise CorruptCheckpoint("docket_runs", name, "the result does not match its checksum")
+    try:
+        state = RunState(row["state"])
+        error = None if row["error"] is None else json.loads(row["error"])
+    except ValueError as problem:
+        raise CorruptCheckpoint("docket_runs", name, str(problem)) from problem
+    return RunRow(
+        graph=row["graph"],
+        execution_id=row["execution_id"],
+        target=row["target"],
+        job_digest=bytes(row["job_digest"]),
+        state=state,
+        epoch=row["epoch"],
+        lost=row["lost"],
+        failures=row["failures"],
+        retries=row["retries"],
+        task_name=row["task_name"],
+        task_id=row["task_id"],
+        result=result,
+        error=error,
+        lease_left_s=None if row["lease_left_s"] is None else float(row["lease_left_s"]),
+    )
+
+
+def may_take(
+    request: RunRequest,
+    *,
+    target: str,
+    job_digest: bytes,
+    state: str,
+    owner: str | None,
+    task_id: str | None,
+    retries: int,
+    expired: bool,
+) -> bool:
+    """Tell whether *request* may take the run that stands so. Postgres decides the same in SQL."""
+    if target != request.target or job_digest != request.job_digest:
+        return False
+    if state == RunState.RUNNING:
+        newer = request.task_id is not None and task_id == request.task_id and request.retries > retries
+        return expired or owner == request.owner or newer
+    if state == RunState.FAILED:
+        return not request.attached and (request.task_id is None or task_id != request.task_id)
+    return state in {RunState.QUEUED, RunState.WAITING}

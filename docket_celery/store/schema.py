@@ -1,0 +1,249 @@
+"""The tables, as public SQLAlchemy metadata (for people's own Alembic), and how they are made and upgraded.
+
+All times are the database's own: `timestamptz` on Postgres, UTC text with six decimals on SQLite. Columns named
+``ttl`` count seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Connection,
+    DateTime,
+    Double,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    func,
+    insert,
+    inspect,
+    select,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from docket_celery.checkpoint import RunState
+from docket_celery.errors import SchemaMismatch
+
+VERSION = 1
+"""The version of the tables that this release reads and writes."""
+
+metadata = MetaData(
+    naming_convention={
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+"""Every table of this library, for ``target_metadata`` of an Alembic environment."""
+
+_BIG = BigInteger().with_variant(Integer(), "sqlite")
+_JSON = JSON().with_variant(JSONB(), "postgresql")
+_TIME = DateTime(timezone=True)
+_STATES = ", ".join(f"'{state.value}'" for state in RunState)
+
+
+def _is_32_bytes(column: str) -> CheckConstraint:
+    return CheckConstraint(f"length({column}) = 32", name=column)
+
+
+docket_cache = Table(
+    "docket_cache",
+    metadata,
+    Column("cache_key", LargeBinary, primary_key=True),
+    Column("execution_id", Text, comment="NULL: shared by all runs (GLOBAL)"),
+    Column("graph", Text, nullable=False),
+    Column("step_name", Text, nullable=False),
+    Column("step_version", Text, nullable=False),
+    Column("item", Text, nullable=False, comment="path of the item in a batch: '', '7', '7/3'"),
+    Column("item_index", BigInteger),
+    Column("input_hash", Text, nullable=False, comment="SHA-256 in hex over the step's inputs"),
+    Column("output_type", Text, nullable=False, comment="full Protocol Buffers name"),
+    Column("output_data", LargeBinary, nullable=False),
+    Column("output_json", _JSON, comment="best-effort view of output_data"),
+    Column("checksum", LargeBinary, nullable=False),
+    Column("ttl", Double, comment="seconds; WORKFLOW: counted from the end of the run"),
+    Column("created_at", _TIME, nullable=False),
+    Column("expires_at", _TIME),
+    _is_32_bytes("cache_key"),
+    _is_32_bytes("checksum"),
+)
+# execution_id leads: people look for it alone, the store with graph beside it.
+Index(
+    "ix_docket_cache_run",
+    docket_cache.c.execution_id,
+    docket_cache.c.graph,
+    postgresql_where=docket_cache.c.execution_id.is_not(None),
+    sqlite_where=docket_cache.c.execution_id.is_not(None),
+)
+Index("ix_docket_cache_step", docket_cache.c.step_name, docket_cache.c.created_at)
+Index(
+    "ix_docket_cache_expired",
+    docket_cache.c.expires_at,
+    postgresql_where=docket_cache.c.expires_at.is_not(None),
+    sqlite_where=docket_cache.c.expires_at.is_not(None),
+)
+
+docket_executions = Table(
+    "docket_executions",
+    metadata,
+    Column("id", _BIG, Identity(always=True), primary_key=True),
+    Column("graph", Text, nullable=False),
+    Column("execution_id", Text, nullable=False),
+    Column("step_name", Text, nullable=False),
+    Column("item", Text, nullable=False),
+    Column("delivery", _BIG, nullable=False, comment="counted from 1"),
+    Column("attempts", Integer, nullable=False, comment="calls made; 0: restored"),
+    Column("cached", Boolean, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("started_at", _TIME, nullable=False),
+    Column("duration_ms", Double, nullable=False),
+    Column("error_code", Text),
+    Column("error_message", Text),
+    Column("worker", Text, nullable=False),
+    Column("task_id", Text),
+)
+Index("ix_docket_executions_run", docket_executions.c.execution_id, docket_executions.c.graph)
+Index("ix_docket_executions_step", docket_executions.c.step_name, docket_executions.c.started_at)
+
+docket_runs = Table(
+    "docket_runs",
+    metadata,
+    Column("graph", Text, nullable=False),
+    Column("execution_id", Text, nullable=False),
+    Column("task_name", Text),
+    Column("task_id", Text),
+    Column("retries", Integer, nullable=False),
+    Column("target", Text, nullable=False, comment="full Protocol Buffers name of the result"),
+    Column("job", LargeBinary, nullable=False),
+    Column("job_digest", LargeBinary, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("stage", Integer, nullable=False),
+    Column("epoch", _BIG, nullable=False, comment="fencing token; grows with each delivery"),
+    Column("owner", Text, comment="of the lease, or of the last one"),
+    Column("lease_until", _TIME, comment="NULL unless RUNNING"),
+    Column("lost", Integer, nullable=False, comment="takeovers of leases that were never released"),
+    Column("failures", Integer, nullable=False, comment="ordinary Celery retries"),
+    Column("wake_at", _TIME, comment="when a WAITING run's next delivery is due"),
+    Column("progress", _JSON),
+    Column("error", _JSON),
+    Column("result", LargeBinary),
+    Column("result_checksum", LargeBinary),
+    Column("created_at", _TIME, nullable=False),
+    Column("started_at", _TIME),
+    Column("ended_at", _TIME),
+    Column("updated_at", _TIME, nullable=False),
+    Column("expires_at", _TIME, comment="when purging may delete the run"),
+    PrimaryKeyConstraint("graph", "execution_id"),
+    CheckConstraint(f"state IN ({_STATES})", name="state"),
+    CheckConstraint("length(execution_id) BETWEEN 1 AND 255", name="execution_id"),
+    _is_32_bytes("job_digest"),
+    _is_32_bytes("result_checksum"),
+)
+Index("ix_docket_runs_id", docket_runs.c.execution_id)
+Index("ix_docket_runs_lease", docket_runs.c.state, docket_runs.c.lease_until)
+Index(
+    "ix_docket_runs_wake",
+    docket_runs.c.wake_at,
+    postgresql_where=docket_runs.c.wake_at.is_not(None),
+    sqlite_where=docket_runs.c.wake_at.is_not(None),
+)
+Index(
+    "ix_docket_runs_expired",
+    docket_runs.c.expires_at,
+    postgresql_where=docket_runs.c.expires_at.is_not(None),
+    sqlite_where=docket_runs.c.expires_at.is_not(None),
+)
+
+docket_claims = Table(
+    "docket_claims",
+    metadata,
+    Column("cache_key", LargeBinary, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("lease_until", _TIME, nullable=False),
+    _is_32_bytes("cache_key"),
+)
+Index("ix_docket_claims_lease", docket_claims.c.lease_until)
+
+docket_chunks = Table(
+    "docket_chunks",
+    metadata,
+    Column("graph", Text, nullable=False),
+    Column("execution_id", Text, nullable=False),
+    Column("stage", Integer, nullable=False),
+    Column("lo", _BIG, nullable=False, comment="first index"),
+    Column("hi", _BIG, nullable=False, comment="last index + 1"),
+    Column("state", Text, nullable=False),
+    Column("owner", Text),
+    Column("epoch", _BIG, nullable=False),
+    Column("lease_until", _TIME),
+    PrimaryKeyConstraint("graph", "execution_id", "stage", "lo"),
+    CheckConstraint(f"state IN ({_STATES})", name="state"),
+    CheckConstraint("lo >= 0 AND hi >= lo", name="bounds"),
+)
+Index("ix_docket_chunks_lease", docket_chunks.c.state, docket_chunks.c.lease_until)
+
+docket_schema = Table(
+    "docket_schema",
+    metadata,
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("applied_at", _TIME, nullable=False),
+)
+
+Migration = Callable[[Connection], None]
+MIGRATIONS: Mapping[int, Migration] = {}
+"""Steps from the version before to the named one, from 2 on; an empty database gets the newest tables at once."""
+
+_LOCK_ID = 0x646F636B6574  # "docket": one advisory lock for all who migrate
+
+
+def find_version(connection: Connection) -> int | None:
+    """Return the version of the tables, or None if there are none or they were never stamped."""
+    if not inspect(connection).has_table(docket_schema.name):
+        return None
+    return connection.execute(select(func.max(docket_schema.c.version))).scalar_one()
+
+
+def upgrade(
+    connection: Connection, migrations: Mapping[int, Migration] = MIGRATIONS, version: int = VERSION
+) -> int:
+    """Bring the tables to *version* inside the transaction that *connection* is in, and return it.
+
+    Raises:
+        SchemaMismatch: They are of a newer version.
+    """
+    if connection.dialect.name == "postgresql":
+        # A waiter must outlast whoever migrates before it; pooled connections have a far shorter limit.
+        connection.execute(text("SET LOCAL statement_timeout = '10min'"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": _LOCK_ID})
+    found = find_version(connection)
+    if found is None:
+        metadata.create_all(connection)
+        _stamp(connection, version)
+        return version
+    if found > version:
+        raise SchemaMismatch(found, version)
+    for step in range(found + 1, version + 1):
+        migrations[step](connection)
+        _stamp(connection, step)
+    return version
+
+
+def _stamp(connection: Connection, version: int) -> None:
+    connection.execute(insert(docket_schema).values(version=version, applied_at=_now(connection)))
+
+
+def _now(connection: Connection) -> object:
+    if connection.dialect.name == "postgresql":
+        return func.clock_timestamp()
+    return text("strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'")
