@@ -61,7 +61,7 @@ up: $(READY) ## Run a local Postgres and Redis in the foreground, until Ctrl-C
 
 .PHONY: clean
 clean: ## Remove everything that make created, the environment included
-	$(call say,removing the environment, caches and build results)
+	$(call say,removing the environment and all caches and build results)
 	@rm -rf $(VENV) .docket dist build htmlcov .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache \
 	    .ruff_cache .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -76,20 +76,15 @@ fmt: $(READY) ## Format the code and apply safe fixes
 
 .PHONY: lint
 lint: $(READY) ## Check format, lint rules, spelling, project file, changelog fragments
-	$(call say,ruff format and ruff check)
-	@$(BIN)/ruff format --check .
-	@$(BIN)/ruff check .
-	$(call say,spelling, project file, changelog fragments)
-	@$(BIN)/codespell
-	@$(BIN)/validate-pyproject pyproject.toml
-	@$(BIN)/towncrier build --draft --version next > /dev/null
+	$(call say,format and rules; spelling; project file; changelog fragments)
+	@fault=0; $(BIN)/ruff format --check . || fault=1; $(BIN)/ruff check . || fault=1; $(BIN)/codespell || fault=1; \
+	    $(BIN)/validate-pyproject pyproject.toml || fault=1; \
+	    $(BIN)/towncrier build --draft --version next > /dev/null || fault=1; exit $$fault
 
 .PHONY: types
 types: $(READY) ## Check types: mypy strict and pyright strict
-	$(call say,mypy)
-	@$(BIN)/mypy
-	$(call say,pyright)
-	@$(BIN)/basedpyright
+	$(call say,mypy and pyright)
+	@fault=0; $(BIN)/mypy || fault=1; $(BIN)/basedpyright || fault=1; exit $$fault
 
 .PHONY: arch
 arch: $(READY) ## Check that modules import downward only
@@ -121,7 +116,7 @@ test-integration: $(READY) ## Run the tests on real servers and workers
 
 .PHONY: demo
 demo: $(READY) ## Show the main job: a graph in parallel, a killed worker, one charge
-	$(call say,the demo: real servers, a real worker)
+	$(call say,the demo: real servers and a real worker)
 	@exec $(BIN)/python -m examples.demo
 
 .PHONY: bench

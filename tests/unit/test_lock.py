@@ -107,7 +107,7 @@ def test_the_image_is_locked_at_the_versions_that_were_tested(project: Project) 
 @pytest.mark.parametrize(
     "line",
     [
-        "--index-url x",
+        "--no-index",
         "-e .",
         "celery>=5",
         "celery @ file:///tmp/celery",
