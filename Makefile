@@ -101,18 +101,21 @@ proto-check: $(READY) ## Check that the committed generated code is what the .pr
 
 # ---------------------------------------------------------------------- tests
 
+# The tests' scratch folders: inside the checkout too, and numbered per run.
+PYTEST := mkdir -p $(VENV)/.scratch && PYTEST_DEBUG_TEMPROOT=$(VENV)/.scratch $(BIN)/pytest
+
 .PHONY: test
 test: $(READY) ## Run the whole suite, from nothing: servers included
 	$(call say,pytest)
-	@$(BIN)/pytest $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 .PHONY: test-unit
 test-unit: $(READY) ## Run the tests that start no server
-	@$(BIN)/pytest -m 'not integration and not faults' tests/unit $(PYTEST_ARGS)
+	@$(PYTEST) -m 'not integration and not faults' tests/unit $(PYTEST_ARGS)
 
 .PHONY: test-integration
 test-integration: $(READY) ## Run the tests on real servers and workers
-	@$(BIN)/pytest -m 'integration or faults' $(PYTEST_ARGS)
+	@$(PYTEST) -m 'integration or faults' $(PYTEST_ARGS)
 
 .PHONY: demo
 demo: $(READY) ## Show the main job: a graph in parallel, a killed worker, one charge
