@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypedDict
 
 from google.protobuf.message import Message
 
@@ -151,3 +151,18 @@ class StepOptions:
         if unknown:
             raise TypeError(f"unknown step option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         return replace(self, **changes)
+
+
+class StepOptionFields(TypedDict, total=False):
+    """The fields of `StepOptions` as keywords, for type checkers."""
+
+    name: str | None
+    persist: Scope | None
+    ttl: Seconds | None
+    version: str
+    key: Callable[..., Message] | None
+    retry: RetryPolicy | None
+    timeout: Seconds | None
+    retriable: ErrorClassifier | None
+    on_input_change: Literal["reuse", "error"]
+    renamed_from: tuple[str, ...]

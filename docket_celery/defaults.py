@@ -1,0 +1,73 @@
+"""What a run uses when neither the call nor the graph says: the settings and the store of the process.
+
+The host of the process fills this in: the Celery side for workers and apps, `settings()` for plain scripts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from docket_celery.checkpoint import Store
+from docket_celery.configuration import Settings
+
+
+class Defaults:
+    """The process's sources of settings and stores."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._own: dict[str, Any] = {}
+        self._host: Callable[[], Mapping[str, Any]] = dict[str, Any]
+        self._open: Callable[[str], Store] | None = None
+        self._stores: dict[str, Store] = {}
+
+    def install(self, *, host: Callable[[], Mapping[str, Any]], opener: Callable[[str], Store]) -> None:
+        """Say where ``docket_*`` values come from and how a database URL becomes a store."""
+        with self._lock:
+            self._host, self._open = host, opener
+
+    def set(self, values: Mapping[str, Any]) -> Settings:
+        """Add ``docket_*`` values of this process; None takes one back. They win over the host's.
+
+        Raises:
+            InvalidSettings: A key is unknown or a value cannot be used; nothing was changed.
+        """
+        with self._lock:
+            merged = {key: value for key, value in {**self._own, **values}.items() if value is not None}
+            settings = Settings.read(merged)
+            self._own = merged
+        return settings
+
+    def settings(self, host: Mapping[str, Any] | None = None) -> Settings:
+        """Return the settings in force.
+
+        Args:
+            host: The values of one app; default: whatever the host of the process names.
+
+        Raises:
+            InvalidSettings: A value cannot be used.
+        """
+        base = self._host() if host is None else host
+        return Settings.read({**base, **self._own} if self._own else base)
+
+    def store(self, url: str | None) -> Store | None:
+        """Return the process's store for *url*, opened on first use; None without a URL or an opener."""
+        if url is None or self._open is None:
+            return None
+        with self._lock:
+            found = self._stores.get(url)
+            if found is None:
+                found = self._stores[url] = self._open(url)
+            return found
+
+    def close(self) -> None:
+        """Close the stores opened here."""
+        with self._lock:
+            stores, self._stores = list(self._stores.values()), {}
+        for store in stores:
+            store.close()
+
+
+process_defaults = Defaults()
