@@ -18,7 +18,7 @@ from docket_celery.checkpoint import (
     StepExecution,
 )
 from docket_celery.errors import LeaseLost
-from docket_celery.store.rows import check_owner, clean_checkpoint, dump_json, may_take, result_checksum
+from docket_celery.store.rows import check_owner, dump_json, lease_from, may_take, result_checksum
 
 _SCHEMA_VERSION = 1
 
@@ -132,7 +132,7 @@ class MemoryStore:
             stored = self._cache.get(checkpoint.key)
             if stored is not None:
                 return check_owner(stored.read(), lease.graph, lease.execution_id)
-            return self._store(clean_checkpoint(checkpoint), None, execution)
+            return self._store(checkpoint, None, execution)
 
     def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
         """See `Store.lookup`."""
@@ -158,7 +158,7 @@ class MemoryStore:
                     self._executions.append(execution)
                 return check_owner(stored.read(), "", None)
             expires_at = None if checkpoint.ttl_s is None else now + checkpoint.ttl_s
-            return self._store(clean_checkpoint(checkpoint), expires_at, execution)
+            return self._store(checkpoint, expires_at, execution)
 
     def disclaim(self, key: bytes, owner: str) -> None:
         """See `Store.disclaim`."""
@@ -247,16 +247,7 @@ class MemoryStore:
         run.request, run.state, run.owner = request, RunState.RUNNING, request.owner
         run.lease_until = now + request.lease_s
         run.error = run.result = run.result_checksum = run.wake_at = run.expires_at = None
-        return Lease(
-            graph=request.graph,
-            execution_id=request.execution_id,
-            target=request.target,
-            owner=request.owner,
-            epoch=run.epoch,
-            lease_s=request.lease_s,
-            lost=run.lost,
-            failures=run.failures,
-        )
+        return lease_from(request, epoch=run.epoch, lost=run.lost, failures=run.failures)
 
     def _held(self, lease: Lease) -> _Run | None:
         run = self._runs.get((lease.graph, lease.execution_id))
@@ -277,10 +268,11 @@ class MemoryStore:
     def _store(
         self, checkpoint: Checkpoint, expires_at: float | None, execution: StepExecution | None
     ) -> Checkpoint:
-        self._cache[checkpoint.key] = _Stored(checkpoint, checkpoint.checksum(), expires_at)
+        kept = replace(checkpoint, output_json=None)
+        self._cache[kept.key] = _Stored(kept, kept.checksum(), expires_at)
         if execution is not None:
             self._executions.append(execution)
-        return replace(checkpoint, output_json=None, ttl_s=None)
+        return kept
 
     def _drop_claim(self, key: bytes, owner: str) -> None:
         if key in self._claims and self._claims[key][0] == owner:

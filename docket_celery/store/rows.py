@@ -8,7 +8,16 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from docket_celery.checkpoint import Checkpoint, Lease, RunEnd, RunRequest, RunRow, RunState, digest
+from docket_celery.checkpoint import (
+    Checkpoint,
+    Lease,
+    RunEnd,
+    RunRequest,
+    RunRow,
+    RunState,
+    StepExecution,
+    digest,
+)
 from docket_celery.errors import CorruptCheckpoint
 
 CHECKPOINT_COLUMNS = (
@@ -22,9 +31,13 @@ CHECKPOINT_COLUMNS = (
     "input_hash",
     "output_type",
     "output_data",
+    "ttl",
     "checksum",
 )
 """What is read back of a checkpoint; ``output_json`` is for people only."""
+
+EXECUTION_COLUMNS = tuple(f.name for f in fields(StepExecution))
+"""The columns of ``docket_executions`` but its number; they are named as the fields are."""
 
 _CHECKPOINT_TEXTS = tuple(f.name for f in fields(Checkpoint) if f.type in {"str", "str | None"})
 
@@ -89,6 +102,89 @@ def _clean_value(value: Any) -> Any:
     return value
 
 
+def checkpoint_values(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the columns of a cleaned *checkpoint*, its checksum among them; times are the statement's."""
+    return {
+        "cache_key": checkpoint.key,
+        "execution_id": checkpoint.execution_id,
+        "graph": checkpoint.graph,
+        "step_name": checkpoint.step_name,
+        "step_version": checkpoint.step_version,
+        "item": checkpoint.item,
+        "item_index": checkpoint.item_index,
+        "input_hash": checkpoint.input_hash,
+        "output_type": checkpoint.output_type,
+        "output_data": checkpoint.output_data,
+        "output_json": checkpoint.output_json,
+        "ttl": checkpoint.ttl_s,
+        "checksum": checkpoint.checksum(),
+    }
+
+
+def execution_values(execution: StepExecution) -> dict[str, Any]:
+    """Return the columns of *execution* with every text cleaned."""
+    values = {name: getattr(execution, name) for name in EXECUTION_COLUMNS}
+    return {name: clean_text(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
+def request_values(request: RunRequest) -> dict[str, Any]:
+    """Return what of *request* goes into ``docket_runs``, every text cleaned."""
+    values = {
+        "graph": request.graph,
+        "execution_id": request.execution_id,
+        "task_name": request.task_name,
+        "task_id": request.task_id,
+        "retries": request.retries,
+        "target": request.target,
+        "job": request.job,
+        "job_digest": request.job_digest,
+        "owner": request.owner,
+    }
+    return {name: clean_text(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
+def fence_values(lease: Lease) -> dict[str, Any]:
+    """Return what a statement compares to tell whether *lease* still holds its run."""
+    return {
+        "graph": clean_text(lease.graph),
+        "execution_id": clean_text(lease.execution_id),
+        "epoch": lease.epoch,
+        "owner": clean_text(lease.owner),
+    }
+
+
+def lease_from(request: RunRequest, *, epoch: int, lost: int, failures: int) -> Lease:
+    """Return the lease that *request* got."""
+    return Lease(
+        graph=request.graph,
+        execution_id=request.execution_id,
+        target=request.target,
+        owner=request.owner,
+        epoch=epoch,
+        lease_s=request.lease_s,
+        lost=lost,
+        failures=failures,
+    )
+
+
+def end_values(lease: Lease, end: RunEnd) -> dict[str, Any]:
+    """Return what *end* writes into the run: cleaned, with the result's checksum."""
+    fence = fence_values(lease)
+    checksum = None
+    if end.result is not None:
+        target = clean_text(lease.target)
+        checksum = result_checksum(fence["graph"], fence["execution_id"], target, end.result)
+    return {
+        **fence,
+        "state": end.state.value,
+        "ended": end.state.ended,
+        "failed": int(end.failed_once),
+        "result": end.result,
+        "result_checksum": checksum,
+        "error": None if end.error is None else dump_json(end.error),
+    }
+
+
 def read_checkpoint(row: Mapping[str, Any]) -> Checkpoint:
     """Return the checkpoint in *row*, verified.
 
@@ -106,6 +202,7 @@ def read_checkpoint(row: Mapping[str, Any]) -> Checkpoint:
         input_hash=row["input_hash"],
         output_type=row["output_type"],
         output_data=bytes(row["output_data"]),
+        ttl_s=row["ttl"],
     )
     return checkpoint.verify(bytes(row["checksum"]))
 
@@ -128,13 +225,6 @@ def result_checksum(graph: str, execution_id: str, target: str, result: bytes) -
     return digest(b"docket.result.1", graph.encode(), execution_id.encode(), target.encode(), result)
 
 
-def end_checksum(lease: Lease, end: RunEnd, target: str) -> bytes | None:
-    """Return the checksum to store with *end*, or None if it carries no result."""
-    if end.result is None:
-        return None
-    return result_checksum(clean_text(lease.graph), clean_text(lease.execution_id), target, end.result)
-
-
 def read_run(row: Mapping[str, Any]) -> RunRow:
     """Return the run in *row*, its result verified.
 
@@ -145,9 +235,7 @@ def read_run(row: Mapping[str, Any]) -> RunRow:
     result = None if row["result"] is None else bytes(row["result"])
     stored = None if row["result_checksum"] is None else bytes(row["result_checksum"])
     expected = (
-        None
-        if result is None
-        else result_checksum(row["graph"], row["execution_id"], row["target"], result)
+        None if result is None else result_checksum(row["graph"], row["execution_id"], row["target"], result)
     )
     if expected != stored:
         raise CorruptCheckpoint("docket_runs", name, "the result does not match its checksum")

@@ -1,0 +1,143 @@
+"""SQLAlchemy engines: made lazily for each process, with limits on every wait, never shared over a fork."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from sqlalchemy import URL, Engine, create_engine, make_url
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.pool import StaticPool
+
+from docket_celery.errors import InvalidArguments, InvalidSettings
+
+SETTING = "docket_database_url"
+_DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg", "sqlite": "sqlite+pysqlite"}
+_POOL: Mapping[str, Any] = {"pool_size": 2, "max_overflow": 3, "pool_timeout": 15.0, "pool_use_lifo": True}
+_POSTGRES_ARGS: Mapping[str, Any] = {
+    "application_name": "docket_celery",
+    "connect_timeout": 5,
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+    "prepare_threshold": None,
+}
+# READ COMMITTED is not left to the server's default: the fence re-reads rows that it waited for.
+_POSTGRES_OPTIONS = r"-c statement_timeout=15000 -c default_transaction_isolation=read\ committed"
+_SQLITE_BUSY_S = 5.0
+
+
+def parse_url(value: str | URL) -> URL:
+    """Return *value* with the driver that this library uses.
+
+    Raises:
+        InvalidSettings: It is no database URL, or names a database or driver that is not supported.
+    """
+    try:
+        url = make_url(value)
+    except ArgumentError as error:
+        # The text may hold a password, so it is not repeated.
+        raise InvalidSettings(SETTING, "is not a URL such as postgresql+psycopg://user@host/name") from error
+    name = _DRIVERS.get(url.drivername, url.drivername)
+    if name not in _DRIVERS.values():
+        known = ", ".join(sorted(set(_DRIVERS.values())))
+        raise InvalidSettings(SETTING, f"names {url.drivername!r}; supported: {known}")
+    return url.set(drivername=name)
+
+
+def is_memory(url: URL) -> bool:
+    """Tell whether *url* names a SQLite database in memory, which no other connection can see."""
+    if url.get_backend_name() != "sqlite":
+        return False
+    name = url.database or ""
+    return name in {"", ":memory:"} or "mode=memory" in name or url.query.get("mode") == "memory"
+
+
+class Engines:
+    """One engine for each process that uses it; a forked child never touches its parent's connections.
+
+    Args:
+        source: A URL, or the user's own engine, which is used as it is.
+
+    Raises:
+        InvalidSettings: The URL cannot be used.
+        InvalidArguments: The engine cannot be used.
+    """
+
+    def __init__(self, source: str | URL | Engine) -> None:
+        self._given = source if isinstance(source, Engine) else None
+        self.url = source.url if isinstance(source, Engine) else parse_url(source)
+        if self._given is not None:
+            _check_given(self._given)
+        self.dialect = self.url.get_backend_name()
+        self.in_memory = is_memory(self.url)
+        # SQLite in memory is one connection; statements of two threads must not mix in one transaction.
+        self._turn: AbstractContextManager[Any] = threading.Lock() if self.in_memory else nullcontext()
+        self._made_by = os.getpid()
+        self._engines: dict[int, Engine] = {}
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """Return what a call must hold while it uses a connection; free unless SQLite is in memory."""
+        return self._turn
+
+    def current(self) -> Engine:
+        """Return this process's engine. A look-up after the first call, without a lock that a fork could hold."""
+        pid = os.getpid()
+        engine = self._engines.get(pid)
+        return engine if engine is not None else self._make(pid)
+
+    def dispose(self) -> None:
+        """Close this process's idle connections, unless the engine is the user's own."""
+        engine = self._engines.get(os.getpid())
+        if engine is not None and self._given is None and not self.in_memory:
+            engine.dispose()
+
+    def _make(self, pid: int) -> Engine:
+        # Two threads may both make one: neither has connected yet, setdefault keeps one, the other is dropped.
+        if self._given is None:
+            return self._engines.setdefault(pid, _create(self.url, self.in_memory))
+        if pid != self._made_by:
+            if self.in_memory:
+                self._turn = threading.Lock()
+            self._given.dispose(close=False)
+        return self._engines.setdefault(pid, self._given.execution_options(isolation_level="AUTOCOMMIT"))
+
+
+def _check_given(engine: Engine) -> None:
+    if engine.url.drivername not in _DRIVERS.values() and engine.driver not in {"psycopg", "pysqlite"}:
+        raise InvalidArguments(
+            "SQLStore", f"the engine uses {engine.url.drivername!r}; use psycopg or pysqlite"
+        )
+    if is_memory(engine.url) and not isinstance(engine.pool, StaticPool):
+        problem = "an engine over SQLite in memory must use StaticPool; or pass the URL 'sqlite://' instead"
+        raise InvalidArguments("SQLStore", problem)
+
+
+def _create(url: URL, in_memory: bool) -> Engine:
+    options: dict[str, Any] = {
+        "isolation_level": "AUTOCOMMIT",
+        "skip_autocommit_rollback": True,  # giving a connection back costs no round trip
+        "hide_parameters": True,  # error texts and logs never show what was stored
+    }
+    if url.get_backend_name() == "sqlite":
+        arguments = {"timeout": _SQLITE_BUSY_S, "check_same_thread": False}
+        given = {name: value for name, value in arguments.items() if name not in url.query}
+        pool = {"poolclass": StaticPool} if in_memory else dict(_POOL)
+        engine = create_engine(url, connect_args=given, **options, **pool)
+        return engine
+    arguments = dict(_POSTGRES_ARGS)
+    query = dict(url.query)
+    if "prepare_threshold" in query:
+        text = str(query.pop("prepare_threshold"))
+        arguments["prepare_threshold"] = int(text) if text.isdigit() else None
+    # Theirs come last and win; an explicit empty value sends none, for poolers that refuse start-up options.
+    theirs = query.pop("options", None)
+    arguments["options"] = "" if theirs == "" else f"{_POSTGRES_OPTIONS} {theirs or ''}".rstrip()
+    given = {name: value for name, value in arguments.items() if name not in query}
+    url = url.set(query=query)
+    return create_engine(url, connect_args=given, use_native_hstore=False, **options, **_POOL)

@@ -1,0 +1,172 @@
+"""The calls of `Store` on Postgres: one statement each on the happy path.
+
+Each may be repeated after a lost answer, because a repeated statement finds what it wrote: acquire and lookup by
+owner, save and publish by key, end by owner and state; the others change nothing that a second time would change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import Connection
+
+from docket_celery.checkpoint import Checkpoint, Lease, RunEnd, RunRequest, RunRow, RunState, StepExecution
+from docket_celery.errors import LeaseLost, StoreUnavailable
+from docket_celery.store import postgres_sql as sql
+from docket_celery.store import schema
+from docket_celery.store.rows import (
+    EXECUTION_COLUMNS,
+    check_owner,
+    checkpoint_values,
+    clean_checkpoint,
+    clean_text,
+    end_values,
+    execution_values,
+    fence_values,
+    lease_from,
+    read_checkpoint,
+    read_run,
+    request_values,
+)
+
+_TRIES = 3  # for a row that goes away between two statements: twice in a row is no accident
+
+
+def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
+    """See `Store.acquire`."""
+    values = request_values(request) | {
+        "lease_s": request.lease_s,
+        "released": request.released,
+        "attached": request.attached,
+        "max_deliveries": request.max_deliveries,
+    }
+    for _ in range(_TRIES):
+        row = connection.execute(sql.ACQUIRE, values).mappings().first()
+        if row is None:
+            found = find_run(connection, request.graph, request.execution_id)
+            if found is not None:
+                return found
+        elif row["state"] == RunState.RUNNING:
+            return lease_from(request, epoch=row["epoch"], lost=row["lost"], failures=row["failures"])
+        else:
+            return read_run(row)
+    raise StoreUnavailable("acquire the run", "the run is being deleted")
+
+
+def restore(connection: Connection, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]:
+    """See `Store.restore`."""
+    values = fence_values(lease) | {"keys": list(keys)}
+    rows = connection.execute(sql.RESTORE, values).mappings().all()
+    graph, execution_id = values["graph"], values["execution_id"]
+    checkpoints = [check_owner(read_checkpoint(row), graph, execution_id) for row in rows]
+    if any(row["dated"] for row in rows):
+        connection.execute(sql.UNDATE, values)
+    return checkpoints
+
+
+def save(
+    connection: Connection, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None
+) -> Checkpoint:
+    """See `Store.save`."""
+    ours = clean_checkpoint(checkpoint)
+    fence = fence_values(lease)
+    values = checkpoint_values(ours) | fence | _execution_values(execution)
+    statement = sql.SAVE if execution is None else sql.SAVE_EXECUTION
+    for _ in range(_TRIES):
+        fenced, saved = connection.execute(statement, values).one()
+        if not fenced:
+            raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+        if saved:
+            return replace(ours, output_json=None)
+        row = connection.execute(sql.FIND_CHECKPOINT, {"cache_key": ours.key}).mappings().first()
+        if row is not None:
+            return check_owner(read_checkpoint(row), fence["graph"], fence["execution_id"])
+    raise StoreUnavailable("save the checkpoint", "another's row is being deleted")
+
+
+def lookup(connection: Connection, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+    """See `Store.lookup`."""
+    values = {"cache_key": key, "owner": clean_text(owner), "lease_s": lease_s}
+    row = connection.execute(sql.LOOKUP, values).mappings().one()
+    if row["cache_key"] is not None:
+        return check_owner(read_checkpoint(row), "", None)
+    return bool(row["won"])
+
+
+def publish(
+    connection: Connection, checkpoint: Checkpoint, owner: str, execution: StepExecution | None
+) -> Checkpoint:
+    """See `Store.publish`."""
+    ours = clean_checkpoint(checkpoint)
+    values = checkpoint_values(ours) | {"owner": clean_text(owner)} | _execution_values(execution)
+    statement = sql.PUBLISH if execution is None else sql.PUBLISH_EXECUTION
+    for _ in range(_TRIES):
+        if connection.execute(statement, values).scalar_one():
+            return replace(ours, output_json=None)
+        row = connection.execute(sql.FIND_LIVE, {"cache_key": ours.key}).mappings().first()
+        if row is not None:
+            return check_owner(read_checkpoint(row), "", None)
+    raise StoreUnavailable("publish the checkpoint", "another's row is being deleted")
+
+
+def disclaim(connection: Connection, key: bytes, owner: str) -> None:
+    """See `Store.disclaim`."""
+    connection.execute(sql.DISCLAIM, {"cache_key": key, "owner": clean_text(owner)})
+
+
+def extend(
+    connection: Connection, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]]
+) -> set[tuple[str, str]]:
+    """See `Store.extend`."""
+    if not leases and not claims:
+        return set()
+    values: dict[str, Any] = {
+        "graphs": [clean_text(lease.graph) for lease in leases],
+        "execution_ids": [clean_text(lease.execution_id) for lease in leases],
+        "owners": [clean_text(lease.owner) for lease in leases],
+        "epochs": [lease.epoch for lease in leases],
+        "leases_s": [float(lease.lease_s) for lease in leases],
+    }
+    if claims:
+        values["keys"] = [key for key, _, _ in claims]
+        values["claimants"] = [clean_text(owner) for _, owner, _ in claims]
+        values["claims_s"] = [float(lease_s) for _, _, lease_s in claims]
+    rows = connection.execute(sql.EXTEND_CLAIMS if claims else sql.EXTEND, values)
+    return {(row.graph, row.execution_id) for row in rows}
+
+
+def end(connection: Connection, lease: Lease, ending: RunEnd) -> None:
+    """See `Store.end`."""
+    values = end_values(lease, ending) | {"wake_in_s": ending.wake_in_s, "retention_s": ending.retention_s}
+    if ending.executions:
+        listed = [execution_values(execution) for execution in ending.executions]
+        values |= {f"x_{name}": [row[name] for row in listed] for name in EXECUTION_COLUMNS}
+    statement = sql.END[ending.state.ended, bool(ending.executions)]
+    if connection.execute(statement, values).scalar_one():
+        return
+    row = connection.execute(sql.FIND_RUN, values).mappings().first()
+    ours = (values["owner"], values["epoch"], values["state"])
+    if row is None or (row["owner"], row["epoch"], row["state"]) != ours:
+        raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+
+
+def find_run(connection: Connection, graph: str, execution_id: str) -> RunRow | None:
+    """See `Store.find_run`."""
+    values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
+    row = connection.execute(sql.FIND_RUN, values).mappings().first()
+    return None if row is None else read_run(row)
+
+
+def _execution_values(execution: StepExecution | None) -> dict[str, Any]:
+    if execution is None:
+        return {}
+    return {f"x_{name}": value for name, value in execution_values(execution).items()}
+
+
+def migrate(connection: Connection) -> int:
+    """See `Store.migrate`; all in one transaction."""
+    connection = connection.execution_options(isolation_level="READ COMMITTED")
+    with connection.begin():
+        return schema.upgrade(connection)

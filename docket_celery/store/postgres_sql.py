@@ -1,0 +1,225 @@
+"""The statements for Postgres: one for each call of `Store` on its happy path.
+
+Every statement commits by itself (AUTOCOMMIT, READ COMMITTED) and takes its time from ``clock_timestamp()``.
+Bound values are cast wherever Postgres would have to guess their type. Each call may be repeated after a lost
+answer: acquire by owner, save and publish by key, end by owner and state.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import TextClause, text
+
+from docket_celery.store.rows import CHECKPOINT_COLUMNS, EXECUTION_COLUMNS
+
+_SECOND = "interval '1 second'"
+_RUN = """
+    r.graph, r.execution_id, r.target, r.job_digest, r.state, r.epoch, r.lost, r.failures, r.retries, r.task_name,
+    r.task_id, r.result, r.result_checksum, CAST(r.error AS text) AS error,
+    EXTRACT(EPOCH FROM r.lease_until - clock_timestamp()) AS lease_left_s, r.owner"""
+_TAKES_NEW = "(r.task_id = excluded.task_id AND excluded.retries > r.retries)"
+_IS_CRASH = "(r.state = 'RUNNING' AND r.owner <> excluded.owner AND NOT CAST(:released AS boolean))"
+_IS_POISON = f"({_IS_CRASH} AND r.lost + 1 >= CAST(:max_deliveries AS integer))"
+_UNTIL = f"clock_timestamp() + CAST(:lease_s AS double precision) * {_SECOND}"
+
+ACQUIRE = text(f"""
+INSERT INTO docket_runs AS r (
+    graph, execution_id, task_name, task_id, retries, target, job, job_digest, state, stage, epoch, owner,
+    lease_until, lost, failures, created_at, started_at, updated_at)
+VALUES (:graph, :execution_id, :task_name, :task_id, :retries, :target, :job, :job_digest, 'RUNNING', 0, 1, :owner,
+    {_UNTIL}, 0, 0, clock_timestamp(), clock_timestamp(), clock_timestamp())
+ON CONFLICT (graph, execution_id) DO UPDATE SET
+    state = CASE WHEN {_IS_POISON} THEN 'QUARANTINED' ELSE 'RUNNING' END,
+    lost = r.lost + CASE WHEN {_IS_CRASH} THEN 1 ELSE 0 END,
+    failures = CASE WHEN r.state = 'FAILED' THEN 0 ELSE r.failures END,
+    epoch = CASE WHEN {_IS_POISON} OR (r.state = 'RUNNING' AND r.owner = excluded.owner)
+        THEN r.epoch ELSE r.epoch + 1 END,
+    owner = CASE WHEN {_IS_POISON} THEN r.owner ELSE excluded.owner END,
+    lease_until = CASE WHEN {_IS_POISON} THEN NULL ELSE excluded.lease_until END,
+    task_name = CASE WHEN {_IS_POISON} THEN r.task_name ELSE excluded.task_name END,
+    task_id = CASE WHEN {_IS_POISON} THEN r.task_id ELSE excluded.task_id END,
+    retries = CASE WHEN {_IS_POISON} THEN r.retries ELSE excluded.retries END,
+    ended_at = CASE WHEN {_IS_POISON} THEN clock_timestamp() END,
+    started_at = COALESCE(r.started_at, excluded.started_at),
+    updated_at = excluded.updated_at,
+    error = NULL, result = NULL, result_checksum = NULL, wake_at = NULL, expires_at = NULL
+WHERE r.target = excluded.target AND r.job_digest = excluded.job_digest AND (
+    r.state IN ('QUEUED', 'WAITING')
+    OR (r.state = 'FAILED' AND NOT CAST(:attached AS boolean)
+        AND (excluded.task_id IS NULL OR r.task_id IS DISTINCT FROM excluded.task_id))
+    OR (r.state = 'RUNNING'
+        AND (r.lease_until <= clock_timestamp() OR r.owner = excluded.owner OR {_TAKES_NEW})))
+RETURNING {_RUN}
+""")
+
+FIND_RUN = text(f"SELECT {_RUN} FROM docket_runs AS r WHERE graph = :graph AND execution_id = :execution_id")
+
+_COLUMNS = ", ".join(CHECKPOINT_COLUMNS)
+FIND_CHECKPOINT = text(f"SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = :cache_key")
+FIND_LIVE = text(
+    f"SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = :cache_key "
+    "AND (expires_at IS NULL OR expires_at > clock_timestamp())"
+)
+RESTORE = text(f"""
+SELECT {_COLUMNS}, expires_at IS NOT NULL AS dated FROM docket_cache
+WHERE cache_key = ANY(CAST(:keys AS bytea[]))
+    OR (graph = :graph AND execution_id = :execution_id AND item = '')
+""")
+UNDATE = text("""
+UPDATE docket_cache AS c SET expires_at = NULL
+FROM docket_runs AS r
+WHERE c.graph = :graph AND c.execution_id = :execution_id AND c.expires_at IS NOT NULL
+    AND r.graph = c.graph AND r.execution_id = c.execution_id
+    AND r.state = 'RUNNING' AND r.epoch = :epoch AND r.owner = :owner
+""")
+
+_STORED = """
+    CAST(:cache_key AS bytea), CAST(:execution_id AS text), CAST(:graph AS text), CAST(:step_name AS text),
+    CAST(:step_version AS text), CAST(:item AS text), CAST(:item_index AS bigint), CAST(:input_hash AS text),
+    CAST(:output_type AS text), CAST(:output_data AS bytea), CAST(:ttl AS double precision),
+    CAST(:checksum AS bytea), CAST(:output_json AS jsonb), clock_timestamp()"""
+_EXECUTION_NAMES = ", ".join(EXECUTION_COLUMNS)
+_EXECUTION_TYPES = {
+    "graph": "text",
+    "execution_id": "text",
+    "step_name": "text",
+    "item": "text",
+    "delivery": "bigint",
+    "attempts": "integer",
+    "cached": "boolean",
+    "status": "text",
+    "started_at": "timestamptz",
+    "duration_ms": "double precision",
+    "error_code": "text",
+    "error_message": "text",
+    "worker": "text",
+    "task_id": "text",
+}
+_EXECUTION = ", ".join(f"CAST(:x_{name} AS {_EXECUTION_TYPES[name]})" for name in EXECUTION_COLUMNS)
+_EXECUTION_ARRAYS = ", ".join(f"CAST(:x_{name} AS {_EXECUTION_TYPES[name]}[])" for name in EXECUTION_COLUMNS)
+_ADD_EXECUTION = f"INSERT INTO docket_executions ({_EXECUTION_NAMES})"
+
+
+def _save(execution: str) -> TextClause:
+    return text(f"""
+WITH f AS (
+    SELECT 1 FROM docket_runs
+    WHERE graph = :graph AND execution_id = :execution_id AND epoch = :epoch AND owner = :owner
+        AND state = 'RUNNING' FOR SHARE),
+s AS (
+    INSERT INTO docket_cache ({_COLUMNS}, output_json, created_at) SELECT {_STORED} FROM f
+    ON CONFLICT (cache_key) DO NOTHING RETURNING 1){execution}
+SELECT (SELECT count(*) FROM f) AS fenced, (SELECT count(*) FROM s) AS saved
+""")
+
+
+SAVE = _save("")
+# From s, not from f: a repeated save finds its own row and must not count the step twice.
+SAVE_EXECUTION = _save(f", e AS ({_ADD_EXECUTION} SELECT {_EXECUTION} FROM s)")
+
+# A published claim is spent, not deleted: a statement that looked before the result was there must not find the
+# claim gone and compute again. Whoever meets a dead claim takes it only if its snapshot shows the same claim.
+LOOKUP = text(f"""
+WITH live AS (
+    SELECT {_COLUMNS} FROM docket_cache
+    WHERE cache_key = :cache_key AND (expires_at IS NULL OR expires_at > clock_timestamp())),
+claimed AS (
+    INSERT INTO docket_claims AS c (cache_key, owner, lease_until)
+    SELECT CAST(:cache_key AS bytea), CAST(:owner AS text), {_UNTIL} WHERE NOT EXISTS (SELECT 1 FROM live)
+    ON CONFLICT (cache_key) DO UPDATE SET owner = excluded.owner, lease_until = excluded.lease_until
+    WHERE (c.owner = excluded.owner AND c.lease_until > clock_timestamp())
+        OR (c.lease_until <= clock_timestamp() AND EXISTS (
+            SELECT 1 FROM docket_claims AS seen
+            WHERE seen.cache_key = c.cache_key AND seen.owner = c.owner AND seen.lease_until = c.lease_until))
+    RETURNING 1)
+SELECT claims.won, live.* FROM (SELECT count(*) AS won FROM claimed) AS claims LEFT JOIN live ON true
+""")
+
+
+def _publish(execution: str) -> TextClause:
+    return text(f"""
+WITH s AS (
+    INSERT INTO docket_cache AS c ({_COLUMNS}, output_json, created_at, expires_at)
+    SELECT {_STORED}, clock_timestamp() + CAST(:ttl AS double precision) * {_SECOND}
+    ON CONFLICT (cache_key) DO UPDATE SET
+        {", ".join(f"{name} = excluded.{name}" for name in CHECKPOINT_COLUMNS if name != "cache_key")},
+        output_json = excluded.output_json, created_at = excluded.created_at, expires_at = excluded.expires_at
+    WHERE c.expires_at <= clock_timestamp() RETURNING 1),
+spent AS (
+    UPDATE docket_claims SET lease_until = clock_timestamp()
+    WHERE cache_key = :cache_key AND owner = :owner AND lease_until > clock_timestamp()),
+swept AS (
+    DELETE FROM docket_claims WHERE cache_key IN (
+        SELECT cache_key FROM docket_claims WHERE lease_until < clock_timestamp() - interval '1 minute'
+        LIMIT 2 FOR UPDATE SKIP LOCKED)){execution}
+SELECT count(*) AS saved FROM s
+""")
+
+
+PUBLISH = _publish("")
+# The step did run, so its row is written even if another's output counts; a repeated publish adds none.
+PUBLISH_EXECUTION = _publish(f""",
+e AS ({_ADD_EXECUTION} SELECT {_EXECUTION} WHERE NOT EXISTS (
+    SELECT 1 FROM docket_executions
+    WHERE execution_id = CAST(:x_execution_id AS text) AND graph = CAST(:x_graph AS text)
+        AND step_name = CAST(:x_step_name AS text) AND item = CAST(:x_item AS text)
+        AND delivery = CAST(:x_delivery AS bigint) AND started_at = CAST(:x_started_at AS timestamptz)))""")
+DISCLAIM = text(
+    "DELETE FROM docket_claims "
+    "WHERE cache_key = :cache_key AND owner = :owner AND lease_until > clock_timestamp()"
+)
+
+
+def _extend(claims: str) -> TextClause:
+    return text(f"""
+WITH l AS (
+    UPDATE docket_runs AS r SET lease_until = clock_timestamp() + u.lease_s * {_SECOND}
+    FROM unnest(CAST(:graphs AS text[]), CAST(:execution_ids AS text[]), CAST(:owners AS text[]),
+        CAST(:epochs AS bigint[]), CAST(:leases_s AS double precision[]))
+        AS u (graph, execution_id, owner, epoch, lease_s)
+    WHERE r.graph = u.graph AND r.execution_id = u.execution_id AND r.owner = u.owner AND r.epoch = u.epoch
+        AND r.state = 'RUNNING'
+    RETURNING r.graph, r.execution_id){claims}
+SELECT graph, execution_id FROM l
+""")
+
+
+EXTEND = _extend("")
+# A spent claim stays spent: only one that is alive is extended.
+EXTEND_CLAIMS = _extend(f""",
+c AS (
+    UPDATE docket_claims AS c SET lease_until = clock_timestamp() + u.lease_s * {_SECOND}
+    FROM unnest(CAST(:keys AS bytea[]), CAST(:claimants AS text[]), CAST(:claims_s AS double precision[]))
+        AS u (cache_key, owner, lease_s)
+    WHERE c.cache_key = u.cache_key AND c.owner = u.owner AND c.lease_until > clock_timestamp())""")
+
+
+def _end(more: str) -> TextClause:
+    return text(f"""
+WITH f AS (
+    UPDATE docket_runs SET
+        state = :state, lease_until = NULL, failures = failures + CAST(:failed AS integer),
+        result = CAST(:result AS bytea), result_checksum = CAST(:result_checksum AS bytea),
+        error = CAST(:error AS jsonb),
+        wake_at = clock_timestamp() + CAST(:wake_in_s AS double precision) * {_SECOND},
+        ended_at = CASE WHEN CAST(:ended AS boolean) THEN clock_timestamp() END,
+        expires_at = CASE WHEN CAST(:ended AS boolean)
+            THEN clock_timestamp() + CAST(:retention_s AS double precision) * {_SECOND} END,
+        updated_at = clock_timestamp()
+    WHERE graph = :graph AND execution_id = :execution_id AND epoch = :epoch AND owner = :owner
+        AND state = 'RUNNING'
+    RETURNING 1){more}
+SELECT count(*) AS fenced FROM f
+""")
+
+
+_DATE_CHECKPOINTS = f""",
+t AS (
+    UPDATE docket_cache SET expires_at = clock_timestamp() + ttl * {_SECOND} FROM f
+    WHERE graph = :graph AND execution_id = :execution_id AND ttl IS NOT NULL)"""
+_ADD_EXECUTIONS = f""",
+e AS ({_ADD_EXECUTION} SELECT u.* FROM unnest({_EXECUTION_ARRAYS}) AS u, f)"""
+END = {
+    (ended, executions): _end((_DATE_CHECKPOINTS if ended else "") + (_ADD_EXECUTIONS if executions else ""))
+    for ended in (False, True)
+    for executions in (False, True)
+}

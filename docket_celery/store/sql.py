@@ -1,0 +1,163 @@
+"""`SQLStore`: checkpoints and runs in Postgres or SQLite, through SQLAlchemy Core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import TypeVar
+
+from sqlalchemy import URL, Connection, Engine
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from docket_celery.checkpoint import Checkpoint, Lease, RunEnd, RunRequest, RunRow, StepExecution
+from docket_celery.errors import SchemaMismatch, StoreUnavailable
+from docket_celery.store import postgres, schema, sqlite
+from docket_celery.store.engines import Engines
+
+T = TypeVar("T")
+
+_PASSING_CLASSES = ("08", "53", "57")
+_PASSING_STATES = frozenset({"25006", "40001", "40P01", "55P03"})
+_NO_TABLE = "42P01"
+_MOST_CHARS = 300
+
+
+class SQLStore:
+    """Keeps checkpoints and runs in a database; no connection is held between calls.
+
+    Args:
+        source: ``postgresql://`` (also ``postgres://``; the driver is psycopg 3), ``sqlite:///file``,
+            ``sqlite://`` (memory), or your own SQLAlchemy engine for psycopg or pysqlite, used as it is. What the
+            URL's query sets wins over the library's connection limits; ``?options=`` with an empty value sends no
+            start-up options, for poolers that refuse them.
+
+    Raises:
+        InvalidSettings: The URL cannot be used.
+        InvalidArguments: The engine cannot be used.
+    """
+
+    def __init__(self, source: str | URL | Engine) -> None:
+        self._engines = Engines(source)
+        self._calls: ModuleType = postgres if self._engines.dialect == "postgresql" else sqlite
+        self.persistent = not self._engines.in_memory
+
+    def __repr__(self) -> str:
+        return f"SQLStore({self._engines.url.render_as_string(hide_password=True)!r})"
+
+    @property
+    def engine(self) -> Engine:
+        """This process's engine; a forked child gets another one."""
+        return self._engines.current()
+
+    def acquire(self, request: RunRequest) -> Lease | RunRow:
+        """See `Store.acquire`."""
+        return self._call("acquire the run", lambda connection: self._calls.acquire(connection, request))
+
+    def restore(self, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]:
+        """See `Store.restore`."""
+        return self._call("restore the run", lambda connection: self._calls.restore(connection, lease, keys))
+
+    def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:
+        """See `Store.save`."""
+        return self._call(
+            "save the checkpoint",
+            lambda connection: self._calls.save(connection, lease, checkpoint, execution),
+        )
+
+    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+        """See `Store.lookup`."""
+        return self._call(
+            "look the checkpoint up",
+            lambda connection: self._calls.lookup(connection, key, owner, lease_s),
+        )
+
+    def publish(self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None) -> Checkpoint:
+        """See `Store.publish`."""
+        return self._call(
+            "publish the checkpoint",
+            lambda connection: self._calls.publish(connection, checkpoint, owner, execution),
+        )
+
+    def disclaim(self, key: bytes, owner: str) -> None:
+        """See `Store.disclaim`."""
+        self._call("drop the claim", lambda connection: self._calls.disclaim(connection, key, owner))
+
+    def extend(
+        self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
+    ) -> set[tuple[str, str]]:
+        """See `Store.extend`."""
+        return self._call(
+            "extend the leases", lambda connection: self._calls.extend(connection, leases, claims)
+        )
+
+    def end(self, lease: Lease, end: RunEnd) -> None:
+        """See `Store.end`."""
+        self._call("end the run", lambda connection: self._calls.end(connection, lease, end))
+
+    def find_run(self, graph: str, execution_id: str) -> RunRow | None:
+        """See `Store.find_run`."""
+        return self._call(
+            "find the run", lambda connection: self._calls.find_run(connection, graph, execution_id)
+        )
+
+    def migrate(self) -> int:
+        """See `Store.migrate`."""
+        return self._call("migrate its tables", self._calls.migrate)
+
+    def check_schema(self) -> None:
+        """See `Store.check_schema`."""
+        found = self._call("say which tables it has", schema.find_version)
+        if found != schema.VERSION:
+            raise SchemaMismatch(found, schema.VERSION)
+
+    def close(self) -> None:
+        """Close this process's connections. The store stays usable; a user's own engine is left alone."""
+        self._engines.dispose()
+
+    def _call(self, action: str, work: Callable[[Connection], T]) -> T:
+        """Do *work* with a connection, once more at once if its connection was found dead.
+
+        A server that restarted leaves dead connections in the pool; SQLAlchemy drops them all on the first
+        error. Whether that error came before or after a commit is unknown, so every call must bear repeating.
+        """
+        try:
+            try:
+                return self._once(work)
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+                return self._once(work)
+        except (DBAPIError, PoolTimeout) as error:
+            known = self._translate(action, error)
+            if known is None:
+                raise
+            raise known from error
+
+    def _once(self, work: Callable[[Connection], T]) -> T:
+        with self._engines.turn(), self._engines.current().connect() as connection:
+            return work(connection)
+
+    def _translate(
+        self, action: str, error: DBAPIError | PoolTimeout
+    ) -> StoreUnavailable | SchemaMismatch | None:
+        if not isinstance(error, DBAPIError):
+            return StoreUnavailable(action, "all connections of this process stayed in use")
+        cause = error.orig
+        state: str | None = getattr(cause, "sqlstate", None)
+        if state == _NO_TABLE or str(cause).startswith("no such table"):
+            return SchemaMismatch(None, schema.VERSION)
+        passing = isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
+        if state is not None:
+            passing = passing or state.startswith(_PASSING_CLASSES) or state in _PASSING_STATES
+        return StoreUnavailable(action, self._describe(cause, state)) if passing else None
+
+    def _describe(self, cause: BaseException | None, state: str | None) -> str:
+        """Return the server's own first words: details could quote the row, libpq could quote the URL."""
+        diagnosis = getattr(cause, "diag", None)
+        words = getattr(diagnosis, "message_primary", None) or str(cause)
+        text = " ".join(words.split())
+        if self._engines.url.password:
+            text = text.replace(str(self._engines.url.password), "***")
+        shown = text if len(text) <= _MOST_CHARS else text[: _MOST_CHARS - 1] + "…"
+        return shown if state is None else f"{shown} (SQLSTATE {state})"

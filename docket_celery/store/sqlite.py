@@ -1,0 +1,314 @@
+"""The calls of `Store` on SQLite: small transactions that take the write lock first (``BEGIN IMMEDIATE``).
+
+Times are text in UTC with six decimals, '2026-01-31 12:00:00.123000', which SQLite's own date functions and plain
+comparison read, and SQLAlchemy's `DateTime` too. The clock is SQLite's 'now', to the millisecond. Nothing here needs a SQLite newer than 3.24.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+from docket_celery.checkpoint import Checkpoint, Lease, RunEnd, RunRequest, RunRow, RunState, StepExecution
+from docket_celery.errors import LeaseLost
+from docket_celery.store import schema
+from docket_celery.store.rows import (
+    CHECKPOINT_COLUMNS,
+    EXECUTION_COLUMNS,
+    check_owner,
+    checkpoint_values,
+    clean_checkpoint,
+    clean_text,
+    end_values,
+    execution_values,
+    fence_values,
+    lease_from,
+    may_take,
+    read_checkpoint,
+    read_run,
+    request_values,
+)
+
+_NOW = "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
+_COLUMNS = ", ".join(CHECKPOINT_COLUMNS)
+_FENCE = "graph = :graph AND execution_id = :execution_id AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'"
+_LIVE = f"(expires_at IS NULL OR expires_at > {_NOW})"
+_KEYS_AT_ONCE = 500  # SQLite before 3.32 binds at most 999 values
+
+
+def _after(seconds: str) -> str:
+    """Return the SQL for a moment that many seconds from now; NULL stays NULL."""
+    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%+.3f seconds', {seconds})) || '000')"
+
+
+_FIND_RUN = text(f"""
+SELECT graph, execution_id, target, job_digest, state, epoch, lost, failures, retries, task_name, task_id, result,
+    result_checksum, error, owner, (julianday(lease_until) - julianday({_NOW})) * 86400.0 AS lease_left_s,
+    lease_until <= {_NOW} AS expired
+FROM docket_runs WHERE graph = :graph AND execution_id = :execution_id
+""")
+_INSERT_RUN = text(f"""
+INSERT INTO docket_runs (
+    graph, execution_id, task_name, task_id, retries, target, job, job_digest, state, stage, epoch, owner,
+    lease_until, lost, failures, created_at, started_at, updated_at)
+VALUES (:graph, :execution_id, :task_name, :task_id, :retries, :target, :job, :job_digest, 'RUNNING', 0, 1, :owner,
+    {_after(":lease_s")}, 0, 0, {_NOW}, {_NOW}, {_NOW})
+""")
+_TAKE_RUN = text(f"""
+UPDATE docket_runs SET
+    state = 'RUNNING', epoch = :epoch, lost = :lost, failures = :failures, owner = :owner,
+    lease_until = {_after(":lease_s")}, task_name = :task_name, task_id = :task_id, retries = :retries,
+    started_at = COALESCE(started_at, {_NOW}), updated_at = {_NOW}, ended_at = NULL, error = NULL, result = NULL,
+    result_checksum = NULL, wake_at = NULL, expires_at = NULL
+WHERE graph = :graph AND execution_id = :execution_id
+""")
+_QUARANTINE_RUN = text(f"""
+UPDATE docket_runs
+SET state = 'QUARANTINED', lost = :lost, lease_until = NULL, ended_at = {_NOW}, updated_at = {_NOW}
+WHERE graph = :graph AND execution_id = :execution_id
+""")
+_HOLDS = text(f"SELECT 1 FROM docket_runs WHERE {_FENCE}")
+_EXTEND_RUN = text(f"UPDATE docket_runs SET lease_until = {_after(':lease_s')} WHERE {_FENCE}")
+_END_RUN = text(f"""
+UPDATE docket_runs SET
+    state = :state, lease_until = NULL, failures = failures + :failed, result = :result,
+    result_checksum = :result_checksum, error = :error, wake_at = {_after(":wake_in_s")},
+    ended_at = CASE WHEN :ended THEN {_NOW} END,
+    expires_at = CASE WHEN :ended THEN {_after(":retention_s")} END, updated_at = {_NOW}
+WHERE {_FENCE}
+""")
+
+_FIND_CHECKPOINT = text(f"SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = :cache_key")
+_FIND_LIVE = text(f"SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = :cache_key AND {_LIVE}")
+_FIND_OF_RUN = text(
+    f"SELECT {_COLUMNS}, expires_at IS NOT NULL AS dated FROM docket_cache "
+    "WHERE graph = :graph AND execution_id = :execution_id AND item = ''"
+)
+_UNDATE = text(
+    "UPDATE docket_cache SET expires_at = NULL WHERE graph = :graph AND execution_id = :execution_id "
+    f"AND EXISTS (SELECT 1 FROM docket_runs WHERE {_FENCE})"
+)
+_DATE = text(
+    f"UPDATE docket_cache SET expires_at = {_after('ttl')} "
+    "WHERE graph = :graph AND execution_id = :execution_id AND ttl IS NOT NULL"
+)
+_STORED = ", ".join(f":{name}" for name in CHECKPOINT_COLUMNS)
+_STORE = f"INTO docket_cache ({_COLUMNS}, output_json, created_at, expires_at) VALUES ({_STORED}, :output_json, {_NOW}"
+_INSERT_CHECKPOINT = text(f"INSERT {_STORE}, NULL)")
+_REPLACE_CHECKPOINT = text(f"INSERT OR REPLACE {_STORE}, {_after(':ttl')})")
+_ADD_EXECUTION = text(
+    f"INSERT INTO docket_executions ({', '.join(EXECUTION_COLUMNS)}) "
+    f"VALUES ({', '.join(f':{name}' for name in EXECUTION_COLUMNS)})"
+)
+_FIND_EXECUTION = text(
+    "SELECT 1 FROM docket_executions WHERE graph = :graph AND execution_id = :execution_id "
+    "AND step_name = :step_name AND item = :item AND delivery = :delivery AND started_at = :started_at"
+)
+
+_CLAIM = text(f"""
+INSERT INTO docket_claims (cache_key, owner, lease_until) VALUES (:cache_key, :owner, {_after(":lease_s")})
+ON CONFLICT (cache_key) DO UPDATE SET owner = excluded.owner, lease_until = excluded.lease_until
+WHERE docket_claims.owner = excluded.owner OR docket_claims.lease_until <= {_NOW}
+""")
+_DISCLAIM = text("DELETE FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner")
+_EXTEND_CLAIM = text(
+    f"UPDATE docket_claims SET lease_until = {_after(':lease_s')} "
+    f"WHERE cache_key = :cache_key AND owner = :owner AND lease_until > {_NOW}"
+)
+
+
+def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
+    """See `Store.acquire`."""
+    values: dict[str, Any] = request_values(request) | {"lease_s": request.lease_s}
+    with _writing(connection):
+        row = connection.execute(_FIND_RUN, values).mappings().first()
+        if row is None:
+            connection.execute(_INSERT_RUN, values)
+            return lease_from(request, epoch=1, lost=0, failures=0)
+        if not may_take(
+            request,
+            target=row["target"],
+            job_digest=bytes(row["job_digest"]),
+            state=row["state"],
+            owner=row["owner"],
+            task_id=row["task_id"],
+            retries=row["retries"],
+            expired=bool(row["expired"]),
+        ):
+            return read_run(row)
+        running, ours = row["state"] == RunState.RUNNING, row["owner"] == request.owner
+        lost = row["lost"] + (running and not ours and not request.released)
+        if lost > row["lost"] and lost >= request.max_deliveries:
+            connection.execute(_QUARANTINE_RUN, values | {"lost": lost})
+            return read_run(connection.execute(_FIND_RUN, values).mappings().one())
+        epoch = row["epoch"] + (not (running and ours))
+        failures = 0 if row["state"] == RunState.FAILED else row["failures"]
+        connection.execute(_TAKE_RUN, values | {"epoch": epoch, "lost": lost, "failures": failures})
+    return lease_from(request, epoch=epoch, lost=lost, failures=failures)
+
+
+def restore(connection: Connection, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]:
+    """See `Store.restore`."""
+    fence = fence_values(lease)
+    with _reading(connection):
+        rows = list(connection.execute(_FIND_OF_RUN, fence).mappings())
+        found = {bytes(row["cache_key"]) for row in rows}
+        missing = [key for key in dict.fromkeys(keys) if key not in found]
+        for start in range(0, len(missing), _KEYS_AT_ONCE):
+            rows += _find_keys(connection, missing[start : start + _KEYS_AT_ONCE])
+    checkpoints = [check_owner(read_checkpoint(row), fence["graph"], fence["execution_id"]) for row in rows]
+    if any(row["dated"] for row in rows):
+        connection.execute(_UNDATE, fence)
+    return checkpoints
+
+
+def save(
+    connection: Connection, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None
+) -> Checkpoint:
+    """See `Store.save`."""
+    ours = clean_checkpoint(checkpoint)
+    fence = fence_values(lease)
+    with _writing(connection):
+        if connection.execute(_HOLDS, fence).first() is None:
+            raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+        row = connection.execute(_FIND_CHECKPOINT, {"cache_key": ours.key}).mappings().first()
+        if row is None:
+            connection.execute(_INSERT_CHECKPOINT, checkpoint_values(ours))
+            _add_executions(connection, [] if execution is None else [execution])
+            return replace(ours, output_json=None)
+    return check_owner(read_checkpoint(row), fence["graph"], fence["execution_id"])
+
+
+def lookup(connection: Connection, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+    """See `Store.lookup`; a hit takes no write lock."""
+    values = {"cache_key": key, "owner": clean_text(owner), "lease_s": lease_s}
+    row = connection.execute(_FIND_LIVE, values).mappings().first()
+    if row is None:
+        with _writing(connection):
+            row = connection.execute(_FIND_LIVE, values).mappings().first()
+            if row is None:
+                return connection.execute(_CLAIM, values).rowcount == 1
+    return check_owner(read_checkpoint(row), "", None)
+
+
+def publish(
+    connection: Connection, checkpoint: Checkpoint, owner: str, execution: StepExecution | None
+) -> Checkpoint:
+    """See `Store.publish`."""
+    ours = clean_checkpoint(checkpoint)
+    values = checkpoint_values(ours) | {"owner": clean_text(owner)}
+    with _writing(connection):
+        connection.execute(_DISCLAIM, values)
+        if execution is not None:
+            row = _execution_values(execution)
+            if connection.execute(_FIND_EXECUTION, row).first() is None:
+                connection.execute(_ADD_EXECUTION, row)
+        found = connection.execute(_FIND_LIVE, values).mappings().first()
+        if found is None:
+            connection.execute(_REPLACE_CHECKPOINT, values)
+            return replace(ours, output_json=None)
+    return check_owner(read_checkpoint(found), "", None)
+
+
+def disclaim(connection: Connection, key: bytes, owner: str) -> None:
+    """See `Store.disclaim`."""
+    with _writing(connection):
+        connection.execute(_DISCLAIM, {"cache_key": key, "owner": clean_text(owner)})
+
+
+def extend(
+    connection: Connection, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]]
+) -> set[tuple[str, str]]:
+    """See `Store.extend`."""
+    held: set[tuple[str, str]] = set()
+    if not leases and not claims:
+        return held
+    with _writing(connection):
+        for lease in leases:
+            values = fence_values(lease)
+            if connection.execute(_EXTEND_RUN, values | {"lease_s": lease.lease_s}).rowcount:
+                held.add((values["graph"], values["execution_id"]))
+        for key, owner, lease_s in claims:
+            values = {"cache_key": key, "owner": clean_text(owner), "lease_s": lease_s}
+            connection.execute(_EXTEND_CLAIM, values)
+    return held
+
+
+def end(connection: Connection, lease: Lease, ending: RunEnd) -> None:
+    """See `Store.end`."""
+    values = end_values(lease, ending) | {"wake_in_s": ending.wake_in_s, "retention_s": ending.retention_s}
+    with _writing(connection):
+        if connection.execute(_END_RUN, values).rowcount:
+            _add_executions(connection, ending.executions)
+            if ending.state.ended:
+                connection.execute(_DATE, values)
+            return
+        row = connection.execute(_FIND_RUN, values).mappings().first()
+    ours = (values["owner"], values["epoch"], values["state"])
+    if row is None or (row["owner"], row["epoch"], row["state"]) != ours:
+        raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+
+
+def find_run(connection: Connection, graph: str, execution_id: str) -> RunRow | None:
+    """See `Store.find_run`."""
+    values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
+    row = connection.execute(_FIND_RUN, values).mappings().first()
+    return None if row is None else read_run(row)
+
+
+def migrate(connection: Connection) -> int:
+    """See `Store.migrate`. Readers beside a writer need WAL, which the file itself remembers."""
+    connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+    with _writing(connection):
+        return schema.upgrade(connection)
+
+
+@contextmanager
+def _writing(connection: Connection) -> Iterator[None]:
+    """Hold the write lock for a transaction; the driver itself is in autocommit and begins none."""
+    with _transaction(connection, "BEGIN IMMEDIATE"):
+        yield
+
+
+@contextmanager
+def _reading(connection: Connection) -> Iterator[None]:
+    """Read one state of the database with several statements."""
+    with _transaction(connection, "BEGIN"):
+        yield
+
+
+@contextmanager
+def _transaction(connection: Connection, begin: str) -> Iterator[None]:
+    connection.exec_driver_sql(begin)
+    try:
+        yield
+        connection.exec_driver_sql("COMMIT")
+    except BaseException:
+        # SQLite ends the transaction by itself on some errors, such as a full disk.
+        if connection.connection.dbapi_connection.in_transaction:
+            connection.exec_driver_sql("ROLLBACK")
+        raise
+
+
+def _find_keys(connection: Connection, keys: Sequence[bytes]) -> Iterable[Any]:
+    names = ", ".join(f":k{index}" for index in range(len(keys)))
+    statement = text(
+        f"SELECT {_COLUMNS}, expires_at IS NOT NULL AS dated FROM docket_cache WHERE cache_key IN ({names})"
+    )
+    return connection.execute(statement, {f"k{index}": key for index, key in enumerate(keys)}).mappings()
+
+
+def _add_executions(connection: Connection, executions: Sequence[StepExecution]) -> None:
+    if executions:
+        connection.execute(_ADD_EXECUTION, [_execution_values(execution) for execution in executions])
+
+
+def _execution_values(execution: StepExecution) -> dict[str, Any]:
+    started_at: datetime = execution.started_at
+    shown = started_at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
+    return execution_values(execution) | {"started_at": shown}
