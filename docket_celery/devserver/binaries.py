@@ -47,6 +47,8 @@ class PostgresBinaries:
             ServersUnavailable: A copy is needed and *account* cannot enter *copy_to*.
         """
         root = self.wheel_root
+        if root is None:
+            return self
         install = self.postgres.parent.parent
         needed = [
             self.initdb,
@@ -54,7 +56,7 @@ class PostgresBinaries:
             *(install / "share").rglob("postgres.bki"),
             *_wheel_libraries(root),
         ]
-        if root is None or all(can_read(account, file) for file in needed):
+        if all(can_read(account, file) for file in needed):
             return self
         target = _copy_folder(account, copy_to)
         copied = target / install.relative_to(root)
@@ -175,14 +177,12 @@ def _runnable(program: Path) -> bool:
     return program.is_file() and os.access(program, os.X_OK)
 
 
-def _library_folders(root: Path | None) -> list[Path]:
-    if root is None:
-        return []
+def _library_folders(root: Path) -> list[Path]:
     places = (root / f"{_POSTGRES_WHEEL}.libs", root / _POSTGRES_WHEEL / ".dylibs")
     return [place for place in places if place.is_dir()]
 
 
-def _wheel_libraries(root: Path | None) -> Iterator[Path]:
+def _wheel_libraries(root: Path) -> Iterator[Path]:
     for folder in _library_folders(root):
         yield from folder.iterdir()
 

@@ -37,6 +37,7 @@ _SETTINGS = {
 }
 # synchronous_commit stays on: a killed server then keeps what it committed, only a power cut loses it.
 _EPHEMERAL_SETTINGS = {"fsync": "off", "full_page_writes": "off"}
+_CLOSED = " (the account {!r} cannot walk to this folder: choose a data_dir that it can)"
 _STOP = (
     StopSignal(number=signal.SIGINT, wait_s=10.0),  # "fast": ends the sessions, writes a checkpoint
     StopSignal(
@@ -151,7 +152,10 @@ def _make_cluster(
             process.terminate()  # initdb then removes what it made
             process.wait()
     if status != 0:
-        raise ServersUnavailable(f"Postgres in {data.parent}", f"initdb failed; it said:\n{log_tail(log)}")
+        # Before release 16 initdb goes by paths only.
+        closed = "" if account is None or can_enter(account, fresh) else _CLOSED.format(account.name)
+        problem = f"initdb failed{closed}; it said:\n{log_tail(log)}"
+        raise ServersUnavailable(f"Postgres in {data.parent}", problem)
     fresh.rename(data)
 
 

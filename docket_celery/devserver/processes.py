@@ -176,15 +176,15 @@ def spawn(
         argv: Program and arguments.
         account: Who runs it; None for the current user.
         cwd: Its working directory, and its HOME.
-        log: File for its output; see `open_log`.
-        parent_death: Signal that Linux sends it when the calling *thread* ends; for a process with one thread.
-            Elsewhere it has no effect.
+        log: File for its output; see `open_private`.
+        parent_death: Signal that Linux sends it when the calling *thread* ends; for a process with one
+            thread. Elsewhere it has no effect.
 
     Raises:
         ServersUnavailable: The program cannot be started.
     """
     on_death = None if parent_death is None else signal_on_parent_death(parent_death)
-    with open_log(log, account) as output:
+    with open_private(log, account) as output:
         try:
             return subprocess.Popen(  # noqa: S603 -- programs that we located, with our own arguments
                 argv,
@@ -205,9 +205,9 @@ def spawn(
 
 
 @contextmanager
-def open_log(log: Path, account: Account | None) -> Generator[int]:
-    """Open *log* for appending, 0600 and owned by *account*; a link in its place is refused."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+def open_private(path: Path, account: Account | None) -> Generator[int]:
+    """Open the file *path* for appending, 0600 and owned by *account*; a link in its place is refused."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         if account is not None:
             os.fchown(file, account.uid, account.gid)
@@ -223,7 +223,7 @@ def _server_environment(home: Path) -> Mapping[str, str]:
 
 
 def signal_on_parent_death(number: signal.Signals) -> Callable[[], None] | None:
-    """Return a ``preexec_fn``: Linux then signals the child when the thread that started it ends. Else None."""
+    """Return a ``preexec_fn``: Linux then signals the child when the thread that started it ends; or None."""
     if sys.platform != "linux":
         return None
     # Loaded here: between fork and exec nothing may take the loader's locks.

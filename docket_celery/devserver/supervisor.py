@@ -26,7 +26,7 @@ from types import FrameType
 from docket_celery.devserver.accounts import can_enter, make_private, server_account
 from docket_celery.devserver.binaries import find_postgres, find_redis
 from docket_celery.devserver.postgres import start_postgres
-from docket_celery.devserver.processes import ServerProcess, log_tail
+from docket_celery.devserver.processes import ServerProcess, log_tail, open_private
 from docket_celery.devserver.redis import start_redis
 from docket_celery.errors import ServersUnavailable
 
@@ -135,11 +135,20 @@ def _directory(order: Order, stack: ExitStack) -> Path | None:
     if order.data_dir is None:
         return _temporary_directory(stack)
     data_dir = Path(order.data_dir)
-    make_private(data_dir, server_account(data_dir))
+    account = server_account(data_dir)
+    make_private(data_dir, account)
+    lock = stack.enter_context(open_private(data_dir / "lock", account))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ServersUnavailable(
+            f"directory {data_dir}",
+            "other development servers are using it; stop them or choose another data_dir",
+        ) from None
     ignore = data_dir / ".gitignore"
     if not ignore.exists():
-        ignore.write_text("*\n")
-    _lock(data_dir, stack)
+        with open_private(ignore, account) as file:
+            os.write(file, b"*\n")
     return data_dir
 
 
@@ -154,18 +163,6 @@ def _temporary_directory(stack: ExitStack) -> Path:
         f"temporary directory {tempfile.gettempdir()}",
         "the account that runs the servers cannot enter it; set TMPDIR to one that everyone can",
     )
-
-
-def _lock(data_dir: Path, stack: ExitStack) -> None:
-    """Hold *data_dir* for this process."""
-    lock = stack.enter_context((data_dir / "lock").open("a"))
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ServersUnavailable(
-            f"directory {data_dir}",
-            "other development servers are using it; stop them or choose another data_dir",
-        ) from None
 
 
 def _start(order: Order, directory: Path | None, stack: ExitStack) -> list[ServerProcess]:
