@@ -1,4 +1,4 @@
-"""Stores: where checkpoints and runs live. `MemoryStore` needs no SQLAlchemy; `SQLStore` imports it on first use."""
+"""Where checkpoints and runs live. `MemoryStore` needs no SQLAlchemy; `SQLStore` imports it on first use."""
 
 from __future__ import annotations
 

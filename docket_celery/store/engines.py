@@ -86,7 +86,7 @@ class Engines:
         return self._turn
 
     def current(self) -> Engine:
-        """Return this process's engine. A look-up after the first call, without a lock that a fork could hold."""
+        """Return this process's engine: mostly a look-up, and never a lock that a fork could leave held."""
         pid = os.getpid()
         engine = self._engines.get(pid)
         return engine if engine is not None else self._make(pid)
@@ -98,12 +98,14 @@ class Engines:
             engine.dispose()
 
     def _make(self, pid: int) -> Engine:
-        # Two threads may both make one: neither has connected yet, setdefault keeps one, the other is dropped.
+        forked = pid != self._made_by
+        if forked and self.in_memory:
+            self._turn = threading.Lock()  # a thread of the parent may have held it at the fork
+        # Two threads may both make one: setdefault keeps one, the other never connected and is dropped.
+        # The parent's stays where it is, unused: closing its connections would end the parent's sessions.
         if self._given is None:
             return self._engines.setdefault(pid, _create(self.url, self.in_memory))
-        if pid != self._made_by:
-            if self.in_memory:
-                self._turn = threading.Lock()
+        if forked:
             self._given.dispose(close=False)
         return self._engines.setdefault(pid, self._given.execution_options(isolation_level="AUTOCOMMIT"))
 
@@ -125,11 +127,10 @@ def _create(url: URL, in_memory: bool) -> Engine:
         "hide_parameters": True,  # error texts and logs never show what was stored
     }
     if url.get_backend_name() == "sqlite":
-        arguments = {"timeout": _SQLITE_BUSY_S, "check_same_thread": False}
-        given = {name: value for name, value in arguments.items() if name not in url.query}
+        limits = {"timeout": _SQLITE_BUSY_S, "check_same_thread": False}
+        given = {name: value for name, value in limits.items() if name not in url.query}
         pool = {"poolclass": StaticPool} if in_memory else dict(_POOL)
-        engine = create_engine(url, connect_args=given, **options, **pool)
-        return engine
+        return create_engine(url, connect_args=given, **options, **pool)
     arguments = dict(_POSTGRES_ARGS)
     query = dict(url.query)
     if "prepare_threshold" in query:

@@ -1,7 +1,7 @@
 """The calls of `Store` on Postgres: one statement each on the happy path.
 
-Each may be repeated after a lost answer, because a repeated statement finds what it wrote: acquire and lookup by
-owner, save and publish by key, end by owner and state; the others change nothing that a second time would change.
+Each may be repeated after a lost answer, because a repeated statement finds what it wrote: acquire and lookup
+by owner, save and publish by key, end by owner and state; the others do nothing twice.
 """
 
 from __future__ import annotations
@@ -57,12 +57,11 @@ def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
 
 def restore(connection: Connection, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]:
     """See `Store.restore`."""
-    values = fence_values(lease) | {"keys": list(keys)}
-    rows = connection.execute(sql.RESTORE, values).mappings().all()
-    graph, execution_id = values["graph"], values["execution_id"]
-    checkpoints = [check_owner(read_checkpoint(row), graph, execution_id) for row in rows]
+    fence = fence_values(lease)
+    rows = connection.execute(sql.RESTORE, {**fence, "keys": list(keys)}).mappings().all()
+    checkpoints = [check_owner(read_checkpoint(row), fence["graph"], fence["execution_id"]) for row in rows]
     if any(row["dated"] for row in rows):
-        connection.execute(sql.UNDATE, values)
+        connection.execute(sql.UNDATE, fence)
     return checkpoints
 
 

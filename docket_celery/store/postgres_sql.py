@@ -13,9 +13,9 @@ from docket_celery.store.rows import CHECKPOINT_COLUMNS, EXECUTION_COLUMNS
 
 _SECOND = "interval '1 second'"
 _RUN = """
-    r.graph, r.execution_id, r.target, r.job_digest, r.state, r.epoch, r.lost, r.failures, r.retries, r.task_name,
-    r.task_id, r.result, r.result_checksum, CAST(r.error AS text) AS error,
-    EXTRACT(EPOCH FROM r.lease_until - clock_timestamp()) AS lease_left_s, r.owner"""
+    r.graph, r.execution_id, r.target, r.job_digest, r.state, r.epoch, r.owner, r.lost, r.failures, r.retries,
+    r.task_name, r.task_id, r.result, r.result_checksum, CAST(r.error AS text) AS error,
+    EXTRACT(EPOCH FROM r.lease_until - clock_timestamp()) AS lease_left_s"""
 _TAKES_NEW = "(r.task_id = excluded.task_id AND excluded.retries > r.retries)"
 _IS_CRASH = "(r.state = 'RUNNING' AND r.owner <> excluded.owner AND NOT CAST(:released AS boolean))"
 _IS_POISON = f"({_IS_CRASH} AND r.lost + 1 >= CAST(:max_deliveries AS integer))"
@@ -25,8 +25,9 @@ ACQUIRE = text(f"""
 INSERT INTO docket_runs AS r (
     graph, execution_id, task_name, task_id, retries, target, job, job_digest, state, stage, epoch, owner,
     lease_until, lost, failures, created_at, started_at, updated_at)
-VALUES (:graph, :execution_id, :task_name, :task_id, :retries, :target, :job, :job_digest, 'RUNNING', 0, 1, :owner,
-    {_UNTIL}, 0, 0, clock_timestamp(), clock_timestamp(), clock_timestamp())
+VALUES (
+    :graph, :execution_id, :task_name, :task_id, :retries, :target, :job, :job_digest, 'RUNNING', 0, 1,
+    :owner, {_UNTIL}, 0, 0, clock_timestamp(), clock_timestamp(), clock_timestamp())
 ON CONFLICT (graph, execution_id) DO UPDATE SET
     state = CASE WHEN {_IS_POISON} THEN 'QUARANTINED' ELSE 'RUNNING' END,
     lost = r.lost + CASE WHEN {_IS_CRASH} THEN 1 ELSE 0 END,
@@ -116,8 +117,8 @@ SAVE = _save("")
 # From s, not from f: a repeated save finds its own row and must not count the step twice.
 SAVE_EXECUTION = _save(f", e AS ({_ADD_EXECUTION} SELECT {_EXECUTION} FROM s)")
 
-# A published claim is spent, not deleted: a statement that looked before the result was there must not find the
-# claim gone and compute again. Whoever meets a dead claim takes it only if its snapshot shows the same claim.
+# A published claim is spent, not deleted: a statement that looked before the result was there must not find
+# the claim gone and compute again. A dead claim is taken only if the statement's snapshot shows the same one.
 LOOKUP = text(f"""
 WITH live AS (
     SELECT {_COLUMNS} FROM docket_cache

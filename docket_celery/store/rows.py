@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 from docket_celery.checkpoint import (
     Checkpoint,
@@ -42,6 +42,12 @@ EXECUTION_COLUMNS = tuple(f.name for f in fields(StepExecution))
 _CHECKPOINT_TEXTS = tuple(f.name for f in fields(Checkpoint) if f.type in {"str", "str | None"})
 
 
+class Row(Protocol):
+    """A row by column names; SQLAlchemy's `RowMapping` without SQLAlchemy."""
+
+    def __getitem__(self, key: str, /) -> Any: ...
+
+
 def clean_text(value: str) -> str:
     """Return *value* as both databases can keep it: without U+0000, lone surrogates replaced."""
     if value.isascii():
@@ -50,7 +56,7 @@ def clean_text(value: str) -> str:
 
 
 def clean_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
-    """Return *checkpoint* with every text cleaned, before its checksum is taken, and without a broken view."""
+    """Return *checkpoint* with every text cleaned, as its checksum must see it, and without a broken view."""
     changed: dict[str, Any] = {}
     for name in _CHECKPOINT_TEXTS:
         value = getattr(checkpoint, name)
@@ -65,9 +71,10 @@ def _is_storable_json(view: str) -> bool:
     """Tell whether jsonb takes *view*; a view that it refuses would fail the save of the data itself."""
     try:
         loaded = json.loads(view, parse_constant=_refuse_constant)
-        return "\\u0000" not in view and dump_json(loaded, exact=True) is not None
+        dump_json(loaded, exact=True)
     except (ValueError, RecursionError):
         return False
+    return "\\u0000" not in view
 
 
 def _refuse_constant(name: str) -> None:
@@ -185,7 +192,7 @@ def end_values(lease: Lease, end: RunEnd) -> dict[str, Any]:
     }
 
 
-def read_checkpoint(row: Mapping[str, Any]) -> Checkpoint:
+def read_checkpoint(row: Row) -> Checkpoint:
     """Return the checkpoint in *row*, verified.
 
     Raises:
@@ -225,7 +232,7 @@ def result_checksum(graph: str, execution_id: str, target: str, result: bytes) -
     return digest(b"docket.result.1", graph.encode(), execution_id.encode(), target.encode(), result)
 
 
-def read_run(row: Mapping[str, Any]) -> RunRow:
+def read_run(row: Row) -> RunRow:
     """Return the run in *row*, its result verified.
 
     Raises:

@@ -1,7 +1,6 @@
 """The tables, as public SQLAlchemy metadata (for people's own Alembic), and how they are made and upgraded.
 
-All times are the database's own: `timestamptz` on Postgres, UTC text with six decimals on SQLite. Columns named
-``ttl`` count seconds.
+All times are the database's own: `timestamptz` on Postgres, UTC text with six decimals on SQLite.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ docket_cache = Table(
     Column("output_data", LargeBinary, nullable=False),
     Column("output_json", _JSON, comment="best-effort view of output_data"),
     Column("checksum", LargeBinary, nullable=False),
-    Column("ttl", Double, comment="seconds; WORKFLOW: counted from the end of the run"),
+    Column("ttl", Double, comment="in seconds; WORKFLOW: counted from the end of the run"),
     Column("created_at", _TIME, nullable=False),
     Column("expires_at", _TIME),
     _is_32_bytes("cache_key"),
@@ -202,7 +201,7 @@ docket_schema = Table(
 
 Migration = Callable[[Connection], None]
 MIGRATIONS: Mapping[int, Migration] = {}
-"""Steps from the version before to the named one, from 2 on; an empty database gets the newest tables at once."""
+"""How to reach a version from the one before, from 2 on; an empty database gets the newest tables at once."""
 
 _LOCK_ID = 0x646F636B6574  # "docket": one advisory lock for all who migrate
 
@@ -211,7 +210,8 @@ def find_version(connection: Connection) -> int | None:
     """Return the version of the tables, or None if there are none or they were never stamped."""
     if not inspect(connection).has_table(docket_schema.name):
         return None
-    return connection.execute(select(func.max(docket_schema.c.version))).scalar_one()
+    version: int | None = connection.execute(select(func.max(docket_schema.c.version))).scalar_one()
+    return version
 
 
 def upgrade(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -23,14 +22,35 @@ _NO_TABLE = "42P01"
 _MOST_CHARS = 300
 
 
+class _Calls(Protocol):
+    """What a module of one dialect offers: the calls of `Store` on a given connection."""
+
+    def acquire(self, connection: Connection, request: RunRequest) -> Lease | RunRow: ...
+    def restore(self, connection: Connection, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]: ...
+    def save(
+        self, connection: Connection, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None
+    ) -> Checkpoint: ...
+    def lookup(self, connection: Connection, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool: ...
+    def publish(
+        self, connection: Connection, checkpoint: Checkpoint, owner: str, execution: StepExecution | None
+    ) -> Checkpoint: ...
+    def disclaim(self, connection: Connection, key: bytes, owner: str) -> None: ...
+    def extend(
+        self, connection: Connection, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]]
+    ) -> set[tuple[str, str]]: ...
+    def end(self, connection: Connection, lease: Lease, ending: RunEnd) -> None: ...
+    def find_run(self, connection: Connection, graph: str, execution_id: str) -> RunRow | None: ...
+    def migrate(self, connection: Connection) -> int: ...
+
+
 class SQLStore:
     """Keeps checkpoints and runs in a database; no connection is held between calls.
 
     Args:
         source: ``postgresql://`` (also ``postgres://``; the driver is psycopg 3), ``sqlite:///file``,
-            ``sqlite://`` (memory), or your own SQLAlchemy engine for psycopg or pysqlite, used as it is. What the
-            URL's query sets wins over the library's connection limits; ``?options=`` with an empty value sends no
-            start-up options, for poolers that refuse them.
+            ``sqlite://`` (memory), or your own SQLAlchemy engine for psycopg or pysqlite, used as it is. What
+            the URL's query sets wins over the library's connection limits; ``?options=`` with an empty value
+            sends no start-up options, for poolers that refuse them.
 
     Raises:
         InvalidSettings: The URL cannot be used.
@@ -39,7 +59,7 @@ class SQLStore:
 
     def __init__(self, source: str | URL | Engine) -> None:
         self._engines = Engines(source)
-        self._calls: ModuleType = postgres if self._engines.dialect == "postgresql" else sqlite
+        self._calls: _Calls = postgres if self._engines.dialect == "postgresql" else sqlite
         self.persistent = not self._engines.in_memory
 
     def __repr__(self) -> str:
@@ -135,7 +155,8 @@ class SQLStore:
             raise known from error
 
     def _once(self, work: Callable[[Connection], T]) -> T:
-        with self._engines.turn(), self._engines.current().connect() as connection:
+        engine = self._engines.current()
+        with self._engines.turn(), engine.connect() as connection:
             return work(connection)
 
     def _translate(

@@ -1,12 +1,13 @@
 """The calls of `Store` on SQLite: small transactions that take the write lock first (``BEGIN IMMEDIATE``).
 
-Times are text in UTC with six decimals, '2026-01-31 12:00:00.123000', which SQLite's own date functions and plain
-comparison read, and SQLAlchemy's `DateTime` too. The clock is SQLite's 'now', to the millisecond. Nothing here needs a SQLite newer than 3.24.
+Times are text in UTC with six decimals, '2026-01-31 12:00:00.123000', which SQLite's own date functions and
+plain comparison read, and SQLAlchemy's `DateTime` too. The clock is SQLite's 'now', to the millisecond.
+Nothing here needs a SQLite newer than 3.24.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -36,7 +37,8 @@ from docket_celery.store.rows import (
 
 _NOW = "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
 _COLUMNS = ", ".join(CHECKPOINT_COLUMNS)
-_FENCE = "graph = :graph AND execution_id = :execution_id AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'"
+_IS_RUN = "graph = :graph AND execution_id = :execution_id"
+_FENCE = f"{_IS_RUN} AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'"
 _LIVE = f"(expires_at IS NULL OR expires_at > {_NOW})"
 _KEYS_AT_ONCE = 500  # SQLite before 3.32 binds at most 999 values
 
@@ -47,30 +49,31 @@ def _after(seconds: str) -> str:
 
 
 _FIND_RUN = text(f"""
-SELECT graph, execution_id, target, job_digest, state, epoch, lost, failures, retries, task_name, task_id, result,
-    result_checksum, error, owner, (julianday(lease_until) - julianday({_NOW})) * 86400.0 AS lease_left_s,
-    lease_until <= {_NOW} AS expired
-FROM docket_runs WHERE graph = :graph AND execution_id = :execution_id
+SELECT graph, execution_id, target, job_digest, state, epoch, owner, lost, failures, retries, task_name,
+    task_id, result, result_checksum, error,
+    (julianday(lease_until) - julianday({_NOW})) * 86400.0 AS lease_left_s, lease_until <= {_NOW} AS expired
+FROM docket_runs WHERE {_IS_RUN}
 """)
 _INSERT_RUN = text(f"""
 INSERT INTO docket_runs (
     graph, execution_id, task_name, task_id, retries, target, job, job_digest, state, stage, epoch, owner,
     lease_until, lost, failures, created_at, started_at, updated_at)
-VALUES (:graph, :execution_id, :task_name, :task_id, :retries, :target, :job, :job_digest, 'RUNNING', 0, 1, :owner,
-    {_after(":lease_s")}, 0, 0, {_NOW}, {_NOW}, {_NOW})
+VALUES (
+    :graph, :execution_id, :task_name, :task_id, :retries, :target, :job, :job_digest, 'RUNNING', 0, 1,
+    :owner, {_after(":lease_s")}, 0, 0, {_NOW}, {_NOW}, {_NOW})
 """)
 _TAKE_RUN = text(f"""
 UPDATE docket_runs SET
     state = 'RUNNING', epoch = :epoch, lost = :lost, failures = :failures, owner = :owner,
     lease_until = {_after(":lease_s")}, task_name = :task_name, task_id = :task_id, retries = :retries,
-    started_at = COALESCE(started_at, {_NOW}), updated_at = {_NOW}, ended_at = NULL, error = NULL, result = NULL,
-    result_checksum = NULL, wake_at = NULL, expires_at = NULL
-WHERE graph = :graph AND execution_id = :execution_id
+    started_at = COALESCE(started_at, {_NOW}), updated_at = {_NOW}, ended_at = NULL, error = NULL,
+    result = NULL, result_checksum = NULL, wake_at = NULL, expires_at = NULL
+WHERE {_IS_RUN}
 """)
 _QUARANTINE_RUN = text(f"""
 UPDATE docket_runs
 SET state = 'QUARANTINED', lost = :lost, lease_until = NULL, ended_at = {_NOW}, updated_at = {_NOW}
-WHERE graph = :graph AND execution_id = :execution_id
+WHERE {_IS_RUN}
 """)
 _HOLDS = text(f"SELECT 1 FROM docket_runs WHERE {_FENCE}")
 _EXTEND_RUN = text(f"UPDATE docket_runs SET lease_until = {_after(':lease_s')} WHERE {_FENCE}")
@@ -86,19 +89,18 @@ WHERE {_FENCE}
 _FIND_CHECKPOINT = text(f"SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = :cache_key")
 _FIND_LIVE = text(f"SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = :cache_key AND {_LIVE}")
 _FIND_OF_RUN = text(
-    f"SELECT {_COLUMNS}, expires_at IS NOT NULL AS dated FROM docket_cache "
-    "WHERE graph = :graph AND execution_id = :execution_id AND item = ''"
+    f"SELECT {_COLUMNS}, expires_at IS NOT NULL AS dated FROM docket_cache WHERE {_IS_RUN} AND item = ''"
 )
 _UNDATE = text(
-    "UPDATE docket_cache SET expires_at = NULL WHERE graph = :graph AND execution_id = :execution_id "
+    f"UPDATE docket_cache SET expires_at = NULL WHERE {_IS_RUN} "
     f"AND EXISTS (SELECT 1 FROM docket_runs WHERE {_FENCE})"
 )
-_DATE = text(
-    f"UPDATE docket_cache SET expires_at = {_after('ttl')} "
-    "WHERE graph = :graph AND execution_id = :execution_id AND ttl IS NOT NULL"
-)
+_DATE = text(f"UPDATE docket_cache SET expires_at = {_after('ttl')} WHERE {_IS_RUN} AND ttl IS NOT NULL")
 _STORED = ", ".join(f":{name}" for name in CHECKPOINT_COLUMNS)
-_STORE = f"INTO docket_cache ({_COLUMNS}, output_json, created_at, expires_at) VALUES ({_STORED}, :output_json, {_NOW}"
+_STORE = (
+    f"INTO docket_cache ({_COLUMNS}, output_json, created_at, expires_at) "
+    f"VALUES ({_STORED}, :output_json, {_NOW}"
+)
 _INSERT_CHECKPOINT = text(f"INSERT {_STORE}, NULL)")
 _REPLACE_CHECKPOINT = text(f"INSERT OR REPLACE {_STORE}, {_after(':ttl')})")
 _ADD_EXECUTION = text(
@@ -269,28 +271,29 @@ def migrate(connection: Connection) -> int:
 
 
 @contextmanager
-def _writing(connection: Connection) -> Iterator[None]:
+def _writing(connection: Connection) -> Generator[None]:
     """Hold the write lock for a transaction; the driver itself is in autocommit and begins none."""
     with _transaction(connection, "BEGIN IMMEDIATE"):
         yield
 
 
 @contextmanager
-def _reading(connection: Connection) -> Iterator[None]:
+def _reading(connection: Connection) -> Generator[None]:
     """Read one state of the database with several statements."""
     with _transaction(connection, "BEGIN"):
         yield
 
 
 @contextmanager
-def _transaction(connection: Connection, begin: str) -> Iterator[None]:
+def _transaction(connection: Connection, begin: str) -> Generator[None]:
     connection.exec_driver_sql(begin)
     try:
         yield
         connection.exec_driver_sql("COMMIT")
     except BaseException:
         # SQLite ends the transaction by itself on some errors, such as a full disk.
-        if connection.connection.dbapi_connection.in_transaction:
+        driver: Any = connection.connection.dbapi_connection
+        if driver is not None and driver.in_transaction:
             connection.exec_driver_sql("ROLLBACK")
         raise
 
