@@ -23,10 +23,13 @@ class Defaults:
         self._open: Callable[[str], Store] | None = None
         self._stores: dict[str, Store] = {}
 
-    def install(self, *, host: Callable[[], Mapping[str, Any]], opener: Callable[[str], Store]) -> None:
-        """Say where ``docket_*`` values come from and how a database URL becomes a store."""
-        with self._lock:
-            self._host, self._open = host, opener
+    def use_host(self, host: Callable[[], Mapping[str, Any]]) -> None:
+        """Say where ``docket_*`` values come from."""
+        self._host = host
+
+    def use_opener(self, opener: Callable[[str], Store]) -> None:
+        """Say how a database URL becomes a store."""
+        self._open = opener
 
     def set(self, values: Mapping[str, Any]) -> Settings:
         """Add ``docket_*`` values of this process; None takes one back. They win over the host's.

@@ -105,12 +105,14 @@ class RunOutcome:
         error: What ended it, or None.
         busy_s: Another holder advances the run; its lease expires in so many seconds.
         park_s: The run is parked; deliver it again in so many seconds.
+        replayed: The run had ended before; nothing ran here.
     """
 
     value: Message | None = None
     error: BaseException | None = None
     busy_s: float | None = None
     park_s: float | None = None
+    replayed: bool = False
 
 
 class Run:
@@ -401,13 +403,13 @@ def read_outcome(row: RunRow, plan: Plan) -> RunOutcome:
     """Return the stored outcome of an ended run."""
     if row.state is RunState.SUCCEEDED:
         try:
-            return RunOutcome(value=from_bytes(plan.target.kind, row.result or b""))
+            return RunOutcome(value=from_bytes(plan.target.kind, row.result or b""), replayed=True)
         except DocketError as error:
             return RunOutcome(error=error)
     if row.state is RunState.QUARANTINED:
-        return RunOutcome(error=RunQuarantined(row.graph, row.execution_id, row.lost))
+        return RunOutcome(error=RunQuarantined(row.graph, row.execution_id, row.lost), replayed=True)
     if row.error is not None:
-        return RunOutcome(error=from_record(row.error))
+        return RunOutcome(error=from_record(row.error), replayed=True)
     return RunOutcome(error=RunCancelled(row.execution_id, "cancelled earlier"))
 
 

@@ -1,0 +1,140 @@
+"""Typed functions over Protocol Buffers, run as one Celery task.
+
+The types are the graph: `Graph` collects steps, `graph_task` makes them a Celery task, and checkpoints in Postgres
+let Celery's own retries resume instead of starting over.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from docket_celery.checkpoint import RunState
+from docket_celery.context import StepContext, current_context
+from docket_celery.defaults import process_defaults
+from docket_celery.errors import (
+    AbortError,
+    CorruptCheckpoint,
+    DecodeFailed,
+    DocketError,
+    GraphChanged,
+    GraphError,
+    InputsChanged,
+    InvalidArguments,
+    InvalidDeclaration,
+    InvalidSettings,
+    LeaseLost,
+    PayloadTooLarge,
+    RunCancelled,
+    RunConflict,
+    RunNotFound,
+    RunQuarantined,
+    RunTimedOut,
+    SchemaMismatch,
+    ServersUnavailable,
+    StepFailed,
+    StepTimedOut,
+    StoreMissing,
+    StoreUnavailable,
+    TooManyAbandoned,
+    UnknownMessageType,
+    WrongResult,
+)
+from docket_celery.graph import Graph
+from docket_celery.plan import Plan
+from docket_celery.policy import ExponentialBackoff, FixedBackoff, RetryPolicy, Scope, StepOptions
+from docket_celery.step import Named
+
+if TYPE_CHECKING:
+    from docket_celery.checkpoint import Store
+    from docket_celery.configure import configure
+    from docket_celery.lifecycle import settings
+    from docket_celery.store import MemoryStore, SQLStore
+    from docket_celery.task import GraphResult, GraphTask, graph_task, shared_graph_task
+
+__all__ = [
+    # Declaring a graph
+    "Graph",
+    "Named",
+    "Plan",
+    "Scope",
+    "StepContext",
+    "StepOptions",
+    "current_context",
+    # Retrying
+    "ExponentialBackoff",
+    "FixedBackoff",
+    "RetryPolicy",
+    # Running it on Celery
+    "GraphResult",
+    "GraphTask",
+    "configure",
+    "graph_task",
+    "settings",
+    "shared_graph_task",
+    # Storing
+    "MemoryStore",
+    "RunState",
+    "SQLStore",
+    # Errors
+    "AbortError",
+    "CorruptCheckpoint",
+    "DecodeFailed",
+    "DocketError",
+    "GraphChanged",
+    "GraphError",
+    "InputsChanged",
+    "InvalidArguments",
+    "InvalidDeclaration",
+    "InvalidSettings",
+    "LeaseLost",
+    "PayloadTooLarge",
+    "RunCancelled",
+    "RunConflict",
+    "RunNotFound",
+    "RunQuarantined",
+    "RunTimedOut",
+    "SchemaMismatch",
+    "ServersUnavailable",
+    "StepFailed",
+    "StepTimedOut",
+    "StoreMissing",
+    "StoreUnavailable",
+    "TooManyAbandoned",
+    "UnknownMessageType",
+    "WrongResult",
+]
+
+
+_LAZY = {
+    "GraphResult": "docket_celery.task",
+    "GraphTask": "docket_celery.task",
+    "MemoryStore": "docket_celery.store",
+    "SQLStore": "docket_celery.store",
+    "configure": "docket_celery.configure",
+    "graph_task": "docket_celery.task",
+    "settings": "docket_celery.lifecycle",
+    "shared_graph_task": "docket_celery.task",
+}
+"""Imported on first use: a script that runs graphs in process pays for neither Celery nor SQLAlchemy."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _open_store(url: str) -> Store:
+    from docket_celery.store import SQLStore
+
+    return SQLStore(url)
+
+
+process_defaults.use_opener(_open_store)

@@ -1,0 +1,188 @@
+"""The Celery side of a process's life: where settings come from, and what a worker checks before it starts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, Protocol
+from weakref import WeakSet
+
+from celery import Celery, _state, signals
+from celery.concurrency import get_implementation
+
+from docket_celery.checkpoint import Store
+from docket_celery.configuration import PREFIX, Settings
+from docket_celery.defaults import process_defaults
+from docket_celery.errors import DocketError, GraphError, InvalidDeclaration, StoreMissing, StoreUnavailable
+from docket_celery.graph import Graph
+from docket_celery.plan import Plan
+
+_logger = logging.getLogger("docket_celery.worker")
+_KEYS: Final = tuple(PREFIX + name for name in Settings.__dataclass_fields__)
+
+
+class TaskClass(Protocol):
+    """What is needed of a GraphTask here."""
+
+    name: str
+    graph: Graph
+    max_retries: int | None
+
+    @classmethod
+    def plan(cls) -> Plan: ...
+
+
+class _Process:
+    """What this process knows of its worker; a prefork child inherits it."""
+
+    pool: str | None = None
+    watched: WeakSet[Celery] = WeakSet()
+
+
+def settings(**values: Any) -> Settings:
+    """Set ``docket_*`` values for this process, without an app, and return the settings in force.
+
+    Args:
+        **values: As in ``app.conf``, with or without the ``docket_`` prefix; None takes one back.
+
+    Raises:
+        InvalidSettings: A key is unknown or a value cannot be used; nothing was changed.
+    """
+    return process_defaults.set({k if k.startswith(PREFIX) else PREFIX + k: v for k, v in values.items()})
+
+
+def app_settings(app: Celery) -> Settings:
+    """Return the settings in force for *app*.
+
+    Raises:
+        InvalidSettings: A value cannot be used.
+    """
+    return process_defaults.settings(_app_values(app))
+
+
+def check_settings(app: Celery) -> Settings:
+    """Like `app_settings`, and refuse ``docket_*`` keys that do not exist.
+
+    Raises:
+        InvalidSettings: A key is unknown or a value cannot be used.
+    """
+    present = {key.lower(): None for key in app.conf if isinstance(key, str) and key.lower().startswith(PREFIX)}
+    Settings.read(present, {})
+    return app_settings(app)
+
+
+def soft_limits_work() -> bool:
+    """Tell whether Celery itself enforces soft time limits here: in prefork only."""
+    return _Process.pool is None or _Process.pool == "prefork"
+
+
+def watch_task(app: Celery) -> None:
+    """Look at the wiring of *app*'s GraphTasks once all of them are declared; done once for each app."""
+    if app not in _Process.watched:
+        _Process.watched.add(app)
+        app.on_after_finalize.connect(_on_after_finalize, weak=False)
+
+
+def graph_tasks(app: Celery) -> Iterator[TaskClass]:
+    """Yield the GraphTasks declared on *app*, by name."""
+    for name in sorted(app.tasks):
+        task = app.tasks[name]
+        if hasattr(task, "declaration"):
+            yield task
+
+
+def find_faults(app: Celery, pool: str | None = None) -> list[str]:
+    """Return what would keep *app*'s GraphTasks from keeping their promises, as text for people.
+
+    Args:
+        app: The app, with its tasks imported.
+        pool: The worker's pool, where one is about to start.
+    """
+    try:
+        found = check_settings(app)
+    except DocketError as error:
+        return [str(error)]
+    faults: list[str] = []
+    checked: set[int] = set()
+    for task in graph_tasks(app):
+        try:
+            plan = task.plan()
+            store = task.graph.find_store(plan, found) if plan.persists else None
+        except (GraphError, StoreMissing) as error:
+            faults.append(f"task {task.name}: {error}")
+            continue
+        if store is None or id(store) in checked:
+            continue
+        checked.add(id(store))
+        if not store.persistent and pool not in (None, "solo"):
+            faults.append(str(InvalidDeclaration(task.name, _MEMORY_FAULT)))
+        faults += _schema_faults(store)
+    return faults
+
+
+_MEMORY_FAULT: Final = (
+    "its graph persists into a MemoryStore, which other worker processes cannot see; "
+    "set docket_database_url, or use the solo pool"
+)
+
+
+def _schema_faults(store: Store) -> list[str]:
+    try:
+        store.check_schema()
+    except StoreUnavailable as error:
+        # A worker starts degraded: deliveries retry until the database answers.
+        _logger.warning("the schema could not be checked: %s", error)
+    except DocketError as error:
+        return [str(error)]
+    finally:
+        # No connection of the main process may reach a forked child.
+        store.close()
+    return []
+
+
+def _app_values(app: Celery) -> Mapping[str, Any]:
+    conf = app.conf
+    return {key: conf.get(key) for key in _KEYS}
+
+
+def _current_values() -> Mapping[str, Any]:
+    # current_app would create a default app and read its configuration; look without creating.
+    app = getattr(_state._tls, "current_app", None) or _state.default_app
+    return {} if app is None else _app_values(app)
+
+
+def _on_after_finalize(sender: Any = None, **_: Any) -> None:
+    """Let the run row, not Celery, bound the retries of tasks that persist: both then end alike."""
+    for task in graph_tasks(sender):
+        try:
+            plan = task.plan()
+        except DocketError as error:
+            _logger.error("task %s cannot run: %s", task.name, error)
+            continue
+        if plan.persists:
+            type(task).max_retries = None
+
+
+def _on_worker_init(sender: Any = None, **_: Any) -> None:
+    """Refuse to start a worker that could not keep its promises.
+
+    Raises:
+        SystemExit: With the faults; Celery's signals let nothing else stop a worker.
+    """
+    pool = getattr(sender, "pool_cls", None)
+    kind = get_implementation(pool) if isinstance(pool, str) else pool
+    _Process.pool = None if kind is None else kind.__module__.rpartition(".")[2]
+    faults = find_faults(sender.app, _Process.pool)
+    if faults:
+        raise SystemExit("docket_celery refuses to start this worker:\n" + "\n".join(f"  {f}" for f in faults))
+
+
+def _on_worker_shutdown(**_: Any) -> None:
+    process_defaults.close()
+
+
+def install() -> None:
+    """Connect to Celery; done once, when GraphTask is imported."""
+    process_defaults.use_host(_current_values)
+    signals.worker_init.connect(_on_worker_init, weak=False)
+    signals.worker_shutdown.connect(_on_worker_shutdown, weak=False)

@@ -1,0 +1,472 @@
+"""`GraphTask`: one Celery task that resolves a graph inside the worker."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import logging
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
+
+from celery import Celery, Task, _state, shared_task
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from celery.result import AsyncResult
+from celery.utils.time import get_exponential_backoff_interval
+from google.protobuf.message import Message
+
+from docket_celery import lifecycle, wire
+from docket_celery.checkpoint import Lease, check_execution_id, job_digest
+from docket_celery.declaration import Declaration, read_function, read_generic
+from docket_celery.errors import (
+    AbortError,
+    InvalidArguments,
+    InvalidDeclaration,
+    RunTimedOut,
+    StepFailed,
+    StoreUnavailable,
+)
+from docket_celery.graph import Graph
+from docket_celery.messages import brief, check_size, to_bytes, type_name
+from docket_celery.plan import Plan
+from docket_celery.run import RunOutcome, Submission
+
+_logger = logging.getLogger("docket_celery.task")
+P = ParamSpec("P")
+R = TypeVar("R", bound=Message)
+EXECUTION_ID, CONTEXT, DIGEST, ATTACHED, RELEASED = (
+    "docket_execution_id",
+    "docket_context",
+    "docket_job_digest",
+    "docket_attached",
+    "docket_released",
+)
+_BUSY_MOST_S = 15.0
+
+
+if TYPE_CHECKING:
+    _Result = AsyncResult[R]
+    _Task = Task[P, R]
+else:
+    _Result, _Task = AsyncResult, Task
+
+
+class GraphResult(_Result, Generic[R]):
+    """The promise of a GraphTask's message."""
+
+    def get(self, *args: Any, **kwargs: Any) -> R:
+        """Wait for the message, like `AsyncResult.get`.
+
+        Raises:
+            UnknownMessageType, DecodeFailed, PayloadTooLarge: The stored result cannot be read.
+            Exception: Whatever the task failed with.
+        """
+        value: Any = super().get(*args, **kwargs)
+        if isinstance(value, wire.Undecodable):
+            raise value.error
+        return cast("R", value.message if isinstance(value, wire.Result) else value)
+
+
+class _CausedBy(type):
+    """Classes whose instances are errors of one kind and step failures caused by it; for Celery's ``throws``."""
+
+    kind: type[BaseException]
+
+    def __instancecheck__(cls, error: object) -> bool:
+        return _matches(error, (cls.kind,))
+
+
+class GraphTask(_Task, Generic[P, R]):
+    """A Celery task whose body is a graph. Declare it with `graph_task`, as a class, or with ``base=GraphTask``.
+
+    Class attributes besides Celery's own:
+        graph: The graph to run.
+        execution_id: Optional function of the messages giving the name of the run.
+    """
+
+    abstract = True
+    graph: Graph
+    execution_id: Callable[..., str] | None = None
+    declaration: Declaration
+    declared: Callable[..., Any] | None = None
+    declared_max_retries: int | None = 3
+    acks_late = True
+    retry_on_worker_lost = True
+    track_started = True
+    default_retry_delay = 1
+    autoretry_for: tuple[type[BaseException], ...] = ()
+    dont_autoretry_for: tuple[type[BaseException], ...] = ()
+    retry_backoff: bool | float = False
+    retry_backoff_max: int = 600
+    retry_jitter: bool = True
+    retry_kwargs: Mapping[str, Any] = {}
+    # Celery wraps `run` for autoretry unless this exists; failures are matched with their causes here instead.
+    _orig_run = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "graph" not in cls.__dict__:
+            return
+        name = str(cls.__dict__.get("name") or cls.__name__)
+        if not isinstance(cls.graph, Graph):
+            raise InvalidDeclaration(name, f"graph= must be a docket_celery.Graph, not {cls.graph!r}")
+        cls.abstract = False
+        cls.declaration = _declare(cls, name)
+        cls.declared_max_retries = cls.max_retries
+        for option in ("execution_id", "shadow_name"):
+            if _is_function(cls.__dict__.get(option)):
+                setattr(cls, option, staticmethod(cls.__dict__[option]))
+        cls.throws = tuple(_CausedBy("CausedBy", (), {"kind": kind}) for kind in cls.throws)  # type: ignore[misc]
+        for key in (*cls.declaration.given, cls.declaration.target):
+            wire.types.allow(key.kind)
+
+    @classmethod
+    def on_bound(cls, app: Celery) -> None:
+        """Look at the wiring once all modules are imported; a fault is logged here and stops a worker's start."""
+        if "graph" in cls.__dict__:
+            lifecycle.watch_task(app)
+
+    # --- submitting --------------------------------------------------------------------------------------------
+
+    if TYPE_CHECKING:
+
+        def delay(self, *args: P.args, **kwargs: P.kwargs) -> GraphResult[R]: ...
+
+    def AsyncResult(self, task_id: str, **kwargs: Any) -> GraphResult[R]:  # noqa: N802 -- Celery's name
+        """Return the promise of the task called *task_id*."""
+        return GraphResult(task_id, backend=self.backend, task_name=self.name, app=self.app, **kwargs)
+
+    def apply_async(  # type: ignore[override]
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        task_id: str | None = None,
+        *more: Any,
+        execution_id: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> GraphResult[R]:
+        """Submit a job.
+
+        Args:
+            args: The messages, positionally; their JSON form (a dict) is accepted too.
+            kwargs: The messages by name.
+            task_id: As in Celery; the run is named by *execution_id*.
+            *more: Celery's further positional options.
+            execution_id: Names the run; default: the task's ``execution_id`` function, else the task id.
+            context: JSON values for ``ctx.values``.
+            **options: Celery's own.
+
+        Raises:
+            InvalidArguments: An argument is missing or of another type, or the name cannot be used.
+            PayloadTooLarge: The job is over ``docket_max_message_bytes``.
+        """
+        headers = dict(options.pop("headers", None) or {})
+        if not options.get("retries") and DIGEST not in headers:
+            args, kwargs = self._prepare(args, kwargs, headers, execution_id, context)
+        args, kwargs = args or (), kwargs or {}
+        options.setdefault("argsrepr", f"({', '.join(map(_brief, args))})")
+        options.setdefault("kwargsrepr", f"{{{', '.join(f'{k}={_brief(v)}' for k, v in kwargs.items())}}}")
+        result = super().apply_async(args, kwargs, task_id, *more, headers=headers, **options)
+        return cast("GraphResult[R]", result)
+
+    def _prepare(
+        self,
+        args: Any,
+        kwargs: Any,
+        headers: dict[str, Any],
+        execution_id: str | None,
+        context: Mapping[str, Any] | None,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Check the job and write down, once, what names it."""
+        messages = self.declaration.bind(args, kwargs)
+        limit = lifecycle.app_settings(self.app).max_message_bytes
+        job = [(type_name(message), to_bytes(message)) for message in messages]
+        for name, data in job:
+            check_size(f"{name} for task {self.name}", len(data), limit)
+        headers[DIGEST] = base64.b64encode(job_digest(job)).decode("ascii")
+        if execution_id is None and EXECUTION_ID not in headers and self.execution_id is not None:
+            execution_id = self.execution_id(*messages)
+        if execution_id is not None:
+            headers[EXECUTION_ID] = check_execution_id(execution_id)
+        if context is not None:
+            if not isinstance(context, Mapping):
+                raise InvalidArguments("context", f"must be a mapping of JSON values, not {type(context).__name__}")
+            headers[CONTEXT] = dict(context)
+        # Positional and by name as the caller gave them, with dicts and results replaced by messages.
+        values = dict(zip(self.declaration.signature.parameters, messages, strict=True))
+        named = {name: values.pop(name) for name in (kwargs or {})}
+        return tuple(values.values()), named
+
+    # --- running -----------------------------------------------------------------------------------------------
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Resolve the graph for one delivery; Celery calls this."""
+        messages = self.declaration.bind(args, kwargs)
+        request = self.request
+        direct = bool(request.called_directly)
+        settings = lifecycle.app_settings(self.app)
+        submission = self._direct(messages) if direct else self._delivered(messages)
+        outcome = self.graph.deliver(
+            self.declaration.target, messages, submission, given=self.declaration.given, settings=settings
+        )
+        if outcome.busy_s is not None:
+            self._send_again(outcome.busy_s)
+        if outcome.error is not None:
+            self._raise(outcome, outcome.error)
+        message = outcome.value
+        if message is None:
+            raise AssertionError(f"a run ended without a value: {outcome!r}")
+        if direct or request.is_eager:
+            return message
+        self._finish_duplicate(outcome)
+        return wire.Result(message)
+
+    def _direct(self, messages: tuple[Message, ...]) -> Submission:
+        named = None if self.execution_id is None else self.execution_id(*messages)
+        execution_id = str(uuid.uuid4()) if named is None else check_execution_id(named)
+        return Submission(execution_id=execution_id, task_name=self.name, listeners=self.graph.listeners)
+
+    def _delivered(self, messages: tuple[Message, ...]) -> Submission:
+        request = self.request
+        headers: Mapping[str, Any] = request.headers or {}
+        execution_id = headers.get(EXECUTION_ID)
+        if execution_id is None and self.execution_id is not None:
+            execution_id = self.execution_id(*messages)
+        digest = headers.get(DIGEST)
+        return Submission(
+            execution_id=check_execution_id(execution_id or request.id),
+            values=headers.get(CONTEXT) or {},
+            job_digest=None if digest is None else base64.b64decode(digest),
+            timeout_s=self._deadline_s(),
+            number=request.retries + 1,
+            task_name=self.name,
+            task_id=request.id,
+            retries=request.retries,
+            attached=bool(headers.get(ATTACHED)),
+            released=headers.get(RELEASED) == request.retries,
+            waits=bool(request.is_eager),
+            may_help=False,
+            listeners=self.graph.listeners,
+            passthrough=(Ignore, Reject, Retry, SoftTimeLimitExceeded),
+            scopes=(self._scope(request),),
+            park_s=self._park_s,
+            worker=f"{request.hostname}/{os.getpid()}",
+        )
+
+    def _deadline_s(self) -> float | None:
+        """Return the limit that Celery does not enforce here: outside prefork it ignores soft limits silently."""
+        if lifecycle.soft_limits_work() and not self.request.is_eager:
+            return None
+        hard, soft = self.request.timelimit or (None, None)
+        return soft if soft is not None else hard
+
+    def _scope(self, request: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """Return a scope in which ``current_task`` and its request are what they are in the task's own thread."""
+
+        @contextlib.contextmanager
+        def scope() -> Iterator[None]:
+            _state._task_stack.push(self)
+            self.request_stack.push(request)
+            try:
+                yield
+            finally:
+                self.request_stack.pop()
+                _state._task_stack.pop()
+
+        return scope
+
+    # --- ending a delivery -------------------------------------------------------------------------------------
+
+    def _park_s(self, error: BaseException, lease: Lease | None) -> float | None:
+        """Return in how many seconds Celery shall deliver the run again, or None to end it.
+
+        Called on a thread of the pool, where `self.request` is not this delivery's: hence the lease's own count.
+        """
+        if isinstance(error, StoreUnavailable):
+            return _backoff_s(self, 0 if lease is None else lease.failures)
+        if isinstance(error, AbortError) or not self._may_retry(error):
+            return None
+        limit = self.retry_kwargs.get("max_retries", self.declared_max_retries)
+        done = 0 if lease is None else lease.failures
+        if lease is not None and limit is not None and done >= limit:
+            return None
+        return _backoff_s(self, done)
+
+    def _may_retry(self, error: BaseException) -> bool:
+        if _matches(error, tuple(self.dont_autoretry_for)):
+            return False
+        if isinstance(error, StepFailed) and error.retriable:
+            for planned in self.plan().steps:
+                policy = planned.step.options.retry
+                if planned.step.name == error.step and policy is not None and policy.redeliver:
+                    return True
+        if isinstance(error, RunTimedOut):
+            return _matches(SoftTimeLimitExceeded(), tuple(self.autoretry_for))
+        return _matches(error, tuple(self.autoretry_for))
+
+    def _raise(self, outcome: RunOutcome, error: BaseException) -> None:
+        """Fail the task, or have Celery deliver it again.
+
+        Raises:
+            BaseException: Always.
+        """
+        if isinstance(error, RunTimedOut):
+            error = SoftTimeLimitExceeded(error.timeout_s)
+        if outcome.park_s is None:
+            raise error
+        request = self.request
+        headers = {**(request.headers or {}), RELEASED: request.retries + 1}
+        limit = None
+        if self.max_retries is not None:
+            # No lease counts the retries: Celery's own bound applies.
+            limit = self.retry_kwargs.get("max_retries", self.max_retries)
+        raise self.retry(exc=error, countdown=outcome.park_s, max_retries=limit, headers=headers)
+
+    def _send_again(self, busy_s: float) -> None:
+        """Another delivery advances this run: come back later, without using up a retry or writing a state.
+
+        Raises:
+            Ignore: The copy is published.
+            Reject: It could not be; the broker keeps the original.
+        """
+        request = self.request
+        countdown = min(busy_s, _BUSY_MOST_S, self._visibility_s() / 3) * random.uniform(0.8, 1.0) + 0.1
+        headers = {**(request.headers or {}), ATTACHED: True}
+        again = self.signature_from_request(request, countdown=countdown, retries=request.retries, headers=headers)
+        try:
+            again.apply_async(add_to_parent=False)
+        except Exception as error:
+            _logger.warning("run of task %s is held elsewhere and waiting failed: %s", request.id, error)
+            time.sleep(1.0)
+            raise Reject(error, requeue=True) from error
+        raise Ignore(f"another delivery advances this run; back in {countdown:.1f} s")
+
+    def _visibility_s(self) -> float:
+        """Return for how long Redis leaves a waiting copy alone; a longer countdown would multiply it."""
+        options = self.app.conf.broker_transport_options or {}
+        return float(options.get("visibility_timeout", 3600))
+
+    def _finish_duplicate(self, outcome: RunOutcome) -> None:
+        """Drop a copy of a delivery whose outcome Celery has stored already, links and chain included.
+
+        Raises:
+            Ignore: It is such a copy.
+        """
+        request = self.request
+        if not outcome.replayed or request.ignore_result:
+            return
+        try:
+            stored = self.backend.get_state(request.id)
+        except Exception as error:
+            _logger.warning("cannot tell whether task %s is stored: %s", request.id, error)
+            return
+        if stored == "SUCCESS":
+            raise Ignore("a copy of a delivery that ended before")
+
+    @classmethod
+    def plan(cls) -> Plan:
+        """Return the plan of this task.
+
+        Raises:
+            GraphError: The graph has faults.
+        """
+        return cls.graph.compiled(cls.declaration.target, cls.declaration.given)
+
+
+def graph_task(
+    app: Celery, graph: Graph, **options: Any
+) -> Callable[[Callable[P, R]], GraphTask[P, R]]:
+    """Declare a GraphTask: its signature says what goes in and what comes out, *graph* does the work.
+
+    Args:
+        app: The Celery app.
+        graph: The graph.
+        **options: Celery's task options, and ``execution_id``.
+
+    Raises:
+        InvalidDeclaration: The signature or the body does not fit, or ``bind=True`` is given.
+    """
+
+    def declare(function: Callable[P, R]) -> GraphTask[P, R]:
+        _check(function, graph, options)
+        return cast("GraphTask[P, R]", app.task(base=GraphTask, graph=graph, **options)(function))
+
+    return declare
+
+
+def shared_graph_task(graph: Graph, **options: Any) -> Callable[[Callable[P, R]], GraphTask[P, R]]:
+    """Like `graph_task` without naming the app, as ``shared_task`` does.
+
+    Raises:
+        InvalidDeclaration: The signature or the body does not fit, or ``bind=True`` is given.
+    """
+
+    def declare(function: Callable[P, R]) -> GraphTask[P, R]:
+        _check(function, graph, options)
+        return cast("GraphTask[P, R]", shared_task(base=GraphTask, graph=graph, **options)(function))
+
+    return declare
+
+
+def _is_function(value: object) -> bool:
+    """Tell whether *value* is a plain function, which would become a method on a class."""
+    return callable(value) and hasattr(value, "__get__") and not isinstance(value, type)
+
+
+def _check(function: Callable[..., Any], graph: object, options: Mapping[str, Any]) -> None:
+    name = str(options.get("name") or getattr(function, "__name__", function))
+    if not isinstance(graph, Graph):
+        raise InvalidDeclaration(name, f"the graph must be a docket_celery.Graph, not {graph!r}")
+    if options.get("bind"):
+        raise InvalidDeclaration(name, "bind=True hands the task to a body that never runs; drop it")
+    read_function(name, function)
+
+
+def _declare(cls: type[GraphTask[Any, Any]], name: str) -> Declaration:
+    """Read the declared function or the generic arguments, and put the graph's `run` in their place."""
+    declared = cls.__dict__.get("run")
+    if declared is None:
+        for base in cls.__dict__.get("__orig_bases__", ()):
+            arguments = getattr(base, "__args__", ())
+            if getattr(base, "__origin__", None) is GraphTask and arguments:
+                return read_generic(name, arguments)
+        raise InvalidDeclaration(name, "write class X(GraphTask[[InputType], OutputType]) or declare run()")
+    if not isinstance(declared, staticmethod):
+        if cls.__dict__.get("_decorated"):
+            raise InvalidDeclaration(name, "bind=True hands the task to a body that never runs; drop it")
+        raise InvalidDeclaration(name, "declare the types as GraphTask[[...], ...] and drop its run method")
+    function = declared.__func__
+    del cls.run
+    cls.declared = staticmethod(function)
+    return read_function(name, function)
+
+
+def _matches(error: object, kinds: tuple[type[BaseException], ...]) -> bool:
+    if isinstance(error, kinds):
+        return True
+    return isinstance(error, StepFailed) and any(error.caused_by(kind) for kind in kinds)
+
+
+def _backoff_s(task: GraphTask[Any, Any], retries: int) -> float:
+    """Return Celery's own wait before a retry, from the task's options."""
+    if task.retry_backoff:
+        factor = int(max(1.0, float(task.retry_backoff)))
+        return float(
+            get_exponential_backoff_interval(factor, retries, int(task.retry_backoff_max), task.retry_jitter)
+        )
+    return float(task.retry_kwargs.get("countdown", task.default_retry_delay))
+
+
+def _brief(value: Any) -> str:
+    value = value.message if isinstance(value, wire.Result) else value
+    return brief(value) if isinstance(value, Message) else f"<{type(value).__name__}>"
+
+
+
+
+wire.install()
+lifecycle.install()

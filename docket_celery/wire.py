@@ -1,0 +1,135 @@
+"""Protocol Buffers through Celery's default JSON: a type name and base64, never pickle.
+
+The decoder never raises: an exception in it makes Celery acknowledge and lose the message while its caller waits
+for ever, and a bad result would break `get()` of a bystander. It returns an `Undecodable` instead, and the task or
+the caller that really needs the value fails with the typed error it carries.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any, Final, TypeGuard
+
+from google.protobuf.message import Message
+from kombu.utils.json import register_type
+
+from docket_celery.errors import DecodeFailed, DocketError, PayloadTooLarge, UnknownMessageType
+from docket_celery.messages import brief, from_bytes, to_bytes, type_name
+
+MARKER: Final = "docket.pb"
+
+
+class Undecodable:
+    """Stands for a message that cannot be read; encodes to what it was read from.
+
+    Attributes:
+        raw: The envelope's content as it came.
+        error: What is wrong with it.
+    """
+
+    def __init__(self, raw: Any, error: DocketError) -> None:
+        self.raw, self.error = raw, error
+
+    def __json__(self) -> dict[str, Any]:
+        return {"__type__": MARKER, "__value__": self.raw}
+
+    def __repr__(self) -> str:
+        return f"<Undecodable: {self.error}>"
+
+
+class Result:
+    """A task's result on its way out: the message, with a text that is bounded and hides secrets.
+
+    Celery writes the text of a result to its log and to events; a message's own text has every field.
+    Attributes of the message can be read through it.
+    """
+
+    def __init__(self, message: Message) -> None:
+        self.message = message
+
+    def __json__(self) -> dict[str, Any]:
+        return {"__type__": MARKER, "__value__": encode(self.message)}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "message":
+            raise AttributeError(name)
+        return getattr(self.message, name)
+
+    def __eq__(self, other: object) -> bool:
+        return self.message == (other.message if isinstance(other, Result) else other)
+
+    __hash__ = None  # type: ignore[assignment]  # like the message, which can change
+
+    def __repr__(self) -> str:
+        return brief(self.message)
+
+
+class Types:
+    """The message types that may be decoded: those of declared tasks, and no others."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, type[Message]] = {}
+        self.limit_bytes = 1024 * 1024
+
+    def allow(self, kind: type[Message]) -> None:
+        """Let messages of *kind* be decoded in this process."""
+        self._kinds[type_name(kind)] = kind
+
+    def find(self, name: str) -> type[Message]:
+        """Return the allowed type called *name*.
+
+        Raises:
+            UnknownMessageType: No declared task uses it.
+        """
+        kind = self._kinds.get(name)
+        if kind is None:
+            raise UnknownMessageType(name)
+        return kind
+
+
+types: Final = Types()
+
+
+def encode(message: Message) -> dict[str, str]:
+    """Return the envelope's content for *message*."""
+    return {"t": type_name(message), "b": base64.b64encode(to_bytes(message)).decode("ascii")}
+
+
+def decode(value: object) -> Message | Undecodable:
+    """Return the message in an envelope's content, or an `Undecodable`; never raises."""
+    try:
+        return _decode(value)
+    except DocketError as error:
+        return Undecodable(value, error)
+    except Exception as error:
+        return Undecodable(value, DecodeFailed("unknown", f"{type(error).__name__}: {error}"))
+
+
+def _decode(value: object) -> Message:
+    if not _is_content(value):
+        raise DecodeFailed("unknown", 'the envelope is not {"t": type name, "b": base64 text}')
+    name, text = value["t"], value["b"]
+    size = len(text) * 3 // 4
+    if size > types.limit_bytes + 2:
+        raise PayloadTooLarge(f"message of type {name[:200]!r}", size, types.limit_bytes)
+    kind = types.find(name[:500])
+    try:
+        data = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise DecodeFailed(name, f"its base64 is damaged ({error})") from error
+    return from_bytes(kind, data)
+
+
+def _is_content(value: object) -> TypeGuard[dict[str, str]]:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"t", "b"}
+        and isinstance(value["t"], str)
+        and isinstance(value["b"], str)
+    )
+
+
+def install() -> None:
+    """Teach kombu's JSON to carry messages; changes nothing for other values."""
+    register_type(Message, MARKER, encode, decode)
