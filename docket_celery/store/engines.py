@@ -81,6 +81,11 @@ class Engines:
         self._made_by = os.getpid()
         self._engines: dict[int, Engine] = {}
 
+    @property
+    def shared(self) -> bool:
+        """Whether there is but one engine to use: the user's own, or SQLite in memory."""
+        return self.in_memory or self._given is not None
+
     def turn(self) -> AbstractContextManager[Any]:
         """Return what a call must hold while it uses a connection; free unless SQLite is in memory."""
         return self._turn

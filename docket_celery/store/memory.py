@@ -218,6 +218,10 @@ class MemoryStore:
     def check_schema(self) -> None:
         """Do nothing: memory is always of this release's version."""
 
+    def twin(self) -> MemoryStore:
+        """See `Store.twin`."""
+        return self
+
     def close(self) -> None:
         """Do nothing: there are no connections, and what is stored stays."""
 

@@ -61,6 +61,7 @@ class SQLStore:
         self._engines = Engines(source)
         self._calls: _Calls = postgres if self._engines.dialect == "postgresql" else sqlite
         self.persistent = not self._engines.in_memory
+        self._twins: list[SQLStore] = []
 
     def __repr__(self) -> str:
         return f"SQLStore({self._engines.url.render_as_string(hide_password=True)!r})"
@@ -131,8 +132,18 @@ class SQLStore:
         if found != schema.VERSION:
             raise SchemaMismatch(found, schema.VERSION)
 
+    def twin(self) -> SQLStore:
+        """See `Store.twin`; closed with this store."""
+        if self._engines.shared:
+            return self
+        twin = SQLStore(self._engines.url)
+        self._twins.append(twin)
+        return twin
+
     def close(self) -> None:
         """Close this process's connections. The store stays usable; a user's own engine is left alone."""
+        for twin in self._twins:
+            twin.close()
         self._engines.dispose()
 
     def _call(self, action: str, work: Callable[[Connection], T]) -> T:
