@@ -45,7 +45,9 @@ _KEYS_AT_ONCE = 500  # SQLite before 3.32 binds at most 999 values
 
 def _after(seconds: str) -> str:
     """Return the SQL for a moment that many seconds from now; NULL stays NULL."""
-    return f"(strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%+.3f seconds', {seconds})) || '000')"
+    # printf reads NULL as 0, so NULL is kept out of it.
+    moment = f"strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%+.3f seconds', {seconds})) || '000'"
+    return f"CASE WHEN {seconds} IS NOT NULL THEN {moment} END"
 
 
 _FIND_RUN = text(f"""

@@ -1,0 +1,117 @@
+"""Values that the suite stores, and what it asks of a store beside the contract."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from docket_celery.checkpoint import (
+    Checkpoint,
+    Lease,
+    RunEnd,
+    RunRequest,
+    RunRow,
+    RunState,
+    StepExecution,
+    Store,
+    global_key,
+    workflow_key,
+)
+
+GRAPH = "checkout"
+RUN = "order-17"
+
+
+class Bench:
+    """A store and the levers that its tests pull."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def pass_time(self, seconds: float) -> None:
+        """Let that much time pass for leases, claims and dates."""
+        raise NotImplementedError
+
+    def executions(self) -> list[tuple[str, int]]:
+        """Return step name and delivery of each execution written, oldest first."""
+        raise NotImplementedError
+
+    def take(self, **changes: Any) -> Lease:
+        """Acquire a run that must be free."""
+        lease = self.store.acquire(request(**changes))
+        assert isinstance(lease, Lease)
+        return lease
+
+    def refused(self, **changes: Any) -> RunRow:
+        """Ask for a run that must not be given."""
+        row = self.store.acquire(request(**changes))
+        assert isinstance(row, RunRow)
+        return row
+
+    def state(self) -> RunState:
+        """Return the state of the sample run."""
+        row = self.store.find_run(GRAPH, RUN)
+        assert row is not None
+        return row.state
+
+
+def request(owner: str = "first", **changes: Any) -> RunRequest:
+    """Return a request for the sample run."""
+    values: dict[str, Any] = {
+        "graph": GRAPH,
+        "execution_id": RUN,
+        "target": "shop.Shipment",
+        "job": b"job",
+        "job_digest": b"d" * 32,
+        "lease_s": 30.0,
+        "max_deliveries": 10,
+    }
+    return RunRequest(owner=owner, **(values | changes))
+
+
+def output(step: str = "charge", data: bytes = b"\x08\x01", **changes: Any) -> Checkpoint:
+    """Return a WORKFLOW checkpoint of the sample run."""
+    values: dict[str, Any] = {
+        "graph": GRAPH,
+        "execution_id": RUN,
+        "step_version": "2",
+        "input_hash": "ab" * 32,
+        "output_type": "shop.ChargeResult",
+        "output_json": '{"id": "ch_1"}',
+    }
+    values |= changes
+    key = workflow_key(values["graph"], values["execution_id"], step, values.get("item", ""))
+    return Checkpoint(**({"key": key, "step_name": step, "output_data": data} | values))
+
+
+def shared(name: str = "infer", data: bytes = b"\x08\x02", **changes: Any) -> Checkpoint:
+    """Return a GLOBAL checkpoint."""
+    values: dict[str, Any] = {
+        "key": global_key(GRAPH, name, "", [("shop.Order", b"17")]),
+        "graph": GRAPH,
+        "execution_id": None,
+        "input_hash": "cd" * 32,
+        "output_type": "shop.Inference",
+    }
+    return Checkpoint(step_name=name, output_data=data, **(values | changes))
+
+
+def execution(step: str = "charge", **changes: Any) -> StepExecution:
+    """Return a step execution of the sample run."""
+    values: dict[str, Any] = {
+        "graph": GRAPH,
+        "execution_id": RUN,
+        "delivery": 1,
+        "attempts": 1,
+        "cached": False,
+        "status": "SUCCEEDED",
+        "started_at": datetime(2026, 1, 31, 12, 0, 0, 123456, tzinfo=UTC),
+        "duration_ms": 1.5,
+    }
+    return StepExecution(step_name=step, **(values | changes))
+
+
+def ending(state: RunState = RunState.SUCCEEDED, **changes: Any) -> RunEnd:
+    """Return an end of the sample run, with a result if it succeeded."""
+    result = b"\x0a\x01x" if state is RunState.SUCCEEDED else None
+    return RunEnd(**({"state": state, "result": result} | changes))
