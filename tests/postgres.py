@@ -1,4 +1,4 @@
-"""Fixtures: one real Postgres for a test run, a database of its own, and a store over it with empty tables."""
+"""Fixtures: one real Postgres for a test run, a database in it, and a store over its empty tables."""
 
 from __future__ import annotations
 

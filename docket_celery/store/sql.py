@@ -10,7 +10,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from docket_celery.checkpoint import Checkpoint, Lease, RunEnd, RunRequest, RunRow, StepExecution
-from docket_celery.errors import SchemaMismatch, StoreUnavailable
+from docket_celery.errors import CorruptCheckpoint, DocketError, SchemaMismatch, StoreUnavailable
 from docket_celery.store import postgres, schema, sqlite
 from docket_celery.store.engines import Engines
 
@@ -170,13 +170,13 @@ class SQLStore:
         with self._engines.turn(), engine.connect() as connection:
             return work(connection)
 
-    def _translate(
-        self, action: str, error: DBAPIError | PoolTimeout
-    ) -> StoreUnavailable | SchemaMismatch | None:
+    def _translate(self, action: str, error: DBAPIError | PoolTimeout) -> DocketError | None:
         if not isinstance(error, DBAPIError):
             return StoreUnavailable(action, "all connections of this process stayed in use")
         cause = error.orig
         state: str | None = getattr(cause, "sqlstate", None)
+        if "decode to UTF-8" in str(cause):  # SQLite reads text as it is; Postgres checks when it writes
+            return CorruptCheckpoint("a docket table", f"read to {action}", "a text is not UTF-8")
         if state == _NO_TABLE or str(cause).startswith("no such table"):
             return SchemaMismatch(None, schema.VERSION)
         passing = isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated

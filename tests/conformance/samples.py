@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from sqlalchemy import text
+
 from docket_celery.checkpoint import (
     Checkpoint,
     Lease,
@@ -17,6 +19,7 @@ from docket_celery.checkpoint import (
     global_key,
     workflow_key,
 )
+from docket_celery.store import SQLStore
 
 GRAPH = "checkout"
 RUN = "order-17"
@@ -53,6 +56,37 @@ class Bench:
         row = self.store.find_run(GRAPH, RUN)
         assert row is not None
         return row.state
+
+
+_TIMES = [
+    ("docket_runs", "lease_until"),
+    ("docket_runs", "expires_at"),
+    ("docket_cache", "expires_at"),
+    ("docket_claims", "lease_until"),
+]
+
+
+class SQLBench(Bench):
+    def __init__(self, store: SQLStore) -> None:
+        super().__init__(store)
+        self._sql = store
+
+    def pass_time(self, seconds: float) -> None:
+        """Move what is stored into the past: the clock is the database's."""
+        moved = f"strftime('%Y-%m-%d %H:%M:%f', {{0}}, '-{seconds} seconds') || '000'"
+        if self._sql.engine.dialect.name == "postgresql":
+            moved = f"{{0}} - interval '{seconds} seconds'"
+        for table, column in _TIMES:
+            self.sql(f"UPDATE {table} SET {column} = {moved.format(column)}")  # noqa: S608 -- names from above
+
+    def executions(self) -> list[tuple[str, int]]:
+        rows = self.sql("SELECT step_name, delivery FROM docket_executions ORDER BY id")
+        return [(row[0], row[1]) for row in rows]
+
+    def sql(self, statement: str, **values: Any) -> list[Any]:
+        with self._sql.engine.connect() as connection:
+            result = connection.execute(text(statement), values)
+            return list(result) if result.returns_rows else []
 
 
 def request(owner: str = "first", **changes: Any) -> RunRequest:
