@@ -47,12 +47,12 @@ from docket_celery.step import Named
 
 if TYPE_CHECKING:
     from docket_celery.checkpoint import Store
-    from docket_celery.configure import configure
+    from docket_celery.appdefaults import configure
     from docket_celery.lifecycle import settings
     from docket_celery.store import MemoryStore, SQLStore
     from docket_celery.task import GraphResult, GraphTask, graph_task, shared_graph_task
 
-__all__ = [
+__all__ = [  # noqa: RUF022 -- grouped by what people look for
     # Declaring a graph
     "Graph",
     "Named",
@@ -111,7 +111,7 @@ _LAZY = {
     "GraphTask": "docket_celery.task",
     "MemoryStore": "docket_celery.store",
     "SQLStore": "docket_celery.store",
-    "configure": "docket_celery.configure",
+    "configure": "docket_celery.appdefaults",
     "graph_task": "docket_celery.task",
     "settings": "docket_celery.lifecycle",
     "shared_graph_task": "docket_celery.task",

@@ -18,8 +18,18 @@ from docket_celery.messages import from_json_object, type_name
 from docket_celery.step import SignatureFault, ValueKey, read_annotation
 from docket_celery.wire import Result, Undecodable
 
-_EMPTY_OPS = frozenset({"RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST", "NOT_TAKEN", "COPY_FREE_VARS"})
-_RAISING_OPS = _EMPTY_OPS | {"LOAD_GLOBAL", "PUSH_NULL", "PRECALL", "CALL", "RAISE_VARARGS", "POP_TOP", "CACHE"}
+_EMPTY_OPS = frozenset(
+    {"RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST", "NOT_TAKEN", "COPY_FREE_VARS"}
+)
+_RAISING_OPS = _EMPTY_OPS | {
+    "LOAD_GLOBAL",
+    "PUSH_NULL",
+    "PRECALL",
+    "CALL",
+    "RAISE_VARARGS",
+    "POP_TOP",
+    "CACHE",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +64,8 @@ class Declaration:
             raise InvalidArguments(self._shown(), str(error)) from None
         names = list(self.signature.parameters)
         return tuple(
-            self._message(name, key, bound.arguments[name]) for name, key in zip(names, self.given, strict=True)
+            self._message(name, key, bound.arguments[name])
+            for name, key in zip(names, self.given, strict=True)
         )
 
     def _message(self, name: str, key: ValueKey, value: Any) -> Message:
@@ -65,13 +76,16 @@ class Declaration:
         if isinstance(value, dict):
             return from_json_object(key.kind, typing.cast("dict[str, Any]", value))
         if type(value) is key.kind:
-            return typing.cast("Message", value)
+            return value
         actual = type_name(value) if isinstance(value, Message) else type(value).__name__
-        raise InvalidArguments(self._shown(), f"argument {name!r} must be a {type_name(key.kind)}, not a {actual}")
+        raise InvalidArguments(
+            self._shown(), f"argument {name!r} must be a {type_name(key.kind)}, not a {actual}"
+        )
 
     def _shown(self) -> str:
         parameters = ", ".join(
-            f"{name}: {key.kind.__name__}" for name, key in zip(self.signature.parameters, self.given, strict=True)
+            f"{name}: {key.kind.__name__}"
+            for name, key in zip(self.signature.parameters, self.given, strict=True)
         )
         return f"{self.task}({parameters})"
 
@@ -113,7 +127,8 @@ def read_generic(task: str, arguments: tuple[Any, ...]) -> Declaration:
     """
     if len(arguments) != 2 or not isinstance(arguments[0], (list, tuple)):
         raise InvalidDeclaration(task, "write GraphTask[[InputType], OutputType]")
-    given = [_annotation(task, kind, f"input {n}") for n, kind in enumerate(arguments[0], 1)]
+    kinds = typing.cast("Sequence[Any]", arguments[0])
+    given = [_annotation(task, kind, f"input {n}") for n, kind in enumerate(kinds, 1)]
     target = _annotation(task, arguments[1], "its result")
     parameters = [
         inspect.Parameter(f"input_{n}", inspect.Parameter.POSITIONAL_ONLY) for n, _ in enumerate(given, 1)
@@ -122,7 +137,7 @@ def read_generic(task: str, arguments: tuple[Any, ...]) -> Declaration:
 
 
 def is_empty(function: Callable[..., Any]) -> bool:
-    """Tell whether a function's body is nothing but a docstring, ``...``, ``pass`` or ``raise NotImplementedError``."""
+    """Tell whether a body is nothing but a docstring, ``...``, ``pass`` or ``raise NotImplementedError``."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     if not isinstance(code, types.CodeType):
         return False
@@ -134,7 +149,9 @@ def is_empty(function: Callable[..., Any]) -> bool:
     return used <= _EMPTY_OPS and constants <= {None}
 
 
-def _declaration(task: str, signature: inspect.Signature, given: list[ValueKey], target: ValueKey) -> Declaration:
+def _declaration(
+    task: str, signature: inspect.Signature, given: list[ValueKey], target: ValueKey
+) -> Declaration:
     if not given:
         raise InvalidDeclaration(task, "it takes no message; a job is at least one")
     if len(set(given)) != len(given):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 from weakref import WeakSet
 
 from celery import Celery, _state, signals
@@ -35,8 +35,12 @@ class TaskClass(Protocol):
 class _Process:
     """What this process knows of its worker; a prefork child inherits it."""
 
-    pool: str | None = None
-    watched: WeakSet[Celery] = WeakSet()
+    def __init__(self) -> None:
+        self.pool: str | None = None
+        self.watched: WeakSet[Celery] = WeakSet()
+
+
+_process = _Process()
 
 
 def settings(**values: Any) -> Settings:
@@ -66,29 +70,31 @@ def check_settings(app: Celery) -> Settings:
     Raises:
         InvalidSettings: A key is unknown or a value cannot be used.
     """
-    present = {key.lower(): None for key in app.conf if isinstance(key, str) and key.lower().startswith(PREFIX)}
+    present = {
+        key.lower(): None for key in app.conf if isinstance(key, str) and key.lower().startswith(PREFIX)
+    }
     Settings.read(present, {})
     return app_settings(app)
 
 
 def soft_limits_work() -> bool:
     """Tell whether Celery itself enforces soft time limits here: in prefork only."""
-    return _Process.pool is None or _Process.pool == "prefork"
+    return _process.pool is None or _process.pool == "prefork"
 
 
 def watch_task(app: Celery) -> None:
     """Look at the wiring of *app*'s GraphTasks once all of them are declared; done once for each app."""
-    if app not in _Process.watched:
-        _Process.watched.add(app)
+    if app not in _process.watched:
+        _process.watched.add(app)
         app.on_after_finalize.connect(_on_after_finalize, weak=False)
 
 
 def graph_tasks(app: Celery) -> Iterator[TaskClass]:
     """Yield the GraphTasks declared on *app*, by name."""
-    for name in sorted(app.tasks):
-        task = app.tasks[name]
-        if hasattr(task, "declaration"):
-            yield task
+    tasks = cast("dict[str, Any]", app.tasks)
+    for name in sorted(tasks):
+        if hasattr(tasks[name], "declaration"):
+            yield tasks[name]
 
 
 def find_faults(app: Celery, pool: str | None = None) -> list[str]:
@@ -147,7 +153,8 @@ def _app_values(app: Celery) -> Mapping[str, Any]:
 
 def _current_values() -> Mapping[str, Any]:
     # current_app would create a default app and read its configuration; look without creating.
-    app = getattr(_state._tls, "current_app", None) or _state.default_app
+    state: Any = _state
+    app: Celery | None = getattr(state._tls, "current_app", None) or state.default_app
     return {} if app is None else _app_values(app)
 
 
@@ -157,7 +164,8 @@ def _on_after_finalize(sender: Any = None, **_: Any) -> None:
         try:
             plan = task.plan()
         except DocketError as error:
-            _logger.error("task %s cannot run: %s", task.name, error)
+            # The report names places and fixes; a traceback would only bury it.
+            _logger.error("task %s cannot run: %s", task.name, error)  # noqa: TRY400
             continue
         if plan.persists:
             type(task).max_retries = None
@@ -171,10 +179,12 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
     """
     pool = getattr(sender, "pool_cls", None)
     kind = get_implementation(pool) if isinstance(pool, str) else pool
-    _Process.pool = None if kind is None else kind.__module__.rpartition(".")[2]
-    faults = find_faults(sender.app, _Process.pool)
+    _process.pool = None if kind is None else kind.__module__.rpartition(".")[2]
+    faults = find_faults(sender.app, _process.pool)
     if faults:
-        raise SystemExit("docket_celery refuses to start this worker:\n" + "\n".join(f"  {f}" for f in faults))
+        raise SystemExit(
+            "docket_celery refuses to start this worker:\n" + "\n".join(f"  {f}" for f in faults)
+        )
 
 
 def _on_worker_shutdown(**_: Any) -> None:

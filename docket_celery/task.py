@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
+import json
 import logging
 import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 
 from celery import Celery, Task, _state, shared_task
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.result import AsyncResult
-from celery.utils.time import get_exponential_backoff_interval
 from google.protobuf.message import Message
 
 from docket_celery import lifecycle, wire
-from docket_celery.checkpoint import Lease, check_execution_id, job_digest
+from docket_celery.checkpoint import check_execution_id, job_digest
 from docket_celery.declaration import Declaration, read_function, read_generic
 from docket_celery.errors import (
-    AbortError,
     InvalidArguments,
     InvalidDeclaration,
     RunTimedOut,
-    StepFailed,
-    StoreUnavailable,
 )
 from docket_celery.graph import Graph
 from docket_celery.messages import brief, check_size, to_bytes, type_name
 from docket_celery.plan import Plan
+from docket_celery.retrying import Kinds, park_s, with_causes
 from docket_celery.run import RunOutcome, Submission
 
 _logger = logging.getLogger("docket_celery.task")
@@ -48,13 +47,15 @@ _BUSY_MOST_S = 15.0
 
 
 if TYPE_CHECKING:
-    _Result = AsyncResult[R]
-    _Task = Task[P, R]
+
+    class _TypedResult(AsyncResult[R]): ...
+
 else:
-    _Result, _Task = AsyncResult, Task
+    # Celery's class is generic in its stubs only.
+    class _TypedResult(AsyncResult, Generic[R]): ...
 
 
-class GraphResult(_Result, Generic[R]):
+class GraphResult(_TypedResult[R]):
     """The promise of a GraphTask's message."""
 
     def get(self, *args: Any, **kwargs: Any) -> R:
@@ -64,22 +65,13 @@ class GraphResult(_Result, Generic[R]):
             UnknownMessageType, DecodeFailed, PayloadTooLarge: The stored result cannot be read.
             Exception: Whatever the task failed with.
         """
-        value: Any = super().get(*args, **kwargs)
+        value = cast("Any", super().get(*args, **kwargs))
         if isinstance(value, wire.Undecodable):
             raise value.error
         return cast("R", value.message if isinstance(value, wire.Result) else value)
 
 
-class _CausedBy(type):
-    """Classes whose instances are errors of one kind and step failures caused by it; for Celery's ``throws``."""
-
-    kind: type[BaseException]
-
-    def __instancecheck__(cls, error: object) -> bool:
-        return _matches(error, (cls.kind,))
-
-
-class GraphTask(_Task, Generic[P, R]):
+class GraphTask(Task[P, R]):
     """A Celery task whose body is a graph. Declare it with `graph_task`, as a class, or with ``base=GraphTask``.
 
     Class attributes besides Celery's own:
@@ -97,8 +89,8 @@ class GraphTask(_Task, Generic[P, R]):
     retry_on_worker_lost = True
     track_started = True
     default_retry_delay = 1
-    autoretry_for: tuple[type[BaseException], ...] = ()
-    dont_autoretry_for: tuple[type[BaseException], ...] = ()
+    autoretry_for: Kinds = ()
+    dont_autoretry_for: Kinds = ()
     retry_backoff: bool | float = False
     retry_backoff_max: int = 600
     retry_jitter: bool = True
@@ -119,7 +111,7 @@ class GraphTask(_Task, Generic[P, R]):
         for option in ("execution_id", "shadow_name"):
             if _is_function(cls.__dict__.get(option)):
                 setattr(cls, option, staticmethod(cls.__dict__[option]))
-        cls.throws = tuple(_CausedBy("CausedBy", (), {"kind": kind}) for kind in cls.throws)  # type: ignore[misc]
+        cls.throws = with_causes(cls.throws)
         for key in (*cls.declaration.given, cls.declaration.target):
             wire.types.allow(key.kind)
 
@@ -139,7 +131,7 @@ class GraphTask(_Task, Generic[P, R]):
         """Return the promise of the task called *task_id*."""
         return GraphResult(task_id, backend=self.backend, task_name=self.name, app=self.app, **kwargs)
 
-    def apply_async(  # type: ignore[override]
+    def apply_async(
         self,
         args: Any = None,
         kwargs: Any = None,
@@ -170,8 +162,8 @@ class GraphTask(_Task, Generic[P, R]):
         args, kwargs = args or (), kwargs or {}
         options.setdefault("argsrepr", f"({', '.join(map(_brief, args))})")
         options.setdefault("kwargsrepr", f"{{{', '.join(f'{k}={_brief(v)}' for k, v in kwargs.items())}}}")
-        result = super().apply_async(args, kwargs, task_id, *more, headers=headers, **options)
-        return cast("GraphResult[R]", result)
+        submit = cast("Callable[..., GraphResult[R]]", super().apply_async)
+        return submit(args, kwargs, task_id, *more, headers=headers, **options)
 
     def _prepare(
         self,
@@ -193,12 +185,10 @@ class GraphTask(_Task, Generic[P, R]):
         if execution_id is not None:
             headers[EXECUTION_ID] = check_execution_id(execution_id)
         if context is not None:
-            if not isinstance(context, Mapping):
-                raise InvalidArguments("context", f"must be a mapping of JSON values, not {type(context).__name__}")
-            headers[CONTEXT] = dict(context)
+            headers[CONTEXT] = _json_values(context)
         # Positional and by name as the caller gave them, with dicts and results replaced by messages.
         values = dict(zip(self.declaration.signature.parameters, messages, strict=True))
-        named = {name: values.pop(name) for name in (kwargs or {})}
+        named = {name: values.pop(name) for name in cast("dict[str, Any]", kwargs or {})}
         return tuple(values.values()), named
 
     # --- running -----------------------------------------------------------------------------------------------
@@ -253,7 +243,7 @@ class GraphTask(_Task, Generic[P, R]):
             listeners=self.graph.listeners,
             passthrough=(Ignore, Reject, Retry, SoftTimeLimitExceeded),
             scopes=(self._scope(request),),
-            park_s=self._park_s,
+            park_s=functools.partial(park_s, self),
             worker=f"{request.hostname}/{os.getpid()}",
         )
 
@@ -266,47 +256,21 @@ class GraphTask(_Task, Generic[P, R]):
 
     def _scope(self, request: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
         """Return a scope in which ``current_task`` and its request are what they are in the task's own thread."""
+        stack: Any = cast("Any", _state)._task_stack
 
         @contextlib.contextmanager
-        def scope() -> Iterator[None]:
-            _state._task_stack.push(self)
+        def scope() -> Generator[None]:
+            stack.push(self)
             self.request_stack.push(request)
             try:
                 yield
             finally:
                 self.request_stack.pop()
-                _state._task_stack.pop()
+                stack.pop()
 
         return scope
 
     # --- ending a delivery -------------------------------------------------------------------------------------
-
-    def _park_s(self, error: BaseException, lease: Lease | None) -> float | None:
-        """Return in how many seconds Celery shall deliver the run again, or None to end it.
-
-        Called on a thread of the pool, where `self.request` is not this delivery's: hence the lease's own count.
-        """
-        if isinstance(error, StoreUnavailable):
-            return _backoff_s(self, 0 if lease is None else lease.failures)
-        if isinstance(error, AbortError) or not self._may_retry(error):
-            return None
-        limit = self.retry_kwargs.get("max_retries", self.declared_max_retries)
-        done = 0 if lease is None else lease.failures
-        if lease is not None and limit is not None and done >= limit:
-            return None
-        return _backoff_s(self, done)
-
-    def _may_retry(self, error: BaseException) -> bool:
-        if _matches(error, tuple(self.dont_autoretry_for)):
-            return False
-        if isinstance(error, StepFailed) and error.retriable:
-            for planned in self.plan().steps:
-                policy = planned.step.options.retry
-                if planned.step.name == error.step and policy is not None and policy.redeliver:
-                    return True
-        if isinstance(error, RunTimedOut):
-            return _matches(SoftTimeLimitExceeded(), tuple(self.autoretry_for))
-        return _matches(error, tuple(self.autoretry_for))
 
     def _raise(self, outcome: RunOutcome, error: BaseException) -> None:
         """Fail the task, or have Celery deliver it again.
@@ -324,7 +288,8 @@ class GraphTask(_Task, Generic[P, R]):
         if self.max_retries is not None:
             # No lease counts the retries: Celery's own bound applies.
             limit = self.retry_kwargs.get("max_retries", self.max_retries)
-        raise self.retry(exc=error, countdown=outcome.park_s, max_retries=limit, headers=headers)
+        retry = cast("Callable[..., Exception]", self.retry)
+        raise retry(exc=error, countdown=outcome.park_s, max_retries=limit, headers=headers)
 
     def _send_again(self, busy_s: float) -> None:
         """Another delivery advances this run: come back later, without using up a retry or writing a state.
@@ -334,9 +299,12 @@ class GraphTask(_Task, Generic[P, R]):
             Reject: It could not be; the broker keeps the original.
         """
         request = self.request
-        countdown = min(busy_s, _BUSY_MOST_S, self._visibility_s() / 3) * random.uniform(0.8, 1.0) + 0.1
+        most_s = min(busy_s, _BUSY_MOST_S, self._visibility_s() / 3)
+        countdown = most_s * random.uniform(0.8, 1.0) + 0.1  # noqa: S311 -- spreads load, keeps no secret
         headers = {**(request.headers or {}), ATTACHED: True}
-        again = self.signature_from_request(request, countdown=countdown, retries=request.retries, headers=headers)
+        again = self.signature_from_request(
+            request, countdown=countdown, retries=request.retries, headers=headers
+        )
         try:
             again.apply_async(add_to_parent=False)
         except Exception as error:
@@ -347,7 +315,7 @@ class GraphTask(_Task, Generic[P, R]):
 
     def _visibility_s(self) -> float:
         """Return for how long Redis leaves a waiting copy alone; a longer countdown would multiply it."""
-        options = self.app.conf.broker_transport_options or {}
+        options = cast("dict[str, Any]", self.app.conf.broker_transport_options or {})
         return float(options.get("visibility_timeout", 3600))
 
     def _finish_duplicate(self, outcome: RunOutcome) -> None:
@@ -360,8 +328,8 @@ class GraphTask(_Task, Generic[P, R]):
         if not outcome.replayed or request.ignore_result:
             return
         try:
-            stored = self.backend.get_state(request.id)
-        except Exception as error:
+            stored = self.backend.get_state(request.id or "")
+        except Exception as error:  # noqa: BLE001 -- without an answer the copy goes on, as Celery's own would
             _logger.warning("cannot tell whether task %s is stored: %s", request.id, error)
             return
         if stored == "SUCCESS":
@@ -377,9 +345,7 @@ class GraphTask(_Task, Generic[P, R]):
         return cls.graph.compiled(cls.declaration.target, cls.declaration.given)
 
 
-def graph_task(
-    app: Celery, graph: Graph, **options: Any
-) -> Callable[[Callable[P, R]], GraphTask[P, R]]:
+def graph_task(app: Celery, graph: Graph, **options: Any) -> Callable[[Callable[P, R]], GraphTask[P, R]]:
     """Declare a GraphTask: its signature says what goes in and what comes out, *graph* does the work.
 
     Args:
@@ -393,7 +359,8 @@ def graph_task(
 
     def declare(function: Callable[P, R]) -> GraphTask[P, R]:
         _check(function, graph, options)
-        return cast("GraphTask[P, R]", app.task(base=GraphTask, graph=graph, **options)(function))
+        declare_task = cast("Any", app.task)(base=GraphTask, graph=graph, **options)
+        return cast("GraphTask[P, R]", declare_task(function))
 
     return declare
 
@@ -407,7 +374,8 @@ def shared_graph_task(graph: Graph, **options: Any) -> Callable[[Callable[P, R]]
 
     def declare(function: Callable[P, R]) -> GraphTask[P, R]:
         _check(function, graph, options)
-        return cast("GraphTask[P, R]", shared_task(base=GraphTask, graph=graph, **options)(function))
+        declare_task = cast("Any", shared_task)(base=GraphTask, graph=graph, **options)
+        return cast("GraphTask[P, R]", declare_task(function))
 
     return declare
 
@@ -445,27 +413,25 @@ def _declare(cls: type[GraphTask[Any, Any]], name: str) -> Declaration:
     return read_function(name, function)
 
 
-def _matches(error: object, kinds: tuple[type[BaseException], ...]) -> bool:
-    if isinstance(error, kinds):
-        return True
-    return isinstance(error, StepFailed) and any(error.caused_by(kind) for kind in kinds)
+def _json_values(context: object) -> dict[str, Any]:
+    """Return *context* if it can travel.
 
-
-def _backoff_s(task: GraphTask[Any, Any], retries: int) -> float:
-    """Return Celery's own wait before a retry, from the task's options."""
-    if task.retry_backoff:
-        factor = int(max(1.0, float(task.retry_backoff)))
-        return float(
-            get_exponential_backoff_interval(factor, retries, int(task.retry_backoff_max), task.retry_jitter)
-        )
-    return float(task.retry_kwargs.get("countdown", task.default_retry_delay))
+    Raises:
+        InvalidArguments: It is not a mapping with text keys and JSON values.
+    """
+    if not isinstance(context, Mapping):
+        raise InvalidArguments("context", f"must be a mapping of JSON values, not {type(context).__name__}")
+    values = {str(key): value for key, value in context.items()}
+    try:
+        json.dumps(values)
+    except (TypeError, ValueError) as error:
+        raise InvalidArguments("context", f"must hold JSON values only: {error}") from None
+    return values
 
 
 def _brief(value: Any) -> str:
     value = value.message if isinstance(value, wire.Result) else value
     return brief(value) if isinstance(value, Message) else f"<{type(value).__name__}>"
-
-
 
 
 wire.install()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import click
-from sqlalchemy.engine import make_url
 
 from docket_celery import lifecycle
 from docket_celery.cli.apps import as_click, loaded_app
@@ -30,4 +29,4 @@ def migrate(ctx: click.Context, url: str | None) -> None:
             store.close()
     except DocketError as error:
         raise as_click(error) from error
-    click.echo(f"{make_url(url).render_as_string(hide_password=True)}: docket tables of version {version}")
+    click.echo(f"{store!r}: docket tables of version {version}")

@@ -33,7 +33,9 @@ def plan(ctx: click.Context, task: str, mermaid: bool) -> None:
     """Show the steps of TASK in their order, and what may run together."""
     app = loaded_app(ctx)
     found = {one.name: one for one in lifecycle.graph_tasks(app)}
-    named = found.get(task) or next((one for name, one in found.items() if name.rpartition(".")[2] == task), None)
+    named = found.get(task) or next(
+        (one for name, one in found.items() if name.rpartition(".")[2] == task), None
+    )
     if named is None:
         known = ", ".join(found) or "none"
         raise click.ClickException(f"no GraphTask is called {task!r}; known: {known}")

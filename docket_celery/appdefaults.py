@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from celery import Celery
+from celery.app.defaults import DEFAULTS
 
 from docket_celery import lifecycle
 
@@ -47,7 +48,11 @@ _WANTED: Final = (
         effect="Redis keeps the counter of an unfinished chord for a week",
     ),
 )
-_REDIS: Final = {"visibility_timeout": 4 * 3600, "unacked_restore_interval": 10, "unacked_restore_throttle": 1}
+_REDIS: Final = {
+    "visibility_timeout": 4 * 3600,
+    "unacked_restore_interval": 10,
+    "unacked_restore_throttle": 1,
+}
 _REDIS_EFFECT: Final = (
     "Redis delivers a message again when its worker was silent for 4 hours, and looks for such messages every 10 s; "
     "tasks and countdowns longer than that need more"
@@ -76,13 +81,12 @@ def configure(app: Celery) -> tuple[Change, ...]:
         # One setting holds all transport options, so the user's are kept beside ours.
         app.conf.broker_transport_options = {**missing, **options}
         changes.append(Change(key="broker_transport_options", value=missing, effect=_REDIS_EFFECT))
-    app.add_defaults({change.key: change.value for change in changes if change.key != "broker_transport_options"})
+    defaults = {change.key: change.value for change in changes if change.key != "broker_transport_options"}
+    app.add_defaults(lambda: defaults)
     return tuple(changes)
 
 
 def _is_set(app: Celery, key: str) -> bool:
-    from celery.app.defaults import DEFAULTS
-
     return bool(app.conf.get(key) != DEFAULTS.get(key))
 
 

@@ -1,0 +1,96 @@
+"""When Celery shall deliver a run again, and how failures are matched: an error, or the cause of a step's failure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+from celery.exceptions import SoftTimeLimitExceeded
+from celery.utils.time import get_exponential_backoff_interval
+
+from docket_celery.checkpoint import Lease
+from docket_celery.errors import AbortError, RunTimedOut, StepFailed, StoreUnavailable
+from docket_celery.plan import Plan
+
+Kinds = tuple[type[BaseException], ...]
+
+
+class RetryOptions(Protocol):
+    """Celery's retry options, as a task has them."""
+
+    autoretry_for: Kinds
+    dont_autoretry_for: Kinds
+    retry_kwargs: Mapping[str, Any]
+    retry_backoff: bool | float
+    retry_backoff_max: int
+    retry_jitter: bool
+    default_retry_delay: int
+    declared_max_retries: int | None
+
+    @classmethod
+    def plan(cls) -> Plan: ...
+
+
+class _CausedBy(type):
+    """Classes whose instances are errors of one kind and step failures caused by it."""
+
+    kind: type[BaseException]
+
+    def __instancecheck__(cls, error: object) -> bool:
+        return matches(error, (cls.kind,))
+
+
+def with_causes(kinds: Iterable[type[BaseException]]) -> tuple[Any, ...]:
+    """Return classes for Celery's ``throws``, which it only uses with ``isinstance``."""
+    return tuple(_CausedBy("CausedBy", (), {"kind": kind}) for kind in kinds)
+
+
+def matches(error: object, kinds: Kinds) -> bool:
+    """Tell whether *error* is of one of *kinds*, or is a step's failure caused by one."""
+    if isinstance(error, kinds):
+        return True
+    return isinstance(error, StepFailed) and any(error.caused_by(kind) for kind in kinds)
+
+
+def park_s(task: RetryOptions, error: BaseException, lease: Lease | None) -> float | None:
+    """Return in how many seconds Celery shall deliver the run again, or None to end it.
+
+    Args:
+        task: Whose options decide.
+        error: What ended the delivery.
+        lease: The run's lease, which counts its ordinary retries; None: Celery counts them.
+    """
+    failures = 0 if lease is None else lease.failures
+    if isinstance(error, StoreUnavailable):
+        return backoff_s(task, failures)
+    if isinstance(error, AbortError) or not _may_retry(task, error):
+        return None
+    limit = task.retry_kwargs.get("max_retries", task.declared_max_retries)
+    if lease is not None and limit is not None and failures >= limit:
+        return None
+    return backoff_s(task, failures)
+
+
+def backoff_s(task: RetryOptions, retries: int) -> float:
+    """Return Celery's own wait in seconds before retry number *retries* (from 0), from the task's options."""
+    if task.retry_backoff:
+        factor = int(max(1.0, float(task.retry_backoff)))
+        return get_exponential_backoff_interval(
+            factor, retries, int(task.retry_backoff_max), task.retry_jitter
+        )
+    return float(task.retry_kwargs.get("countdown", task.default_retry_delay))
+
+
+def _may_retry(task: RetryOptions, error: BaseException) -> bool:
+    # Where Celery enforces no soft limit, passing it shows as RunTimedOut here and as Celery's error outside.
+    shown = SoftTimeLimitExceeded() if isinstance(error, RunTimedOut) else error
+    if matches(shown, tuple(task.dont_autoretry_for)):
+        return False
+    return _asks_redelivery(task.plan(), shown) or matches(shown, tuple(task.autoretry_for))
+
+
+def _asks_redelivery(plan: Plan, error: BaseException) -> bool:
+    if not isinstance(error, StepFailed) or not error.retriable:
+        return False
+    policies = (planned.step.options.retry for planned in plan.steps if planned.step.name == error.step)
+    return any(policy is not None and policy.redeliver for policy in policies)
