@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,7 @@ _POSTGRES_ARGS: Mapping[str, Any] = {
 }
 # READ COMMITTED is not left to the server's default: the fence re-reads rows that it waited for.
 _POSTGRES_OPTIONS = r"-c statement_timeout=15000 -c default_transaction_isolation=read\ committed"
+_EMPTY_OPTIONS = re.compile(r"[?&]options=(&|$)")
 _SQLITE_BUSY_S = 5.0
 
 
@@ -47,6 +49,8 @@ def parse_url(value: str | URL) -> URL:
     if name not in _DRIVERS.values():
         known = ", ".join(sorted(set(_DRIVERS.values())))
         raise InvalidSettings(SETTING, f"names {url.drivername!r}; supported: {known}")
+    if isinstance(value, str) and _EMPTY_OPTIONS.search(value):
+        url = url.update_query_dict({"options": ""})  # parsing drops empty values; this one means something
     return url.set(drivername=name)
 
 

@@ -67,6 +67,8 @@ _TIMES = [
 
 
 class SQLBench(Bench):
+    """A store whose rows can be looked at and changed with SQL."""
+
     def __init__(self, store: SQLStore) -> None:
         super().__init__(store)
         self._sql = store

@@ -39,10 +39,9 @@ def survivors(file: Path, table: str, column: str, check: Check) -> list[str]:
     missed: list[str] = []
     connection = sqlite3.connect(file, isolation_level=None)
     connection.execute("PRAGMA synchronous = OFF")
-    kind, stored = connection.execute(
-        f"SELECT typeof({column}), CAST({column} AS BLOB) FROM {table}"
-    ).fetchone()
-    change = f"UPDATE {table} SET {column} = CAST(? AS {kind})"
+    look = f"SELECT typeof({column}), CAST({column} AS BLOB) FROM {table}"  # noqa: S608 -- our own names
+    kind, stored = connection.execute(look).fetchone()
+    change = f"UPDATE {table} SET {column} = CAST(? AS {kind})"  # noqa: S608 -- our own names
     for damaged in flips(stored, range(8)):
         try:
             connection.execute(change, (damaged,))
@@ -127,14 +126,14 @@ def test_postgres_notices_damage_in_every_column(postgres_store: SQLStore, colum
     lease = bench.take()
     saved = output(item="" if column == "cache_key" else "7/3", item_index=12)
     bench.store.save(lease, saved, None)
-    (kept,) = bench.sql(f"SELECT {column} FROM docket_cache")[0]
+    (kept,) = bench.sql(f"SELECT {column} FROM docket_cache")[0]  # noqa: S608 -- our own names
     damaged: list[Any] = [13]
     if isinstance(kept, str):
         damaged = [flipped.decode() for flipped in flips(kept.encode(), range(1))]
     elif isinstance(kept, bytes):
         damaged = list(flips(kept, range(8)))
     for value in damaged:
-        bench.sql(f"UPDATE docket_cache SET {column} = :value", value=value)
+        bench.sql(f"UPDATE docket_cache SET {column} = :value", value=value)  # noqa: S608 -- our own names
         with pytest.raises(CorruptCheckpoint):
             bench.store.restore(lease, [saved.key])
     assert damaged

@@ -19,7 +19,7 @@ def moment(value: Any) -> datetime:
 
 def times(bench: SQLBench, table: str, *columns: str) -> list[datetime | None]:
     """Return the times in the one row of *table*."""
-    (row,) = bench.sql(f"SELECT {', '.join(columns)} FROM {table}")
+    (row,) = bench.sql(f"SELECT {', '.join(columns)} FROM {table}")  # noqa: S608 -- our own names
     return [None if value is None else moment(value) for value in row]
 
 
