@@ -1,0 +1,1 @@
+"""Scenarios, one folder each; every one runs with one command: ``python -m examples.parallel``."""

@@ -1,0 +1,1 @@
+"""The smallest graph: one step, from a Name to a Greeting."""
