@@ -1,0 +1,1 @@
+"""Measures the budgets of the design as ratios within one run. Nothing here decides a test."""
