@@ -108,9 +108,9 @@ class GraphTask(Task[P, R]):
         cls.abstract = False
         cls.declaration = _declare(cls, name)
         cls.declared_max_retries = cls.max_retries
-        for option in ("execution_id", "shadow_name"):
-            if _is_function(cls.__dict__.get(option)):
-                setattr(cls, option, staticmethod(cls.__dict__[option]))
+        if _is_function(cls.__dict__.get("execution_id")):
+            # A function in a class body is a method; this one takes the messages alone.
+            cls.execution_id = staticmethod(cls.__dict__["execution_id"])
         cls.throws = with_causes(cls.throws)
         for key in (*cls.declaration.given, cls.declaration.target):
             wire.types.allow(key.kind)
