@@ -46,7 +46,7 @@ class Heartbeat:
         self._store = store
         self._lock = _native("_thread", "allocate_lock")()
         self._held: dict[int, HeldLease] = {}
-        self._claims: dict[bytes, tuple[str, float]] = {}
+        self._claims: dict[tuple[bytes, str], float] = {}
         self._alive = False
 
     def watch(self, held: HeldLease) -> None:
@@ -63,22 +63,22 @@ class Heartbeat:
     def watch_claim(self, key: bytes, owner: str, lease_s: float) -> None:
         """Keep the claim on a GLOBAL checkpoint alive until `unwatch_claim`."""
         with self._lock:
-            self._claims[key] = (owner, lease_s)
+            self._claims[key, owner] = lease_s
             self._ensure_thread()
 
-    def unwatch_claim(self, key: bytes) -> None:
-        """Stop extending the claim."""
+    def unwatch_claim(self, key: bytes, owner: str) -> None:
+        """Stop extending *owner*'s claim; another owner's on the same key goes on."""
         with self._lock:
-            self._claims.pop(key, None)
+            self._claims.pop((key, owner), None)
 
     def _ensure_thread(self) -> None:
         if not self._alive:
-            self._alive = True
             _start_native(self._run)
+            self._alive = True
 
     def _interval_s(self) -> float:
         leases = [held.lease.lease_s for held in self._held.values()]
-        return min([*leases, *(lease_s for _, lease_s in self._claims.values())]) / 4
+        return min([*leases, *self._claims.values()]) / 4
 
     def _run(self) -> None:
         sleep: Callable[[float], None] = _native("time", "sleep")
@@ -100,14 +100,24 @@ class Heartbeat:
     def _beat(self, asked_at: float) -> None:
         with self._lock:
             held = list(self._held.values())
-            claims = [(key, owner, lease_s) for key, (owner, lease_s) in self._claims.items()]
+            claims = [(key, owner, lease_s) for (key, owner), lease_s in self._claims.items()]
         try:
             kept = self._store.extend([h.lease for h in held], claims)
         except DocketError as error:
             _logger.warning("the heartbeat of %d runs failed: %s", len(held), error)
             return
+        except Exception:
+            # Without this thread every run of the process would lose its lease, not only these.
+            _logger.exception("the heartbeat of %d runs failed", len(held))
+            return
+        newest: dict[tuple[str, str], int] = {}
         for one in held:
-            if (one.lease.graph, one.lease.execution_id) in kept:
+            run = (one.lease.graph, one.lease.execution_id)
+            newest[run] = max(one.lease.epoch, newest.get(run, 0))
+        for one in held:
+            run = (one.lease.graph, one.lease.execution_id)
+            # The store names runs: where this process took a run over from itself, the older epoch is gone.
+            if run in kept and one.lease.epoch == newest[run]:
                 one.renew(asked_at)
             else:
                 one.lost = True
@@ -117,11 +127,15 @@ class _Process:
     """The heartbeats of this process by store; a forked child starts with none."""
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
         self.lock = threading.Lock()
         self.beats: dict[int, tuple[Store, Heartbeat]] = {}
+        self._inherited: list[dict[int, tuple[Store, Heartbeat]]] = []
+
+    def reset(self) -> None:
+        # Kept, not freed: finalizing the parent's connections here would end its database sessions.
+        self._inherited.append(self.beats)
+        self.lock = threading.Lock()
+        self.beats = {}
 
 
 _process = _Process()

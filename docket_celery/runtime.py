@@ -1,4 +1,4 @@
-"""What a process has once: a pool of step threads, a timer and an event loop. Made lazily, never across a fork."""
+"""What a process has once: a pool of step threads, a timer, an event loop. Made lazily, never across a fork."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 _logger = logging.getLogger("docket_celery.runtime")
 Work = Callable[[], None]
+_MOST_WAIT_S = 3600.0
+_FEW_DEAD = 64
 
 
 class Worker(threading.Thread):
@@ -41,11 +44,12 @@ class Worker(threading.Thread):
 class Pool:
     """Threads that run work in the order of submission, grown one by one up to *size*.
 
-    Nothing that runs here waits for other work of the pool, so one thread is enough for any graph.
+    Nothing that runs here waits for other work of the pool, so one thread is enough for any graph. A step that
+    executes a graph itself is the exception, declared by `blocking`.
     """
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self._size = size
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._outstanding = 0
@@ -54,27 +58,54 @@ class Pool:
         self._numbers = itertools.count(1)
 
     def submit(self, work: Work) -> None:
-        """Run *work* on a pool thread; it must handle its own errors."""
+        """Run *work* on a pool thread; it must handle its own errors.
+
+        Raises:
+            RuntimeError: There is no thread and none can be started; *work* was not taken.
+        """
         with self._lock:
             self._outstanding += 1
-            self._grow()
+            try:
+                self._grow()
+            except RuntimeError:
+                if not self._workers:
+                    self._outstanding -= 1
+                    raise
+                _logger.warning("no further step thread can be started; %d go on", len(self._workers))
         self._queue.put(work)
+
+    @contextmanager
+    def blocking(self) -> Iterator[None]:
+        """Let another thread take the place of the calling worker while it waits for work of this pool."""
+        with self._lock:
+            self._size += 1
+            self._grow()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._size -= 1
 
     def take(self) -> Work | None:
         """Wait for the next work; None ends the calling worker."""
         return self._queue.get()
 
     def done(self, worker: Worker) -> bool:
-        """Count *worker*'s work as finished; True if the pool has given the worker up."""
+        """Count *worker*'s work as finished; True if the worker must end: given up, or one too many."""
         with self._lock:
             if worker.given_up:
                 self._abandoned.pop(worker, None)
                 return True
             self._outstanding -= 1
+            if len(self._workers) > self._size:
+                self._workers.discard(worker)
+                return True
         return False
 
     def abandon(self, worker: Worker, why: str) -> None:
         """Give up a worker whose step does not stop; another thread takes its place.
+
+        The caller makes sure that the worker is inside that step until this returns.
 
         Args:
             worker: The thread that is still inside the step.
@@ -87,7 +118,10 @@ class Pool:
             self._workers.discard(worker)
             self._abandoned[worker] = why
             self._outstanding -= 1
-            self._grow()
+            try:
+                self._grow()
+            except RuntimeError:
+                _logger.warning("the thread that step %r holds cannot be replaced now", why)
 
     def abandoned(self) -> list[str]:
         """Return the names of the steps that still hold an abandoned thread."""
@@ -107,10 +141,10 @@ class Pool:
                 worker.join(max(0.0, until - time.monotonic()))
 
     def _grow(self) -> None:
-        if self._outstanding > len(self._workers) and len(self._workers) < self.size:
+        if self._outstanding > len(self._workers) and len(self._workers) < self._size:
             worker = Worker(self, next(self._numbers))
-            self._workers.add(worker)
             worker.start()
+            self._workers.add(worker)
 
 
 class Alarm:
@@ -134,6 +168,7 @@ class Timer:
         self._condition = threading.Condition()
         self._heap: list[tuple[float, int, Alarm]] = []
         self._order = itertools.count()
+        self._dead = 0
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -143,8 +178,9 @@ class Timer:
         with self._condition:
             heapq.heappush(self._heap, (alarm.at, next(self._order), alarm))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="docket-timer", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="docket-timer", daemon=True)
+                thread.start()
+                self._thread = thread
             elif self._heap[0][2] is alarm:
                 self._condition.notify()
         return alarm
@@ -154,8 +190,12 @@ class Timer:
             if alarm.call is None:
                 return False
             alarm.call = None
-            while self._heap and self._heap[0][2].call is None:
-                heapq.heappop(self._heap)
+            self._dead += 1
+            # Most alarms are cancelled long before their time: without this an hour's timeouts would pile up.
+            if self._dead > _FEW_DEAD and 2 * self._dead > len(self._heap):
+                self._heap = [entry for entry in self._heap if entry[2].call is not None]
+                heapq.heapify(self._heap)
+                self._dead = 0
         return True
 
     def close(self) -> None:
@@ -171,7 +211,8 @@ class Timer:
         while (call := self._next()) is not None:
             try:
                 call()
-            except Exception:
+            except BaseException:
+                # Whatever it was: without this thread no timeout and no retry happens any more.
                 _logger.exception("a timer call failed")
             del call
 
@@ -183,12 +224,13 @@ class Timer:
                     continue
                 wait_s = self._heap[0][0] - time.monotonic()
                 if wait_s > 0:
-                    self._condition.wait(wait_s)
+                    self._condition.wait(min(wait_s, _MOST_WAIT_S))
                     continue
                 alarm = heapq.heappop(self._heap)[2]
                 if alarm.call is not None:
                     call, alarm.call = alarm.call, None
                     return call
+                self._dead -= 1
         return None
 
 
@@ -197,7 +239,8 @@ class LoopThread:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="docket-loop", daemon=True)
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="docket-loop", daemon=True)
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
@@ -205,11 +248,29 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
-        """Stop the loop and wait for its thread."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        """Cancel what runs on the loop, stop it and wait for its thread."""
+        self._closing = True
+        self._loop.call_soon_threadsafe(self._cancel_all)
         self._thread.join(5.0)
         if not self._thread.is_alive():
             self._loop.close()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._loop.run_forever()
+            except BaseException:
+                # asyncio lets SystemExit and KeyboardInterrupt of any task through; other runs need the loop.
+                _logger.exception("a task ended the loop of async steps; it goes on")
+            if self._closing:
+                return
+
+    def _cancel_all(self) -> None:
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        # Two rounds: one for the tasks to see it, one for their futures to be told.
+        self._loop.call_soon(self._loop.call_soon, self._loop.stop)
 
 
 class Runtime:
@@ -241,11 +302,15 @@ class _Process:
     """The runtimes of this process by thread count; a forked child starts with none."""
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
         self.lock = threading.Lock()
         self.runtimes: dict[int, Runtime] = {}
+        self._inherited: list[dict[int, Runtime]] = []
+
+    def reset(self) -> None:
+        # Kept, not freed: finalizing the parent's loop here would touch file descriptors that it still uses.
+        self._inherited.append(self.runtimes)
+        self.lock = threading.Lock()
+        self.runtimes = {}
 
 
 _process = _Process()
