@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 import functools
@@ -31,18 +32,20 @@ from docket_celery.errors import (
     AbortError,
     DocketError,
     GraphChanged,
+    InvalidArguments,
     LeaseLost,
     StepFailed,
     StepTimedOut,
     StoreUnavailable,
     WrongResult,
+    safe_text,
 )
 from docket_celery.events import Event, EventKind, Listener, emit
 from docket_celery.heartbeat import HeldLease, process_heartbeat
 from docket_celery.messages import from_bytes, to_bytes, to_view, type_name
 from docket_celery.plan import PlannedStep
-from docket_celery.policy import Scope
-from docket_celery.runtime import Runtime, Worker
+from docket_celery.policy import Scope, to_seconds
+from docket_celery.runtime import Alarm, Runtime, Worker
 from docket_celery.step import Step
 
 _logger = logging.getLogger("docket_celery.attempt")
@@ -132,6 +135,7 @@ class StepCall:
         "_open",
         "_steps",
         "_started_at",
+        "_unlink",
         "_values",
         "planned",
         "worker",
@@ -141,7 +145,8 @@ class StepCall:
         self.planned, self._steps, self._delivery = planned, steps, delivery
         self._attempt_no = 0
         self._open = 0
-        self._alarm: Any = None
+        self._alarm: Alarm | None = None
+        self._unlink: Callable[[], None] | None = None
         self._future: Future[Any] | None = None
         self._claimed: bytes | None = None
         self._values: list[Message] = []
@@ -153,6 +158,11 @@ class StepCall:
     def in_flight(self) -> bool:
         """Whether user code of this step runs now."""
         return self._open > 0
+
+    @property
+    def claims(self) -> bool:
+        """Whether others wait for this step to compute a GLOBAL checkpoint."""
+        return self._claimed is not None
 
     def start(self) -> None:
         """Begin the step on this thread; it ends by `complete`, `fail`, `withdraw` or `abort` of its execution."""
@@ -176,14 +186,18 @@ class StepCall:
         number = self._attempt_no
         context = self._context(number)
         with self._steps.lock:
-            if self._steps.closed:
-                return
-            self._open = number
-            thread = threading.current_thread()
-            self.worker = thread if isinstance(thread, Worker) and not step.is_async else None
-        if step.timeout_s is not None:
-            ring = functools.partial(self._ring, number, context.cancelled)
-            self._alarm = delivery.runtime.timer.after(step.timeout_s, ring)
+            begun = not self._steps.closed
+            if begun:
+                self._open = number
+                thread = threading.current_thread()
+                self.worker = thread if isinstance(thread, Worker) and not step.is_async else None
+                if step.timeout_s is not None:
+                    ring = functools.partial(self._ring, number, context.cancelled)
+                    self._alarm = delivery.runtime.timer.after(step.timeout_s, ring)
+                    self._unlink = functools.partial(delivery.cancellation.forget, context.cancelled.cancel)
+        if not begun:
+            self.drop_claim()
+            return
         delivery.tell(EventKind.STEP_STARTED, step.name, number)
         if step.is_async:
             self._spawn(number, context)
@@ -195,10 +209,14 @@ class StepCall:
         else:
             self._returned(number, value, None)
 
-    def cancel_future(self) -> None:
-        """Cancel an ``async def`` step for good."""
-        if self._future is not None:
-            self._future.cancel()
+    def interrupt(self) -> None:
+        """Let go of an attempt whose result will not count: no alarm any more, and a coroutine is cancelled."""
+        alarm, self._alarm = self._alarm, None
+        if alarm is not None:
+            alarm.cancel()
+        future, self._future = self._future, None
+        if future is not None:
+            future.cancel()
 
     # --- calling -----------------------------------------------------------------------------------------------
 
@@ -230,52 +248,75 @@ class StepCall:
         # The coroutine's task copies the contextvars in force where it is made, so it is made inside the copy.
         submit = self._delivery.runtime.loop.submit
         try:
-            self._future = self._delivery.base.copy().run(lambda: submit(self._await(context)))
+            future = self._delivery.base.copy().run(lambda: submit(self._await(context)))
         except BaseException as error:
             self._returned(number, None, error)
             return
 
-        def finished(future: Future[Any]) -> None:
+        def finished(future: Future[tuple[Any, BaseException | None]]) -> None:
             if not future.cancelled():
-                error = future.exception()
-                value = None if error is not None else future.result()
-                self._steps.carry_on(lambda: self._returned(number, value, error), self)
+                value, error = future.result()
+            elif self._future is future:
+                value, error = None, asyncio.CancelledError("the step cancelled itself")
+            else:
+                return
+            self._steps.carry_on(lambda: self._returned(number, value, error), self)
 
-        self._future.add_done_callback(finished)
+        self._future = future
+        future.add_done_callback(finished)
+        with self._steps.lock:
+            stopped = self._open != number or self._steps.closed
+        if stopped and not future.done():
+            self.interrupt()
 
-    async def _await(self, context: StepContext) -> Any:
+    async def _await(self, context: StepContext) -> tuple[Any, BaseException | None]:
+        """Return the step's result or error; asyncio would let SystemExit and KeyboardInterrupt end the loop."""
         bind_context(context)
-        return await self.planned.step.invoke(self._values, context)
+        try:
+            return await self.planned.step.invoke(self._values, context), None
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            return None, error
 
-    def _close(self, number: int) -> bool:
+    def _close(self, number: int, *, give_up: bool = False) -> bool:
         with self._steps.lock:
             if self._open != number or self._steps.closed:
                 return False
             self._open = 0
+            if give_up and self.worker is not None:
+                # Under the lock, which its return needs first: the worker cannot have gone on to other work.
+                self._delivery.runtime.pool.abandon(self.worker, self.planned.step.name)
             self.worker = None
-        if self._alarm is not None:
-            self._alarm.cancel()
-            self._alarm = None
+            alarm, self._alarm = self._alarm, None
+            unlink, self._unlink = self._unlink, None
+        if alarm is not None:
+            alarm.cancel()
+        if unlink is not None:
+            unlink()
         return True
 
     def _ring(self, number: int, cancelled: Cancellation) -> None:
         """End an attempt at its deadline; runs on the timer's thread, so it hands the rest to the pool."""
         step, worker = self.planned.step, self.worker
-        if not self._close(number):
+        if not self._close(number, give_up=True):
             return
         error = StepTimedOut(step.name, number, step.timeout_s or 0.0)
         cancelled.cancel(error)
-        self.cancel_future()
+        self.interrupt()
         if worker is not None:
-            self._delivery.runtime.pool.abandon(worker, step.name)
             self._delivery.tell(EventKind.STEP_ABANDONED, step.name, number, detail=error.describe())
-            _logger.warning("run %r: %s; its thread goes on until the step returns", self._delivery.execution_id, error)
+            _logger.warning(
+                "run %r: %s; its thread goes on until the step returns", self._delivery.execution_id, error
+            )
         self._steps.carry_on(lambda: self._errored(error), self)
 
     def _returned(self, number: int, value: Any, error: BaseException | None) -> None:
         step = self.planned.step
         if not self._close(number):
-            self._delivery.tell(EventKind.STEP_LATE, step.name, number, elapsed_s=time.monotonic() - self._began)
+            self._delivery.tell(
+                EventKind.STEP_LATE, step.name, number, elapsed_s=time.monotonic() - self._began
+            )
             return
         if error is None and type(value) is not step.output.kind:
             actual = "None" if value is None else type(value).__name__
@@ -289,25 +330,33 @@ class StepCall:
 
     def _errored(self, error: BaseException) -> None:
         step, number = self.planned.step, self._attempt_no
+        stop = self._delivery.cancellation.error
+        if stop is not None:
+            # The run is being stopped; whatever the step raises now follows from that.
+            self._steps.abort(stop)
+            return
+        if isinstance(error, AbortError):
+            self._report_failed("FAILED", error)
+        if isinstance(error, asyncio.CancelledError):
+            error = RuntimeError(f"the step was cancelled from inside: {brief_error(error)}")
         if not isinstance(error, Exception) or isinstance(error, (AbortError, *self._delivery.passthrough)):
-            self._drop_claim()
             self._steps.abort(error)
             return
         retriable, error = classify(step, error)
         failure = _failure(step, number, retriable, error)
         if retriable and number < step.max_attempts and step.options.retry is not None:
-            delay_s = step.options.retry.backoff.delay_s(number)
-            self._delivery.tell(EventKind.STEP_RETRYING, step.name, number, detail=f"again in {delay_s:.3g} s: {failure}")
+            delay_s = to_seconds(step.options.retry.backoff.delay_s(number), "the backoff's delay")
+            self._delivery.tell(
+                EventKind.STEP_RETRYING, step.name, number, detail=f"again in {delay_s:.3g} s: {failure}"
+            )
             self._steps.pause(self, delay_s, failure)
         else:
             self.give_up(failure)
 
     def give_up(self, failure: StepFailed) -> None:
         """End the step with *failure*."""
-        self._drop_claim()
-        status = "TIMED_OUT" if isinstance(failure, StepTimedOut) else "FAILED"
-        self._report(status, attempts=self._attempt_no, error=failure)
-        self._delivery.tell(EventKind.STEP_FAILED, self.planned.step.name, self._attempt_no, detail=str(failure))
+        self.drop_claim()
+        self._report_failed("TIMED_OUT" if isinstance(failure, StepTimedOut) else "FAILED", failure)
         self._steps.fail(self, failure)
 
     # --- checkpoints -------------------------------------------------------------------------------------------
@@ -315,6 +364,8 @@ class StepCall:
     def _look_up(self, poll_s: float) -> None:
         """Restore a GLOBAL checkpoint, or claim the right to compute it, or look again later."""
         delivery, step = self._delivery, self.planned.step
+        if self._steps.closed:
+            return
         if self._steps.failing:
             self._steps.withdraw(self)
             return
@@ -324,8 +375,9 @@ class StepCall:
         if isinstance(found, Checkpoint):
             self.restored(found)
         elif found:
-            self._claimed = key
+            # Watched before it is known: whoever aborts drops the claims that it finds, watch included.
             process_heartbeat(delivery.store).watch_claim(key, delivery.owner, delivery.lease_s)
+            self._claimed = key
             self.attempt()
         else:
             again = functools.partial(self._look_up, min(poll_s * 2, _POLL_MOST_S))
@@ -364,7 +416,9 @@ class StepCall:
         except StoreUnavailable as error:
             if tries >= _SAVE_TRIES or not delivery.held.trusted():
                 raise
-            _logger.warning("run %r: saving %s, try %d: %s", delivery.execution_id, row.step_name, tries, error)
+            _logger.warning(
+                "run %r: saving %s, try %d: %s", delivery.execution_id, row.step_name, tries, error
+            )
             again = functools.partial(self._save, value, checkpoint, row, tries + 1)
             delivery.runtime.timer.after(_SAVE_DELAY_S * 2**tries, lambda: self._steps.carry_on(again, self))
             return
@@ -375,14 +429,16 @@ class StepCall:
 
     def _done(self, value: Message) -> None:
         elapsed = time.monotonic() - self._began
-        self._delivery.tell(EventKind.STEP_SUCCEEDED, self.planned.step.name, self._attempt_no, elapsed_s=elapsed)
+        self._delivery.tell(
+            EventKind.STEP_SUCCEEDED, self.planned.step.name, self._attempt_no, elapsed_s=elapsed
+        )
         self._steps.complete(self, value)
 
     def _checkpoint(self, value: Message) -> Checkpoint:
         step, delivery = self.planned.step, self._delivery
         shared = step.persist is Scope.GLOBAL
         return Checkpoint(
-            key=_checkpoint_key(step, delivery, self._values),
+            key=self._claimed or _checkpoint_key(step, delivery, self._values),
             graph=delivery.graph,
             execution_id=None if shared else delivery.execution_id,
             step_name=step.name,
@@ -395,11 +451,12 @@ class StepCall:
         )
 
     def _release_claim(self) -> None:
-        if self._claimed is not None and self._delivery.store is not None:
-            process_heartbeat(self._delivery.store).unwatch_claim(self._claimed)
-            self._claimed = None
+        key, self._claimed = self._claimed, None
+        if key is not None and self._delivery.store is not None:
+            process_heartbeat(self._delivery.store).unwatch_claim(key, self._delivery.owner)
 
-    def _drop_claim(self) -> None:
+    def drop_claim(self) -> None:
+        """Let another run compute the GLOBAL checkpoint, if this step claimed to."""
         key, store = self._claimed, self._delivery.store
         self._release_claim()
         if key is not None and store is not None:
@@ -410,12 +467,26 @@ class StepCall:
 
     # --- reporting ---------------------------------------------------------------------------------------------
 
-    def _report(self, status: str, *, attempts: int, cached: bool = False, error: StepFailed | None = None) -> None:
+    def report_cancelled(self, error: BaseException) -> None:
+        """Record that the run ended while the step was running."""
+        self._report(
+            "CANCELLED", attempts=self._attempt_no, error=error if isinstance(error, DocketError) else None
+        )
+
+    def _report_failed(self, status: str, error: DocketError) -> None:
+        self._report(status, attempts=self._attempt_no, error=error)
+        self._delivery.tell(
+            EventKind.STEP_FAILED, self.planned.step.name, self._attempt_no, detail=str(error)
+        )
+
+    def _report(
+        self, status: str, *, attempts: int, cached: bool = False, error: DocketError | None = None
+    ) -> None:
         if self._delivery.store is not None:
             self._delivery.rows.append(self._row(status, attempts=attempts, cached=cached, error=error))
 
     def _row(
-        self, status: str, *, attempts: int, cached: bool = False, error: StepFailed | None = None
+        self, status: str, *, attempts: int, cached: bool = False, error: DocketError | None = None
     ) -> StepExecution:
         delivery = self._delivery
         return StepExecution(
@@ -472,7 +543,7 @@ def classify(step: Step, error: Exception) -> tuple[bool, Exception]:
 
 def brief_error(error: BaseException) -> str:
     """Return the type and the first 200 characters of *error*."""
-    return f"{type(error).__name__}: {str(error)[:200]}"
+    return f"{type(error).__name__}: {safe_text(error)[:200]}"
 
 
 def _failure(step: Step, attempts: int, retriable: bool, error: Exception) -> StepFailed:
@@ -484,6 +555,12 @@ def _failure(step: Step, attempts: int, retriable: bool, error: Exception) -> St
 def _checkpoint_key(step: Step, delivery: Delivery, values: Sequence[Message]) -> bytes:
     if step.persist is Scope.WORKFLOW:
         return workflow_key(delivery.graph, delivery.execution_id, step.identity)
-    hashed = values if step.options.key is None else [step.options.key(*values)]
+    hashed: Sequence[Message] = values
+    if step.options.key is not None:
+        named: object = step.options.key(*values)
+        if not isinstance(named, Message):
+            problem = f"returned {type(named).__name__}; it must return the message to hash"
+            raise InvalidArguments(f"key= of step {step.name!r}", problem)
+        hashed = [named]
     inputs = [(type_name(value), to_bytes(value)) for value in hashed]
     return global_key(delivery.graph, step.name, step.options.version, inputs)

@@ -7,6 +7,7 @@ that wakes too late finds nothing to do. Nothing here waits on the pool.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections import deque
@@ -109,14 +110,21 @@ class Execution:
             self.closed = True
             self._ready.clear()
             parked, self._parked = self._parked, {}
-            in_flight = [(call, call.worker) for call in self._calls if call.in_flight]
+            calls = list(self._calls)
+            in_flight = [call for call in calls if call.in_flight]
+            for call in in_flight:
+                if call.worker is not None and call.worker is not threading.current_thread():
+                    # Under the lock, as a step's return needs it first: the worker is surely inside that step.
+                    self._delivery.runtime.pool.abandon(call.worker, call.planned.step.name)
         self._delivery.cancellation.cancel(error)
         for alarm, _ in parked.values():
             alarm.cancel()
-        for call, worker in in_flight:
-            call.cancel_future()
-            if worker is not None and worker is not threading.current_thread():
-                self._delivery.runtime.pool.abandon(worker, call.planned.step.name)
+        for call in in_flight:
+            call.interrupt()
+            call.report_cancelled(error)
+        if any(call.claims for call in calls):
+            # SQL, and this may be the thread that waits for the run.
+            self._delivery.runtime.pool.submit(functools.partial(_drop_claims, calls))
         self._on_end(Outcome(error=error))
 
     # --- what step calls use -----------------------------------------------------------------------------------
@@ -159,9 +167,10 @@ class Execution:
             self._ready.clear()
             parked, self._parked = self._parked, {}
             over = not self._calls
+        # Taken under the lock, they are ours to end, even where an alarm has rung: it finds them gone.
         for waiting, (alarm, last) in parked.items():
-            if alarm.cancel():
-                waiting.give_up(last)
+            alarm.cancel()
+            waiting.give_up(last)
         if over:
             self._end(self._outcome())
 
@@ -203,8 +212,12 @@ class Execution:
         self.carry_on(call.attempt, call)
 
     def _work(self) -> None:
-        while not _given_up() and (call := self._take(None)) is not None:
+        while not _given_up():
+            if (call := self._take(None)) is None:
+                return
             self._guard(call, call.start)
+        # The pool has replaced this thread; what it would have taken is for another.
+        self._delivery.runtime.pool.submit(self._work)
 
     def _take(self, may: Callable[[PlannedStep], bool] | None) -> StepCall | None:
         with self.lock:
@@ -285,6 +298,11 @@ class Execution:
                 return
             self.closed = True
         self._on_end(outcome)
+
+
+def _drop_claims(calls: Sequence[StepCall]) -> None:
+    for call in calls:
+        call.drop_claim()
 
 
 def _given_up() -> bool:

@@ -39,6 +39,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 
+MAX_CAUSE_CHARS = 4000
+"""Most characters of a cause's text that a `StepFailed` or `AbortError` carries."""
+
+
 def type_path(kind: type) -> str:
     """Return the importable name of *kind*, as ``module.QualName``."""
     return f"{kind.__module__}.{kind.__qualname__}"
@@ -125,7 +129,7 @@ class AbortError(DocketError):
     code = "DC200"
 
     def __init__(self, message: str, cause: BaseException | str | None = None) -> None:
-        text = f"{type(cause).__name__}: {cause}" if isinstance(cause, BaseException) else cause
+        text = f"{type(cause).__name__}: {safe_text(cause)}" if isinstance(cause, BaseException) else cause
         super().__init__(message, text)
         self.message, self.cause = message, text
         if isinstance(cause, BaseException):
@@ -166,7 +170,7 @@ class StepFailed(DocketError):
     def from_cause(cls, step: str, attempts: int, retriable: bool, cause: BaseException) -> StepFailed:
         """Build the error for *cause* and chain it, so that local tracebacks show the user's own frames."""
         names = [type_path(kind) for kind in type(cause).__mro__ if kind is not object]
-        error = StepFailed(step, attempts, retriable, names, _safe_text(cause))
+        error = StepFailed(step, attempts, retriable, names, safe_text(cause))
         error.__cause__ = cause
         return error
 
@@ -183,10 +187,14 @@ class StepFailed(DocketError):
         cause = self.cause_types[0].rpartition(".")[2] if self.cause_types else "error"
         tries = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts"
         why = "attempts used up" if self.retriable else "not retriable"
-        return self._with_others(f"step {self.step!r} failed after {tries} ({why}): {cause}: {self.cause_text}")
+        return self._with_others(
+            f"step {self.step!r} failed after {tries} ({why}): {cause}: {self.cause_text}"
+        )
 
     def _with_others(self, text: str) -> str:
-        return text if not self.others else "\n".join([text, "also failed:", *(f"  - {o}" for o in self.others)])
+        return (
+            text if not self.others else "\n".join([text, "also failed:", *(f"  - {o}" for o in self.others)])
+        )
 
 
 class StepTimedOut(StepFailed):
@@ -479,12 +487,16 @@ class ServersUnavailable(DocketError):
         return f"{self.what}: {self.problem}"
 
 
-def _safe_text(error: BaseException) -> str:
-    """Return the text of *error*; an exception whose ``__str__`` raises must not hide what happened."""
+def safe_text(error: BaseException) -> str:
+    """Return the text of *error*, bounded: it travels through brokers and backends.
+
+    An exception whose ``__str__`` raises must not hide what happened.
+    """
     try:
-        return str(error)
+        text = str(error)
     except Exception as broken:
         return f"<{type(error).__name__} whose text raised {type(broken).__name__}>"
+    return text if len(text) <= MAX_CAUSE_CHARS else text[: MAX_CAUSE_CHARS - 1] + "…"
 
 
 def _family(kind: type[DocketError]) -> Iterable[type[DocketError]]:
@@ -500,7 +512,12 @@ def to_record(error: DocketError) -> dict[str, Any]:
 
 def from_record(record: dict[str, Any]) -> DocketError:
     """Build the error that `to_record` described; an unknown code gives a plain `DocketError`."""
+    code, args = record.get("code"), record.get("args", [])
     for kind in _family(DocketError):
-        if kind.code == record.get("code") and kind.__module__ == __name__:
-            return kind(*record["args"])
-    return DocketError(str(record.get("code")), *record.get("args", []))
+        if kind.code == code and kind.__module__ == __name__:
+            try:
+                return kind(*args)
+            except TypeError:
+                # Written by a user's subclass with fields of its own, or by another release.
+                break
+    return DocketError(str(code), *args)

@@ -10,6 +10,7 @@ import contextvars
 import functools
 import logging
 import queue
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,7 @@ from docket_celery.heartbeat import HeldLease, process_heartbeat
 from docket_celery.messages import from_bytes, to_bytes, type_name
 from docket_celery.plan import Plan
 from docket_celery.policy import Scope
-from docket_celery.runtime import Runtime, process_runtime
+from docket_celery.runtime import Runtime, Worker, process_runtime
 
 _logger = logging.getLogger("docket_celery.run")
 _SLICE_S = 0.5
@@ -119,7 +120,12 @@ class Run:
     """Drives one delivery; `outcome` starts it and waits for it."""
 
     def __init__(
-        self, plan: Plan, inputs: Sequence[Message], submission: Submission, settings: Settings, store: Store | None
+        self,
+        plan: Plan,
+        inputs: Sequence[Message],
+        submission: Submission,
+        settings: Settings,
+        store: Store | None,
     ) -> None:
         self._plan, self._inputs, self._submission = plan, inputs, submission
         self._settings, self._store = settings, store if plan.persists else None
@@ -143,38 +149,49 @@ class Run:
             TooManyAbandoned: Too many threads are held by timed-out steps.
         """
         self._check_abandoned()
-        self._delivery.tell(EventKind.RUN_STARTED)
-        if self._store is None:
-            execution = self._begin({})
-            if execution is not None:
-                helps = self._submission.may_help and self._submission.timeout_s is None
-                (execution.help if helps else execution.dispatch)()
-        else:
-            self._runtime.pool.submit(self._open)
-        return self._wait()
-
-    # --- the waiting thread ------------------------------------------------------------------------------------
-
-    def _wait(self) -> RunOutcome:
-        timeout_s = self._submission.timeout_s
-        until = None if timeout_s is None else self._began + timeout_s
         try:
-            while True:
-                slice_s = _SLICE_S if until is None else max(0.0, min(_SLICE_S, until - time.monotonic()))
-                try:
-                    return self._queue.get(timeout=slice_s)
-                except queue.Empty:
-                    pass
-                if until is not None and time.monotonic() >= until:
-                    until = None
-                    self._stop(RunTimedOut(self._submission.execution_id, timeout_s or 0.0))
-                elif self._held is not None and not self._held.trusted():
-                    lease = self._held.lease
-                    self._stop(LeaseLost(lease.graph, lease.execution_id, lease.epoch))
+            self._delivery.tell(EventKind.RUN_STARTED)
+            if self._store is None:
+                self._begin_here()
+            else:
+                self._runtime.pool.submit(self._open)
+            thread = threading.current_thread()
+            if isinstance(thread, Worker) and thread.pool is self._runtime.pool:
+                # A step that executes a graph: its thread waits for work of the pool that it belongs to.
+                with thread.pool.blocking():
+                    return self._wait()
+            return self._wait()
         except BaseException as interruption:
             self._stop(interruption)
             self._leave()
             raise
+        finally:
+            # The execution knows this run as the one to tell: without this both would wait for the collector.
+            self._execution = None
+
+    # --- the waiting thread ------------------------------------------------------------------------------------
+
+    def _begin_here(self) -> None:
+        execution = self._begin({})
+        if execution is not None:
+            helps = self._submission.may_help and self._submission.timeout_s is None
+            (execution.help if helps else execution.dispatch)()
+
+    def _wait(self) -> RunOutcome:
+        timeout_s = self._submission.timeout_s
+        until = None if timeout_s is None else self._began + timeout_s
+        while True:
+            slice_s = _SLICE_S if until is None else max(0.0, min(_SLICE_S, until - time.monotonic()))
+            try:
+                return self._queue.get(timeout=slice_s)
+            except queue.Empty:
+                pass
+            if until is not None and time.monotonic() >= until:
+                until = None
+                self._stop(RunTimedOut(self._submission.execution_id, timeout_s or 0.0))
+            elif self._held is not None and not self._held.trusted():
+                lease = self._held.lease
+                self._stop(LeaseLost(lease.graph, lease.execution_id, lease.epoch))
 
     def _leave(self) -> None:
         """Give the pool a moment to hand back the lease; an expired lease is the fallback."""
@@ -251,12 +268,14 @@ class Run:
 
     def _end(self, outcome: Outcome) -> None:
         """Close or park the run, then report."""
-        result = RunOutcome(value=outcome.value)
-        if outcome.error is not None:
-            result = self._parked_or_failed(outcome.error, self._held.lease if self._held is not None else None)
-        elapsed = time.monotonic() - self._began
-        detail = "" if result.error is None else f"{type(result.error).__name__}"
-        self._delivery.tell(EventKind.RUN_ENDED, elapsed_s=elapsed, detail=detail)
+        try:
+            result = RunOutcome(value=outcome.value)
+            if outcome.error is not None:
+                lease = self._held.lease if self._held is not None else None
+                result = self._parked_or_failed(outcome.error, lease)
+        except Exception as error:
+            # The host's own code decided; whoever waits must hear of it.
+            result = RunOutcome(error=error)
         if self._held is None or self._store is None:
             self._conclude(result)
         else:
@@ -264,7 +283,6 @@ class Run:
 
     def _write_end(self, result: RunOutcome, held: HeldLease, tries: int) -> None:
         assert self._store is not None
-        heartbeat = process_heartbeat(self._store)
         try:
             if not isinstance(result.error, LeaseLost):
                 self._store.end(held.lease, self._run_end(result))
@@ -277,13 +295,19 @@ class Run:
             result = self._parked_or_failed(error, held.lease)
         except Exception as error:
             result = RunOutcome(error=error)
-        heartbeat.unwatch(held)
+        process_heartbeat(self._store).unwatch(held)
         self._conclude(result)
 
     def _conclude(self, outcome: RunOutcome) -> None:
+        """Report how it ended; the run's row tells the same by now."""
         if isinstance(outcome.error, LeaseLost) and not self._submission.waits:
             outcome = RunOutcome(error=outcome.error, busy_s=self._settings.lease_seconds)
-        self._queue.put(outcome)
+        elapsed = time.monotonic() - self._began
+        detail = "" if outcome.error is None else type(outcome.error).__name__
+        try:
+            self._delivery.tell(EventKind.RUN_ENDED, elapsed_s=elapsed, detail=detail)
+        finally:
+            self._queue.put(outcome)
 
     # --- deciding ----------------------------------------------------------------------------------------------
 
@@ -345,7 +369,9 @@ class Run:
         if isinstance(error, StoreUnavailable):
             return replace(end, state=RunState.WAITING, error=record)
         if record is None:
-            failed = StepFailed.from_cause("?", 0, False, error) if error is not None else DocketError("unknown")
+            failed = (
+                StepFailed.from_cause("?", 0, False, error) if error is not None else DocketError("unknown")
+            )
             record = to_record(failed)
         state = RunState.CANCELLED if isinstance(error, RunCancelled) else RunState.FAILED
         return replace(end, state=state, error=record)
