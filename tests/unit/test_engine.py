@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from docket_celery.context import StepContext
+from docket_celery.errors import AbortError, StepFailed
+from docket_celery.events import EventKind
+from docket_celery.graph import Graph
+from docket_celery.policy import FixedBackoff, RetryPolicy
+from tests.unit.graphs import WAIT_S, add_step, build, deliver, execute, reached, start, total, within
+from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
+
+Edges = Mapping[str, Sequence[str]]
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> dict[str, list[str]]:
+    """Draw a graph whose last step is the target; each step takes up to four earlier ones."""
+    count = draw(st.integers(1, 24))
+    names = [f"s{index}" for index in range(count)]
+    return {
+        name: draw(st.lists(st.sampled_from(names[:index]), unique=True, max_size=4)) if index else []
+        for index, name in enumerate(names)
+    }
+
+
+def sequential(edges: Edges) -> dict[str, int]:
+    """Compute every value in the order of *edges*, without an engine."""
+    values: dict[str, Money] = {}
+    for name, sources in edges.items():
+        values[name] = total(*(values[source] for source in sources))
+    return {name: money.cents for name, money in values.items()}
+
+
+def ancestors(edges: Edges, target: str) -> set[str]:
+    """Return the steps that *target* needs, itself included."""
+    needed: set[str] = set()
+    todo = [target]
+    while todo:
+        name = todo.pop()
+        if name not in needed:
+            needed.add(name)
+            todo += edges[name]
+    return needed
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    edges=shapes(),
+    threads=st.sampled_from([1, 2, 8]),
+    helps=st.booleans(),
+    limit=st.sampled_from([None, 1, 3]),
+)
+def test_any_graph_gives_what_a_sequential_run_gives(
+    edges: dict[str, list[str]], threads: int, helps: bool, limit: int | None
+) -> None:
+    """On every pool each needed step runs once, after its inputs, and no other step runs."""
+    called: list[str] = []
+    graph = Graph("shape")
+    for name, sources in edges.items():
+
+        def body(*inputs: Money, name: str = name) -> Money:
+            called.append(name)
+            return total(*inputs)
+
+        add_step(graph, name, sources, body)
+    target = list(edges)[-1]
+    outcome = deliver(graph, target, threads=threads, helps=helps, max_concurrency=limit)
+    assert outcome.value == Money(cents=sequential(edges)[target])
+    assert sorted(called) == sorted(ancestors(edges, target))
+    assert all(called.index(source) < called.index(name) for name in called for source in edges[name])
+
+
+@settings(max_examples=60, deadline=None)
+@given(edges=shapes(), threads=st.sampled_from([1, 2, 8]), data=st.data())
+def test_any_failing_graph_ends(edges: dict[str, list[str]], threads: int, data: st.DataObject) -> None:
+    """Whichever steps fail, retry, time out late or abort, the run ends with one of their errors."""
+    faults = data.draw(
+        st.dictionaries(st.sampled_from(list(edges)), st.sampled_from(["fail", "retry", "abort", "wait"]))
+    )
+    graph = Graph("shape")
+    for name, sources in edges.items():
+
+        def body(*inputs: Money, fault: str = faults.get(name, "")) -> Money:
+            if fault == "abort":
+                raise AbortError("stop")
+            if fault:
+                raise ValueError(fault)
+            return total(*inputs)
+
+        backoff = FixedBackoff(0.05 if faults.get(name) == "wait" else 0)
+        policy = (
+            RetryPolicy(max_attempts=3, backoff=backoff) if faults.get(name) in {"retry", "wait"} else None
+        )
+        add_step(graph, name, sources, body, retry=policy, timeout=5)
+    target = list(edges)[-1]
+    outcome = deliver(graph, target, threads=threads)
+    hit = ancestors(edges, target) & set(faults)
+    if hit:
+        assert isinstance(outcome.error, StepFailed | AbortError)
+    else:
+        assert outcome.value == Money(cents=sequential(edges)[target])
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_one_thread_resolves_a_graph_of_depth_200(helps: bool) -> None:
+    """No step waits on the pool, so depth needs no threads."""
+    edges = {f"s{i}": [f"s{i - 1}"] if i else [] for i in range(200)}
+    outcome = deliver(build(edges, total), "s199", threads=1, helps=helps)
+    assert outcome.value == Money(cents=200)
+
+
+def test_a_value_that_two_steps_need_is_computed_once() -> None:
+    """The tip of a diamond runs once, and the join sees both sides."""
+    edges = {"tip": [], "left": ["tip"], "right": ["tip"], "join": ["left", "right"]}
+    calls: list[int] = []
+
+    def body(*inputs: Money) -> Money:
+        calls.append(len(inputs))
+        return total(*inputs)
+
+    assert deliver(build(edges, body), "join").value == Money(cents=5)
+    assert sorted(calls) == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_ready_steps_overlap(helps: bool) -> None:
+    """Three steps without inputs meet at a barrier, which they could not one after the other."""
+    barrier = threading.Barrier(3, timeout=WAIT_S)
+
+    def meet(*inputs: Money) -> Money:
+        if not inputs:
+            barrier.wait()
+        return total(*inputs)
+
+    outcome = deliver(build({"a": [], "b": [], "c": [], "end": ["a", "b", "c"]}, meet), "end", helps=helps)
+    assert outcome.value == Money(cents=4)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_no_more_steps_run_at_once_than_asked_for(limit: int) -> None:
+    """With twelve ready steps and eight threads, `max_concurrency` bounds the steps in progress, and is used up."""
+    lock, full = threading.Lock(), threading.Barrier(limit, timeout=WAIT_S)
+    running: list[int] = [0]
+    most: list[int] = [0]
+
+    def body(*inputs: Money) -> Money:
+        if inputs:
+            return total(*inputs)
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        full.wait()
+        with lock:
+            running[0] -= 1
+        return total(*inputs)
+
+    sides = [f"s{i}" for i in range(12)]
+    graph = build({**{side: [] for side in sides}, "end": sides}, body)
+    assert deliver(graph, "end", threads=8, max_concurrency=limit).value == Money(cents=13)
+    assert most == [limit]
+
+
+def test_a_step_that_executes_a_graph_does_not_starve_a_pool_of_one() -> None:
+    """Three levels of runs inside steps end on one thread, though each waits for steps of the same pool."""
+    inner = Graph("inner")
+
+    @inner.step(timeout=WAIT_S)
+    def deepest(order: Order) -> Label:
+        return Label(text=order.order_id)
+
+    def nest(below: Graph, name: str) -> Graph:
+        graph = Graph(name)
+
+        @graph.step(timeout=WAIT_S)
+        def outer(order: Order) -> Label:
+            return Label(text=f"{name} {execute(below, Label, order, threads=1).text}")
+
+        return graph
+
+    top = nest(nest(inner, "middle"), "top")
+    label = within(lambda: execute(top, Label, Order(order_id="7"), threads=1))
+    assert label == Label(text="top middle 7")
+
+
+def test_after_a_failure_nothing_new_starts_and_what_runs_finishes() -> None:
+    """The step that runs beside the failing one ends as usual; its consumer is not called."""
+    graph = Graph("shop")
+    begun, failed, calls = threading.Event(), threading.Event(), list[str]()
+
+    @graph.step
+    def charge(order: Order) -> Charge:
+        reached(begun)
+        raise ValueError("card refused")
+
+    @graph.step
+    def reserve(order: Order) -> Reservation:
+        begun.set()
+        reached(failed)
+        calls.append("reserve")
+        return Reservation()
+
+    @graph.step
+    def label(reservation: Reservation) -> Label:
+        calls.append("label")
+        return Label()
+
+    @graph.step
+    def ship(charge: Charge, label: Label) -> Shipment:
+        calls.append("ship")
+        return Shipment()
+
+    graph.listeners.append(lambda event: failed.set() if event.kind is EventKind.STEP_FAILED else None)
+    with pytest.raises(StepFailed, match="card refused") as caught:
+        within(lambda: graph.execute(Shipment, Order()))
+    assert calls == ["reserve"]
+    assert caught.value.step == "charge"
+    assert caught.value.caused_by(ValueError)
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_all_failures_are_reported() -> None:
+    """Two steps that fail side by side both stand in the error, and in its transported fields."""
+    barrier = threading.Barrier(2, timeout=WAIT_S)
+
+    def fail(*inputs: Money) -> Money:
+        if inputs:
+            return total(*inputs)
+        barrier.wait()
+        raise ValueError("broken")
+
+    outcome = deliver(build({"a": [], "b": [], "end": ["a", "b"]}, fail), "end")
+    assert isinstance(outcome.error, StepFailed)
+    assert len(outcome.error.others) == 1
+    assert {outcome.error.step, outcome.error.others[0].split("'")[1]} == {"a", "b"}
+    assert outcome.error.args[-1] == list(outcome.error.others)
+
+
+def test_a_step_that_waits_to_be_retried_is_given_up_when_another_fails() -> None:
+    """The run does not sit out an hour's backoff for a result that nobody will use."""
+    graph = Graph("shop")
+    waiting = threading.Event()
+
+    @graph.step(retry=RetryPolicy(backoff=FixedBackoff(3600)))
+    def charge(order: Order) -> Charge:
+        raise ValueError("try later")
+
+    @graph.step
+    def reserve(order: Order) -> Reservation:
+        reached(waiting)
+        raise KeyError("sold out")
+
+    @graph.step
+    def ship(charge: Charge, reservation: Reservation) -> Shipment:
+        return Shipment()
+
+    graph.listeners.append(lambda event: waiting.set() if event.kind is EventKind.STEP_RETRYING else None)
+    with pytest.raises(StepFailed, match="sold out") as caught:
+        within(lambda: graph.execute(Shipment, Order()))
+    assert ["try later" in other for other in caught.value.others] == [True]
+
+
+def test_a_failure_at_the_moment_a_retry_is_due_loses_neither() -> None:
+    """Alarms that ring while another step fails are taken by one side or the other: each run ends."""
+    graph = Graph("shop")
+    barrier = threading.Barrier(2, timeout=WAIT_S)
+
+    @graph.step(retry=RetryPolicy(backoff=FixedBackoff(0.0005), max_attempts=2))
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        if ctx.attempt == 1:
+            barrier.wait()
+        raise ValueError("again")
+
+    @graph.step(timeout=WAIT_S)
+    def reserve(order: Order) -> Reservation:
+        barrier.wait()
+        for _ in range(order.amount_cents):
+            pass
+        raise KeyError("sold out")
+
+    @graph.step
+    def ship(charge: Charge, reservation: Reservation) -> Shipment:
+        return Shipment()
+
+    for spin in range(150):
+        with pytest.raises(StepFailed):
+            within(lambda spin=spin: graph.execute(Shipment, Order(amount_cents=spin * 300)))  # type: ignore[misc]
+
+
+def test_abort_cancels_the_contexts_of_running_steps_at_once() -> None:
+    """A step that sleeps on its context wakes with the abort, which is what the caller gets, cause included."""
+    graph = Graph("shop")
+    sleeping, woken = threading.Event(), threading.Event()
+    seen: list[BaseException] = []
+
+    @graph.step
+    def charge(order: Order) -> Charge:
+        reached(sleeping)
+        raise AbortError("fraud", KeyError("card"))
+
+    @graph.step
+    def reserve(order: Order, ctx: StepContext) -> Reservation:
+        sleeping.set()
+        try:
+            ctx.sleep(3600)
+        except AbortError as error:
+            seen.append(error)
+            woken.set()
+            raise
+        return Reservation()
+
+    @graph.step
+    def ship(charge: Charge, reservation: Reservation) -> Shipment:
+        return Shipment()
+
+    with pytest.raises(AbortError, match="fraud") as caught:
+        within(lambda: graph.execute(Shipment, Order()))
+    assert caught.value.cause == "KeyError: 'card'"
+    reached(woken)
+    assert seen == [caught.value]
+
+
+def test_aborting_one_run_leaves_the_other_runs_of_the_pool_alone() -> None:
+    """Threads that an abort gives up may be back at other work by then; that work still goes on to its end."""
+    aborting = Graph("aborting")
+    barrier = threading.Barrier(2, timeout=WAIT_S)
+
+    @aborting.step
+    def charge(order: Order) -> Charge:
+        barrier.wait()
+        raise AbortError("stop")
+
+    @aborting.step
+    def reserve(order: Order) -> Reservation:
+        barrier.wait()
+        return Reservation()
+
+    @aborting.step
+    def ship(charge: Charge, reservation: Reservation) -> Shipment:
+        return Shipment()
+
+    edges = {f"s{i}": [f"s{i - 1}"] if i else [] for i in range(40)}
+    chain = build(edges, total, "chain")
+
+    def abort_often() -> None:
+        for _ in range(200):
+            with pytest.raises(AbortError):
+                execute(aborting, Shipment, Order(), threads=3, helps=False)
+
+    def run_often() -> None:
+        for _ in range(200):
+            assert deliver(chain, "s39", threads=3, helps=False).value == Money(cents=40)
+
+    tasks = [start(abort_often), start(run_often)]
+    for task in tasks:
+        task.result(2 * WAIT_S)
