@@ -18,6 +18,14 @@ from docket_celery.messages import from_json_object, type_name
 from docket_celery.step import SignatureFault, ValueKey, read_annotation
 from docket_celery.wire import Result, Undecodable
 
+NameFunction = (
+    Callable[[Any], str]
+    | Callable[[Any, Any], str]
+    | Callable[[Any, Any, Any], str]
+    | Callable[[Any, Any, Any, Any], str]
+    | Callable[[Any, Any, Any, Any, Any], str]
+)
+"""From a task's messages, the name of their run. By arity, since strict checkers refuse a lambda for ``...``."""
 _EMPTY_OPS = frozenset(
     {"RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST", "NOT_TAKEN", "COPY_FREE_VARS"}
 )

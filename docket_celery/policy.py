@@ -112,6 +112,16 @@ ErrorClassifier = Callable[[BaseException], bool] | type[BaseException] | tuple[
 """What may be retried: a predicate over the error, or the exception types."""
 
 
+KeyFunction = (
+    Callable[[Any], Message]
+    | Callable[[Any, Any], Message]
+    | Callable[[Any, Any, Any], Message]
+    | Callable[[Any, Any, Any, Any], Message]
+    | Callable[[Any, Any, Any, Any, Any], Message]
+)
+"""From a step's inputs, the message to hash. By arity, since strict checkers refuse a lambda for ``...``."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOptions:
     """A preset of step options; ``graph.step(PRESET, timeout=5)`` overrides single ones.
@@ -133,7 +143,7 @@ class StepOptions:
     persist: Scope | None = None
     ttl: Seconds | None = None
     version: str = ""
-    key: Callable[..., Message] | None = None
+    key: KeyFunction | None = None
     retry: RetryPolicy | None = None
     timeout: Seconds | None = None
     retriable: ErrorClassifier | None = None
@@ -160,7 +170,7 @@ class StepOptionFields(TypedDict, total=False):
     persist: Scope | None
     ttl: Seconds | None
     version: str
-    key: Callable[..., Message] | None
+    key: KeyFunction | None
     retry: RetryPolicy | None
     timeout: Seconds | None
     retriable: ErrorClassifier | None

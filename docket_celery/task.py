@@ -21,7 +21,7 @@ from google.protobuf.message import Message
 
 from docket_celery import lifecycle, wire
 from docket_celery.checkpoint import check_execution_id, job_digest
-from docket_celery.declaration import Declaration, read_function, read_generic
+from docket_celery.declaration import Declaration, NameFunction, read_function, read_generic
 from docket_celery.errors import (
     InvalidArguments,
     InvalidDeclaration,
@@ -345,13 +345,16 @@ class GraphTask(Task[P, R]):
         return cls.graph.compiled(cls.declaration.target, cls.declaration.given)
 
 
-def graph_task(app: Celery, graph: Graph, **options: Any) -> Callable[[Callable[P, R]], GraphTask[P, R]]:
+def graph_task(
+    app: Celery, graph: Graph, *, execution_id: NameFunction | None = None, **options: Any
+) -> Callable[[Callable[P, R]], GraphTask[P, R]]:
     """Declare a GraphTask: its signature says what goes in and what comes out, *graph* does the work.
 
     Args:
         app: The Celery app.
         graph: The graph.
-        **options: Celery's task options, and ``execution_id``.
+        execution_id: From the messages, the name of their run; default: the task's id.
+        **options: Celery's task options.
 
     Raises:
         InvalidDeclaration: The signature or the body does not fit, or ``bind=True`` is given.
@@ -359,13 +362,17 @@ def graph_task(app: Celery, graph: Graph, **options: Any) -> Callable[[Callable[
 
     def declare(function: Callable[P, R]) -> GraphTask[P, R]:
         _check(function, graph, options)
-        declare_task = cast("Any", app.task)(base=GraphTask, graph=graph, **options)
+        declare_task = cast("Any", app.task)(
+            base=GraphTask, graph=graph, execution_id=execution_id, **options
+        )
         return cast("GraphTask[P, R]", declare_task(function))
 
     return declare
 
 
-def shared_graph_task(graph: Graph, **options: Any) -> Callable[[Callable[P, R]], GraphTask[P, R]]:
+def shared_graph_task(
+    graph: Graph, *, execution_id: NameFunction | None = None, **options: Any
+) -> Callable[[Callable[P, R]], GraphTask[P, R]]:
     """Like `graph_task` without naming the app, as ``shared_task`` does.
 
     Raises:
@@ -374,7 +381,9 @@ def shared_graph_task(graph: Graph, **options: Any) -> Callable[[Callable[P, R]]
 
     def declare(function: Callable[P, R]) -> GraphTask[P, R]:
         _check(function, graph, options)
-        declare_task = cast("Any", shared_task)(base=GraphTask, graph=graph, **options)
+        declare_task = cast("Any", shared_task)(
+            base=GraphTask, graph=graph, execution_id=execution_id, **options
+        )
         return cast("GraphTask[P, R]", declare_task(function))
 
     return declare
@@ -421,7 +430,7 @@ def _json_values(context: object) -> dict[str, Any]:
     """
     if not isinstance(context, Mapping):
         raise InvalidArguments("context", f"must be a mapping of JSON values, not {type(context).__name__}")
-    values = {str(key): value for key, value in context.items()}
+    values = {str(key): value for key, value in cast("Mapping[Any, Any]", context).items()}
     try:
         json.dumps(values)
     except (TypeError, ValueError) as error:
