@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.pool import StaticPool
+
+from docket_celery.checkpoint import Lease
+from docket_celery.errors import (
+    CorruptCheckpoint,
+    InvalidArguments,
+    InvalidSettings,
+    SchemaMismatch,
+    StoreUnavailable,
+)
+from docket_celery.store import SQLStore, schema
+from tests.conformance.samples import GRAPH, RUN, ending, output, request
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where the SQLite database of a test is."""
+    return tmp_path / "store.db"
+
+
+@pytest.fixture
+def store(path: Path) -> Generator[SQLStore]:
+    """A store in that file that waits for a lock for 50 ms."""
+    store = SQLStore(f"sqlite:///{path}?timeout=0.05")
+    store.migrate()
+    yield store
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        ("postgres://u:secret@h/db", "postgresql+psycopg://u:***@h/db"),
+        ("postgresql://u:secret@h/db", "postgresql+psycopg://u:***@h/db"),
+        ("postgresql+psycopg://u:secret@h/db", "postgresql+psycopg://u:***@h/db"),
+        ("sqlite:///a.db", "sqlite+pysqlite:///a.db"),
+    ],
+)
+def test_a_url_gets_its_driver(given: str, used: str) -> None:
+    """The usual short forms mean psycopg 3; nothing connects yet, and the password is not shown."""
+    assert repr(SQLStore(given)) == f"SQLStore('{used}')"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "not a url", "mysql://h/db", "postgresql+psycopg2://u:secret@h/db", "postgresql+asyncpg://h/db"],
+)
+def test_a_url_that_cannot_be_used_is_refused(url: str) -> None:
+    """The setting is named, and a password in the URL is not repeated."""
+    with pytest.raises(InvalidSettings, match="docket_database_url") as refused:
+        SQLStore(url)
+    assert "secret" not in str(refused.value)
+
+
+def test_only_memory_is_not_persistent(path: Path) -> None:
+    """Another process sees a file and a server, but not this one's memory."""
+    assert SQLStore(f"sqlite:///{path}").persistent
+    assert SQLStore("postgresql://h/db").persistent
+    for url in ("sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true"):
+        assert not SQLStore(url).persistent
+
+
+def test_an_engine_over_memory_needs_one_connection() -> None:
+    """SQLAlchemy's default gives each thread a database of its own."""
+    with pytest.raises(InvalidArguments, match="StaticPool"):
+        SQLStore(create_engine("sqlite://"))
+    engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
+    store = SQLStore(engine)
+    store.migrate()
+    assert isinstance(store.acquire(request()), Lease)
+    store.close()
+    assert store.find_run(GRAPH, RUN) is not None
+    engine.dispose()
+
+
+def test_a_locked_file_is_unavailable(store: SQLStore, path: Path) -> None:
+    """Another process writes for longer than we wait; afterwards the same call works."""
+    rival = sqlite3.connect(path, isolation_level=None)
+    rival.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreUnavailable, match="did not acquire the run: database is locked"):
+        store.acquire(request())
+    assert store.find_run(GRAPH, RUN) is None
+    rival.execute("ROLLBACK")
+    rival.close()
+    assert isinstance(store.acquire(request()), Lease)
+
+
+def test_a_failing_call_leaves_no_transaction(store: SQLStore, path: Path) -> None:
+    """An error in the middle rolls back, and others may write at once."""
+    lease = store.acquire(request())
+    assert isinstance(lease, Lease)
+    with pytest.raises(Exception, match="CHECK"):
+        store.save(lease, output(key=b"short"), None)
+    rival = sqlite3.connect(path, isolation_level=None, timeout=0)
+    rival.execute("BEGIN IMMEDIATE")
+    rival.execute("ROLLBACK")
+    rival.close()
+    store.end(lease, ending())
+
+
+def test_a_file_that_cannot_be_opened_is_unavailable(tmp_path: Path) -> None:
+    """The driver's words say why."""
+    with pytest.raises(StoreUnavailable, match="unable to open database file"):
+        SQLStore(f"sqlite:///{tmp_path / 'nowhere' / 'store.db'}").find_run(GRAPH, RUN)
+
+
+def test_missing_tables_are_named_as_such(path: Path) -> None:
+    """Each way to use them says to migrate."""
+    store = SQLStore(f"sqlite:///{path}")
+    for call in (store.check_schema, lambda: store.find_run(GRAPH, RUN), lambda: store.acquire(request())):
+        with pytest.raises(SchemaMismatch, match="docket migrate"):
+            call()
+    store.close()
+
+
+def test_a_newer_schema_is_refused(store: SQLStore) -> None:
+    """By the check and by migrate."""
+    with store.engine.connect() as connection:
+        connection.exec_driver_sql("INSERT INTO docket_schema VALUES (99, '2026-01-31 12:00:00.000000')")
+    for call in (store.check_schema, store.migrate):
+        with pytest.raises(SchemaMismatch, match="upgrade docket-celery"):
+            call()
+
+
+def test_many_may_migrate_one_file_at_once(path: Path) -> None:
+    """One makes the tables, the others find them."""
+    start, versions = threading.Barrier(4), list[int]()
+
+    def migrate() -> None:
+        store = SQLStore(f"sqlite:///{path}")
+        start.wait()
+        versions.append(store.migrate())
+        store.close()
+
+    threads = [threading.Thread(target=migrate) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert versions == [schema.VERSION] * 4
+
+
+def test_a_text_that_is_not_utf8_is_damage(store: SQLStore) -> None:
+    """Trying again would never help, so it is not called unavailable."""
+    lease = store.acquire(request())
+    assert isinstance(lease, Lease)
+    store.save(lease, output(), None)
+    with store.engine.connect() as connection:
+        connection.exec_driver_sql("UPDATE docket_cache SET output_type = CAST(x'ff41' AS TEXT)")
+    with pytest.raises(CorruptCheckpoint, match="UTF-8"):
+        store.restore(lease, [])
+
+
+def test_readers_do_not_wait_for_a_writer(store: SQLStore, path: Path) -> None:
+    """The file is in WAL mode, whoever opens it."""
+    rival = sqlite3.connect(path, isolation_level=None)
+    assert rival.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    rival.execute("BEGIN IMMEDIATE")
+    assert store.find_run(GRAPH, RUN) is None
+    rival.close()
+
+
+def test_times_compare_with_the_databases_own(store: SQLStore) -> None:
+    """People's queries may use SQLite's date functions on them."""
+    store.acquire(request())
+    with store.engine.connect() as connection:
+        query = (
+            "SELECT lease_until > datetime('now'), lease_until < datetime('now', '+31 seconds'), "
+            "length(lease_until), datetime(created_at) IS NOT NULL FROM docket_runs"
+        )
+        assert connection.exec_driver_sql(query).one() == (1, 1, 26, 1)
+        row = connection.execute(schema.docket_runs.select()).one()
+    assert row.lease_until > row.created_at
