@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from docket_celery import Graph, RetryPolicy, Scope, StepContext, graph_task
+from workers import settings
 from workers.celery import app
 from workers.orders_pb2 import ChargeResult, Order, Reservation, Shipment
-from workers.providers import Payments, ProviderUnavailable, Warehouse
+from workers.providers import PaymentDeclined, Payments, ProviderUnavailable, Warehouse
 
-payments, warehouse = Payments(), Warehouse()
+payments, warehouse = Payments(settings.PAYMENTS_DATABASE_URL), Warehouse()
 
 checkout = Graph("orders")
 
@@ -42,7 +43,8 @@ def name_order_run(order: Order) -> str:
     return f"order-{order.order_id}"
 
 
-@graph_task(app, checkout, execution_id=name_order_run)
+# A declined payment is an answer, not a fault: Celery logs it without a traceback.
+@graph_task(app, checkout, execution_id=name_order_run, throws=(PaymentDeclined,))
 def process_order(order: Order) -> Shipment:
     """Take an order from payment to shipment."""
     raise NotImplementedError

@@ -64,7 +64,14 @@ def _digest(*parts: str) -> str:
 
 
 class Payments:
-    """Charges cards, once for each idempotency key."""
+    """Charges cards, once for each idempotency key.
+
+    Args:
+        ledger_url: Where it keeps its books, ``postgresql://...``; SQLAlchemy's form is understood too.
+    """
+
+    def __init__(self, ledger_url: str) -> None:
+        self._ledger_url = ledger_url.replace("postgresql+psycopg://", "postgresql://")
 
     def charge(self, order_id: str, amount_cents: int, *, idempotency_key: str) -> str:
         """Charge the card of an order and return the charge's name; a repeated key gets the first charge's.
@@ -89,9 +96,7 @@ class Payments:
                 raise ProviderUnavailable("payments") from error
 
     def _book(self, call: dict[str, str | int]) -> str:
-        # SQLAlchemy's URLs name the driver as well.
-        url = settings.PAYMENTS_DATABASE_URL.replace("postgresql+psycopg://", "postgresql://")
-        with psycopg.connect(url, connect_timeout=5) as ledger:
+        with psycopg.connect(self._ledger_url, connect_timeout=5) as ledger:
             # One call at a time: of two with the same key the second must see the first.
             ledger.execute("SELECT pg_advisory_xact_lock(%s)", [_LEDGER_LOCK])
             ledger.execute(_LEDGER)
