@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 
 from celery import Celery, Task, _state, shared_task
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
-from celery.result import AsyncResult
+from celery.result import AsyncResult, EagerResult
 from google.protobuf.message import Message
 
 from docket_celery import lifecycle, wire
@@ -65,6 +65,7 @@ class GraphResult(_TypedResult[R]):
             UnknownMessageType, DecodeFailed, PayloadTooLarge: The stored result cannot be read.
             Exception: Whatever the task failed with.
         """
+        lifecycle.app_settings(self.app)  # tells the decoder the size limit
         value = cast("Any", super().get(*args, **kwargs))
         if isinstance(value, wire.Undecodable):
             raise value.error
@@ -164,6 +165,22 @@ class GraphTask(Task[P, R]):
         options.setdefault("kwargsrepr", f"{{{', '.join(f'{k}={_brief(v)}' for k, v in kwargs.items())}}}")
         submit = cast("Callable[..., GraphResult[R]]", super().apply_async)
         return submit(args, kwargs, task_id, *more, headers=headers, **options)
+
+    def apply(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        *more: Any,
+        execution_id: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> EagerResult[R]:
+        """Run a job here and now, as a worker would; arguments as in `apply_async`."""
+        headers = dict(options.pop("headers", None) or {})
+        if DIGEST not in headers:
+            args, kwargs = self._prepare(args, kwargs, headers, execution_id, context)
+        run = cast("Callable[..., EagerResult[R]]", super().apply)
+        return run(args, kwargs, *more, headers=headers, **options)
 
     def _prepare(
         self,
@@ -430,7 +447,8 @@ def _json_values(context: object) -> dict[str, Any]:
     """
     if not isinstance(context, Mapping):
         raise InvalidArguments("context", f"must be a mapping of JSON values, not {type(context).__name__}")
-    values = {str(key): value for key, value in cast("Mapping[Any, Any]", context).items()}
+    pairs: Mapping[Any, Any] = context
+    values = {str(key): value for key, value in pairs.items()}
     try:
         json.dumps(values)
     except (TypeError, ValueError) as error:
