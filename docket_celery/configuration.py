@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -91,12 +92,14 @@ def _text(key: str, value: Any) -> str:
 
 def _number(least: float, *, whole: bool) -> Callable[[str, Any], Any]:
     def check(key: str, value: Any) -> Any:
+        kind = f"{'whole ' if whole else ''}number"
         try:
             number = int(value) if whole else float(value)
-        except (TypeError, ValueError):
-            raise InvalidSettings(key, f"must be a {'whole ' if whole else ''}number, got {value!r}") from None
-        if isinstance(value, bool) or number != float(value) or not number >= least:
-            raise InvalidSettings(key, f"must be a {'whole ' if whole else ''}number of at least {least:g}, got {value!r}")
+            exact = math.isfinite(number) and number == float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise InvalidSettings(key, f"must be a {kind}, got {value!r}") from None
+        if isinstance(value, bool) or not exact or not number >= least:
+            raise InvalidSettings(key, f"must be a {kind} of at least {least:g}, got {value!r}")
         return number
 
     return check

@@ -157,7 +157,7 @@ class StepContext:
         """Sleep, but wake and raise like `check` when this attempt should stop."""
         until = time.monotonic() + seconds
         while not self.cancelled.is_set() and (left := until - time.monotonic()) > 0:
-            self.cancelled.wait(left)
+            self.cancelled.wait(min(left, threading.TIMEOUT_MAX))
         self.check()
 
     def __repr__(self) -> str:

@@ -5,6 +5,7 @@ The host of the process fills this in: the Celery side for workers and apps, `se
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -72,5 +73,10 @@ class Defaults:
         for store in stores:
             store.close()
 
+    def after_fork(self) -> None:
+        """Take a fresh lock: another thread of the parent may have held the old one at the fork."""
+        self._lock = threading.Lock()
+
 
 process_defaults = Defaults()
+os.register_at_fork(after_in_child=process_defaults.after_fork)

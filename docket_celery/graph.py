@@ -105,15 +105,26 @@ class Graph:
         if not name:
             where = locate(target)
             raise GraphError(self.name, [f"DC110 no name: lambdas and partials need name=... ({where})"])
+        if not isinstance(name, str) or len(name) > 200 or not name.isprintable():
+            raise GraphError(
+                self.name,
+                [f"DC110 bad name: name= is 1 to 200 printable characters, got {name!r} ({locate(target)})"],
+            )
         with self._lock:
             if self._frozen:
                 raise GraphError(
                     self.name,
-                    [f"DC116 frozen: step {name!r} comes after the first run; register all steps before running"],
+                    [
+                        f"DC116 frozen: step {name!r} comes after the first run; register all steps before running"
+                    ],
                 )
             self._registrations.append(
                 Registration(
-                    target=target, options=options, name=name, order=len(self._registrations), where=locate(target)
+                    target=target,
+                    options=options,
+                    name=name,
+                    order=len(self._registrations),
+                    where=locate(target),
                 )
             )
             self._wiring = None
@@ -130,7 +141,7 @@ class Graph:
         Raises:
             GraphError: With all faults in one report, each with its code, its place and the fix.
         """
-        self._read().check([_key(kind, "validate") for kind in given] if given else None)
+        self._read().check([_key(kind, "validate") for kind in given], complete=bool(given))
 
     def plan(self, target: type[Message], /, *given: type[Message]) -> Plan:
         """Return the minimal ordered steps from *given* to *target*.
@@ -154,10 +165,11 @@ class Graph:
         found = self._plans.get((target, given))
         if found is None:
             wiring = self._read()
-            wiring.check(None)
+            wiring.check(given)
             found = compile_plan(wiring, target, given)
             with self._lock:
-                self._plans[target, given] = found
+                if wiring is self._wiring:
+                    self._plans[target, given] = found
         return found
 
     def _read(self) -> Wiring:

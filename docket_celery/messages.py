@@ -9,6 +9,7 @@ from typing import Any, TypeGuard, TypeVar
 from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 
 from docket_celery.errors import DecodeFailed, InvalidArguments, PayloadTooLarge
 
@@ -18,11 +19,14 @@ MAX_JSON_BYTES = 16 * 1024
 """Above this a message gets no ``output_json`` view (DESIGN section 5)."""
 _MAX_FIELD_CHARS = 60
 _REDACTED = "***"
+_ANY = "google.protobuf.Any"
 
 
 def is_message_type(kind: object) -> TypeGuard[type[Message]]:
     """Tell whether *kind* is a generated message class."""
-    return isinstance(kind, type) and issubclass(kind, Message) and getattr(kind, "DESCRIPTOR", None) is not None
+    return (
+        isinstance(kind, type) and issubclass(kind, Message) and getattr(kind, "DESCRIPTOR", None) is not None
+    )
 
 
 def type_name(kind: type[Message] | Message) -> str:
@@ -56,7 +60,7 @@ def from_json_object(kind: type[M], value: dict[str, Any]) -> M:
     """
     try:
         return json_format.ParseDict(value, kind())
-    except json_format.ParseError as error:
+    except (json_format.ParseError, AttributeError, RecursionError, TypeError) as error:
         raise InvalidArguments(f"JSON form of {type_name(kind)}", str(error)) from error
 
 
@@ -78,14 +82,14 @@ def to_view(message: Message) -> str | None:
     """
     if message.ByteSize() > MAX_JSON_BYTES:
         return None
-    shown = message
-    if _holds_secrets(message.DESCRIPTOR):
-        shown = type(message)()
-        shown.CopyFrom(message)
-        _clear_secrets(shown)
     try:
+        shown = message
+        if _holds_secrets(message.DESCRIPTOR):
+            shown = type(message)()
+            shown.CopyFrom(message)
+            _clear_secrets(shown)
         view = json.dumps(json_format.MessageToDict(shown, preserving_proto_field_name=True))
-    except (TypeError, ValueError, json_format.Error):
+    except (KeyError, TypeError, ValueError, RecursionError, DecodeError, json_format.Error):
         return None
     return None if len(view) > MAX_JSON_BYTES or "\\u0000" in view else view
 
@@ -138,6 +142,8 @@ def _holds_secrets(descriptor: Descriptor) -> bool:
         if current.full_name in seen:
             continue
         seen.add(current.full_name)
+        if current.full_name == _ANY:
+            return True
         for field in current.fields:
             if field.GetOptions().debug_redact:
                 return True
@@ -147,6 +153,9 @@ def _holds_secrets(descriptor: Descriptor) -> bool:
 
 
 def _clear_secrets(message: Message) -> None:
+    if message.DESCRIPTOR.full_name == _ANY:
+        _clear_packed(message)
+        return
     for field, value in message.ListFields():
         if field.GetOptions().debug_redact:
             message.ClearField(field.name)
@@ -161,3 +170,14 @@ def _clear_secrets(message: Message) -> None:
                 _clear_secrets(item)
         else:
             _clear_secrets(value)
+
+
+def _clear_packed(packed: Any) -> None:
+    """Clear what an Any holds: the view would show it unpacked. A type that is not known here raises KeyError."""
+    name = packed.type_url.rpartition("/")[2]
+    if name:
+        inner = GetMessageClass(packed.DESCRIPTOR.file.pool.FindMessageTypeByName(name)).FromString(
+            packed.value
+        )
+        _clear_secrets(inner)
+        packed.value = inner.SerializeToString()

@@ -88,7 +88,9 @@ class Plan:
     def __repr__(self) -> str:
         names = list(self)
         shown = ", ".join(names[:8]) + (f", … {len(names) - 8} more" if len(names) > 8 else "")
-        return f"<Plan {self.graph}: {', '.join(map(str, self.given))} -> {self.target} by {shown or 'nothing'}>"
+        return (
+            f"<Plan {self.graph}: {', '.join(map(str, self.given))} -> {self.target} by {shown or 'nothing'}>"
+        )
 
 
 def compile_plan(wiring: Wiring, target: ValueKey, given: Sequence[ValueKey]) -> Plan:
@@ -101,7 +103,9 @@ def compile_plan(wiring: Wiring, target: ValueKey, given: Sequence[ValueKey]) ->
     slots = {key: slot for slot, key in enumerate(given)}
     if len(slots) != len(given):
         twice = next(key for key in given if list(given).count(key) > 1)
-        raise InvalidArguments(f"graph {wiring.graph!r}", f"{twice} is given twice; one value of a type is used once")
+        raise InvalidArguments(
+            f"graph {wiring.graph!r}", f"{twice} is given twice; one value of a type is used once"
+        )
     needed = _needed(wiring, target, slots)
     ordered = _order(wiring, needed, slots)
     for index, step in enumerate(ordered):
@@ -178,7 +182,7 @@ def _order(wiring: Wiring, needed: dict[str, Step], given: dict[ValueKey, int]) 
             if not waiting[user.name]:
                 heapq.heappush(ready, (user.order, user.name))
     if len(ordered) != len(needed):
-        wiring.check(None)
+        wiring.check(given)
     return ordered
 
 

@@ -12,19 +12,23 @@ from typing import Any, Literal, Protocol, TypedDict
 from google.protobuf.message import Message
 
 Seconds = float | int | timedelta
+MAX_SECONDS = 100 * 366 * 86400.0
+"""Longer waits are mistakes, and over what the platform's clocks take."""
 
 
 def to_seconds(value: Seconds, name: str) -> float:
     """Return *value* in seconds.
 
     Raises:
-        ValueError: It is negative, or not a number; *name* is named.
+        ValueError: It is negative, infinite, or not a number; *name* is named.
     """
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         raise ValueError(f"{name} must be seconds or a timedelta, not {value!r}")
     if not seconds >= 0:
         raise ValueError(f"{name} must not be negative, got {value!r}")
+    if seconds > MAX_SECONDS:
+        raise ValueError(f"{name} must be at most {MAX_SECONDS:.0f} seconds (a century), got {value!r}")
     return float(seconds)
 
 
@@ -104,8 +108,19 @@ class RetryPolicy:
     redeliver: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int) or self.max_attempts < 1:
-            raise ValueError(f"RetryPolicy.max_attempts counts the first call, so at least 1; got {self.max_attempts!r}")
+        if (
+            isinstance(self.max_attempts, bool)
+            or not isinstance(self.max_attempts, int)
+            or self.max_attempts < 1
+        ):
+            raise ValueError(
+                f"RetryPolicy.max_attempts counts the first call, so at least 1; got {self.max_attempts!r}"
+            )
+        if not callable(getattr(self.backoff, "delay_s", None)):
+            raise ValueError(
+                f"RetryPolicy.backoff must be FixedBackoff(...), ExponentialBackoff(...) or have delay_s(), "
+                f"got {self.backoff!r}"
+            )
 
 
 ErrorClassifier = Callable[[BaseException], bool] | type[BaseException] | tuple[type[BaseException], ...]

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from docket_celery.context import StepContext
 from docket_celery.messages import is_message_type, type_name
-from docket_celery.policy import Scope, StepOptions, to_seconds
+from docket_celery.policy import RetryPolicy, Scope, StepOptions, to_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def locate(target: Any) -> str:
     plain = getattr(plain, "__func__", plain)
     code = getattr(plain, "__code__", None)
     if code is None:
-        compute = getattr(type(plain), "compute", None)
+        compute = getattr(plain if isinstance(plain, type) else type(plain), "compute", None)
         code = getattr(compute, "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else repr(target)
 
@@ -161,8 +161,12 @@ def read_annotation(annotation: Any, what: str) -> ValueKey:
         return ValueKey(kind, name)
     shown = kind.__name__ if isinstance(kind, type) else str(kind)
     if typing.get_origin(kind) in (list, Sequence) or shown.startswith(("list[", "typing.Iterable")):
-        raise SignatureFault(f"{what} is {shown}; lists belong to batches, which this graph call does not support")
-    raise SignatureFault(f"{what} is {shown}, not a Protocol Buffers message; annotate it with a message type")
+        raise SignatureFault(
+            f"{what} is {shown}; lists belong to batches, which this graph call does not support"
+        )
+    raise SignatureFault(
+        f"{what} is {shown}, not a Protocol Buffers message; annotate it with a message type"
+    )
 
 
 def _callable(target: Any) -> Callable[..., Any]:
@@ -182,7 +186,9 @@ def _signature(
     try:
         parameters = inspect.signature(call).parameters.values()
     except (TypeError, ValueError) as error:
-        raise SignatureFault(f"its signature cannot be read ({error}); wrap it in a plain function") from error
+        raise SignatureFault(
+            f"its signature cannot be read ({error}); wrap it in a plain function"
+        ) from error
     hints = _hints(call)
     inputs: list[ValueKey] = []
     positional: list[int] = []
@@ -236,7 +242,7 @@ def _hints(call: Callable[..., Any]) -> dict[str, Any]:
         return typing.get_type_hints(function, localns=dict(cells) or None, include_extras=True)
     except NameError as error:
         raise SignatureFault(f"an annotation names something that is not defined: {error}") from error
-    except TypeError as error:
+    except (AttributeError, SyntaxError, TypeError, ValueError) as error:
         raise SignatureFault(f"its annotations cannot be read: {error}") from error
 
 
@@ -258,6 +264,7 @@ def _classifier(options: StepOptions) -> Callable[[BaseException], bool] | None:
 
 
 def _check_options(options: StepOptions) -> None:
+    _check_kinds(options)
     if options.key is not None and options.persist is not Scope.GLOBAL:
         raise SignatureFault("key= names GLOBAL checkpoints; add persist=Scope.GLOBAL or drop it")
     if options.ttl is not None and options.persist is None:
@@ -265,12 +272,34 @@ def _check_options(options: StepOptions) -> None:
     if options.on_input_change not in ("reuse", "error"):
         raise SignatureFault(f'on_input_change= is "reuse" or "error", not {options.on_input_change!r}')
     if options.on_input_change != "reuse" and options.persist is not Scope.WORKFLOW:
-        raise SignatureFault("on_input_change= concerns WORKFLOW checkpoints; add persist=Scope.WORKFLOW or drop it")
-    if isinstance(options.renamed_from, str):
-        raise SignatureFault("renamed_from= is a tuple of names, oldest first; write a comma: ('old',)")
+        raise SignatureFault(
+            "on_input_change= concerns WORKFLOW checkpoints; add persist=Scope.WORKFLOW or drop it"
+        )
     for name in ("timeout", "ttl"):
         value = getattr(options, name)
         try:
             _ = None if value is None else to_seconds(value, name)
         except ValueError as error:
             raise SignatureFault(str(error)) from error
+
+
+def _check_kinds(options: StepOptions) -> None:
+    """Refuse values that would be misread later, for callers without a type checker."""
+    if options.persist is not None and not isinstance(options.persist, Scope):
+        raise SignatureFault(f"persist= is Scope.GLOBAL or Scope.WORKFLOW, not {options.persist!r}")
+    if options.retry is not None and not isinstance(options.retry, RetryPolicy):
+        raise SignatureFault(f"retry= is a RetryPolicy(...), not {options.retry!r}")
+    if not isinstance(options.version, str):
+        raise SignatureFault(f"version= is text, not {options.version!r}")
+    if options.key is not None and not callable(options.key):
+        raise SignatureFault(f"key= is a function of the step's inputs, not {options.key!r}")
+    kinds = options.retriable if isinstance(options.retriable, tuple) else (options.retriable,)
+    for kind in kinds:
+        is_error = isinstance(kind, type) and issubclass(kind, BaseException)
+        is_predicate = kind is options.retriable and not isinstance(kind, type) and callable(kind)
+        if kind is not None and not is_error and not is_predicate:
+            raise SignatureFault(f"retriable= is a predicate or exception types, not {kind!r}")
+    if isinstance(options.renamed_from, str):
+        raise SignatureFault("renamed_from= is a tuple of names, oldest first; write a comma: ('old',)")
+    if not all(isinstance(name, str) and name for name in options.renamed_from):
+        raise SignatureFault(f"renamed_from= is a tuple of names, oldest first, not {options.renamed_from!r}")

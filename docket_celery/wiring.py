@@ -29,18 +29,20 @@ class Wiring:
         """Return every name a step has or had."""
         return frozenset(name for step in self.steps for name in (step.name, *step.options.renamed_from))
 
-    def check(self, given: Iterable[ValueKey] | None) -> None:
+    def check(self, given: Iterable[ValueKey] = (), *, complete: bool = False) -> None:
         """Refuse the graph unless it is free of faults.
 
         Args:
-            given: The values a caller hands in. None: whatever no step produces counts as handed in.
+            given: The values a caller hands in; they are not made, so they break cycles.
+            complete: Every other input must have a producer; else whatever no step returns counts as handed in.
 
         Raises:
             GraphError: With all faults.
         """
-        faults = [*self.faults, *_cycles(self)]
-        if given is not None:
-            faults += _missing(self, frozenset(given))
+        known = frozenset(given)
+        faults = [*self.faults, *_cycles(self, known)]
+        if complete:
+            faults += _missing(self, known)
         if faults:
             raise GraphError(self.graph, faults)
 
@@ -72,6 +74,7 @@ def read_wiring(graph: str, registrations: Iterable[Registration]) -> Wiring:
                 f"DC113 two producers: {step.output} is made by {other.name!r} ({other.where}) and by "
                 f"{step.name!r} ({step.where}); drop one, or tell the results apart with Annotated[..., Named(...)]"
             )
+    faults += _former_names(steps)
     return Wiring(graph=graph, steps=tuple(steps), producers=producers, faults=tuple(faults))
 
 
@@ -86,7 +89,7 @@ def _missing(wiring: Wiring, given: frozenset[ValueKey]) -> Iterable[str]:
                 )
 
 
-def _cycles(wiring: Wiring) -> Iterable[str]:
+def _cycles(wiring: Wiring, given: frozenset[ValueKey]) -> Iterable[str]:
     """Find one path for each group of steps that wait for each other, without recursion."""
     state: dict[str, int] = {}
     for root in wiring.steps:
@@ -105,7 +108,7 @@ def _cycles(wiring: Wiring) -> Iterable[str]:
             state[step.name] = 1
             path.append(step)
             todo.append((step, True))
-            for source in _sources(wiring, step):
+            for source in _sources(wiring, step, given):
                 if state.get(source.name) == 1:
                     loop = [*path[path.index(source) :], source]
                     yield (
@@ -117,5 +120,20 @@ def _cycles(wiring: Wiring) -> Iterable[str]:
                     todo.append((source, False))
 
 
-def _sources(wiring: Wiring, step: Step) -> list[Step]:
-    return [wiring.producers[key] for key in dict.fromkeys(step.inputs) if key in wiring.producers]
+def _sources(wiring: Wiring, step: Step, given: frozenset[ValueKey]) -> list[Step]:
+    keys = [key for key in dict.fromkeys(step.inputs) if key not in given]
+    return [wiring.producers[key] for key in keys if key in wiring.producers]
+
+
+def _former_names(steps: Iterable[Step]) -> Iterable[str]:
+    """Find names that two steps would share: their checkpoints and idempotency keys would be one another's."""
+    steps = list(steps)
+    owners = {step.name: step for step in steps}
+    for step in steps:
+        for name in step.options.renamed_from:
+            other = owners.setdefault(name, step)
+            if other is not step or name == step.name:
+                yield (
+                    f"DC117 former name: step {step.name!r} ({step.where}) has {name!r} in renamed_from, which is "
+                    f"also a name of step {other.name!r} ({other.where}); a name belongs to one step for good"
+                )

@@ -1,0 +1,298 @@
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import pytest
+
+from docket_celery.context import StepContext
+from docket_celery.errors import GraphError
+from docket_celery.graph import Graph
+from docket_celery.policy import RetryPolicy, Scope, StepOptions
+from docket_celery.step import Named
+from tests.unit.protos import shop_pb2 as pb
+from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
+
+
+class Charger:
+    """A step with state: an object with ``compute``."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+
+    def compute(self, order: Order) -> Charge:
+        """Charge the order."""
+        return Charge(charge_id=self.prefix + order.order_id)
+
+    async def later(self, order: Order) -> Charge:
+        """Charge the order on a loop."""
+        return Charge(charge_id="later " + order.order_id)
+
+
+class Caller:
+    """A step that is called."""
+
+    def __call__(self, order: Order) -> Charge:
+        """Charge the order."""
+        return Charge(charge_id="called " + order.order_id)
+
+
+def with_prefix(prefix: str, order: Order) -> Charge:
+    """Charge the order."""
+    return Charge(charge_id=prefix + order.order_id)
+
+
+def charge(order: Order) -> Charge:
+    """Charge the order."""
+    return Charge(charge_id="plain " + order.order_id)
+
+
+def quoted(order: "pb.Order") -> "Charge":  # noqa: UP037 -- quoted on purpose
+    """Charge the order."""
+    return Charge(charge_id="quoted " + order.order_id)
+
+
+async def awaited(order: Order) -> Charge:
+    """Charge the order on a loop."""
+    return Charge(charge_id="awaited " + order.order_id)
+
+
+def keyword_only(*, order: Order) -> Charge:
+    """Charge the order."""
+    return Charge(charge_id="keyword " + order.order_id)
+
+
+def with_default(order: Order, currency: str = "EUR", note=None) -> Charge:  # type: ignore[no-untyped-def]
+    """Charge the order."""
+    return Charge(charge_id=f"{currency} {note} {order.order_id}")
+
+
+def context_first(ctx: StepContext, order: Order) -> Charge:
+    """Charge the order."""
+    return Charge(charge_id=f"{ctx.step} {order.order_id}")
+
+
+def context_keyword(order: Order, *, ctx: StepContext) -> Charge:
+    """Charge the order."""
+    return Charge(charge_id=f"{ctx.step} {order.order_id}")
+
+
+@functools.wraps(charge)
+def wrapped(*args: Any, **kwargs: Any) -> Any:
+    """Charge the order."""
+    return charge(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "expected"),
+    [
+        (charge, {}, "plain 7"),
+        (quoted, {}, "quoted 7"),
+        (awaited, {}, "awaited 7"),
+        (keyword_only, {}, "keyword 7"),
+        (with_default, {}, "EUR None 7"),
+        (context_first, {}, "context_first 7"),
+        (context_keyword, {}, "context_keyword 7"),
+        (wrapped, {}, "plain 7"),
+        (functools.partial(with_prefix, "p"), {"name": "partial"}, "p7"),
+        (functools.partial(with_prefix, prefix="k"), {"name": "partial"}, "k7"),
+        (Charger("o"), {}, "o7"),
+        (Charger("m").compute, {}, "m7"),
+        (Charger("a").later, {}, "later 7"),
+        (Caller(), {}, "called 7"),
+    ],
+)
+def test_whatever_can_be_called_is_a_step(target: Any, options: dict[str, Any], expected: str) -> None:
+    """Functions, partials, bound methods, objects; inputs by position or keyword; the context anywhere."""
+    graph = Graph("shop")
+    graph.register(target, **options)
+    assert graph.execute(Charge, Order(order_id="7")) == Charge(charge_id=expected)
+
+
+def test_decorating_returns_the_function_itself() -> None:
+    """With and without options, a step stays an ordinary function for its tests."""
+    graph = Graph("shop")
+    assert graph.step(charge) is charge
+    assert graph.step(StepOptions(timeout=3), name="other", timeout=5)(awaited) is awaited
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [(charge, "charge"), (Charger("x"), "Charger"), (Charger("x").compute, "compute")]
+)
+def test_a_step_is_named_after_its_function_or_class(target: Any, name: str) -> None:
+    """Without ``name=`` the code's own name is the step's."""
+    graph = Graph("shop")
+    graph.register(target)
+    assert list(graph.plan(Charge, Order)) == [name]
+
+
+@pytest.mark.parametrize("target", [lambda _order: Charge(), functools.partial(with_prefix, "p")])
+def test_lambdas_and_partials_need_a_name(target: Any) -> None:
+    """They have none of their own, and a checkpoint's identity must not be made up."""
+    with pytest.raises(GraphError, match=r"DC110 no name.*test_step\.py"):
+        Graph("shop").register(target)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "x" * 201, "nul\0", 7])
+def test_names_must_be_printable_text(name: Any) -> None:
+    """A step's name stands in rows, logs and keys."""
+    with pytest.raises(GraphError, match="DC110"):
+        Graph("shop").register(charge, name=name)
+
+
+def test_values_of_one_type_are_told_apart_by_name() -> None:
+    """Net and tax are both Money and reach the parameters that name them."""
+    graph = Graph("shop")
+
+    @graph.step
+    def net(order: Order) -> Annotated[Money, Named("net")]:
+        return Money(cents=order.amount_cents)
+
+    @graph.step
+    def tax(net: Annotated[Money, Named("net")]) -> Annotated[Money, Named("tax")]:
+        return Money(cents=net.cents // 5)
+
+    @graph.step
+    def gross(tax: Annotated[Money, Named("tax")], net: Annotated[Money, "cents", Named("net")]) -> Money:
+        return Money(cents=1000 * net.cents + tax.cents)
+
+    assert graph.execute(Money, Order(amount_cents=100)) == Money(cents=100_020)
+
+
+def no_annotation(order) -> Charge:  # type: ignore[no-untyped-def] # noqa: D103
+    return Charge()
+
+
+def no_result(order: Order):  # type: ignore[no-untyped-def] # noqa: D103
+    return Charge()
+
+
+def none_result(order: Order) -> None:  # noqa: D103
+    return None
+
+
+def plain_type(order: Order, count: int) -> Charge:  # noqa: D103
+    return Charge()
+
+
+def variadic(*orders: Order) -> Charge:  # noqa: D103
+    return Charge()
+
+
+def undefined(order: Missing) -> Charge:  # type: ignore[name-defined] # noqa: D103, F821
+    return Charge()
+
+
+def missing_attribute(order: pb.Missing) -> Charge:  # type: ignore[name-defined] # noqa: D103
+    return Charge()
+
+
+def listed(orders: list[Order]) -> Charge:  # noqa: D103
+    return Charge()
+
+
+def named_twice(order: Annotated[Order, Named("a"), Named("b")]) -> Charge:  # noqa: D103
+    return Charge()
+
+
+def optional(order: Order | None) -> Charge:  # noqa: D103
+    return Charge()
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        (no_annotation, "parameter 'order' has no annotation"),
+        (no_result, "its return annotation is missing"),
+        (none_result, "its result is NoneType, not a Protocol Buffers message"),
+        (plain_type, "parameter 'count' is int, not a Protocol Buffers message"),
+        (variadic, "orders"),
+        (undefined, "names something that is not defined"),
+        (missing_attribute, "its annotations cannot be read"),
+        (listed, "lists belong to batches"),
+        (named_twice, "has 2 Named"),
+        (optional, "not a Protocol Buffers message"),
+        (Charger, "is a class; register an instance"),
+        (7, "neither a function nor an object with a compute method"),
+    ],
+)
+def test_a_signature_that_cannot_be_read_is_refused(target: Any, text: str) -> None:
+    """The fault names the step, where it is, and which part is wrong."""
+    graph = Graph("shop")
+    graph.register(target, name="broken")
+    with pytest.raises(GraphError) as caught:
+        graph.validate()
+    (fault,) = caught.value.faults
+    assert fault.startswith("DC111 signature: step 'broken'")
+    assert text in fault
+    assert "test_step.py" in fault or target == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"key": lambda order: order}, "key= names GLOBAL checkpoints"),
+        ({"key": 5, "persist": Scope.GLOBAL}, "key= is a function"),
+        ({"ttl": 5}, "ttl= without persist="),
+        ({"ttl": -5, "persist": Scope.GLOBAL}, "ttl must not be negative"),
+        ({"timeout": -1}, "timeout must not be negative"),
+        ({"timeout": float("inf")}, "timeout must be at most"),
+        ({"timeout": "soon"}, "timeout must be seconds"),
+        ({"on_input_change": "error"}, "concerns WORKFLOW checkpoints"),
+        ({"on_input_change": "explode", "persist": Scope.WORKFLOW}, 'is "reuse" or "error"'),
+        ({"persist": "workflow"}, "persist= is Scope.GLOBAL or Scope.WORKFLOW"),
+        ({"retry": 3}, "retry= is a RetryPolicy"),
+        ({"retriable": "ValueError"}, "retriable= is a predicate"),
+        ({"retriable": (ValueError, int)}, "retriable= is a predicate"),
+        ({"version": 2}, "version= is text"),
+        ({"renamed_from": "old"}, "is a tuple of names"),
+        ({"renamed_from": ("",)}, "is a tuple of names"),
+    ],
+)
+def test_options_that_contradict_or_cannot_be_used_are_refused(options: dict[str, Any], text: str) -> None:
+    """What would be misread at run time is a fault of the graph."""
+    graph = Graph("shop")
+    graph.register(charge, **options)
+    with pytest.raises(GraphError, match="DC111") as caught:
+        graph.validate(Order)
+    assert text in caught.value.faults[0]
+
+
+def test_an_unknown_option_is_refused_with_its_neighbour() -> None:
+    """A slip of the keyboard must not switch retries off."""
+    with pytest.raises(TypeError, match=r"unknown step option persit.*did you mean persist"):
+        Graph("shop").step(persit=Scope.GLOBAL)  # type: ignore[call-overload]
+
+
+def test_presets_are_overridden_one_by_one() -> None:
+    """What the call does not name is the preset's."""
+    preset = StepOptions(timeout=3, retry=RetryPolicy(max_attempts=5))
+    assert preset.override(timeout=7) == StepOptions(timeout=7, retry=RetryPolicy(max_attempts=5))
+
+
+def test_a_type_that_only_a_default_needs_is_not_an_input() -> None:
+    """A parameter that is no message keeps its default; a message parameter is an input, default or not."""
+    graph = Graph("shop")
+
+    @graph.step
+    def ship(order: Order, label: Label = Label(text="none"), copies: int = 2) -> Shipment:  # noqa: B008
+        return Shipment(tracking_id=f"{label.text} {copies}")
+
+    with pytest.raises(GraphError, match=r"needs docket\.tests\.unit\.Label"):
+        graph.plan(Shipment, Order)
+    assert graph.execute(Shipment, Order(), Label(text="red")) == Shipment(tracking_id="red 2")
+
+
+def reserve(charge: Charge) -> Reservation:
+    """Reserve after charging."""
+    return Reservation(reservation_id=charge.charge_id)
+
+
+@pytest.mark.parametrize("order", [(charge, reserve), (reserve, charge)])
+def test_the_order_of_registration_does_not_matter(order: tuple[Callable[..., Any], ...]) -> None:
+    """Types wire the steps, also to ones that are registered later."""
+    graph = Graph("shop")
+    for target in order:
+        graph.register(target)
+    assert graph.execute(Reservation, Order(order_id="1")) == Reservation(reservation_id="plain 1")

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from docket_celery.errors import GraphError, InvalidArguments
+from docket_celery.graph import Graph
+from docket_celery.plan import Plan
+from docket_celery.policy import Scope
+from tests.unit.graphs import add_step, build, deliver, key, total
+from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
+
+
+def charge(order: Order) -> Charge:
+    """Charge."""
+    return Charge(charge_id=order.order_id)
+
+
+def reserve(order: Order, charge: Charge) -> Reservation:
+    """Reserve."""
+    return Reservation(reservation_id=charge.charge_id)
+
+
+def ship(charge: Charge, reservation: Reservation) -> Shipment:
+    """Ship."""
+    return Shipment(tracking_id=reservation.reservation_id)
+
+
+def label(order: Order) -> Label:
+    """Print a label that no shipment needs."""
+    return Label(text=order.order_id)
+
+
+def shop() -> Graph:
+    """Return the order graph, with one step too many."""
+    graph = Graph("shop")
+    for step in (label, ship, reserve, charge):
+        graph.register(step)
+    return graph
+
+
+def faults(graph: Graph, *given: type) -> list[str]:
+    """Return the faults that validating reports."""
+    with pytest.raises(GraphError) as caught:
+        graph.validate(*given)
+    return list(caught.value.faults)
+
+
+def test_a_right_graph_is_valid_with_and_without_given_types() -> None:
+    """Without given types, whatever no step returns counts as handed in."""
+    shop().validate()
+    shop().validate(Order)
+
+
+def test_a_cycle_is_shown_as_a_path() -> None:
+    """Three steps that wait for each other are named in a row, with a place and the fix."""
+    (fault,) = faults(build({"a": ["c"], "b": ["a"], "c": ["b"], "free": []}, total))
+    path = fault.split(" (")[0].removeprefix("DC115 cycle: ").replace("'", "").split(" needs ")
+    assert path[0] == path[-1]
+    assert sorted(path[1:]) == ["a", "b", "c"]
+    needs = {"a": "c", "b": "a", "c": "b"}
+    assert all(needs[one] == other for one, other in itertools.pairwise(path))
+    assert "break it by" in fault
+
+
+def test_a_step_that_needs_its_own_result_is_a_cycle() -> None:
+    """The shortest path there is."""
+    (fault,) = faults(build({"a": ["a"]}, total))
+    assert fault.startswith("DC115 cycle: 'a' needs 'a'")
+
+
+def test_a_cycle_is_broken_by_handing_one_value_in() -> None:
+    """The fix that the fault names works: a given value is not made."""
+    graph = build({"a": ["c"], "b": ["a"], "c": ["b"]}, total)
+    outcome = deliver(graph, "b", {"c": 10})
+    assert outcome.value == Money(cents=12)
+
+
+def test_a_type_without_a_producer_is_named_with_who_needs_it() -> None:
+    """With given types each other input must be made by a step."""
+    graph = Graph("shop")
+    graph.register(reserve)
+    (fault,) = faults(graph, Order)
+    assert fault.startswith("DC114 no producer: step 'reserve'")
+    assert "needs docket.tests.unit.Charge" in fault
+    assert "given: docket.tests.unit.Order" in fault
+
+
+def test_two_producers_of_a_type_are_refused() -> None:
+    """Both are named, with their places."""
+    graph = Graph("shop")
+    graph.register(charge)
+    graph.register(charge, name="charge_again")
+    (fault,) = faults(graph)
+    assert fault.startswith("DC113 two producers: docket.tests.unit.Charge is made by 'charge'")
+    assert "'charge_again'" in fault
+    assert fault.count("test_wiring.py:") == 2
+
+
+def test_a_duplicate_name_is_refused() -> None:
+    """Names identify checkpoints."""
+    graph = Graph("shop")
+    graph.register(charge, name="same")
+    graph.register(label, name="same")
+    (fault,) = faults(graph)
+    assert fault.startswith("DC112 duplicate name: step 'same' is registered at")
+
+
+@pytest.mark.parametrize("former", ["label", "older", "charge"])
+def test_a_former_name_belongs_to_one_step(former: str) -> None:
+    """Two steps with one name in common would restore each other's checkpoints."""
+    graph = Graph("shop")
+    graph.register(charge, persist=Scope.WORKFLOW, renamed_from=("oldest", former))
+    graph.register(label, persist=Scope.WORKFLOW, renamed_from=("older",))
+    (fault,) = faults(graph)
+    assert fault.startswith("DC117 former name")
+    assert repr(former) in fault
+
+
+def test_all_faults_stand_in_one_report() -> None:
+    """A duplicate, a second producer, a bad signature, a missing producer and a cycle at once."""
+    graph = build({"a": ["b"], "b": ["a"]}, total)
+    graph.register(charge)
+    graph.register(charge, name="again")
+    graph.register(label, name="again")
+    graph.register(lambda _order: Label(), name="untyped")
+    add_step(graph, "lonely", ["nowhere"], total)
+    codes = sorted(fault[:5] for fault in faults(graph, Order))
+    assert codes == ["DC111", "DC112", "DC113", "DC114", "DC115"]
+
+
+def test_a_graph_with_faults_does_not_run() -> None:
+    """Also where the target could be made without the faulty steps: what is ambiguous is not guessed."""
+    graph = build({"a": ["b"], "b": ["a"]}, total)
+    graph.register(charge)
+    with pytest.raises(GraphError, match="DC115"):
+        graph.execute(Charge, Order())
+
+
+def test_a_plan_holds_only_what_the_target_needs() -> None:
+    """Labels are not printed for a shipment, and a shipment is not made for a charge."""
+    assert list(shop().plan(Shipment, Order)) == ["charge", "reserve", "ship"]
+    assert list(shop().plan(Charge, Order)) == ["charge"]
+    assert list(shop().plan(Shipment)) == ["charge", "reserve", "ship"]
+
+
+def test_a_given_type_is_not_produced_again() -> None:
+    """A caller who has the charge gets no second one, in plan and in run."""
+    assert list(shop().plan(Shipment, Order, Charge)) == ["reserve", "ship"]
+    shipment = shop().execute(Shipment, Order(order_id="1"), Charge(charge_id="paid before"))
+    assert shipment == Shipment(tracking_id="paid before")
+
+
+def test_asking_for_a_given_type_returns_it() -> None:
+    """Nothing runs for what the caller already has."""
+    given = Order(order_id="7")
+    assert shop().execute(Order, given) is given
+
+
+def test_a_type_is_given_once() -> None:
+    """Two orders would leave it open which one the steps get."""
+    with pytest.raises(InvalidArguments, match="Order is given twice"):
+        shop().execute(Charge, Order(), Order())
+
+
+def test_a_target_that_no_step_makes_is_refused() -> None:
+    """The fault says who wants it and what was given."""
+    with pytest.raises(GraphError, match=r"DC114 no producer: the caller needs docket.tests.unit.Money"):
+        shop().execute(Money, Order())
+
+
+@pytest.mark.parametrize("inputs", [["text"], [Order], [None]])
+def test_inputs_must_be_messages(inputs: list[object]) -> None:
+    """A class or a string is refused before anything runs."""
+    with pytest.raises(InvalidArguments, match="inputs are Protocol Buffers messages"):
+        shop().execute(Charge, *inputs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", [Order(), str, "shop.Order"])
+def test_targets_must_be_message_types(target: object) -> None:
+    """A message instead of its class is refused."""
+    with pytest.raises(InvalidArguments, match="expected a Protocol Buffers message type"):
+        shop().execute(target, Order())  # type: ignore[type-var, call-overload, arg-type]
+
+
+def test_a_graph_is_frozen_by_its_first_run() -> None:
+    """Before it, steps may be added after a plan; after it, none."""
+    graph = shop()
+    assert list(graph.plan(Charge)) == ["charge"]
+    graph.execute(Charge, Order())
+    with pytest.raises(GraphError, match="DC116 frozen: step 'late'"):
+        graph.register(label, name="late")
+
+
+def test_ties_break_by_registration() -> None:
+    """Steps that are ready together stand in the order in which they were registered."""
+    graph = build({"z": [], "a": [], "m": [], "end": ["a", "m", "z"]}, total)
+    assert list(compiled(graph, "end")) == ["z", "a", "m", "end"]
+
+
+def test_planning_is_deterministic() -> None:
+    """The same registrations give the same plan."""
+    edges = {f"s{i}": [f"s{j}" for j in range(i) if (i * j) % 3 == 1] for i in range(40)}
+    plans = {tuple(compiled(build(edges, total), "s39")) for _ in range(5)}
+    assert len(plans) == 1
+
+
+def test_levels_hold_what_may_run_together() -> None:
+    """A step stands one level below the deepest of its sources."""
+    edges = {"a": [], "b": [], "c": ["a"], "d": ["b", "c"], "end": ["a", "d"]}
+    assert compiled(build(edges, total), "end").levels == (("a", "b"), ("c",), ("d",), ("end",))
+
+
+def test_a_plan_draws_itself() -> None:
+    """Mermaid shows given values, steps and the types between them."""
+    assert shop().plan(Shipment, Order).mermaid().splitlines() == [
+        "flowchart TD",
+        '    in0(["Order"])',
+        '    s0["charge"]',
+        '    s1["reserve"]',
+        '    s2["ship"]',
+        '    in0 -->|"Order"| s0',
+        '    in0 -->|"Order"| s1',
+        '    s0 -->|"Charge"| s1',
+        '    s0 -->|"Charge"| s2',
+        '    s1 -->|"Reservation"| s2',
+    ]
+
+
+@pytest.mark.parametrize("shape", ["chain", "fan"])
+def test_ten_thousand_steps_validate_compile_and_run(shape: str) -> None:
+    """Neither depth nor breadth meets a recursion limit."""
+    count = 10_000
+    if shape == "chain":
+        edges = {f"s{i}": [f"s{i - 1}"] if i else [] for i in range(count)}
+    else:
+        # Python functions take any number of parameters; the join has all the others.
+        edges = {f"s{i}": [] for i in range(count - 1)} | {"end": [f"s{i}" for i in range(count - 1)]}
+    graph = build(edges, total)
+    graph.validate()
+    plan = compiled(graph, list(edges)[-1])
+    assert len(plan) == count
+    assert len(plan.levels) == (count if shape == "chain" else 2)
+    assert deliver(graph, list(edges)[-1], threads=2).value == Money(cents=count)
+
+
+def compiled(graph: Graph, target: str) -> Plan:
+    """Return the plan for the value *target* from nothing."""
+    return graph.compiled(key(target), ())
