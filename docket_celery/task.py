@@ -447,8 +447,7 @@ def _json_values(context: object) -> dict[str, Any]:
     """
     if not isinstance(context, Mapping):
         raise InvalidArguments("context", f"must be a mapping of JSON values, not {type(context).__name__}")
-    pairs: Mapping[Any, Any] = context
-    values = {str(key): value for key, value in pairs.items()}
+    values: dict[str, Any] = {str(key): value for key, value in cast("Any", context).items()}
     try:
         json.dumps(values)
     except (TypeError, ValueError) as error:
