@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from celery import Celery
-from celery.app.defaults import DEFAULTS
 
 from docket_celery import lifecycle
 
@@ -87,7 +86,10 @@ def configure(app: Celery) -> tuple[Change, ...]:
 
 
 def _is_set(app: Celery, key: str) -> bool:
-    return bool(app.conf.get(key) != DEFAULTS.get(key))
+    """Tell whether the user set *key*, be it to Celery's own default, under a namespace or by its old name."""
+    conf: Any = app.conf
+    # The last layer holds Celery's own defaults.
+    return key in type(conf)({}, conf.maps[:-1], keys=conf._keys, prefix=conf.prefix)
 
 
 def _uses_redis(app: Celery) -> bool:

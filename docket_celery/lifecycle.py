@@ -10,6 +10,7 @@ from weakref import WeakSet
 from celery import Celery, _state, signals
 from celery.concurrency import get_implementation
 
+from docket_celery import wire
 from docket_celery.checkpoint import Store
 from docket_celery.configuration import PREFIX, Settings
 from docket_celery.defaults import process_defaults
@@ -61,7 +62,10 @@ def app_settings(app: Celery) -> Settings:
     Raises:
         InvalidSettings: A value cannot be used.
     """
-    return process_defaults.settings(_app_values(app))
+    found = process_defaults.settings(_app_values(app))
+    # A decoder is called without an app: the limit in force is the one that was read last.
+    wire.types.limit_bytes = found.max_message_bytes
+    return found
 
 
 def check_settings(app: Celery) -> Settings:
@@ -70,10 +74,9 @@ def check_settings(app: Celery) -> Settings:
     Raises:
         InvalidSettings: A key is unknown or a value cannot be used.
     """
-    present = {
-        key.lower(): None for key in app.conf if isinstance(key, str) and key.lower().startswith(PREFIX)
-    }
-    Settings.read(present, {})
+    prefix = (app.conf.prefix or "").lower()
+    keys = (key.lower().removeprefix(prefix) for key in app.conf if isinstance(key, str))
+    Settings.read({key: None for key in keys if key.startswith(PREFIX)}, {})
     return app_settings(app)
 
 
@@ -148,7 +151,8 @@ def _schema_faults(store: Store) -> list[str]:
 
 def _app_values(app: Celery) -> Mapping[str, Any]:
     conf = app.conf
-    return {key: conf.get(key) for key in _KEYS}
+    # Celery finds a key with its namespace by itself (CELERY_DOCKET_THREADS), an upper-case one without it not.
+    return {key: conf[name] for key in _KEYS for name in (key.upper(), key) if name in conf}
 
 
 def _current_values() -> Mapping[str, Any]:
