@@ -1,0 +1,156 @@
+"""The public API as type checkers see it. Never executed: `test_typing.py` runs the checkers over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import assert_type
+
+from celery import Celery
+
+from docket_celery import (
+    ExponentialBackoff,
+    FixedBackoff,
+    Graph,
+    GraphResult,
+    GraphTask,
+    Plan,
+    RetryPolicy,
+    Scope,
+    StepContext,
+    StepFailed,
+    StepOptions,
+    configure,
+    current_context,
+    graph_task,
+    settings,
+    shared_graph_task,
+)
+from docket_celery.store import MemoryStore, SQLStore
+from workers.orders_pb2 import ChargeResult, Order, Reservation, Shipment
+
+app = Celery("shop")
+checkout = Graph("checkout")
+order = Order(order_id="17", amount_cents=1000)
+billing = StepOptions(persist=Scope.WORKFLOW, retry=RetryPolicy(max_attempts=3, backoff=FixedBackoff(1)))
+
+# --- steps keep their types ------------------------------------------------------------------------------------
+
+
+@checkout.step
+def reserve(order: Order, charge: ChargeResult) -> Reservation:
+    """Plain decorator."""
+    return Reservation(reservation_id=f"{order.order_id}/{charge.charge_id}")
+
+
+@checkout.step(
+    name="charge",
+    persist=Scope.GLOBAL,
+    ttl=timedelta(days=1),
+    version="2",
+    key=lambda order: order,
+    retry=RetryPolicy(max_attempts=2, backoff=ExponentialBackoff(initial=0, maximum=timedelta(seconds=5))),
+    timeout=2.5,
+    retriable=(OSError, TimeoutError),
+    renamed_from=("pay",),
+)
+def charge(order: Order, ctx: StepContext) -> ChargeResult:
+    """Every option."""
+    assert_type(ctx.idempotency_key, str)
+    assert_type(ctx.attempt, int)
+    ctx.check()
+    return ChargeResult(charge_id=ctx.idempotency_key, amount_cents=order.amount_cents)
+
+
+@checkout.step(
+    billing, timeout=30, retriable=lambda error: isinstance(error, OSError), on_input_change="error"
+)
+async def ship(charge: ChargeResult, reservation: Reservation) -> Shipment:
+    """Preset with changes, coroutine."""
+    return Shipment(tracking_number=charge.charge_id + reservation.reservation_id)
+
+
+class Ship:
+    """A step with state."""
+
+    def compute(self, reservation: Reservation) -> Shipment:
+        """Ship."""
+        return Shipment(tracking_number=reservation.reservation_id)
+
+
+other = Graph("other", store=MemoryStore())
+other.register(Ship(), name="ship", retry=RetryPolicy())
+other.register(Ship().compute, billing, timeout=1)
+
+as_reserve: Callable[[Order, ChargeResult], Reservation] = reserve
+as_charge: Callable[[Order, StepContext], ChargeResult] = charge
+assert_type(reserve(order, charge(order, current_context())), Reservation)
+
+# --- running in process ----------------------------------------------------------------------------------------
+
+assert_type(checkout.execute(Shipment, order), Shipment)
+assert_type(
+    checkout.execute(
+        Shipment,
+        order,
+        execution_id="order-17",
+        context={"tenant": 7},
+        max_concurrency=2,
+        timeout=timedelta(minutes=1),
+        store=SQLStore("sqlite:///:memory:"),
+    ),
+    Shipment,
+)
+assert_type(checkout.plan(Shipment, Order), Plan)
+assert_type(checkout.plan(Shipment).levels, tuple[tuple[str, ...], ...])
+assert_type(list(checkout.plan(Shipment)), list[str])
+checkout.validate(Order)
+
+# --- tasks: three typed declarations ---------------------------------------------------------------------------
+
+
+@graph_task(app, checkout, queue="orders", execution_id=lambda order: f"order-{order.order_id}")
+def process_order(order: Order) -> Shipment:
+    """On an app."""
+    raise NotImplementedError
+
+
+@shared_graph_task(checkout, max_retries=5)
+def process_shared(order: Order, charge: ChargeResult) -> Shipment:
+    """On whichever app there is."""
+    raise NotImplementedError
+
+
+class ProcessOrder(GraphTask[[Order], Shipment]):
+    """As a class."""
+
+    graph = checkout
+
+
+process_class = ProcessOrder()
+
+assert_type(process_order(order), Shipment)
+assert_type(process_order.delay(order), GraphResult[Shipment])
+assert_type(process_order.delay(order).get(), Shipment)
+assert_type(process_order.delay(order=order).get(timeout=3), Shipment)
+assert_type(process_order.apply_async((order,), execution_id="order-17", context={"a": 1}).get(), Shipment)
+assert_type(process_order.AsyncResult("id").get(), Shipment)
+
+assert_type(process_shared(order, charge=ChargeResult()), Shipment)
+assert_type(process_shared.delay(order, ChargeResult()).get(), Shipment)
+assert_type(process_shared.apply_async((order, ChargeResult()), countdown=3).get(), Shipment)
+
+assert_type(process_class(order), Shipment)
+assert_type(process_class.delay(order).get(), Shipment)
+assert_type(process_class.apply_async((order,)).get(), Shipment)
+
+# --- around it -------------------------------------------------------------------------------------------------
+
+changed = configure(app)
+assert_type(changed[0].key, str)
+assert_type(settings(threads=4).threads, int)
+try:
+    process_order.delay(order).get()
+except StepFailed as failure:
+    assert_type(failure.step, str)
+    assert_type(failure.caused_by(OSError), bool)
