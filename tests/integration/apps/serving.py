@@ -1,0 +1,125 @@
+"""One worker for all tests of a module, and what its steps tell the tests."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import kombu.pools
+import redis
+from celery import Celery
+
+from tests.infra import servers
+from tests.infra.processes import wait_until
+from tests.infra.workers import WorkerProcess, WorkerSpec, checkout_environment
+
+RESULTS = "CELERY_RESULT_BACKEND"
+_URL_KEYS = ("broker_url", "result_backend")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Urls:
+    """Where a module's app and its worker meet."""
+
+    broker: str
+    results: str
+    database: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables of a process that works with them."""
+        return checkout_environment(
+            {
+                "CELERY_BROKER_URL": self.broker,
+                RESULTS: self.results,
+                "DOCKET_CELERY_DATABASE_URL": self.database,
+            }
+        )
+
+
+def own_urls(server_urls: servers.ServerUrls, database_url: str) -> Urls:
+    """Return this pytest process's servers, with Redis emptied."""
+    process = os.environ.get("PYTEST_XDIST_WORKER", "master")
+    broker, results = servers.redis_urls(server_urls.broker_url, process)
+    servers.flush(broker, results)
+    return Urls(broker=broker, results=results, database=database_url)
+
+
+@contextmanager
+def connected(app: Celery, urls: Urls) -> Generator[Celery]:
+    """Point *app* of this process at *urls* for the length of a module."""
+    before = {key: app.conf.get(key) for key in (*_URL_KEYS, "docket_database_url")}
+    app.conf.update(broker_url=urls.broker, result_backend=urls.results, docket_database_url=urls.database)
+    try:
+        yield app
+    finally:
+        app.conf.update(before)
+        app.close()
+        kombu.pools.reset()
+
+
+@contextmanager
+def serving(
+    app: Celery,
+    urls: Urls,
+    directory: Path,
+    *,
+    pool: str = "prefork",
+    concurrency: int = 2,
+    args: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+) -> Generator[WorkerProcess]:
+    """Run a worker of *app* and point *app* of this process at the same servers."""
+    spec = WorkerSpec(pool=pool, concurrency=concurrency, app=app.main or "", env=dict(env or {}), args=args)
+    with connected(app, urls), WorkerProcess(spec, directory=directory, env=urls.environment) as worker:
+        yield worker
+
+
+def unique(name: str) -> str:
+    """Return a name that no other test uses, for runs and journals."""
+    return f"{name}-{uuid.uuid4().hex[:12]}"
+
+
+def note(journal: str, line: object) -> None:
+    """Write *line* into a journal; called by steps in workers."""
+    with redis.Redis.from_url(os.environ[RESULTS]) as client:
+        client.rpush(f"journal:{journal}", str(line))
+
+
+@dataclass(frozen=True, slots=True)
+class Journals:
+    """What steps noted, as tests read it."""
+
+    url: str
+
+    def read(self, journal: str) -> list[str]:
+        """Return the lines of *journal* so far."""
+        with redis.Redis.from_url(self.url, decode_responses=True) as client:
+            return [str(line) for line in client.lrange(f"journal:{journal}", 0, -1)]  # type: ignore[union-attr, unused-ignore]
+
+    def wait(self, journal: str, lines: int, *, within_s: float = 15.0) -> list[str]:
+        """Wait until *journal* has as many *lines*, and return them.
+
+        Raises:
+            TimeoutError: Not in time.
+        """
+        wait_until(
+            lambda: len(self.read(journal)) >= lines, within_s=within_s, what=f"{lines} lines in {journal}"
+        )
+        return self.read(journal)
+
+
+def queue_length(url: str, queue: str = "celery") -> int:
+    """Return how many messages wait in a Redis *queue*."""
+    with redis.Redis.from_url(url) as client:
+        return int(client.llen(queue))  # type: ignore[arg-type, unused-ignore]
+
+
+def drop_queue(url: str, queue: str) -> None:
+    """Forget the messages that wait in a Redis *queue*."""
+    with redis.Redis.from_url(url) as client:
+        client.delete(queue)
