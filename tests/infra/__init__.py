@@ -1,0 +1,1 @@
+"""Real servers, workers and Flower for tests, over local processes or Docker."""
