@@ -21,7 +21,7 @@ UNSERVED = "unserved"
 
 
 @pytest.fixture(scope="module")
-def urls(server_urls: servers.ServerUrls, session_database_url: str) -> Urls:
+def urls(_celery_connections: None, server_urls: servers.ServerUrls, session_database_url: str) -> Urls:
     """This module's servers."""
     return own_urls(server_urls, session_database_url)
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import kombu.pools
 import redis
 from celery import Celery
 
@@ -58,8 +57,6 @@ def connected(app: Celery, urls: Urls) -> Generator[Celery]:
         yield app
     finally:
         app.conf.update(before)
-        app.close()
-        kombu.pools.reset()
 
 
 @contextmanager
