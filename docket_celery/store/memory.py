@@ -18,7 +18,15 @@ from docket_celery.checkpoint import (
     StepExecution,
 )
 from docket_celery.errors import LeaseLost
-from docket_celery.store.rows import check_owner, dump_json, lease_from, may_take, result_checksum
+from docket_celery.store.rows import (
+    check_owner,
+    dump_json,
+    is_crash,
+    known_retries,
+    lease_from,
+    may_take,
+    result_checksum,
+)
 
 _SCHEMA_VERSION = 1
 
@@ -98,7 +106,7 @@ class MemoryStore:
                 self._runs[request.graph, request.execution_id] = run
             elif not self._may_take(run, request, now):
                 return run.row(now)
-            if run.state is RunState.RUNNING and run.owner != request.owner and not request.released:
+            if self._crashed(run, request):
                 run.lost += 1
                 if run.lost >= request.max_deliveries:
                     run.state, run.lease_until = RunState.QUARANTINED, None
@@ -200,6 +208,8 @@ class MemoryStore:
                 )
             run.failures += end.failed_once
             run.wake_at = None if end.wake_in_s is None else now + end.wake_in_s
+            if end.wake_in_s is not None:
+                run.request = replace(run.request, retries=run.request.retries + 1)
             self._executions.extend(end.executions)
             if end.state.ended:
                 run.expires_at = None if end.retention_s is None else now + end.retention_s
@@ -243,12 +253,18 @@ class MemoryStore:
             expired=run.lease_until is not None and run.lease_until <= now,
         )
 
+    def _crashed(self, run: _Run, request: RunRequest) -> bool:
+        held = run.request
+        return is_crash(request, state=run.state, owner=run.owner, task_id=held.task_id, retries=held.retries)
+
     def _take(self, run: _Run, request: RunRequest, now: float) -> Lease:
+        retries = known_retries(request, task_id=run.request.task_id, retries=run.request.retries)
         if run.state is RunState.FAILED:
             run.failures = 0
         if not (run.state is RunState.RUNNING and run.owner == request.owner):
             run.epoch += 1
-        run.request, run.state, run.owner = request, RunState.RUNNING, request.owner
+        run.request = replace(request, retries=retries)
+        run.state, run.owner = RunState.RUNNING, request.owner
         run.lease_until = now + request.lease_s
         run.error = run.result = run.result_checksum = run.wake_at = run.expires_at = None
         return lease_from(request, epoch=run.epoch, lost=run.lost, failures=run.failures)

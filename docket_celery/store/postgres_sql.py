@@ -17,7 +17,9 @@ _RUN = """
     r.task_name, r.task_id, r.result, r.result_checksum, CAST(r.error AS text) AS error,
     EXTRACT(EPOCH FROM r.lease_until - clock_timestamp()) AS lease_left_s"""
 _TAKES_NEW = "(r.task_id = excluded.task_id AND excluded.retries > r.retries)"
-_IS_CRASH = "(r.state = 'RUNNING' AND r.owner <> excluded.owner AND NOT CAST(:released AS boolean))"
+# A delivery that comes again after it took the lease itself died with it, whatever came before it.
+_IS_RELEASED = f"(CAST(:released AS boolean) AND COALESCE({_TAKES_NEW}, false))"
+_IS_CRASH = f"(r.state = 'RUNNING' AND r.owner <> excluded.owner AND NOT {_IS_RELEASED})"
 _IS_POISON = f"({_IS_CRASH} AND r.lost + 1 >= CAST(:max_deliveries AS integer))"
 _UNTIL = f"clock_timestamp() + CAST(:lease_s AS double precision) * {_SECOND}"
 
@@ -38,7 +40,9 @@ ON CONFLICT (graph, execution_id) DO UPDATE SET
     lease_until = CASE WHEN {_IS_POISON} THEN NULL ELSE excluded.lease_until END,
     task_name = CASE WHEN {_IS_POISON} THEN r.task_name ELSE excluded.task_name END,
     task_id = CASE WHEN {_IS_POISON} THEN r.task_id ELSE excluded.task_id END,
-    retries = CASE WHEN {_IS_POISON} THEN r.retries ELSE excluded.retries END,
+    retries = CASE WHEN {_IS_POISON} THEN r.retries
+        WHEN r.task_id = excluded.task_id THEN GREATEST(r.retries, excluded.retries)
+        ELSE excluded.retries END,
     ended_at = CASE WHEN {_IS_POISON} THEN clock_timestamp() END,
     started_at = COALESCE(r.started_at, excluded.started_at),
     updated_at = excluded.updated_at,
@@ -202,6 +206,7 @@ WITH f AS (
         result = CAST(:result AS bytea), result_checksum = CAST(:result_checksum AS bytea),
         error = CAST(:error AS jsonb),
         wake_at = clock_timestamp() + CAST(:wake_in_s AS double precision) * {_SECOND},
+        retries = retries + CASE WHEN CAST(:wake_in_s AS double precision) IS NULL THEN 0 ELSE 1 END,
         ended_at = CASE WHEN CAST(:ended AS boolean) THEN clock_timestamp() END,
         expires_at = CASE WHEN CAST(:ended AS boolean)
             THEN clock_timestamp() + CAST(:retention_s AS double precision) * {_SECOND} END,

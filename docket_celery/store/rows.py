@@ -289,3 +289,18 @@ def may_take(
     if state == RunState.FAILED:
         return not request.attached and (request.task_id is None or task_id != request.task_id)
     return state in {RunState.QUEUED, RunState.WAITING}
+
+
+def is_crash(
+    request: RunRequest, *, state: str, owner: str | None, task_id: str | None, retries: int
+) -> bool:
+    """Tell whether taking the run that stands so means that its holder died. Postgres decides the same in SQL."""
+    # A delivery that comes again after it took the lease itself died with it, whatever came before it.
+    newer = request.task_id is not None and task_id == request.task_id and request.retries > retries
+    return state == RunState.RUNNING and owner != request.owner and not (request.released and newer)
+
+
+def known_retries(request: RunRequest, *, task_id: str | None, retries: int) -> int:
+    """Return the retries to record: an older copy of a task must not make its next retry look new."""
+    same = request.task_id is not None and task_id == request.task_id
+    return max(retries, request.retries) if same else request.retries

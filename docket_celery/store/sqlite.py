@@ -28,6 +28,8 @@ from docket_celery.store.rows import (
     end_values,
     execution_values,
     fence_values,
+    is_crash,
+    known_retries,
     lease_from,
     may_take,
     read_checkpoint,
@@ -83,6 +85,7 @@ _END_RUN = text(f"""
 UPDATE docket_runs SET
     state = :state, lease_until = NULL, failures = failures + :failed, result = :result,
     result_checksum = :result_checksum, error = :error, wake_at = {_after(":wake_in_s")},
+    retries = retries + (:wake_in_s IS NOT NULL),
     ended_at = CASE WHEN :ended THEN {_NOW} END,
     expires_at = CASE WHEN :ended THEN {_after(":retention_s")} END, updated_at = {_NOW}
 WHERE {_FENCE}
@@ -146,13 +149,17 @@ def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
         ):
             return read_run(row)
         running, ours = row["state"] == RunState.RUNNING, row["owner"] == request.owner
-        lost = row["lost"] + (running and not ours and not request.released)
+        task_id, retries = row["task_id"], row["retries"]
+        crashed = is_crash(request, state=row["state"], owner=row["owner"], task_id=task_id, retries=retries)
+        lost = row["lost"] + crashed
         if lost > row["lost"] and lost >= request.max_deliveries:
             connection.execute(_QUARANTINE_RUN, values | {"lost": lost})
             return read_run(connection.execute(_FIND_RUN, values).mappings().one())
         epoch = row["epoch"] + (not (running and ours))
         failures = 0 if row["state"] == RunState.FAILED else row["failures"]
-        connection.execute(_TAKE_RUN, values | {"epoch": epoch, "lost": lost, "failures": failures})
+        taken = {"epoch": epoch, "lost": lost, "failures": failures}
+        taken["retries"] = known_retries(request, task_id=task_id, retries=retries)
+        connection.execute(_TAKE_RUN, values | taken)
     return lease_from(request, epoch=epoch, lost=lost, failures=failures)
 
 

@@ -9,9 +9,14 @@ import pytest
 
 from docket_celery.store import MemoryStore, SQLStore
 from tests.conformance.samples import Bench, SQLBench
-from tests.postgres import database_url, postgres_server_url, postgres_store
 
-__all__ = ["database_url", "postgres_server_url", "postgres_store"]
+
+@pytest.fixture
+def postgres_store(database_url: str) -> Generator[SQLStore]:
+    """A store on real Postgres, its tables empty."""
+    store = SQLStore(database_url)
+    yield store
+    store.close()
 
 
 class _MemoryBench(Bench):

@@ -9,6 +9,8 @@ from docket_celery.checkpoint import Checkpoint, RunState, workflow_key
 from docket_celery.errors import CorruptCheckpoint, LeaseLost
 from tests.conformance.samples import GRAPH, RUN, Bench, ending, execution, output, request, shared
 
+pytestmark = pytest.mark.leaves_lease
+
 
 def without_view(checkpoint: Checkpoint) -> Checkpoint:
     """Return *checkpoint* as stores give it back."""

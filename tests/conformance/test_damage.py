@@ -12,6 +12,8 @@ from docket_celery.errors import CorruptCheckpoint
 from docket_celery.store import SQLStore
 from tests.conformance.samples import GRAPH, RUN, Bench, SQLBench, ending, output, shared
 
+pytestmark = pytest.mark.leaves_lease
+
 COLUMNS = [
     "execution_id",
     "graph",

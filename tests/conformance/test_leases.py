@@ -6,6 +6,8 @@ from docket_celery.checkpoint import Lease, RunState
 from docket_celery.errors import AbortError, LeaseLost, from_record, to_record
 from tests.conformance.samples import GRAPH, RUN, Bench, ending, execution, output, request
 
+pytestmark = pytest.mark.leaves_lease
+
 
 def test_an_unknown_run_is_taken_with_epoch_1(bench: Bench) -> None:
     """The first delivery of a run counts from 1 and carries what its request said."""

@@ -9,6 +9,8 @@ from docket_celery.checkpoint import RunState
 from docket_celery.store import SQLStore
 from tests.conformance.samples import RUN, SQLBench, ending, execution, output, shared
 
+pytestmark = pytest.mark.leaves_lease
+
 
 def moment(value: Any) -> datetime:
     """Return a stored time, which SQLite keeps as text in UTC."""

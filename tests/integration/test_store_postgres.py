@@ -24,20 +24,19 @@ from docket_celery.devserver import ServerProcess, start_postgres
 from docket_celery.errors import LeaseLost, SchemaMismatch, StoreUnavailable
 from docket_celery.store import SQLStore, postgres, schema
 from tests.conformance.samples import GRAPH, RUN, SQLBench, ending, execution, output, request, shared
-from tests.postgres import database_url, postgres_server_url, postgres_store
 
-__all__ = ["database_url", "postgres_server_url", "postgres_store"]
-
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.leaves_lease]
 
 ROOT = Path(__file__).parents[2]
 T = TypeVar("T")
 
 
 @pytest.fixture
-def bench(postgres_store: SQLStore) -> SQLBench:
+def bench(database_url: str) -> Generator[SQLBench]:
     """A store on real Postgres, empty."""
-    return SQLBench(postgres_store)
+    store = SQLStore(database_url)
+    yield SQLBench(store)
+    store.close()
 
 
 @pytest.fixture
@@ -488,21 +487,9 @@ def test_a_forked_child_uses_its_own_connections(database_url: str, kind: str) -
 class TestSchema:
     """Making and upgrading the tables."""
 
-    @pytest.fixture
-    def empty_url(self, postgres_server_url: str) -> Generator[str]:
-        """The URL of a database without tables."""
-        name = f"docket_empty_{secrets.token_hex(6)}"
-        admin = create_engine(postgres_server_url, isolation_level="AUTOCOMMIT")
-        with admin.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {name}"))
-        yield make_url(postgres_server_url).set(database=name).render_as_string(hide_password=False)
-        with admin.connect() as connection:
-            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-        admin.dispose()
-
-    def test_missing_tables_are_named_as_such(self, empty_url: str) -> None:
+    def test_missing_tables_are_named_as_such(self, empty_database_url: str) -> None:
         """Each way to use them says to migrate."""
-        store = SQLStore(empty_url)
+        store = SQLStore(empty_database_url)
         for call in (
             store.check_schema,
             lambda: store.find_run(GRAPH, RUN),
@@ -513,10 +500,10 @@ class TestSchema:
             assert missing.value.args == (None, schema.VERSION)
         store.close()
 
-    def test_many_may_migrate_at_once(self, empty_url: str) -> None:
+    def test_many_may_migrate_at_once(self, empty_database_url: str) -> None:
         """Workers that all start with migrate: one makes the tables, the others find them."""
         start, versions = threading.Barrier(8), list[int]()
-        stores = [SQLStore(empty_url) for _ in range(8)]
+        stores = [SQLStore(empty_database_url) for _ in range(8)]
 
         def migrate(store: SQLStore) -> None:
             start.wait()
@@ -533,9 +520,9 @@ class TestSchema:
         for store in stores:
             store.close()
 
-    def test_a_newer_schema_is_refused(self, empty_url: str) -> None:
+    def test_a_newer_schema_is_refused(self, empty_database_url: str) -> None:
         """By the check and by migrate, which leaves it alone."""
-        store = SQLStore(empty_url)
+        store = SQLStore(empty_database_url)
         store.migrate()
         SQLBench(store).sql("INSERT INTO docket_schema (version, applied_at) VALUES (99, now())")
         for call in (store.check_schema, store.migrate):
@@ -544,9 +531,9 @@ class TestSchema:
             assert newer.value.args == (99, schema.VERSION)
         store.close()
 
-    def test_an_older_schema_is_upgraded_step_by_step(self, empty_url: str) -> None:
+    def test_an_older_schema_is_upgraded_step_by_step(self, empty_database_url: str) -> None:
         """Each step once and in order; a step that fails leaves the version before."""
-        store, ran = SQLStore(empty_url), list[int]()
+        store, ran = SQLStore(empty_database_url), list[int]()
         store.migrate()
 
         def create(name: str, version: int) -> schema.Migration:
@@ -560,7 +547,7 @@ class TestSchema:
             connection.execute(text("SELECT 1 / 0"))
 
         steps = {2: create("two", 2), 3: create("three", 3), 4: fail}
-        engine = create_engine(make_url(empty_url))
+        engine = create_engine(make_url(empty_database_url))
         with engine.begin() as connection:
             assert schema.upgrade(connection, steps, 3) == 3
             assert schema.upgrade(connection, steps, 3) == 3
@@ -571,11 +558,11 @@ class TestSchema:
         engine.dispose()
         store.close()
 
-    def test_the_metadata_describes_what_migrate_made(self, empty_url: str) -> None:
+    def test_the_metadata_describes_what_migrate_made(self, empty_database_url: str) -> None:
         """People's own Alembic sees no difference: tables, columns, nullability and indexes."""
         from sqlalchemy import inspect
 
-        store = SQLStore(empty_url)
+        store = SQLStore(empty_database_url)
         store.migrate()
         found = inspect(store.engine)
         for table in schema.metadata.sorted_tables:
