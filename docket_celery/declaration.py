@@ -29,6 +29,8 @@ NameFunction = (
 _EMPTY_OPS = frozenset(
     {"RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST", "NOT_TAKEN", "COPY_FREE_VARS"}
 )
+_DESTINATION = ("queue", "exchange", "exchange_type", "routing_key")
+_MANNER = ("delivery_mode", "priority")
 _RAISING_OPS = _EMPTY_OPS | {
     "LOAD_GLOBAL",
     "PUSH_NULL",
@@ -142,6 +144,26 @@ def read_generic(task: str, arguments: tuple[Any, ...]) -> Declaration:
         inspect.Parameter(f"input_{n}", inspect.Parameter.POSITIONAL_ONLY) for n, _ in enumerate(given, 1)
     ]
     return _declaration(task, inspect.Signature(parameters), given, target)
+
+
+def take_routing(cls: type) -> dict[str, Any]:
+    """Take the class's own routing attributes off it and return them, with those taken off its bases.
+
+    Celery warns of them on each task class, since its version 6 will not look at them.
+    """
+    own = {name: cls.__dict__[name] for name in (*_DESTINATION, *_MANNER) if name in cls.__dict__}
+    for name in own:
+        delattr(cls, name)
+    inherited: dict[str, Any] = getattr(cls, "routing", {})
+    return inherited | own
+
+
+def add_routing(declared: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of one submission, with what the task declared and they leave open."""
+    given = {name: value for name, value in options.items() if value is not None}
+    # A queue and an exchange are two ways to say where: what is said here replaces the whole.
+    left_out = _DESTINATION if any(name in given for name in _DESTINATION) else ()
+    return {**options, **{k: v for k, v in declared.items() if k not in given and k not in left_out}}
 
 
 def is_empty(function: Callable[..., Any]) -> bool:

@@ -21,7 +21,14 @@ from google.protobuf.message import Message
 
 from docket_celery import lifecycle, wire
 from docket_celery.checkpoint import check_execution_id, job_digest
-from docket_celery.declaration import Declaration, NameFunction, read_function, read_generic
+from docket_celery.declaration import (
+    Declaration,
+    NameFunction,
+    add_routing,
+    read_function,
+    read_generic,
+    take_routing,
+)
 from docket_celery.errors import (
     InvalidArguments,
     InvalidDeclaration,
@@ -86,6 +93,7 @@ class GraphTask(Task[P, R]):
     declaration: Declaration
     declared: Callable[..., Any] | None = None
     declared_max_retries: int | None = 3
+    routing: Mapping[str, Any] = {}
     acks_late = True
     retry_on_worker_lost = True
     track_started = True
@@ -109,6 +117,7 @@ class GraphTask(Task[P, R]):
         cls.abstract = False
         cls.declaration = _declare(cls, name)
         cls.declared_max_retries = cls.max_retries
+        cls.routing = take_routing(cls)
         if _is_function(cls.__dict__.get("execution_id")):
             # A function in a class body is a method; this one takes the messages alone.
             cls.execution_id = staticmethod(cls.__dict__["execution_id"])
@@ -164,7 +173,7 @@ class GraphTask(Task[P, R]):
         options.setdefault("argsrepr", f"({', '.join(map(_brief, args))})")
         options.setdefault("kwargsrepr", f"{{{', '.join(f'{k}={_brief(v)}' for k, v in kwargs.items())}}}")
         submit = cast("Callable[..., GraphResult[R]]", super().apply_async)
-        return submit(args, kwargs, task_id, *more, headers=headers, **options)
+        return submit(args, kwargs, task_id, *more, headers=headers, **add_routing(self.routing, options))
 
     def apply(
         self,
