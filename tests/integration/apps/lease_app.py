@@ -162,6 +162,7 @@ def tell_facts(order: Order, ctx: StepContext) -> Label:
         "caller": caller.get(),
         "pid": os.getpid(),
         "thread": threading.current_thread().name,
+        "pool": id(getattr(threading.current_thread(), "pool", None)),
         "thread_id": threading.get_native_id(),
         "backend": backend_pid(store),
         "execution_id": ctx.execution_id,

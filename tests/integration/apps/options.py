@@ -1,0 +1,123 @@
+"""One GraphTask for each of Celery's options, over a step that fails, waits or tells where it runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from celery import Celery, current_task
+
+from docket_celery import FixedBackoff, Graph, RetryPolicy, Scope, StepContext, graph_task
+from tests.integration.apps.serving import note
+from tests.unit.protos.shop_pb2 import Label, Money, Order, Shipment
+
+app = Celery("tests.integration.apps.options")
+app.conf.broker_transport_options = {"priority_steps": [0, 3, 6, 9]}
+
+
+class BusyError(Exception):
+    """The other side may answer later."""
+
+
+class BusierError(BusyError):
+    """A kind of it."""
+
+
+flaky = Graph("flaky")
+
+
+def fail_at_first(ctx: StepContext) -> Shipment:
+    """Fail as often as the caller wants, over all deliveries."""
+    calls = note(ctx.values["journal"], f"{time.time()} {ctx.delivery}/{ctx.attempt}")
+    if calls <= ctx.values["failures"]:
+        raise BusierError(f"call {calls}")
+    return Shipment(tracking_id=f"call {calls}")
+
+
+@flaky.step
+def call_once(order: Order, ctx: StepContext) -> Shipment:
+    """One attempt in a delivery."""
+    return fail_at_first(ctx)
+
+
+kept = Graph("flaky_kept")
+
+
+@kept.step(persist=Scope.WORKFLOW)
+def call_and_keep(order: Order, ctx: StepContext) -> Shipment:
+    """The same, with a row for the run."""
+    return fail_at_first(ctx)
+
+
+patient = Graph("patient")
+
+
+@patient.step(retry=RetryPolicy(max_attempts=2, backoff=FixedBackoff(0), redeliver=True))
+def call_twice(order: Order, ctx: StepContext) -> Shipment:
+    """Two attempts, then another delivery."""
+    return fail_at_first(ctx)
+
+
+slow = Graph("slow")
+
+
+@slow.step
+def wait(order: Order, ctx: StepContext) -> Money:
+    """Wait for ever, unless told to stop."""
+    note(ctx.values["journal"], f"started in {os.getpid()}")
+    stopped = ctx.cancelled.wait(60)
+    note(ctx.values["journal"], "stopped" if stopped else "waited")
+    return Money()
+
+
+where = Graph("where")
+
+
+@where.step
+def tell(order: Order, ctx: StepContext) -> Label:
+    """Tell when it ran and what the request said."""
+    if "journal" in ctx.values:
+        note(ctx.values["journal"], time.time())
+    request: Any = current_task.request
+    info = request.delivery_info
+    return Label(text=f"{info['routing_key']} {info['priority']}")
+
+
+def declare(name: str, graph: Graph, kind: type[Any], **options: Any) -> Any:
+    """Declare a task of *graph* with Celery's *options*."""
+
+    def body(order: Any) -> Any: ...
+
+    body.__name__ = name
+    body.__annotations__ = {"order": Order, "return": kind}
+    return graph_task(app, graph, name=f"options.{name}", **options)(body)
+
+
+AT_ONCE = {"default_retry_delay": 0}
+retried = declare("retried", flaky, Shipment, autoretry_for=(BusyError,), **AT_ONCE)
+retried_kept = declare("retried_kept", kept, Shipment, autoretry_for=(BusyError,), max_retries=2, **AT_ONCE)
+never = declare("never", flaky, Shipment)
+excepted = declare(
+    "excepted", flaky, Shipment, autoretry_for=(Exception,), dont_autoretry_for=(BusyError,), **AT_ONCE
+)
+expected = declare("expected", flaky, Shipment, throws=(BusyError,))
+limited = declare("limited", flaky, Shipment, autoretry_for=(BusyError,), max_retries=2, **AT_ONCE)
+limited_by_kwargs = declare(
+    "limited_by_kwargs",
+    flaky,
+    Shipment,
+    autoretry_for=(BusyError,),
+    retry_kwargs={"max_retries": 1, "countdown": 0},
+)
+backed_off = declare(
+    "backed_off", flaky, Shipment, autoretry_for=(BusyError,), retry_backoff=True, retry_jitter=False
+)
+redelivered = declare("redelivered", patient, Shipment, max_retries=1, **AT_ONCE)
+hard = declare("hard", slow, Money, time_limit=1)
+soft = declare("soft", slow, Money, soft_time_limit=1)
+unlimited = declare("unlimited", slow, Money)
+routed = declare("routed", where, Label, queue="special")
+rated = declare("rated", where, Label, rate_limit="2/s")
+plain = declare("plain", where, Label)
+silent = declare("silent", where, Label, ignore_result=True)
