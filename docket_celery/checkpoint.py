@@ -294,9 +294,9 @@ class Store(Protocol):
 
         Taken: an unknown run; QUEUED; WAITING; FAILED when another task id (or none) submits it again unless
         ``request.attached``; RUNNING when the lease expired, when *owner* is the holder itself, or when the
-        same task id comes with greater ``retries``. A RUNNING lease taken over counts as lost unless
-        ``request.released``; at ``max_deliveries`` the run becomes QUARANTINED instead and its row is
-        returned. The holder itself gets its lease again with the same epoch. Resuming FAILED starts
+        same task id comes with greater ``retries``. A RUNNING lease taken over counts as lost, unless the same
+        task id comes with greater ``retries`` and ``request.released``; at ``max_deliveries`` the run becomes
+        QUARANTINED instead and its row is returned. The ``retries`` of one task id only grow. The holder itself gets its lease again with the same epoch. Resuming FAILED starts
         ``failures`` from 0. Not taken: another live holder, an ended run, and a run of another target or job
         digest; the caller compares.
         """
@@ -359,7 +359,8 @@ class Store(Protocol):
         """Leave the run: close it or park it, and write the remaining step executions, in one statement.
 
         Repeating it with the same lease and state does nothing, so that a lost answer can be asked for again.
-        Ending sets ``expires_at`` of the run's WORKFLOW checkpoints that have a ttl.
+        Parking with ``wake_in_s`` counts the delivery to come as a retry: it is owed the run, not its lease, and
+        waits where a copy of the task was quicker. Ending sets ``expires_at`` of the run's WORKFLOW checkpoints that have a ttl.
 
         Raises:
             LeaseLost: The run is no longer this lease's; nothing was written.

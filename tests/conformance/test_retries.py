@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from docket_celery.checkpoint import RunState
 from tests.conformance.samples import GRAPH, RUN, Bench, ending
+
+pytestmark = pytest.mark.leaves_lease
 
 
 def test_a_redelivery_after_a_released_one_is_a_crash(bench: Bench) -> None:
