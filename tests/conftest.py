@@ -82,7 +82,7 @@ def pytest_runtest_makereport(
     """Add the logs of a failed test's processes to its report."""
     report = yield
     if report.failed:
-        for log in item.stash.get(LOGS, []):
+        for log in item.stash.get(LOGS, list[Path]()):
             report.sections.append((f"log {log.name}", log.read_text(errors="replace")[-20_000:]))
     return report
 
@@ -207,7 +207,7 @@ def start_worker(
             spec = WorkerSpec(pool=pool, concurrency=concurrency, app=app, env=dict(env or {}), args=args)
             worker = WorkerProcess(spec, directory=tmp_path, env=worker_env)
             stack.callback(worker.stop)
-            request.node.stash.setdefault(LOGS, []).append(worker.log)
+            request.node.stash.setdefault(LOGS, list[Path]()).append(worker.log)
             return worker
 
         yield start
@@ -226,7 +226,7 @@ def start_flower(
         def start(app: str = APP, args: Sequence[str] = ()) -> FlowerProcess:
             flower = FlowerProcess(app, directory=tmp_path, env=worker_env, args=args)
             stack.callback(flower.stop)
-            request.node.stash.setdefault(LOGS, []).append(flower.log)
+            request.node.stash.setdefault(LOGS, list[Path]()).append(flower.log)
             return flower
 
         yield start

@@ -110,7 +110,9 @@ def test_a_worker_of_each_pool_answers_a_task(
 
     with start_worker(pool) as worker:
         assert ping.delay("here").get(timeout=WITHIN_S) == "here"
-        assert app.control.ping([worker.node_name], timeout=5.0) == [{worker.node_name: {"ok": "pong"}}]
+        # Under gevent the worker listens for commands a moment after it is ready for tasks.
+        pong = [{worker.node_name: {"ok": "pong"}}]
+        wait_until(lambda: app.control.ping([worker.node_name]) == pong, within_s=WITHIN_S, what="a pong")
         assert len(worker.children()) == (2 if pool == "prefork" else 0)
 
     assert worker.status == 0
@@ -138,7 +140,7 @@ def test_a_workers_options_reach_it(start_worker: StartWorker, connect_app: Conn
 def test_a_killed_child_is_replaced_and_a_killed_worker_starts_again(
     start_worker: StartWorker, connect_app: ConnectApp
 ) -> None:
-    """After kill -9 of a child,, of the main process and of all at once, a worker can go on."""
+    """After kill -9 of a child, of the main process and of all at once, a worker can go on."""
     connect_app(app)
     worker = start_worker()
 
