@@ -38,7 +38,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-
 MAX_CAUSE_CHARS = 4000
 """Most characters of a cause's text that a `StepFailed` or `AbortError` carries."""
 
@@ -63,6 +62,10 @@ class DocketError(Exception):
 
     def __str__(self) -> str:
         return f"[{self.code}] {self.describe()}"
+
+    def __repr__(self) -> str:
+        # Celery's log, its events and so Flower show an error's repr, not its text.
+        return f"<{type(self).__name__} {self}>"
 
 
 class GraphError(DocketError):
@@ -494,7 +497,7 @@ def safe_text(error: BaseException) -> str:
     """
     try:
         text = str(error)
-    except Exception as broken:
+    except Exception as broken:  # noqa: BLE001 -- user code; its failure must not hide the first one
         return f"<{type(error).__name__} whose text raised {type(broken).__name__}>"
     return text if len(text) <= MAX_CAUSE_CHARS else text[: MAX_CAUSE_CHARS - 1] + "…"
 
