@@ -46,8 +46,8 @@ from docket_celery.policy import ExponentialBackoff, FixedBackoff, RetryPolicy, 
 from docket_celery.step import Named
 
 if TYPE_CHECKING:
-    from docket_celery.checkpoint import Store
     from docket_celery.appdefaults import configure
+    from docket_celery.checkpoint import Store
     from docket_celery.lifecycle import settings
     from docket_celery.store import MemoryStore, SQLStore
     from docket_celery.task import GraphResult, GraphTask, graph_task, shared_graph_task

@@ -4,35 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from google.protobuf.message import Message
 
-from docket_celery.checkpoint import (
-    Checkpoint,
-    StepExecution,
-    Store,
-    global_key,
-    idempotency_key,
-    input_digest,
-    workflow_key,
-)
+from docket_celery.checkpoint import Checkpoint, StepExecution, idempotency_key
 from docket_celery.context import Cancellation, StepContext, bind_context
+from docket_celery.delivery import Delivery
 from docket_celery.errors import (
     AbortError,
     DocketError,
-    GraphChanged,
-    InvalidArguments,
     LeaseLost,
     StepFailed,
     StepTimedOut,
@@ -40,66 +27,18 @@ from docket_celery.errors import (
     WrongResult,
     safe_text,
 )
-from docket_celery.events import Event, EventKind, Listener, emit
-from docket_celery.heartbeat import HeldLease, process_heartbeat
-from docket_celery.messages import from_bytes, to_bytes, to_view, type_name
+from docket_celery.events import EventKind
+from docket_celery.messages import type_name
 from docket_celery.plan import PlannedStep
 from docket_celery.policy import Scope, to_seconds
-from docket_celery.runtime import Alarm, Runtime, Worker
+from docket_celery.record import StepRecord, read_value
+from docket_celery.runtime import Alarm, Worker
 from docket_celery.step import Step
 
 _logger = logging.getLogger("docket_celery.attempt")
 _SAVE_TRIES = 5
 _SAVE_DELAY_S = 0.2
 _POLL_FIRST_S, _POLL_MOST_S = 0.05, 1.0
-
-
-@dataclass(slots=True, kw_only=True)
-class Delivery:
-    """What all steps of one pick-up of a run share.
-
-    Attributes:
-        number: From 1.
-        values: The caller's ``context=``.
-        base: The caller's contextvars; each call gets a copy.
-        held: The run's lease; None when nothing is persisted.
-        passthrough: Exceptions that stop the run and reach the caller as they are.
-        scopes: Context managers entered around each call of a step, on its thread.
-        rows: Step executions that no save has carried yet.
-    """
-
-    graph: str
-    execution_id: str
-    runtime: Runtime
-    cancellation: Cancellation
-    base: contextvars.Context
-    number: int = 1
-    values: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    store: Store | None = None
-    held: HeldLease | None = None
-    lease_s: float = 30.0
-    owner: str = ""
-    listeners: Sequence[Listener] = ()
-    passthrough: tuple[type[BaseException], ...] = ()
-    scopes: Sequence[Callable[[], AbstractContextManager[Any]]] = ()
-    worker: str = ""
-    task_id: str | None = None
-    rows: list[StepExecution] = field(default_factory=list[StepExecution])
-
-    def tell(self, kind: EventKind, step: str = "", attempt: int = 0, **facts: Any) -> None:
-        """Tell the listeners."""
-        if self.listeners:
-            event = Event(
-                kind=kind,
-                graph=self.graph,
-                execution_id=self.execution_id,
-                step=step,
-                attempt=attempt,
-                delivery=self.number,
-                at=time.monotonic(),
-                **facts,
-            )
-            emit(self.listeners, event)
 
 
 class Steps(Protocol):
@@ -128,13 +67,11 @@ class StepCall:
     __slots__ = (
         "_alarm",
         "_attempt_no",
-        "_began",
-        "_claimed",
         "_delivery",
         "_future",
         "_open",
+        "_record",
         "_steps",
-        "_started_at",
         "_unlink",
         "_values",
         "planned",
@@ -148,10 +85,8 @@ class StepCall:
         self._alarm: Alarm | None = None
         self._unlink: Callable[[], None] | None = None
         self._future: Future[Any] | None = None
-        self._claimed: bytes | None = None
+        self._record = StepRecord(planned.step, delivery)
         self._values: list[Message] = []
-        self._began = 0.0
-        self._started_at: datetime | None = None
         self.worker: Worker | None = None
 
     @property
@@ -162,14 +97,12 @@ class StepCall:
     @property
     def claims(self) -> bool:
         """Whether others wait for this step to compute a GLOBAL checkpoint."""
-        return self._claimed is not None
+        return self._record.claims
 
     def start(self) -> None:
         """Begin the step on this thread; it ends by `complete`, `fail`, `withdraw` or `abort` of its execution."""
         self._values = self._steps.inputs_of(self.planned)
-        self._began = time.monotonic()
-        if self._delivery.store is not None:
-            self._started_at = datetime.now(UTC)
+        self._record.begin(self._values)
         if self.planned.step.persist is Scope.GLOBAL:
             self._look_up(_POLL_FIRST_S)
         else:
@@ -184,7 +117,7 @@ class StepCall:
             return
         self._attempt_no += 1
         number = self._attempt_no
-        context = self._context(number)
+        context = step_context(step, delivery, number)
         with self._steps.lock:
             begun = not self._steps.closed
             if begun:
@@ -204,7 +137,7 @@ class StepCall:
             return
         try:
             value = delivery.base.copy().run(self._invoke, context)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 -- user code; every kind is judged below
             self._returned(number, None, error)
         else:
             self._returned(number, value, None)
@@ -220,21 +153,6 @@ class StepCall:
 
     # --- calling -----------------------------------------------------------------------------------------------
 
-    def _context(self, attempt: int) -> StepContext:
-        step, delivery = self.planned.step, self._delivery
-        timed = step.timeout_s is not None
-        return StepContext(
-            graph=delivery.graph,
-            execution_id=delivery.execution_id,
-            step=step.name,
-            make_key=functools.partial(idempotency_key, delivery.graph, delivery.execution_id, step.identity),
-            attempt=attempt,
-            delivery=delivery.number,
-            values=delivery.values,
-            deadline=time.monotonic() + step.timeout_s if step.timeout_s is not None else None,
-            cancelled=Cancellation(delivery.cancellation) if timed else delivery.cancellation,
-        )
-
     def _invoke(self, context: StepContext) -> Any:
         bind_context(context)
         if not self._delivery.scopes:
@@ -249,7 +167,7 @@ class StepCall:
         submit = self._delivery.runtime.loop.submit
         try:
             future = self._delivery.base.copy().run(lambda: submit(self._await(context)))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 -- the call may fail before its first await
             self._returned(number, None, error)
             return
 
@@ -276,7 +194,7 @@ class StepCall:
             return await self.planned.step.invoke(self._values, context), None
         except asyncio.CancelledError:
             raise
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 -- user code; every kind is judged by the caller
             return None, error
 
     def _close(self, number: int, *, give_up: bool = False) -> bool:
@@ -314,15 +232,13 @@ class StepCall:
     def _returned(self, number: int, value: Any, error: BaseException | None) -> None:
         step = self.planned.step
         if not self._close(number):
-            self._delivery.tell(
-                EventKind.STEP_LATE, step.name, number, elapsed_s=time.monotonic() - self._began
-            )
+            self._delivery.tell(EventKind.STEP_LATE, step.name, number, elapsed_s=self._record.elapsed_s)
             return
         if error is None and type(value) is not step.output.kind:
             actual = "None" if value is None else type(value).__name__
             error = WrongResult(step.name, number, type_name(step.output.kind), actual)
         if error is None:
-            self._succeeded(value)
+            self._succeeded(cast("Message", value))
         else:
             self._errored(error)
 
@@ -363,25 +279,19 @@ class StepCall:
 
     def _look_up(self, poll_s: float) -> None:
         """Restore a GLOBAL checkpoint, or claim the right to compute it, or look again later."""
-        delivery, step = self._delivery, self.planned.step
         if self._steps.closed:
             return
         if self._steps.failing:
             self._steps.withdraw(self)
             return
-        assert delivery.store is not None
-        key = _checkpoint_key(step, delivery, self._values)
-        found = delivery.store.lookup(key, delivery.owner, delivery.lease_s)
+        found = self._record.look_up()
         if isinstance(found, Checkpoint):
             self.restored(found)
         elif found:
-            # Watched before it is known: whoever aborts drops the claims that it finds, watch included.
-            process_heartbeat(delivery.store).watch_claim(key, delivery.owner, delivery.lease_s)
-            self._claimed = key
             self.attempt()
         else:
             again = functools.partial(self._look_up, min(poll_s * 2, _POLL_MOST_S))
-            delivery.runtime.timer.after(poll_s, lambda: self._steps.carry_on(again, self))
+            self._delivery.runtime.timer.after(poll_s, lambda: self._steps.carry_on(again, self))
 
     def restored(self, checkpoint: Checkpoint) -> None:
         """Complete the step with a stored value."""
@@ -391,30 +301,26 @@ class StepCall:
 
     def report_restored(self) -> None:
         """Record that a stored value was used."""
-        if self._started_at is None:
-            self._started_at, self._began = datetime.now(UTC), time.monotonic()
-        self._report("SUCCEEDED", attempts=0, cached=True)
+        if not self._values:
+            self._record.begin()
+        self._record.report("SUCCEEDED", attempts=0, cached=True)
         self._delivery.tell(EventKind.STEP_RESTORED, self.planned.step.name)
 
     def _succeeded(self, value: Message) -> None:
         if self.planned.step.persist is None:
-            self._report("SUCCEEDED", attempts=self._attempt_no)
+            self._record.report("SUCCEEDED", attempts=self._attempt_no)
             self._done(value)
         else:
-            row = self._row("SUCCEEDED", attempts=self._attempt_no)
-            self._save(value, self._checkpoint(value), row, tries=1)
+            row = self._record.row("SUCCEEDED", attempts=self._attempt_no)
+            self._save(value, self._record.checkpoint(value), row, tries=1)
 
     def _save(self, value: Message, checkpoint: Checkpoint, row: StepExecution, tries: int) -> None:
         """Store the checkpoint; the first saver wins. Save before telling: listeners may read the row."""
         delivery = self._delivery
-        assert delivery.store is not None and delivery.held is not None
         try:
-            if checkpoint.execution_id is None:
-                winner = delivery.store.publish(checkpoint, delivery.owner, row)
-            else:
-                winner = delivery.store.save(delivery.held.lease, checkpoint, row)
+            winner = self._record.save(checkpoint, row)
         except StoreUnavailable as error:
-            if tries >= _SAVE_TRIES or not delivery.held.trusted():
+            if tries >= _SAVE_TRIES or delivery.held is None or not delivery.held.trusted():
                 raise
             _logger.warning(
                 "run %r: saving %s, try %d: %s", delivery.execution_id, row.step_name, tries, error
@@ -422,107 +328,50 @@ class StepCall:
             again = functools.partial(self._save, value, checkpoint, row, tries + 1)
             delivery.runtime.timer.after(_SAVE_DELAY_S * 2**tries, lambda: self._steps.carry_on(again, self))
             return
-        self._release_claim()
         if winner is not checkpoint and winner.output_data != checkpoint.output_data:
             value = read_value(self.planned.step, winner, delivery)
         self._done(value)
 
     def _done(self, value: Message) -> None:
-        elapsed = time.monotonic() - self._began
+        elapsed = self._record.elapsed_s
         self._delivery.tell(
             EventKind.STEP_SUCCEEDED, self.planned.step.name, self._attempt_no, elapsed_s=elapsed
         )
         self._steps.complete(self, value)
 
-    def _checkpoint(self, value: Message) -> Checkpoint:
-        step, delivery = self.planned.step, self._delivery
-        shared = step.persist is Scope.GLOBAL
-        return Checkpoint(
-            key=self._claimed or _checkpoint_key(step, delivery, self._values),
-            graph=delivery.graph,
-            execution_id=None if shared else delivery.execution_id,
-            step_name=step.name,
-            step_version=step.options.version,
-            input_hash=hash_inputs(self._values),
-            output_type=type_name(value),
-            output_data=to_bytes(value),
-            output_json=to_view(value),
-            ttl_s=step.ttl_s,
-        )
-
-    def _release_claim(self) -> None:
-        key, self._claimed = self._claimed, None
-        if key is not None and self._delivery.store is not None:
-            process_heartbeat(self._delivery.store).unwatch_claim(key, self._delivery.owner)
-
     def drop_claim(self) -> None:
         """Let another run compute the GLOBAL checkpoint, if this step claimed to."""
-        key, store = self._claimed, self._delivery.store
-        self._release_claim()
-        if key is not None and store is not None:
-            try:
-                store.disclaim(key, self._delivery.owner)
-            except DocketError as error:
-                _logger.warning("a claim stays until it expires: %s", error)
+        self._record.drop_claim()
 
     # --- reporting ---------------------------------------------------------------------------------------------
 
     def report_cancelled(self, error: BaseException) -> None:
         """Record that the run ended while the step was running."""
-        self._report(
+        self._record.report(
             "CANCELLED", attempts=self._attempt_no, error=error if isinstance(error, DocketError) else None
         )
 
     def _report_failed(self, status: str, error: DocketError) -> None:
-        self._report(status, attempts=self._attempt_no, error=error)
+        self._record.report(status, attempts=self._attempt_no, error=error)
         self._delivery.tell(
             EventKind.STEP_FAILED, self.planned.step.name, self._attempt_no, detail=str(error)
         )
 
-    def _report(
-        self, status: str, *, attempts: int, cached: bool = False, error: DocketError | None = None
-    ) -> None:
-        if self._delivery.store is not None:
-            self._delivery.rows.append(self._row(status, attempts=attempts, cached=cached, error=error))
 
-    def _row(
-        self, status: str, *, attempts: int, cached: bool = False, error: DocketError | None = None
-    ) -> StepExecution:
-        delivery = self._delivery
-        return StepExecution(
-            graph=delivery.graph,
-            execution_id=delivery.execution_id,
-            step_name=self.planned.step.name,
-            delivery=delivery.number,
-            attempts=attempts,
-            cached=cached,
-            status=status,
-            started_at=self._started_at or datetime.now(UTC),
-            duration_ms=(time.monotonic() - self._began) * 1000,
-            error_code=None if error is None else error.code,
-            error_message=None if error is None else str(error)[:2000],
-            worker=delivery.worker,
-            task_id=delivery.task_id,
-        )
-
-
-def hash_inputs(values: Sequence[Message]) -> str:
-    """Return `input_digest` of a step's input values."""
-    return input_digest((type_name(value), to_bytes(value)) for value in values)
-
-
-def read_value(step: Step, checkpoint: Checkpoint, delivery: Delivery) -> Message:
-    """Return the stored output of *step*.
-
-    Raises:
-        GraphChanged: It is of another type than the step returns now.
-        DecodeFailed: The bytes cannot be read.
-    """
-    expected = type_name(step.output.kind)
-    if checkpoint.output_type != expected:
-        change = f"{step.name} (returned {checkpoint.output_type}, now {expected})"
-        raise GraphChanged(delivery.graph, delivery.execution_id, [change])
-    return from_bytes(step.output.kind, checkpoint.output_data)
+def step_context(step: Step, delivery: Delivery, attempt: int) -> StepContext:
+    """Return the context of one attempt; a timed attempt can be cancelled alone."""
+    timed = step.timeout_s is not None
+    return StepContext(
+        graph=delivery.graph,
+        execution_id=delivery.execution_id,
+        step=step.name,
+        make_key=functools.partial(idempotency_key, delivery.graph, delivery.execution_id, step.identity),
+        attempt=attempt,
+        delivery=delivery.number,
+        values=delivery.values,
+        deadline=time.monotonic() + step.timeout_s if step.timeout_s is not None else None,
+        cancelled=Cancellation(delivery.cancellation) if timed else delivery.cancellation,
+    )
 
 
 def classify(step: Step, error: Exception) -> tuple[bool, Exception]:
@@ -535,7 +384,7 @@ def classify(step: Step, error: Exception) -> tuple[bool, Exception]:
     if step.retriable is not None and not isinstance(error, StepTimedOut):
         try:
             return bool(step.retriable(error)), error
-        except Exception as broken:
+        except Exception as broken:  # noqa: BLE001 -- user code; what it raised is the failure
             broken.add_note(f"raised by retriable= of step {step.name!r} while judging {brief_error(error)}")
             return False, broken
     return isinstance(error, (StepTimedOut, StoreUnavailable)) or not isinstance(error, DocketError), error
@@ -550,17 +399,3 @@ def _failure(step: Step, attempts: int, retriable: bool, error: Exception) -> St
     if isinstance(error, (StepTimedOut, WrongResult)) and error.step == step.name:
         return error
     return StepFailed.from_cause(step.name, attempts, retriable, error)
-
-
-def _checkpoint_key(step: Step, delivery: Delivery, values: Sequence[Message]) -> bytes:
-    if step.persist is Scope.WORKFLOW:
-        return workflow_key(delivery.graph, delivery.execution_id, step.identity)
-    hashed: Sequence[Message] = values
-    if step.options.key is not None:
-        named: object = step.options.key(*values)
-        if not isinstance(named, Message):
-            problem = f"returned {type(named).__name__}; it must return the message to hash"
-            raise InvalidArguments(f"key= of step {step.name!r}", problem)
-        hashed = [named]
-    inputs = [(type_name(value), to_bytes(value)) for value in hashed]
-    return global_key(delivery.graph, step.name, step.options.version, inputs)

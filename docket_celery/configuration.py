@@ -75,7 +75,8 @@ class Settings:
                 value, label = environ[ENV_PREFIX + name.upper()], ENV_PREFIX + name.upper()
             if value is not None:
                 found[name] = _CHECKS[name](label, value)
-        return cls(**({"threads": default_threads()} | found))
+        found.setdefault("threads", default_threads())
+        return cls(**found)
 
 
 def _unknown(key: str, known: set[str]) -> str:

@@ -16,11 +16,13 @@ from dataclasses import dataclass
 
 from google.protobuf.message import Message
 
-from docket_celery.attempt import Delivery, StepCall, hash_inputs, read_value
+from docket_celery.attempt import StepCall
 from docket_celery.checkpoint import Checkpoint
+from docket_celery.delivery import Delivery
 from docket_celery.errors import DocketError, InputsChanged, StepFailed
 from docket_celery.events import EventKind
 from docket_celery.plan import Plan, PlannedStep
+from docket_celery.record import hash_inputs, read_value
 from docket_celery.runtime import Alarm, Worker
 
 _logger = logging.getLogger("docket_celery.engine")
@@ -241,7 +243,7 @@ class Execution:
             name = call.planned.step.name if call is not None else "?"
             _logger.debug("step %r failed outside its own code", name, exc_info=True)
             self.abort(StepFailed.from_cause(name, 0, False, error))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 -- whatever it is, the run must end
             self.abort(error)
 
     def _resolve(self) -> set[int] | None:

@@ -260,7 +260,10 @@ class RunTimedOut(DocketError):
         self.execution_id, self.timeout_s = execution_id, timeout_s
 
     def describe(self) -> str:
-        return f"run {self.execution_id!r} passed its timeout of {self.timeout_s:g} s; finished steps that persist are kept"
+        return (
+            f"run {self.execution_id!r} passed its timeout of {self.timeout_s:g} s; "
+            "finished steps that persist are kept"
+        )
 
 
 class RunConflict(DocketError):
@@ -303,8 +306,8 @@ class RunQuarantined(DocketError):
 
     def describe(self) -> str:
         return (
-            f"run {self.execution_id!r} of graph {self.graph!r} is quarantined: its worker was lost {self.lost} times; "
-            "find what kills it (memory, a crash in C code) before you retry it"
+            f"run {self.execution_id!r} of graph {self.graph!r} is quarantined: "
+            f"its worker was lost {self.lost} times; find what kills it (memory, a crash in C code) before you retry it"
         )
 
 
@@ -320,8 +323,8 @@ class GraphChanged(DocketError):
     def describe(self) -> str:
         names = ", ".join(repr(name) for name in self.steps)
         return (
-            f"run {self.execution_id!r} of graph {self.graph!r} holds checkpoints of {names}, which the graph no longer "
-            "has; put the step back, name the old step in renamed_from=(...), or submit under a new execution_id"
+            f"run {self.execution_id!r} of graph {self.graph!r} holds checkpoints of {names}, which the graph "
+            "no longer has; put the step back, name the old step in renamed_from=(...), or submit under a new execution_id"
         )
 
 
@@ -352,8 +355,8 @@ class InputsChanged(DocketError):
 
     def describe(self) -> str:
         return (
-            f"run {self.execution_id!r}: the checkpoint of step {self.step!r} was made from other inputs; persist the "
-            'step above it, use on_input_change="reuse", or submit under a new execution_id'
+            f"run {self.execution_id!r}: the checkpoint of step {self.step!r} was made from other inputs; "
+            'persist the step above it, use on_input_change="reuse", or submit under a new execution_id'
         )
 
 

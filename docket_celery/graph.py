@@ -16,9 +16,10 @@ from docket_celery.defaults import process_defaults
 from docket_celery.errors import GraphError, InvalidArguments, StoreMissing
 from docket_celery.events import Listener
 from docket_celery.messages import is_message_type
+from docket_celery.outcome import RunOutcome, Submission
 from docket_celery.plan import Plan, compile_plan
 from docket_celery.policy import Seconds, StepOptionFields, StepOptions, to_seconds
-from docket_celery.run import Run, RunOutcome, Submission
+from docket_celery.run import Run
 from docket_celery.step import Registration, ValueKey, default_name, locate
 from docket_celery.wiring import Wiring, read_wiring
 

@@ -150,13 +150,11 @@ def _needed(wiring: Wiring, target: ValueKey, given: dict[ValueKey, int]) -> dic
         step = wiring.producers.get(key)
         if step is None:
             shown = ", ".join(map(str, given)) or "nothing"
-            raise GraphError(
-                wiring.graph,
-                [
-                    f"DC114 no producer: {wanted_by} needs {key}, which no step returns and the caller does not give "
-                    f"(given: {shown}); register a step that returns it, or hand it in"
-                ],
+            fault = (
+                f"DC114 no producer: {wanted_by} needs {key}, which no step returns and the caller does not give "
+                f"(given: {shown}); register a step that returns it, or hand it in"
             )
+            raise GraphError(wiring.graph, [fault])
         if step.name not in needed:
             needed[step.name] = step
             todo += [(source, f"step {step.name!r} ({step.where})") for source in step.inputs]

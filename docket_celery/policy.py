@@ -89,7 +89,11 @@ class FixedBackoff:
     def __post_init__(self) -> None:
         to_seconds(self.delay, "FixedBackoff.delay")
 
-    def delay_s(self, attempt: int, uniform: Callable[[float, float], float] = random.uniform) -> float:
+    def delay_s(  # the same after each attempt, without jitter
+        self,
+        attempt: int,  # noqa: ARG002
+        uniform: Callable[[float, float], float] = random.uniform,  # noqa: ARG002
+    ) -> float:
         return to_seconds(self.delay, "delay")
 
 
@@ -104,7 +108,7 @@ class RetryPolicy:
     """
 
     max_attempts: int = 3
-    backoff: Backoff = ExponentialBackoff()  # noqa: RUF009 -- a frozen value, shared safely
+    backoff: Backoff = ExponentialBackoff()
     redeliver: bool = False
 
     def __post_init__(self) -> None:

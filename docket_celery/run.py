@@ -13,45 +13,35 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
 
 from google.protobuf.message import Message
 
-from docket_celery.attempt import Delivery
 from docket_celery.checkpoint import (
     Checkpoint,
     Lease,
-    RunEnd,
     RunRequest,
     RunRow,
-    RunState,
     Store,
     job_digest,
     workflow_key,
 )
 from docket_celery.configuration import Settings
 from docket_celery.context import Cancellation
+from docket_celery.delivery import Delivery
 from docket_celery.engine import Execution, Outcome
 from docket_celery.errors import (
-    DocketError,
     GraphChanged,
     LeaseLost,
-    RunCancelled,
     RunConflict,
-    RunQuarantined,
     RunTimedOut,
-    StepFailed,
     StoreUnavailable,
     TooManyAbandoned,
-    from_record,
-    to_record,
 )
-from docket_celery.events import EventKind, Listener
+from docket_celery.events import EventKind
 from docket_celery.heartbeat import HeldLease, process_heartbeat
-from docket_celery.messages import from_bytes, to_bytes, type_name
+from docket_celery.messages import to_bytes, type_name
+from docket_celery.outcome import RunOutcome, Submission, frame_job, read_outcome, run_end
 from docket_celery.plan import Plan
 from docket_celery.policy import Scope
 from docket_celery.runtime import Runtime, Worker, process_runtime
@@ -60,60 +50,7 @@ _logger = logging.getLogger("docket_celery.run")
 _SLICE_S = 0.5
 _LEAVE_S = 5.0
 _END_TRIES = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submission:
-    """Who asks for a run, and how.
-
-    Attributes:
-        job_digest: Taken where the job was submitted; None: taken here over the inputs.
-        number: Delivery number when there is no lease to count them.
-        attached: This submission waits for the outcome of a run that somebody else advances.
-        released: The task's delivery before this one ended in order.
-        waits: Wait here while another holder advances the run; False: end with `Busy`.
-        may_help: The calling thread may run steps itself.
-        park_s: Asked with an error and the lease: seconds until the run is delivered again, or None to end it.
-        worker: Who runs it, for the record.
-    """
-
-    execution_id: str
-    values: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    job_digest: bytes | None = None
-    timeout_s: float | None = None
-    max_concurrency: int | None = None
-    number: int = 1
-    task_name: str | None = None
-    task_id: str | None = None
-    retries: int = 0
-    attached: bool = False
-    released: bool = False
-    waits: bool = True
-    may_help: bool = True
-    listeners: Sequence[Listener] = ()
-    passthrough: tuple[type[BaseException], ...] = ()
-    scopes: Sequence[Callable[[], AbstractContextManager[Any]]] = ()
-    park_s: Callable[[BaseException, Lease | None], float | None] | None = None
-    worker: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOutcome:
-    """How a delivery ended.
-
-    Attributes:
-        value: The target, or None.
-        error: What ended it, or None.
-        busy_s: Another holder advances the run; its lease expires in so many seconds.
-        park_s: The run is parked; deliver it again in so many seconds.
-        replayed: The run had ended before; nothing ran here.
-    """
-
-    value: Message | None = None
-    error: BaseException | None = None
-    busy_s: float | None = None
-    park_s: float | None = None
-    replayed: bool = False
+_LOST_BUSY_S = 1.0
 
 
 class Run:
@@ -214,7 +151,7 @@ class Run:
             found = self._acquire()
         except StoreUnavailable as error:
             self._conclude(self._parked_or_failed(error, None))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 -- whoever waits must hear of it
             self._conclude(RunOutcome(error=error))
         else:
             if found is not None:
@@ -242,7 +179,7 @@ class Run:
             execution = self._begin(checkpoints)
             if execution is not None:
                 execution.dispatch()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 -- the lease is held: the run must end in order
             self._end(Outcome(error=error))
 
     def _begin(self, checkpoints: dict[int, Checkpoint]) -> Execution | None:
@@ -273,8 +210,7 @@ class Run:
             if outcome.error is not None:
                 lease = self._held.lease if self._held is not None else None
                 result = self._parked_or_failed(outcome.error, lease)
-        except Exception as error:
-            # The host's own code decided; whoever waits must hear of it.
+        except Exception as error:  # noqa: BLE001 -- the host's own code decided; whoever waits must hear of it
             result = RunOutcome(error=error)
         if self._held is None or self._store is None:
             self._conclude(result)
@@ -285,7 +221,9 @@ class Run:
         assert self._store is not None
         try:
             if not isinstance(result.error, LeaseLost):
-                self._store.end(held.lease, self._run_end(result))
+                self._store.end(
+                    held.lease, run_end(result, self._submission, self._delivery.rows, self._settings)
+                )
         except StoreUnavailable as error:
             if tries < _END_TRIES and held.trusted():
                 again = functools.partial(self._write_end, result, held, tries + 1)
@@ -293,7 +231,7 @@ class Run:
                 return
             # What is saved stays saved; the next delivery restores it and writes the end.
             result = self._parked_or_failed(error, held.lease)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 -- whoever waits must hear of it
             result = RunOutcome(error=error)
         process_heartbeat(self._store).unwatch(held)
         self._conclude(result)
@@ -301,7 +239,8 @@ class Run:
     def _conclude(self, outcome: RunOutcome) -> None:
         """Report how it ended; the run's row tells the same by now."""
         if isinstance(outcome.error, LeaseLost) and not self._submission.waits:
-            outcome = RunOutcome(error=outcome.error, busy_s=self._settings.lease_seconds)
+            # Soon, as the new holder may have ended the run by now; the next look tells how long its lease is.
+            outcome = RunOutcome(error=outcome.error, busy_s=min(_LOST_BUSY_S, self._settings.lease_seconds))
         elapsed = time.monotonic() - self._began
         detail = "" if outcome.error is None else type(outcome.error).__name__
         try:
@@ -352,30 +291,6 @@ class Run:
         park = self._submission.park_s
         return RunOutcome(error=error, park_s=park(error, lease) if park is not None else None)
 
-    def _run_end(self, result: RunOutcome) -> RunEnd:
-        rows = tuple(self._delivery.rows)
-        end = RunEnd(state=RunState.SUCCEEDED, executions=rows, retention_s=self._settings.retention)
-        if result.value is not None:
-            return replace(end, result=to_bytes(result.value))
-        error = result.error
-        record = to_record(error) if isinstance(error, DocketError) else None
-        if result.park_s is not None:
-            ordinary = not isinstance(error, StoreUnavailable)
-            return replace(
-                end, state=RunState.WAITING, error=record, failed_once=ordinary, wake_in_s=result.park_s
-            )
-        if isinstance(error, (SystemExit, KeyboardInterrupt, GeneratorExit, *self._submission.passthrough)):
-            return replace(end, state=RunState.WAITING, error=record)
-        if isinstance(error, StoreUnavailable):
-            return replace(end, state=RunState.WAITING, error=record)
-        if record is None:
-            failed = (
-                StepFailed.from_cause("?", 0, False, error) if error is not None else DocketError("unknown")
-            )
-            record = to_record(failed)
-        state = RunState.CANCELLED if isinstance(error, RunCancelled) else RunState.FAILED
-        return replace(end, state=state, error=record)
-
     # --- building ----------------------------------------------------------------------------------------------
 
     def _request(self) -> RunRequest:
@@ -423,26 +338,3 @@ class Run:
         limit = 2 * self._settings.threads
         if len(held) >= limit:
             raise TooManyAbandoned(len(held), limit, sorted(set(held)))
-
-
-def read_outcome(row: RunRow, plan: Plan) -> RunOutcome:
-    """Return the stored outcome of an ended run."""
-    if row.state is RunState.SUCCEEDED:
-        try:
-            return RunOutcome(value=from_bytes(plan.target.kind, row.result or b""), replayed=True)
-        except DocketError as error:
-            return RunOutcome(error=error)
-    if row.state is RunState.QUARANTINED:
-        return RunOutcome(error=RunQuarantined(row.graph, row.execution_id, row.lost), replayed=True)
-    if row.error is not None:
-        return RunOutcome(error=from_record(row.error), replayed=True)
-    return RunOutcome(error=RunCancelled(row.execution_id, "cancelled earlier"))
-
-
-def frame_job(job: Sequence[tuple[str, bytes]]) -> bytes:
-    """Return the inputs as one value: for each, length and text of the type name, length and bytes."""
-    framed = bytearray()
-    for name, data in job:
-        for part in (name.encode(), data):
-            framed += len(part).to_bytes(8, "big") + part
-    return bytes(framed)

@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
@@ -75,7 +75,7 @@ class Pool:
         self._queue.put(work)
 
     @contextmanager
-    def blocking(self) -> Iterator[None]:
+    def blocking(self) -> Generator[None]:
         """Let another thread take the place of the calling worker while it waits for work of this pool."""
         with self._lock:
             self._size += 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 from google.protobuf.message import Message
 
@@ -237,13 +238,22 @@ def _hints(call: Callable[..., Any]) -> dict[str, Any]:
         plain = type(plain).__call__
     plain = inspect.unwrap(plain)
     function = getattr(plain, "__func__", plain)
-    cells = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
     try:
-        return typing.get_type_hints(function, localns=dict(cells) or None, include_extras=True)
+        return typing.get_type_hints(function, localns=_closure(function) or None, include_extras=True)
     except NameError as error:
         raise SignatureFault(f"an annotation names something that is not defined: {error}") from error
     except (AttributeError, SyntaxError, TypeError, ValueError) as error:
         raise SignatureFault(f"its annotations cannot be read: {error}") from error
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    """Return the local names around *function* that it uses; one that is not assigned yet is left out."""
+    found: dict[str, Any] = {}
+    if inspect.isfunction(function):
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):
+                found[name] = cell.cell_contents
+    return found
 
 
 def _is_async(call: Callable[..., Any]) -> bool:
@@ -258,7 +268,7 @@ def _classifier(options: StepOptions) -> Callable[[BaseException], bool] | None:
     if retriable is None:
         return None
     if isinstance(retriable, (type, tuple)):
-        kinds = retriable
+        kinds = cast("tuple[type[BaseException], ...]", retriable)
         return lambda error: isinstance(error, kinds)
     return retriable
 
@@ -293,13 +303,15 @@ def _check_kinds(options: StepOptions) -> None:
         raise SignatureFault(f"version= is text, not {options.version!r}")
     if options.key is not None and not callable(options.key):
         raise SignatureFault(f"key= is a function of the step's inputs, not {options.key!r}")
-    kinds = options.retriable if isinstance(options.retriable, tuple) else (options.retriable,)
+    retriable: Any = options.retriable
+    kinds: tuple[Any, ...] = retriable if isinstance(retriable, tuple) else (retriable,)
     for kind in kinds:
         is_error = isinstance(kind, type) and issubclass(kind, BaseException)
         is_predicate = kind is options.retriable and not isinstance(kind, type) and callable(kind)
         if kind is not None and not is_error and not is_predicate:
             raise SignatureFault(f"retriable= is a predicate or exception types, not {kind!r}")
-    if isinstance(options.renamed_from, str):
+    former: Any = options.renamed_from
+    if isinstance(former, str):
         raise SignatureFault("renamed_from= is a tuple of names, oldest first; write a comma: ('old',)")
     if not all(isinstance(name, str) and name for name in options.renamed_from):
         raise SignatureFault(f"renamed_from= is a tuple of names, oldest first, not {options.renamed_from!r}")

@@ -36,9 +36,9 @@ from docket_celery.errors import (
 )
 from docket_celery.graph import Graph
 from docket_celery.messages import brief, check_size, to_bytes, type_name
+from docket_celery.outcome import RunOutcome, Submission
 from docket_celery.plan import Plan
 from docket_celery.retrying import Kinds, park_s, with_causes
-from docket_celery.run import RunOutcome, Submission
 
 _logger = logging.getLogger("docket_celery.task")
 P = ParamSpec("P")
@@ -268,6 +268,7 @@ class GraphTask(Task[P, R]):
             may_help=False,
             listeners=self.graph.listeners,
             passthrough=(Ignore, Reject, Retry, SoftTimeLimitExceeded),
+            hands_back=(SystemExit, KeyboardInterrupt, GeneratorExit, Ignore, Reject, Retry),
             scopes=(self._scope(request),),
             park_s=functools.partial(park_s, self),
             worker=f"{request.hostname}/{os.getpid()}",

@@ -1,0 +1,64 @@
+"""What all steps of one pick-up of a run share."""
+
+from __future__ import annotations
+
+import contextvars
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from docket_celery.checkpoint import StepExecution, Store
+from docket_celery.context import Cancellation
+from docket_celery.events import Event, EventKind, Listener, emit
+from docket_celery.heartbeat import HeldLease
+from docket_celery.runtime import Runtime
+
+
+@dataclass(slots=True, kw_only=True)
+class Delivery:
+    """What all steps of one pick-up of a run share.
+
+    Attributes:
+        number: From 1.
+        values: The caller's ``context=``.
+        base: The caller's contextvars; each call gets a copy.
+        held: The run's lease; None when nothing is persisted.
+        passthrough: Exceptions that stop the run and reach the caller as they are.
+        scopes: Context managers entered around each call of a step, on its thread.
+        rows: Step executions that no save has carried yet.
+    """
+
+    graph: str
+    execution_id: str
+    runtime: Runtime
+    cancellation: Cancellation
+    base: contextvars.Context
+    number: int = 1
+    values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    store: Store | None = None
+    held: HeldLease | None = None
+    lease_s: float = 30.0
+    owner: str = ""
+    listeners: Sequence[Listener] = ()
+    passthrough: tuple[type[BaseException], ...] = ()
+    scopes: Sequence[Callable[[], AbstractContextManager[Any]]] = ()
+    worker: str = ""
+    task_id: str | None = None
+    rows: list[StepExecution] = field(default_factory=list[StepExecution])
+
+    def tell(self, kind: EventKind, step: str = "", attempt: int = 0, **facts: Any) -> None:
+        """Tell the listeners."""
+        if self.listeners:
+            event = Event(
+                kind=kind,
+                graph=self.graph,
+                execution_id=self.execution_id,
+                step=step,
+                attempt=attempt,
+                delivery=self.number,
+                at=time.monotonic(),
+                **facts,
+            )
+            emit(self.listeners, event)

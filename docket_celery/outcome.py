@@ -1,0 +1,133 @@
+"""Who asks for a run, how its delivery ended, and what that means for its row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from google.protobuf.message import Message
+
+from docket_celery.checkpoint import Lease, RunEnd, RunRow, RunState, StepExecution
+from docket_celery.configuration import Settings
+from docket_celery.errors import (
+    DocketError,
+    RunCancelled,
+    RunQuarantined,
+    StoreUnavailable,
+    from_record,
+    to_record,
+)
+from docket_celery.events import Listener
+from docket_celery.messages import from_bytes, to_bytes
+from docket_celery.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """Who asks for a run, and how.
+
+    Attributes:
+        job_digest: Taken where the job was submitted; None: taken here over the inputs.
+        number: Delivery number when there is no lease to count them.
+        attached: This submission waits for the outcome of a run that somebody else advances.
+        released: The task's delivery before this one ended in order.
+        waits: Wait here while another holder advances the run; False: end with `Busy`.
+        may_help: The calling thread may run steps itself.
+        park_s: Asked with an error and the lease: seconds until the run is delivered again, or None to end it.
+        hands_back: Interruptions after which another delivery shall go on: the run is left WAITING.
+        worker: Who runs it, for the record.
+    """
+
+    execution_id: str
+    values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    job_digest: bytes | None = None
+    timeout_s: float | None = None
+    max_concurrency: int | None = None
+    number: int = 1
+    task_name: str | None = None
+    task_id: str | None = None
+    retries: int = 0
+    attached: bool = False
+    released: bool = False
+    waits: bool = True
+    may_help: bool = True
+    listeners: Sequence[Listener] = ()
+    passthrough: tuple[type[BaseException], ...] = ()
+    hands_back: tuple[type[BaseException], ...] = (SystemExit, KeyboardInterrupt, GeneratorExit)
+    scopes: Sequence[Callable[[], AbstractContextManager[Any]]] = ()
+    park_s: Callable[[BaseException, Lease | None], float | None] | None = None
+    worker: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOutcome:
+    """How a delivery ended.
+
+    Attributes:
+        value: The target, or None.
+        error: What ended it, or None.
+        busy_s: Another holder advances the run; its lease expires in so many seconds.
+        park_s: The run is parked; deliver it again in so many seconds.
+        replayed: The run had ended before; nothing ran here.
+    """
+
+    value: Message | None = None
+    error: BaseException | None = None
+    busy_s: float | None = None
+    park_s: float | None = None
+    replayed: bool = False
+
+
+def run_end(
+    outcome: RunOutcome, submission: Submission, rows: Sequence[StepExecution], settings: Settings
+) -> RunEnd:
+    """Return how *outcome* leaves the run's row.
+
+    Args:
+        outcome: How the delivery ended.
+        submission: Whose delivery it was.
+        rows: Step executions that no save has carried.
+        settings: For how long an ended run is kept.
+    """
+    end = RunEnd(state=RunState.SUCCEEDED, executions=tuple(rows), retention_s=settings.retention)
+    if outcome.value is not None:
+        return replace(end, result=to_bytes(outcome.value))
+    error = outcome.error
+    record = to_record(error) if isinstance(error, DocketError) else None
+    if outcome.park_s is not None:
+        ordinary = not isinstance(error, StoreUnavailable)
+        return replace(
+            end, state=RunState.WAITING, error=record, failed_once=ordinary, wake_in_s=outcome.park_s
+        )
+    if isinstance(error, (StoreUnavailable, *submission.hands_back)):
+        return replace(end, state=RunState.WAITING, error=record)
+    if record is None:
+        # An interruption by the host, such as a soft time limit, is no error of ours; its text must do.
+        record = to_record(RunCancelled(submission.execution_id, repr(error)))
+    state = RunState.CANCELLED if isinstance(error, RunCancelled) else RunState.FAILED
+    return replace(end, state=state, error=record)
+
+
+def read_outcome(row: RunRow, plan: Plan) -> RunOutcome:
+    """Return the stored outcome of an ended run."""
+    if row.state is RunState.SUCCEEDED:
+        try:
+            return RunOutcome(value=from_bytes(plan.target.kind, row.result or b""), replayed=True)
+        except DocketError as error:
+            return RunOutcome(error=error)
+    if row.state is RunState.QUARANTINED:
+        return RunOutcome(error=RunQuarantined(row.graph, row.execution_id, row.lost), replayed=True)
+    if row.error is not None:
+        return RunOutcome(error=from_record(row.error), replayed=True)
+    return RunOutcome(error=RunCancelled(row.execution_id, "cancelled earlier"), replayed=True)
+
+
+def frame_job(job: Sequence[tuple[str, bytes]]) -> bytes:
+    """Return the inputs as one value: for each, length and text of the type name, length and bytes."""
+    framed = bytearray()
+    for name, data in job:
+        for part in (name.encode(), data):
+            framed += len(part).to_bytes(8, "big") + part
+    return bytes(framed)

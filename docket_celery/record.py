@@ -1,0 +1,181 @@
+"""What is stored of one step in one delivery: its checkpoint, its claim on a shared one, and its row for people."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from google.protobuf.message import Message
+
+from docket_celery.checkpoint import Checkpoint, StepExecution, global_key, input_digest, workflow_key
+from docket_celery.delivery import Delivery
+from docket_celery.errors import DocketError, GraphChanged, InvalidArguments
+from docket_celery.heartbeat import process_heartbeat
+from docket_celery.messages import from_bytes, to_bytes, to_view, type_name
+from docket_celery.policy import Scope
+from docket_celery.step import Step
+
+_logger = logging.getLogger("docket_celery.record")
+_MOST_CHARS = 2000
+
+
+class StepRecord:
+    """The stored side of a step call.
+
+    Args:
+        step: The step.
+        delivery: The delivery it belongs to.
+    """
+
+    __slots__ = ("_began", "_claimed", "_delivery", "_started_at", "_step", "_values")
+
+    def __init__(self, step: Step, delivery: Delivery) -> None:
+        self._step, self._delivery = step, delivery
+        self._values: Sequence[Message] = ()
+        self._claimed: bytes | None = None
+        self._began = 0.0
+        self._started_at: datetime | None = None
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since `begin`."""
+        return time.monotonic() - self._began
+
+    @property
+    def claims(self) -> bool:
+        """Whether others wait for this step to compute a GLOBAL checkpoint."""
+        return self._claimed is not None
+
+    def begin(self, values: Sequence[Message] = ()) -> None:
+        """Note the inputs and when the step began."""
+        self._values, self._began = values, time.monotonic()
+        if self._delivery.store is not None:
+            self._started_at = datetime.now(UTC)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------
+
+    def look_up(self) -> Checkpoint | bool:
+        """Return the GLOBAL checkpoint; True: this step shall compute it; False: another one does."""
+        delivery = self._delivery
+        assert delivery.store is not None
+        key = self._key()
+        found = delivery.store.lookup(key, delivery.owner, delivery.lease_s)
+        if found is True:
+            # Watched before it is known: whoever aborts drops the claims that it finds, watch included.
+            process_heartbeat(delivery.store).watch_claim(key, delivery.owner, delivery.lease_s)
+            self._claimed = key
+        return found
+
+    def checkpoint(self, value: Message) -> Checkpoint:
+        """Return the checkpoint to save for *value*."""
+        step, delivery = self._step, self._delivery
+        return Checkpoint(
+            key=self._claimed or self._key(),
+            graph=delivery.graph,
+            execution_id=None if step.persist is Scope.GLOBAL else delivery.execution_id,
+            step_name=step.name,
+            step_version=step.options.version,
+            input_hash=hash_inputs(self._values),
+            output_type=type_name(value),
+            output_data=to_bytes(value),
+            output_json=to_view(value),
+            ttl_s=step.ttl_s,
+        )
+
+    def save(self, checkpoint: Checkpoint, row: StepExecution) -> Checkpoint:
+        """Store *checkpoint* with its row and return the one that counts: whoever saved first.
+
+        Raises:
+            StoreUnavailable: It may be tried again.
+            LeaseLost: The run is another worker's.
+            CorruptCheckpoint: The winner's row is damaged.
+        """
+        delivery = self._delivery
+        assert delivery.store is not None
+        assert delivery.held is not None
+        if checkpoint.execution_id is None:
+            winner = delivery.store.publish(checkpoint, delivery.owner, row)
+        else:
+            winner = delivery.store.save(delivery.held.lease, checkpoint, row)
+        self._release_claim()
+        return winner
+
+    def drop_claim(self) -> None:
+        """Let another run compute the GLOBAL checkpoint, if this step claimed to."""
+        key, store = self._claimed, self._delivery.store
+        self._release_claim()
+        if key is not None and store is not None:
+            try:
+                store.disclaim(key, self._delivery.owner)
+            except DocketError as error:
+                _logger.warning("a claim stays until it expires: %s", error)
+
+    def _release_claim(self) -> None:
+        key, self._claimed = self._claimed, None
+        if key is not None and self._delivery.store is not None:
+            process_heartbeat(self._delivery.store).unwatch_claim(key, self._delivery.owner)
+
+    def _key(self) -> bytes:
+        step, delivery = self._step, self._delivery
+        if step.persist is Scope.WORKFLOW:
+            return workflow_key(delivery.graph, delivery.execution_id, step.identity)
+        hashed = self._values
+        if step.options.key is not None:
+            named: object = step.options.key(*self._values)
+            if not isinstance(named, Message):
+                problem = f"returned {type(named).__name__}; it must return the message to hash"
+                raise InvalidArguments(f"key= of step {step.name!r}", problem)
+            hashed = [named]
+        inputs = [(type_name(value), to_bytes(value)) for value in hashed]
+        return global_key(delivery.graph, step.name, step.options.version, inputs)
+
+    # --- rows --------------------------------------------------------------------------------------------------
+
+    def report(
+        self, status: str, *, attempts: int, cached: bool = False, error: DocketError | None = None
+    ) -> None:
+        """Keep a row for the run's next statement; nothing without a store."""
+        if self._delivery.store is not None:
+            self._delivery.rows.append(self.row(status, attempts=attempts, cached=cached, error=error))
+
+    def row(
+        self, status: str, *, attempts: int, cached: bool = False, error: DocketError | None = None
+    ) -> StepExecution:
+        """Return the row of this step execution as it stands now."""
+        delivery = self._delivery
+        return StepExecution(
+            graph=delivery.graph,
+            execution_id=delivery.execution_id,
+            step_name=self._step.name,
+            delivery=delivery.number,
+            attempts=attempts,
+            cached=cached,
+            status=status,
+            started_at=self._started_at or datetime.now(UTC),
+            duration_ms=self.elapsed_s * 1000,
+            error_code=None if error is None else error.code,
+            error_message=None if error is None else str(error)[:_MOST_CHARS],
+            worker=delivery.worker,
+            task_id=delivery.task_id,
+        )
+
+
+def hash_inputs(values: Sequence[Message]) -> str:
+    """Return `input_digest` of a step's input values."""
+    return input_digest((type_name(value), to_bytes(value)) for value in values)
+
+
+def read_value(step: Step, checkpoint: Checkpoint, delivery: Delivery) -> Message:
+    """Return the stored output of *step*.
+
+    Raises:
+        GraphChanged: It is of another type than the step returns now.
+        DecodeFailed: The bytes cannot be read.
+    """
+    expected = type_name(step.output.kind)
+    if checkpoint.output_type != expected:
+        change = f"{step.name} (returned {checkpoint.output_type}, now {expected})"
+        raise GraphChanged(delivery.graph, delivery.execution_id, [change])
+    return from_bytes(step.output.kind, checkpoint.output_data)
