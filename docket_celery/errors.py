@@ -307,7 +307,7 @@ class RunQuarantined(DocketError):
     def describe(self) -> str:
         return (
             f"run {self.execution_id!r} of graph {self.graph!r} is quarantined: "
-            f"its worker was lost {self.lost} times; find what kills it (memory, a crash in C code) before you retry it"
+            f"its worker was lost {self.lost} times; find what kills it (memory, a crash in C code) first"
         )
 
 
@@ -324,7 +324,7 @@ class GraphChanged(DocketError):
         names = ", ".join(repr(name) for name in self.steps)
         return (
             f"run {self.execution_id!r} of graph {self.graph!r} holds checkpoints of {names}, which the graph "
-            "no longer has; put the step back, name the old step in renamed_from=(...), or submit under a new execution_id"
+            "no longer has; put the step back, name the old one in renamed_from=(...), or use a new execution_id"
         )
 
 
