@@ -110,6 +110,19 @@ def test_whatever_can_be_called_is_a_step(target: Any, options: dict[str, Any], 
     assert graph.execute(Charge, Order(order_id="7")) == Charge(charge_id=expected)
 
 
+def test_a_step_may_use_what_is_defined_after_it() -> None:
+    """A local name that is not assigned yet when the signature is read is no fault."""
+    graph = Graph("shop")
+
+    @graph.step
+    def charge(order: Order) -> Charge:
+        return Charge(charge_id=later + order.order_id)
+
+    graph.validate(Order)
+    later = "later "
+    assert graph.execute(Charge, Order(order_id="7")) == Charge(charge_id="later 7")
+
+
 def test_decorating_returns_the_function_itself() -> None:
     """With and without options, a step stays an ordinary function for its tests."""
     graph = Graph("shop")
