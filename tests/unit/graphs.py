@@ -75,7 +75,7 @@ def deliver(
 ) -> RunOutcome:
     """Run *graph* to the value *target* on *threads* threads and return how it ended; never hangs a test."""
     names = list(given or {})
-    submission = replace(Submission(execution_id="run", may_help=helps), **facts)
+    submission = replace(Submission(execution_id="run", may_help=helps, listeners=graph.listeners), **facts)
     return within(
         lambda: graph.deliver(
             key(target),
@@ -101,7 +101,7 @@ def execute(
     outcome = graph.deliver(
         ValueKey(target),
         inputs,
-        replace(Submission(execution_id="run", may_help=helps), **facts),
+        replace(Submission(execution_id="run", may_help=helps, listeners=graph.listeners), **facts),
         settings=Settings(threads=threads),
         store=store,
     )
@@ -128,6 +128,12 @@ def start(call: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=run, name="test-caller", daemon=True).start()
     return future
+
+
+def pass_on(mine: threading.Event, theirs: threading.Event) -> None:
+    """Say *mine*, then wait for *theirs*."""
+    mine.set()
+    reached(theirs)
 
 
 def reached(event: threading.Event) -> None:

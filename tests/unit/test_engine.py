@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextvars
+import queue
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -7,11 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from docket_celery.context import StepContext
+from docket_celery.context import Cancellation, StepContext
+from docket_celery.delivery import Delivery
+from docket_celery.engine import Execution, Outcome
 from docket_celery.errors import AbortError, StepFailed
 from docket_celery.events import EventKind
 from docket_celery.graph import Graph
 from docket_celery.policy import FixedBackoff, RetryPolicy
+from docket_celery.runtime import process_runtime
 from tests.unit.graphs import WAIT_S, add_step, build, deliver, execute, reached, start, total, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
 
@@ -265,31 +270,57 @@ def test_a_step_that_waits_to_be_retried_is_given_up_when_another_fails() -> Non
     assert ["try later" in other for other in caught.value.others] == [True]
 
 
-def test_a_failure_at_the_moment_a_retry_is_due_loses_neither() -> None:
-    """Alarms that ring while another step fails are taken by one side or the other: each run ends."""
-    graph = Graph("shop")
-    barrier = threading.Barrier(2, timeout=WAIT_S)
+class TimerLast:
+    """An execution's lock that the timer's thread gets only once the execution is failing."""
 
-    @graph.step(retry=RetryPolicy(backoff=FixedBackoff(0.0005), max_attempts=2))
-    def charge(order: Order, ctx: StepContext) -> Charge:
-        if ctx.attempt == 1:
-            barrier.wait()
+    def __init__(self, execution: Execution) -> None:
+        self._execution, self._lock = execution, threading.Lock()
+        self.rung, self._failing = threading.Event(), threading.Event()
+
+    def __enter__(self) -> None:
+        if threading.current_thread().name == "docket-timer":
+            self.rung.set()
+            reached(self._failing)
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        if self._execution.failing:
+            self._failing.set()
+        self._lock.release()
+
+
+def test_a_retry_whose_alarm_rings_while_another_step_fails_is_given_up() -> None:
+    """Between the alarm's ring and the retry's start the step belongs to the failure, which ends it."""
+    graph, outcomes = Graph("shop"), queue.SimpleQueue[Outcome]()
+
+    @graph.step(retry=RetryPolicy(backoff=FixedBackoff(0)))
+    def charge(order: Order) -> Charge:
         raise ValueError("again")
 
-    @graph.step(timeout=WAIT_S)
+    @graph.step
     def reserve(order: Order) -> Reservation:
-        barrier.wait()
-        for _ in range(order.amount_cents):
-            pass
+        reached(gate.rung)
         raise KeyError("sold out")
 
     @graph.step
     def ship(charge: Charge, reservation: Reservation) -> Shipment:
         return Shipment()
 
-    for spin in range(150):
-        with pytest.raises(StepFailed):
-            within(lambda spin=spin: graph.execute(Shipment, Order(amount_cents=spin * 300)))  # type: ignore[misc]
+    delivery = Delivery(
+        graph="shop",
+        execution_id="o-1",
+        runtime=process_runtime(2),
+        cancellation=Cancellation(),
+        base=contextvars.copy_context(),
+    )
+    execution = Execution(graph.plan(Shipment, Order), [Order()], delivery, outcomes.put)
+    gate = TimerLast(execution)
+    execution.lock = gate  # type: ignore[assignment] # it needs to be a lock for `with` alone
+    execution.start()
+    execution.dispatch()
+    error = outcomes.get(timeout=WAIT_S).error
+    assert isinstance(error, StepFailed)
+    assert (error.step, len(error.others)) == ("reserve", 1)
 
 
 def test_abort_cancels_the_contexts_of_running_steps_at_once() -> None:

@@ -1,0 +1,466 @@
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+
+from docket_celery.context import StepContext, current_context
+from docket_celery.errors import AbortError, InvalidArguments, StepFailed, StepTimedOut, WrongResult
+from docket_celery.events import Event, EventKind
+from docket_celery.graph import Graph
+from docket_celery.policy import ErrorClassifier, ExponentialBackoff, FixedBackoff, RetryPolicy
+from tests.unit.graphs import WAIT_S, execute, reached, within
+from tests.unit.protos.shop_pb2 import Charge, Label, Order, Reservation, Shipment
+
+AT_ONCE = RetryPolicy(max_attempts=4, backoff=FixedBackoff(0))
+caller: ContextVar[str] = ContextVar("caller", default="nobody")
+
+
+def failing(error: Callable[[], BaseException], **options: Any) -> tuple[Graph, list[int]]:
+    """Return a graph whose step raises *error* at each call, and the list of its attempts."""
+    graph, attempts = Graph("shop"), list[int]()
+
+    @graph.step(**options)
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        attempts.append(ctx.attempt)
+        raise error()
+
+    return graph, attempts
+
+
+def test_attempts_are_counted_with_the_first_call() -> None:
+    """``max_attempts=4`` calls four times, numbered from 1, and says so in the error."""
+    graph, attempts = failing(lambda: ValueError("no"), retry=AT_ONCE)
+    with pytest.raises(
+        StepFailed, match=r"step 'charge' failed after 4 attempts \(attempts used up\): ValueError: no"
+    ) as caught:
+        within(lambda: graph.execute(Charge, Order()))
+    assert attempts == [1, 2, 3, 4]
+    assert (caught.value.attempts, caught.value.retriable) == (4, True)
+
+
+def test_without_a_policy_a_step_has_one_attempt() -> None:
+    """Retries are asked for, not assumed."""
+    graph, attempts = failing(lambda: ValueError("no"))
+    with pytest.raises(StepFailed, match="after 1 attempt "):
+        within(lambda: graph.execute(Charge, Order()))
+    assert attempts == [1]
+
+
+def test_an_attempt_that_succeeds_ends_the_retries() -> None:
+    """The value of the third call counts, and listeners hear of each attempt."""
+    graph, heard = Graph("shop"), list[tuple[EventKind, int]]()
+
+    @graph.step(retry=AT_ONCE)
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        if ctx.attempt < 3:
+            raise ConnectionError("again")
+        return Charge(charge_id=f"attempt {ctx.attempt}")
+
+    graph.listeners.append(lambda event: heard.append((event.kind, event.attempt)))
+    assert within(lambda: graph.execute(Charge, Order())) == Charge(charge_id="attempt 3")
+    assert heard == [
+        (EventKind.RUN_STARTED, 0),
+        (EventKind.STEP_STARTED, 1),
+        (EventKind.STEP_RETRYING, 1),
+        (EventKind.STEP_STARTED, 2),
+        (EventKind.STEP_RETRYING, 2),
+        (EventKind.STEP_STARTED, 3),
+        (EventKind.STEP_SUCCEEDED, 3),
+        (EventKind.RUN_ENDED, 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("retriable", "calls"),
+    [
+        (ConnectionError, 4),
+        ((KeyError, ConnectionError), 4),
+        (KeyError, 1),
+        ((), 1),
+        (lambda error: "again" in str(error), 4),
+        (lambda _error: False, 1),
+        (None, 4),
+    ],
+    ids=["its type", "one of its types", "another type", "no type", "true", "false", "default"],
+)
+def test_retriable_decides(retriable: ErrorClassifier | None, calls: int) -> None:
+    """Exception types or a predicate say what another attempt may cure."""
+    graph, attempts = failing(lambda: ConnectionResetError("again"), retry=AT_ONCE, retriable=retriable)
+    with pytest.raises(StepFailed) as caught:
+        within(lambda: graph.execute(Charge, Order()))
+    assert len(attempts) == calls
+    assert caught.value.retriable is (calls == 4)
+
+
+def test_a_predicate_that_raises_is_the_failure() -> None:
+    """Nothing is retried on the word of broken code, and what it was asked about is in the notes."""
+    graph, attempts = failing(
+        lambda: ValueError("first"), retry=AT_ONCE, retriable=lambda error: error.missing
+    )
+    with pytest.raises(StepFailed, match="AttributeError") as caught:
+        within(lambda: graph.execute(Charge, Order()))
+    assert attempts == [1]
+    assert caught.value.__cause__ is not None
+    assert "ValueError: first" in caught.value.__cause__.__notes__[0]
+
+
+class Unprintable(Exception):
+    """An exception of somebody who did not test it."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    "kind", [Unprintable, StopIteration, StopAsyncIteration, RecursionError, MemoryError]
+)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_strange_exceptions_are_step_failures(kind: type[Exception], is_async: bool) -> None:
+    """Whatever an exception does, the run ends with it."""
+    graph = Graph("shop")
+
+    def charge(order: Order) -> Charge:
+        raise kind
+
+    async def charge_on_loop(order: Order) -> Charge:
+        raise kind
+
+    graph.register(charge_on_loop if is_async else charge, retriable=lambda error: error.missing)
+    with pytest.raises(StepFailed):
+        within(lambda: graph.execute(Charge, Order()))
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit])
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("helps", [False, True])
+def test_exceptions_that_end_programs_pass_through(
+    kind: type[BaseException], is_async: bool, helps: bool
+) -> None:
+    """They are never step failures, and the process's threads survive them."""
+    graph = Graph("shop")
+
+    def charge(order: Order) -> Charge:
+        if order.order_id:
+            return Charge()
+        raise kind
+
+    async def charge_on_loop(order: Order) -> Charge:
+        return charge(order)
+
+    graph.register(charge_on_loop if is_async else charge)
+    with pytest.raises(kind):
+        within(lambda: execute(graph, Charge, Order(), helps=helps))
+    assert within(lambda: execute(graph, Charge, Order(order_id="7"), helps=helps)) == Charge()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(None, "None"), (Label(), "Label"), (Charge, "MessageMeta"), ("charge", "str")]
+)
+def test_a_wrong_result_fails_without_a_retry(value: object, shown: str) -> None:
+    """None or another type is a defect of the step, which no further call cures."""
+    graph, calls = Graph("shop"), list[int]()
+
+    @graph.step(retry=AT_ONCE, retriable=Exception)
+    def charge(order: Order) -> Charge:
+        calls.append(1)
+        return value  # type: ignore[return-value]
+
+    with pytest.raises(WrongResult, match=f"returned {shown}, but declares docket.tests.unit.Charge"):
+        within(lambda: graph.execute(Charge, Order()))
+    assert calls == [1]
+
+
+def test_a_timed_out_attempt_is_abandoned_and_its_late_result_never_used() -> None:
+    """The second attempt's value counts; the first one's thread sees its context cancelled and is let go."""
+    graph, heard = Graph("shop"), list[Event]()
+    late, done = threading.Event(), threading.Event()
+
+    @graph.step(timeout=0.05, retry=AT_ONCE)
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        if ctx.attempt == 1:
+            assert ctx.cancelled.wait(WAIT_S)
+            reached(late)
+            done.set()
+        return Charge(charge_id=f"attempt {ctx.attempt}")
+
+    graph.listeners.append(heard.append)
+    assert within(lambda: graph.execute(Charge, Order())) == Charge(charge_id="attempt 2")
+    assert EventKind.STEP_ABANDONED in [event.kind for event in heard]
+    late.set()
+    reached(done)
+
+
+def test_a_context_sleep_wakes_at_the_timeout() -> None:
+    """`ctx.sleep` and `ctx.check` raise the reason once the attempt has timed out; the deadline was known."""
+    graph, seen = Graph("shop"), list[BaseException]()
+    woken = threading.Event()
+
+    @graph.step(timeout=0.05)
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        assert ctx.deadline is not None
+        waits: list[Callable[[], None]] = [functools.partial(ctx.sleep, 3600), ctx.check]
+        for wait in waits:
+            try:
+                wait()
+            except StepTimedOut as error:
+                seen.append(error)
+        woken.set()
+        return Charge()
+
+    with pytest.raises(StepTimedOut, match=r"step 'charge' passed timeout=0.05 s \(attempt 1\)") as caught:
+        within(lambda: graph.execute(Charge, Order()))
+    assert caught.value.timeout_s == 0.05
+    reached(woken)
+    assert seen == [caught.value] * 2
+
+
+def test_an_attempt_that_ends_in_time_leaves_no_alarm() -> None:
+    """A run that was quick is not disturbed by the timeouts of its steps, nor does it wait for them."""
+    graph = Graph("shop")
+
+    @graph.step(timeout=3600)
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        assert not ctx.cancelled.is_set()
+        return Charge(charge_id="quick")
+
+    assert within(lambda: graph.execute(Charge, Order())) == Charge(charge_id="quick")
+
+
+def test_a_coroutine_is_really_cancelled_at_its_timeout() -> None:
+    """Unlike a thread, an ``async def`` step ends; its clean-up runs, and the next attempt starts."""
+    graph, cancelled = Graph("shop"), threading.Event()
+
+    @graph.step(timeout=0.05, retry=AT_ONCE)
+    async def charge(order: Order, ctx: StepContext) -> Charge:
+        if ctx.attempt == 1:
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+        return Charge(charge_id=f"attempt {ctx.attempt}")
+
+    assert within(lambda: graph.execute(Charge, Order())) == Charge(charge_id="attempt 2")
+    reached(cancelled)
+
+
+def test_a_coroutine_is_really_cancelled_by_an_abort() -> None:
+    """Nobody waits an hour for a step of a run that is over."""
+    graph = Graph("shop")
+    sleeping, cancelled = threading.Event(), threading.Event()
+
+    @graph.step
+    async def charge(order: Order) -> Charge:
+        sleeping.set()
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            cancelled.set()
+        return Charge()
+
+    @graph.step
+    def reserve(order: Order) -> Reservation:
+        reached(sleeping)
+        raise AbortError("stop")
+
+    @graph.step
+    def ship(charge: Charge, reservation: Reservation) -> Shipment:
+        return Shipment()
+
+    with pytest.raises(AbortError):
+        within(lambda: graph.execute(Shipment, Order()))
+    reached(cancelled)
+
+
+def test_a_coroutine_that_cancels_itself_fails_its_step() -> None:
+    """A cancelled task of the step's own must not leave the run without an end."""
+    graph = Graph("shop")
+
+    @graph.step
+    async def charge(order: Order) -> Charge:
+        mine = asyncio.ensure_future(asyncio.sleep(3600))
+        mine.cancel()
+        await mine
+        return Charge()
+
+    with pytest.raises(StepFailed, match="cancelled"):
+        within(lambda: graph.execute(Charge, Order()))
+
+
+def test_coroutines_overlap_on_one_pool_thread() -> None:
+    """Three ``async def`` steps meet though there is one thread, which none of them holds."""
+    graph, count = Graph("shop"), list[str]()
+    full: Future[None] = Future()
+
+    async def meet(name: str) -> None:
+        count.append(name)
+        if len(count) == 3:
+            full.set_result(None)
+        await asyncio.wait_for(asyncio.wrap_future(full), WAIT_S)
+
+    @graph.step
+    async def charge(order: Order) -> Charge:
+        await meet("charge")
+        return Charge()
+
+    @graph.step
+    async def reserve(order: Order) -> Reservation:
+        await meet("reserve")
+        return Reservation()
+
+    @graph.step
+    async def label(order: Order) -> Label:
+        await meet("label")
+        return Label()
+
+    @graph.step
+    def ship(charge: Charge, reservation: Reservation, label: Label) -> Shipment:
+        return Shipment(tracking_id=str(len(count)))
+
+    assert within(lambda: execute(graph, Shipment, Order(), threads=1)) == Shipment(tracking_id="3")
+
+
+@pytest.mark.parametrize("helps", [False, True])
+def test_each_call_gets_a_copy_of_the_callers_context(helps: bool) -> None:
+    """Steps see the caller's contextvars; what one sets reaches neither the others nor the caller."""
+    graph, seen = Graph("shop"), list[str]()
+
+    @graph.step
+    def charge(order: Order) -> Charge:
+        seen.append(caller.get())
+        caller.set("charge")
+        return Charge()
+
+    @graph.step
+    async def reserve(charge: Charge) -> Reservation:
+        seen.append(caller.get())
+        caller.set("reserve")
+        return Reservation()
+
+    @graph.step
+    def ship(reservation: Reservation) -> Shipment:
+        seen.append(caller.get())
+        return Shipment()
+
+    def run() -> str:
+        caller.set("me")
+        execute(graph, Shipment, Order(), helps=helps)
+        return caller.get()
+
+    assert within(run) == "me"
+    assert seen == ["me", "me", "me"]
+
+
+def test_helpers_reach_the_context_of_the_step_they_serve() -> None:
+    """`current_context` works in threads and on the loop, and nowhere else."""
+    graph = Graph("shop")
+
+    def describe() -> str:
+        ctx = current_context()
+        return (
+            f"{ctx.graph} {ctx.execution_id} {ctx.step} {ctx.attempt} {ctx.delivery} {ctx.values['tenant']}"
+        )
+
+    @graph.step
+    async def charge(order: Order) -> Charge:
+        return Charge(charge_id=describe())
+
+    @graph.step
+    def ship(charge: Charge) -> Shipment:
+        return Shipment(tracking_id=f"{charge.charge_id}, {describe()}")
+
+    shipment = within(
+        lambda: graph.execute(Shipment, Order(), execution_id="o-7", context={"tenant": "acme"})
+    )
+    assert shipment.tracking_id == "shop o-7 charge 1 1 acme, shop o-7 ship 1 1 acme"
+    with pytest.raises(LookupError, match="inside a step only"):
+        current_context()
+
+
+def test_the_idempotency_key_names_run_and_step() -> None:
+    """It is one for all attempts of a step in a run, and another for every other step and run."""
+    graph, keys = Graph("shop"), dict[tuple[str, str], set[str]]()
+
+    def note(ctx: StepContext) -> None:
+        keys.setdefault((ctx.execution_id, ctx.step), set()).add(ctx.idempotency_key)
+
+    @graph.step(retry=AT_ONCE)
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        note(ctx)
+        if ctx.attempt < 3:
+            raise ValueError("again")
+        return Charge()
+
+    @graph.step
+    def ship(charge: Charge, ctx: StepContext) -> Shipment:
+        note(ctx)
+        return Shipment()
+
+    for name in ("o-1", "o-2", "o-1"):
+        within(functools.partial(graph.execute, Shipment, Order(), execution_id=name))
+    assert [len(found) for found in keys.values()] == [1, 1, 1, 1]
+    assert len(set.union(*keys.values())) == 4
+
+
+def test_a_listener_that_raises_does_not_break_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged, and those after it still hear of everything."""
+    graph, heard = Graph("shop"), list[EventKind]()
+
+    @graph.step
+    def charge(order: Order) -> Charge:
+        return Charge(charge_id="paid")
+
+    def broken(event: Event) -> None:
+        raise ValueError("listener")
+
+    graph.listeners += [broken, lambda event: heard.append(event.kind)]
+    assert within(lambda: graph.execute(Charge, Order())) == Charge(charge_id="paid")
+    assert heard == [
+        EventKind.RUN_STARTED,
+        EventKind.STEP_STARTED,
+        EventKind.STEP_SUCCEEDED,
+        EventKind.RUN_ENDED,
+    ]
+    assert "failed on run-started" in caplog.text
+
+
+def test_a_backoff_that_cannot_be_used_fails_the_step() -> None:
+    """A negative wait, of somebody's own backoff, is the step's failure and no hang."""
+
+    class Backwards:
+        def delay_s(self, *_: object) -> float:
+            return -1.0
+
+    graph, attempts = failing(lambda: ValueError("no"), retry=RetryPolicy(backoff=Backwards()))
+    with pytest.raises(StepFailed, match="backoff's delay must not be negative"):
+        within(lambda: graph.execute(Charge, Order()))
+    assert attempts == [1]
+
+
+def test_exponential_waits_are_asked_of_the_policy() -> None:
+    """The engine waits what the backoff says for the attempt that failed."""
+    asked: list[int] = []
+
+    class Noted(ExponentialBackoff):
+        def delay_s(self, attempt: int, *_: object) -> float:
+            asked.append(attempt)
+            return 0.0
+
+    graph, attempts = failing(lambda: ValueError("no"), retry=RetryPolicy(max_attempts=4, backoff=Noted()))
+    with pytest.raises(StepFailed):
+        within(lambda: graph.execute(Charge, Order()))
+    assert (asked, attempts) == ([1, 2, 3], [1, 2, 3, 4])
+
+
+def test_a_bad_concurrency_is_refused() -> None:
+    """Zero steps at once would never end."""
+    graph, _ = failing(lambda: ValueError("no"))
+    with pytest.raises(InvalidArguments, match="max_concurrency must be at least 1"):
+        graph.execute(Charge, Order(), max_concurrency=0)

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from docket_celery.configuration import Settings, default_threads
+from docket_celery.errors import InvalidSettings
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    """Nothing set gives the table of the design."""
+    found = Settings.read({}, {})
+    assert found == Settings(
+        database_url=None,
+        threads=default_threads(),
+        lease_seconds=30.0,
+        max_deliveries=10,
+        max_message_bytes=1024 * 1024,
+        retention=30 * 86400.0,
+    )
+    assert (found.heartbeat_s, found.trust_margin_s) == (7.5, 5.0)
+
+
+def test_values_win_over_the_environment() -> None:
+    """`app.conf`, then ``DOCKET_CELERY_*``, then the default; None counts as not set."""
+    environ = {
+        "DOCKET_CELERY_THREADS": "3",
+        "DOCKET_CELERY_LEASE_SECONDS": "12.5",
+        "DOCKET_CELERY_MAX_DELIVERIES": "4",
+    }
+    found = Settings.read(
+        {"docket_threads": 5, "docket_lease_seconds": None, "broker_url": "redis://"}, environ
+    )
+    assert (found.threads, found.lease_seconds, found.max_deliveries) == (5, 12.5, 4)
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("docket_databse_url", "did you mean docket_database_url"),
+        ("docket_zzz", "known: docket_database_url"),
+    ],
+)
+def test_unknown_settings_are_refused_with_the_nearest(key: str, text: str) -> None:
+    """A slip of the keyboard must not switch persistence off."""
+    with pytest.raises(InvalidSettings, match=text):
+        Settings.read({key: "x"}, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("docket_threads", 0),
+        ("docket_threads", 2.5),
+        ("docket_threads", "many"),
+        ("docket_threads", True),
+        ("docket_threads", float("inf")),
+        ("docket_lease_seconds", 0.5),
+        ("docket_lease_seconds", float("nan")),
+        ("docket_lease_seconds", float("inf")),
+        ("docket_max_deliveries", -1),
+        ("docket_max_message_bytes", [1]),
+        ("docket_retention", 10**400),
+        ("docket_database_url", ""),
+        ("docket_database_url", 5),
+    ],
+)
+def test_values_that_cannot_be_used_are_refused(key: str, value: Any) -> None:
+    """The error names the setting."""
+    with pytest.raises(InvalidSettings, match=f"setting {key}: must be"):
+        Settings.read({key: value}, {})
+
+
+def test_a_bad_environment_names_the_variable() -> None:
+    """Whoever reads the error knows where the value came from."""
+    with pytest.raises(InvalidSettings, match="setting DOCKET_CELERY_THREADS: must be a whole number"):
+        Settings.read({}, {"DOCKET_CELERY_THREADS": "four"})
+
+
+@pytest.mark.parametrize(("lease", "margin"), [(30, 5.0), (60, 5.0), (6, 1.0), (1, 1 / 6)])
+def test_a_holder_stops_before_its_lease_ends(lease: float, margin: float) -> None:
+    """5 seconds early, or a sixth of a short lease, so that there is always time left to work."""
+    assert Settings(lease_seconds=lease).trust_margin_s == pytest.approx(margin)

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from docket_celery.checkpoint import Checkpoint, StepExecution
+from docket_celery.context import StepContext
+from docket_celery.errors import AbortError, InvalidArguments, StepFailed, StoreUnavailable
+from docket_celery.events import Event, EventKind
+from docket_celery.graph import Graph
+from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
+from docket_celery.store import MemoryStore
+from tests.unit.graphs import WAIT_S, execute, pass_on, reached, start, within
+from tests.unit.protos.shop_pb2 import Charge, Order, Reservation, Shipment
+
+
+class WatchedStore(MemoryStore):
+    """A store that counts look-ups, tells when one had to wait, and refuses to publish when told to."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__(clock)
+        self.waited, self.disclaimed = threading.Event(), threading.Event()
+        self.refusals = 0
+
+    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+        found = super().lookup(key, owner, lease_s)
+        if found is False:
+            self.waited.set()
+        return found
+
+    def publish(self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None) -> Checkpoint:
+        if self.refusals:
+            self.refusals -= 1
+            raise StoreUnavailable("answer", "gone for a moment")
+        return super().publish(checkpoint, owner, execution)
+
+    def disclaim(self, key: bytes, owner: str) -> None:
+        super().disclaim(key, owner)
+        self.disclaimed.set()
+
+    @property
+    def claims(self) -> int:
+        """How many GLOBAL checkpoints somebody says to be computing."""
+        return len(self._claims)
+
+
+class Rates:
+    """A graph with one shared step, which counts its calls."""
+
+    def __init__(self, name: str = "rates", **options: Any) -> None:
+        self.now = 1000.0
+        self.calls: list[str] = []
+        self.body: Callable[[StepContext], object] = lambda _ctx: None
+        self.store = WatchedStore(lambda: self.now)
+        self.graph = Graph(name, store=self.store)
+        self.graph.register(self.charge, persist=Scope.GLOBAL, **options)
+
+    def charge(self, order: Order, ctx: StepContext) -> Charge:
+        """Make a charge that tells how often it was made."""
+        self.calls.append(order.order_id)
+        self.body(ctx)
+        return Charge(charge_id=f"{order.order_id} {len(self.calls)}")
+
+    def ask(self, order_id: str = "7", **fields: Any) -> str:
+        """Return the charge's id for an order, in a run of its own."""
+        return self.graph.execute(Charge, Order(order_id=order_id, **fields)).charge_id
+
+
+def test_runs_share_a_checkpoint_for_equal_inputs() -> None:
+    """The second run reads what the first one computed; other inputs are computed."""
+    rates = Rates()
+    assert [within(rates.ask) for _ in range(3)] == ["7 1"] * 3
+    assert within(lambda: rates.ask("8")) == "8 2"
+    assert rates.calls == ["7", "8"]
+
+
+def test_map_fields_in_any_order_are_equal_inputs() -> None:
+    """The key is made of deterministic bytes."""
+    rates = Rates()
+    names = [f"article {i}" for i in range(20)]
+    within(lambda: rates.ask(stock=dict.fromkeys(names, 1)))
+    within(lambda: rates.ask(stock=dict.fromkeys(reversed(names), 1)))
+    assert rates.calls == ["7"]
+
+
+def test_a_checkpoint_expires_by_the_stores_clock() -> None:
+    """Up to ``ttl`` seconds after saving it is reused, then computed and kept anew."""
+    rates = Rates(ttl=60)
+    within(rates.ask)
+    rates.now += 59
+    assert within(rates.ask) == "7 1"
+    rates.now += 1
+    assert within(rates.ask) == "7 2"
+    rates.now += 59
+    assert within(rates.ask) == "7 2"
+
+
+def test_another_version_is_another_checkpoint() -> None:
+    """Changed code asks for a changed ``version`` and finds nothing."""
+    rates = Rates(version="1")
+    within(rates.ask)
+    newer = Graph("rates", store=rates.store)
+    newer.register(rates.charge, persist=Scope.GLOBAL, version="2")
+    assert within(lambda: newer.execute(Charge, Order(order_id="7"))).charge_id == "7 2"
+
+
+def test_key_says_what_of_the_inputs_counts() -> None:
+    """A field that ``key`` leaves out does not spoil the cache."""
+    rates = Rates(key=lambda order: Order(order_id=order.order_id))
+    within(lambda: rates.ask(amount_cents=1))
+    assert within(lambda: rates.ask(amount_cents=2)) == "7 1"
+
+
+@pytest.mark.parametrize(
+    ("broken", "expected", "text"),
+    [
+        (lambda _order: None, InvalidArguments, "key= of step 'charge': returned NoneType"),
+        (lambda order: order.missing, StepFailed, "AttributeError"),
+    ],
+    ids=["no message", "raises"],
+)
+def test_a_broken_key_fails_the_run(broken: Any, expected: type[Exception], text: str) -> None:
+    """Without a key there is nothing to look up, and nothing is called."""
+    rates = Rates(key=broken)
+    with pytest.raises(expected, match=text):
+        within(rates.ask)
+    assert rates.calls == []
+
+
+def test_of_many_runs_at_once_one_computes() -> None:
+    """The others wait for its value without holding a thread: they share two, and each gets it."""
+    rates = Rates()
+    rates.body = lambda _ctx: reached(rates.store.waited)
+
+    def ask() -> str:
+        return execute(
+            rates.graph,
+            Charge,
+            Order(order_id="7"),
+            threads=2,
+            execution_id=threading.current_thread().name + str(threading.get_ident()),
+        ).charge_id
+
+    runs = [start(ask) for _ in range(6)]
+    assert [run.result(WAIT_S) for run in runs] == ["7 1"] * 6
+    assert rates.calls == ["7"]
+    assert rates.store.claims == 0
+
+
+@pytest.mark.parametrize("fault", ["fails", "aborts", "times out", "cannot save"])
+def test_a_claim_is_given_up_however_its_step_ends(fault: str) -> None:
+    """The next run computes at once instead of waiting for a lease that a heartbeat keeps alive."""
+    rates = Rates(timeout=0.05 if fault == "times out" else None)
+
+    def body(ctx: StepContext) -> None:
+        if fault == "fails":
+            raise ValueError(fault)
+        if fault == "aborts":
+            raise AbortError(fault)
+        ctx.cancelled.wait(WAIT_S)
+
+    if fault == "cannot save":
+        rates.store.refusals = 99
+    else:
+        rates.body = body
+    with pytest.raises((StepFailed, AbortError, StoreUnavailable)):
+        within(rates.ask)
+    reached(rates.store.disclaimed)
+    rates.body, rates.store.refusals = (lambda _ctx: None), 0
+    assert within(rates.ask) == "7 2"
+    assert rates.store.claims == 0
+
+
+def test_a_run_aborted_beside_a_claim_gives_it_up() -> None:
+    """A step that computes for others is let go with its run; a run that waits for it takes over."""
+    rates = Rates()
+    computing = threading.Event()
+
+    def compute(ctx: StepContext) -> None:
+        computing.set()
+        ctx.sleep(3600)
+
+    rates.body = compute
+    graph = Graph("rates", store=rates.store)
+    graph.register(rates.charge, persist=Scope.GLOBAL)
+
+    @graph.step
+    def reserve(order: Order) -> Reservation:
+        reached(rates.store.waited)
+        raise AbortError("stop")
+
+    @graph.step
+    def ship(charge: Charge, reservation: Reservation) -> Shipment:
+        return Shipment()
+
+    aborted = start(lambda: graph.execute(Shipment, Order(order_id="7")))
+    reached(computing)
+    rates.body = lambda _ctx: None
+    waiting = start(rates.ask)
+    with pytest.raises(AbortError):
+        aborted.result(WAIT_S)
+    assert waiting.result(WAIT_S) == "7 2"
+
+
+def test_a_run_that_is_stopped_while_it_waits_for_a_claim_ends() -> None:
+    """It neither computes nor keeps looking once its own time is over."""
+    rates = Rates()
+    computing, go = threading.Event(), threading.Event()
+    rates.body = lambda _ctx: pass_on(computing, go)
+    first = start(rates.ask)
+    reached(computing)
+    with pytest.raises(Exception, match="passed its timeout"):
+        within(lambda: rates.graph.execute(Charge, Order(order_id="7"), timeout=0.1))
+    go.set()
+    assert first.result(WAIT_S) == "7 1"
+    assert rates.calls == ["7"]
+
+
+def test_a_claim_outlives_the_attempts_of_its_step() -> None:
+    """Between two attempts nobody else begins."""
+    rates = Rates(retry=RetryPolicy(backoff=FixedBackoff(0.2)))
+    heard: list[Event] = []
+    rates.graph.listeners.append(heard.append)
+
+    def body(ctx: StepContext) -> None:
+        if ctx.attempt == 1:
+            raise ConnectionError("again")
+        reached(rates.store.waited)
+
+    rates.body = body
+    runs = [start(rates.ask) for _ in range(2)]
+    assert [run.result(WAIT_S) for run in runs] == ["7 2"] * 2
+    assert [event.kind for event in heard].count(EventKind.STEP_RESTORED) == 1

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from google.protobuf.any_pb2 import Any as Packed
+from hypothesis import given
+from hypothesis import strategies as st
+
+from docket_celery.errors import DecodeFailed, InvalidArguments, PayloadTooLarge
+from docket_celery.messages import (
+    MAX_JSON_BYTES,
+    brief,
+    check_size,
+    from_bytes,
+    from_json_object,
+    is_message_type,
+    to_bytes,
+    to_view,
+    type_name,
+)
+from tests.unit.protos.shop_pb2 import METHOD_CARD, Address, Nest, Order, Payment
+
+SECRET = "4111-1111"
+
+
+def payment() -> Payment:
+    """Return a payment with a secret at every place where a message can hold one."""
+    secret = Address(street="Main", phone=SECRET)
+    paid = Payment(
+        card_number=SECRET, method=METHOD_CARD, billing=secret, earlier=[secret], known={"home": secret}
+    )
+    paid.extra.Pack(Payment(billing=secret, note="inner"))
+    return paid
+
+
+@given(entries=st.dictionaries(st.text(max_size=5), st.integers(-(2**63), 2**63 - 1), max_size=8))
+def test_bytes_do_not_depend_on_the_order_of_a_map(entries: dict[str, int]) -> None:
+    """Equal messages give equal bytes."""
+    forward = Order(stock=entries)
+    backward = Order(stock=dict(reversed(entries.items())))
+    assert to_bytes(forward) == to_bytes(backward)
+    assert from_bytes(Order, to_bytes(forward)) == forward
+
+
+@given(data=st.binary(max_size=40))
+def test_any_bytes_decode_or_fail_typed(data: bytes) -> None:
+    """Whatever comes in, nothing but a message or `DecodeFailed` comes out."""
+    try:
+        found = from_bytes(Order, data)
+    except DecodeFailed:
+        return
+    assert from_bytes(Order, to_bytes(found)) == found
+
+
+def test_views_leave_out_what_is_marked_as_secret() -> None:
+    """At the top, in messages, lists, maps and packed messages; the message itself is untouched."""
+    paid = payment()
+    view = to_view(paid)
+    assert view is not None
+    assert SECRET not in view
+    shown = json.loads(view)
+    assert shown["known"] == {"home": {"street": "Main"}}
+    assert shown["extra"]["billing"] == {"street": "Main"}
+    assert paid == payment()
+
+
+def test_texts_mask_what_is_marked_as_secret() -> None:
+    """Names stay, values do not; enums by name, lists and bytes by size."""
+    text = brief(payment())
+    assert SECRET not in text
+    assert text.startswith(
+        "Payment(card_number=***, method=METHOD_CARD, billing=Address(street='Main', phone=***)"
+    )
+    assert "earlier=[1], known=[1]" in text
+    assert brief(Payment(receipt=b"abc", note="x" * 100)) == f"Payment(receipt=<3 bytes>, note='{'x' * 59}…')"
+
+
+@given(text=st.text(), limit=st.integers(1, 300))
+def test_texts_are_one_bounded_line(text: str, limit: int) -> None:
+    """Whatever a field holds, Flower gets one line of at most the limit."""
+    shown = brief(Order(order_id=text), limit)
+    assert len(shown) <= limit
+    assert len(shown.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Order(order_id="x" * MAX_JSON_BYTES),
+        Order(order_id="nul \0"),
+        Payment(extra=Packed(type_url="type.googleapis.com/no.such.Type", value=b"x")),
+        Payment(extra=Packed(type_url="type.googleapis.com/docket.tests.unit.Order", value=b"\xff")),
+    ],
+    ids=["too large", "U+0000", "unknown packed type", "broken packed bytes"],
+)
+def test_what_cannot_be_shown_has_no_view(message: Any) -> None:
+    """A view is a convenience: None, never an error."""
+    assert to_view(message) is None
+
+
+def test_a_deep_message_cannot_break_its_save() -> None:
+    """Rendering recurses; the view is then missing and the bytes are not."""
+    top = inner = Nest()
+    for _ in range(1500):
+        inner = inner.inner
+    inner.text = "deep"
+    assert to_view(top) is None
+    assert to_bytes(top)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"order_id": {}}, {"missing": 1}, {"amount_cents": "many"}, {"ship_to": 5}, {"stock": [1]}, {5: 6}],
+    ids=str,
+)
+def test_json_that_does_not_fit_is_refused_typed(value: Any) -> None:
+    """The type is named, and what is wrong."""
+    with pytest.raises(InvalidArguments, match=r"JSON form of docket\.tests\.unit\.Order"):
+        from_json_object(Order, value)
+
+
+def test_the_json_form_of_protocol_buffers_is_read() -> None:
+    """Both spellings of names, 64-bit numbers as text."""
+    value = {"orderId": "7", "amount_cents": "1000", "shipTo": {"street": "Main"}}
+    assert from_json_object(Order, value) == Order(
+        order_id="7", amount_cents=1000, ship_to=Address(street="Main")
+    )
+
+
+def test_message_types_are_told_from_other_things() -> None:
+    """Generated classes only: no instance, no base class, no annotation."""
+    assert is_message_type(Order)
+    assert type_name(Order) == type_name(Order()) == "docket.tests.unit.Order"
+    assert not any(map(is_message_type, [Order(), Order.__mro__[1], str, "Order", None, list[Order]]))
+
+
+def test_a_message_over_the_limit_is_refused() -> None:
+    """The limit itself is allowed."""
+    check_size("docket.Order", 10, 10)
+    with pytest.raises(PayloadTooLarge, match="has 11 bytes, over the limit of 10"):
+        check_size("docket.Order", 11, 10)

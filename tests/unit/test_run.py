@@ -1,0 +1,465 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import pytest
+
+from docket_celery.checkpoint import (
+    Checkpoint,
+    Lease,
+    RunEnd,
+    RunRequest,
+    RunRow,
+    RunState,
+    StepExecution,
+    Store,
+)
+from docket_celery.context import StepContext
+from docket_celery.errors import (
+    AbortError,
+    GraphChanged,
+    InputsChanged,
+    LeaseLost,
+    RunConflict,
+    RunQuarantined,
+    RunTimedOut,
+    StepFailed,
+    StoreMissing,
+    StoreUnavailable,
+)
+from docket_celery.events import EventKind
+from docket_celery.graph import Graph
+from docket_celery.policy import Scope
+from docket_celery.store import MemoryStore
+from tests.unit.graphs import WAIT_S, execute, pass_on, reached, start, within
+from tests.unit.protos.shop_pb2 import Charge, Label, Order, Shipment
+
+
+class Clock:
+    """A store's clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FaultyStore(MemoryStore):
+    """A store of which single calls fail: `faults` maps a method to what its next call raises."""
+
+    def __init__(self, **faults: Exception) -> None:
+        super().__init__()
+        self.faults = faults
+        self.calls: list[str] = []
+
+    def _meet_fault(self, name: str) -> None:
+        self.calls.append(name)
+        if (error := self.faults.pop(name, None)) is not None:
+            raise error
+
+    def acquire(self, request: RunRequest) -> Lease | RunRow:
+        self._meet_fault("acquire")
+        return super().acquire(request)
+
+    def restore(self, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]:
+        self._meet_fault("restore")
+        return super().restore(lease, keys)
+
+    def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:
+        self._meet_fault("save")
+        return super().save(lease, checkpoint, execution)
+
+    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+        self._meet_fault("lookup")
+        return super().lookup(key, owner, lease_s)
+
+    def publish(self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None) -> Checkpoint:
+        self._meet_fault("publish")
+        return super().publish(checkpoint, owner, execution)
+
+    def end(self, lease: Lease, end: RunEnd) -> None:
+        self._meet_fault("end")
+        super().end(lease, end)
+
+
+def down() -> StoreUnavailable:
+    """Return what a store raises that does not answer."""
+    return StoreUnavailable("answer", "gone for a moment")
+
+
+class Shop:
+    """The order graph with its charge persisted, and a note of every call."""
+
+    def __init__(self, store: Store | None = None, name: str = "shop", **charging: Any) -> None:
+        self.calls: list[str] = []
+        self.keys: set[str] = set()
+        self.broken = False
+        self.before_ship: Callable[[], object] = lambda: None
+        self.graph = Graph(name, store=store)
+        self.graph.step(**{"name": "charge", "persist": Scope.WORKFLOW, **charging})(self.charge)
+        self.graph.register(self.ship)
+
+    def charge(self, order: Order, ctx: StepContext) -> Charge:
+        """Charge the order."""
+        self.calls.append("charge")
+        self.keys.add(ctx.idempotency_key)
+        return Charge(charge_id=f"{order.order_id} {len(self.calls)}")
+
+    def ship(self, charge: Charge) -> Shipment:
+        """Ship, unless the shop is broken."""
+        self.calls.append("ship")
+        self.before_ship()
+        if self.broken:
+            raise ConnectionError("no carrier")
+        return Shipment(tracking_id=charge.charge_id)
+
+    def run(self, name: str = "o-1", order: Order | None = None, **options: Any) -> Shipment:
+        """Execute the graph."""
+        wanted = Order(order_id="7") if order is None else order
+        return within(lambda: self.graph.execute(Shipment, wanted, execution_id=name, **options))
+
+    def fail(self, **options: Any) -> None:
+        """Execute the graph with the carrier out of reach."""
+        self.broken = True
+        with pytest.raises(StepFailed, match="no carrier"):
+            self.run(**options)
+        self.broken = False
+
+
+def state(store: Store, name: str = "o-1", graph: str = "shop") -> RunState:
+    """Return how the run stands in the store."""
+    row = store.find_run(graph, name)
+    assert row is not None
+    return row.state
+
+
+def test_a_failed_run_resumes_from_its_checkpoints() -> None:
+    """The second submission calls what is missing and nothing else; the record shows what was restored."""
+    store = MemoryStore()
+    shop = Shop(store)
+    shop.fail()
+    assert state(store) is RunState.FAILED
+    assert shop.run() == Shipment(tracking_id="7 1")
+    assert shop.calls == ["charge", "ship", "ship"]
+    assert state(store) is RunState.SUCCEEDED
+    rows = [(row.step_name, row.delivery, row.attempts, row.cached, row.status) for row in store.executions]
+    assert rows == [
+        ("charge", 1, 1, False, "SUCCEEDED"),
+        ("ship", 1, 1, False, "FAILED"),
+        ("charge", 2, 0, True, "SUCCEEDED"),
+        ("ship", 2, 1, False, "SUCCEEDED"),
+    ]
+
+
+def test_a_run_that_succeeded_returns_its_result_without_calling_anything() -> None:
+    """Submitting the same job again is a read."""
+    shop = Shop(MemoryStore())
+    first = shop.run()
+    assert shop.run() == first
+    assert shop.calls == ["charge", "ship"]
+
+
+def test_a_step_whose_consumers_are_restored_does_not_run() -> None:
+    """Resolution goes from the target down: what only a restored step needed is not computed again."""
+    graph, calls, broken = Graph("shop", store=MemoryStore()), list[str](), [True]
+
+    @graph.step
+    def label(order: Order) -> Label:
+        calls.append("label")
+        return Label()
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def charge(label: Label) -> Charge:
+        calls.append("charge")
+        return Charge()
+
+    @graph.step
+    def ship(charge: Charge) -> Shipment:
+        calls.append("ship")
+        if broken[0]:
+            raise ConnectionError("no carrier")
+        return Shipment()
+
+    with pytest.raises(StepFailed):
+        within(lambda: graph.execute(Shipment, Order(), execution_id="o-1"))
+    broken[0] = False
+    within(lambda: graph.execute(Shipment, Order(), execution_id="o-1"))
+    assert calls == ["label", "charge", "ship", "ship"]
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_another_job_under_the_same_name_is_a_conflict(ended: bool) -> None:
+    """Whether the run succeeded or failed, its name stands for one job; another target is one too."""
+    shop = Shop(MemoryStore())
+    if ended:
+        shop.run()
+    else:
+        shop.fail()
+    with pytest.raises(RunConflict, match="exists with another job"):
+        shop.run(order=Order(order_id="8"))
+    with pytest.raises(RunConflict, match="exists with another target"):
+        within(lambda: shop.graph.execute(Charge, Order(order_id="7"), execution_id="o-1"))
+
+
+def test_runs_of_two_graphs_may_share_a_name() -> None:
+    """A run is named by graph and execution id."""
+    store = MemoryStore()
+    one, two = Shop(store), Shop(store, "market")
+    assert one.run().tracking_id == two.run().tracking_id
+    assert one.calls == two.calls == ["charge", "ship"]
+    assert one.keys.isdisjoint(two.keys)
+
+
+def test_of_two_submissions_at_once_one_runs_and_both_get_the_outcome() -> None:
+    """The second waits for the first one's lease and returns what it made."""
+    shop = Shop(MemoryStore())
+    shipping, go = threading.Event(), threading.Event()
+    shop.before_ship = lambda: pass_on(shipping, go)
+    first = start(lambda: shop.graph.execute(Shipment, Order(order_id="7"), execution_id="o-1"))
+    reached(shipping)
+    second = start(lambda: shop.graph.execute(Shipment, Order(order_id="7"), execution_id="o-1"))
+    go.set()
+    assert first.result(WAIT_S) == second.result(WAIT_S) == Shipment(tracking_id="7 1")
+    assert shop.calls == ["charge", "ship"]
+
+
+def test_a_waiting_submission_shares_a_failure() -> None:
+    """It attached to the live run, so it reports that run's error instead of starting over."""
+    store = FaultyStore()
+    shop = Shop(store)
+    shop.broken = True
+    shipping, go = threading.Event(), threading.Event()
+    shop.before_ship = lambda: pass_on(shipping, go)
+    first = start(lambda: shop.graph.execute(Shipment, Order(order_id="7"), execution_id="o-1"))
+    reached(shipping)
+    second = start(lambda: shop.graph.execute(Shipment, Order(order_id="7"), execution_id="o-1"))
+    while store.calls.count("acquire") < 2:
+        assert not second.done()
+    go.set()
+    for submission in (first, second):
+        with pytest.raises(StepFailed, match="no carrier"):
+            submission.result(WAIT_S)
+    assert shop.calls == ["charge", "ship"]
+
+
+def test_waiting_for_another_holder_ends_with_the_timeout() -> None:
+    """`timeout` covers the wait for a live lease; the holder is not disturbed."""
+    shop = Shop(MemoryStore())
+    shipping, go = threading.Event(), threading.Event()
+    shop.before_ship = lambda: pass_on(shipping, go)
+    first = start(lambda: shop.graph.execute(Shipment, Order(order_id="7"), execution_id="o-1"))
+    reached(shipping)
+    with pytest.raises(RunTimedOut, match=r"passed its timeout of 0.05 s"):
+        shop.run(timeout=0.05)
+    go.set()
+    assert first.result(WAIT_S) == Shipment(tracking_id="7 1")
+
+
+def test_a_run_that_times_out_fails_and_resumes() -> None:
+    """The step that slept on its context follows the stop, which stays the error; the next run goes on."""
+    store = MemoryStore()
+    shop = Shop(store)
+    graph, hanging = Graph("hanging", store=store), [True]
+    graph.register(shop.charge, name="charge", persist=Scope.WORKFLOW)
+
+    @graph.step
+    def ship(charge: Charge, ctx: StepContext) -> Shipment:
+        if hanging[0]:
+            ctx.sleep(3600)
+        return Shipment()
+
+    for _ in range(5):
+        with pytest.raises(RunTimedOut):
+            within(lambda: graph.execute(Shipment, Order(), execution_id="o-1", timeout=0.05))
+        assert state(store, graph="hanging") is RunState.FAILED
+    hanging[0] = False
+    assert within(lambda: graph.execute(Shipment, Order(), execution_id="o-1")) == Shipment()
+    assert shop.calls == ["charge"]
+    assert [row.status for row in store.executions if row.step_name == "ship"] == ["CANCELLED"] * 5 + [
+        "SUCCEEDED"
+    ]
+
+
+def test_a_run_whose_workers_were_lost_too_often_is_not_started_again() -> None:
+    """Ten dead leases quarantine it; no step is called."""
+    clock = Clock()
+    store = MemoryStore(clock)
+    shop = Shop(store)
+    shop.fail()
+    row = store.find_run("shop", "o-1")
+    assert row is not None
+    for delivery in range(11):
+        request = RunRequest(
+            graph="shop", execution_id="o-1", target=row.target, job=b"", job_digest=row.job_digest,
+            owner=f"lost {delivery}", lease_s=30, max_deliveries=10,
+        )  # fmt: skip
+        store.acquire(request)
+        clock.now += 60
+    with pytest.raises(RunQuarantined, match="its worker was lost 10 times"):
+        shop.run()
+    assert shop.calls == ["charge", "ship"]
+
+
+def test_a_checkpoint_of_a_step_that_is_gone_stops_the_run_before_it_starts() -> None:
+    """A deploy that drops a step must not repeat its effect under another name."""
+    store = MemoryStore()
+    Shop(store).fail()
+    shop = Shop(store, name="shop")
+    renamed = Shop(store)
+    renamed.graph = Graph("shop", store=store)
+    renamed.graph.register(renamed.charge, name="charge_card", persist=Scope.WORKFLOW)
+    renamed.graph.register(renamed.ship)
+    with pytest.raises(GraphChanged, match="holds checkpoints of 'charge', which the graph no longer has"):
+        renamed.run()
+    assert renamed.calls == []
+    assert shop.run() == Shipment(tracking_id="7 1")
+
+
+def test_a_renamed_step_keeps_its_checkpoint_and_its_idempotency_key() -> None:
+    """``renamed_from`` carries both over, so that nothing is paid twice."""
+    store = MemoryStore()
+    old = Shop(store, name="shop")
+    old.fail()
+    new = Shop(store, name="shop")
+    new.graph = Graph("shop", store=store)
+    new.graph.register(new.charge, name="charge_card", persist=Scope.WORKFLOW, renamed_from=("charge",))
+    new.graph.register(new.ship)
+    assert new.run() == Shipment(tracking_id="7 1")
+    assert new.calls == ["ship"]
+    new.run("o-2")
+    old.run("o-3")
+    fresh = Shop(MemoryStore())
+    fresh.run("o-2")
+    assert fresh.keys == new.keys
+
+
+@pytest.mark.parametrize("policy", ["reuse", "error"])
+def test_inputs_that_are_not_at_hand_are_not_computed_to_compare(policy: Literal["reuse", "error"]) -> None:
+    """An unpersisted upstream may give other bytes later: the checkpoint stands, whatever the policy."""
+    store, labels = MemoryStore(), list[str]()
+    graph = Graph("shop", store=store)
+
+    @graph.step
+    def label(order: Order) -> Label:
+        labels.append("label")
+        return Label(text=str(len(labels)))
+
+    @graph.step(persist=Scope.WORKFLOW, on_input_change=policy)
+    def charge(order: Order, label: Label) -> Charge:
+        return Charge(charge_id=label.text)
+
+    @graph.step
+    def ship(charge: Charge, label: Label) -> Shipment:
+        if label.text == "1":
+            raise ConnectionError("no carrier")
+        return Shipment(tracking_id=charge.charge_id)
+
+    with pytest.raises(StepFailed):
+        within(lambda: graph.execute(Shipment, Order(), execution_id="o-1"))
+    assert within(lambda: graph.execute(Shipment, Order(), execution_id="o-1")) == Shipment(tracking_id="1")
+
+
+@pytest.mark.parametrize("policy", ["reuse", "error"])
+def test_a_checkpoint_whose_given_inputs_differ(policy: str) -> None:
+    """With the inputs at hand the difference is seen: a warning event, or `InputsChanged` before anything runs."""
+    store, heard = MemoryStore(), list[EventKind]()
+    shop = Shop(store, on_input_change=policy)
+    shop.graph.listeners.append(lambda event: heard.append(event.kind))
+    digest = b"\1" * 32
+    shop.broken = True
+    with pytest.raises(StepFailed):
+        within(lambda: execute(shop.graph, Shipment, Order(order_id="7"), job_digest=digest))
+    shop.broken = False
+    again = lambda: execute(shop.graph, Shipment, Order(order_id="8"), job_digest=digest)  # noqa: E731
+    if policy == "error":
+        with pytest.raises(InputsChanged, match="checkpoint of step 'charge' was made from other inputs"):
+            within(again)
+        assert shop.calls == ["charge", "ship"]
+    else:
+        assert within(again) == Shipment(tracking_id="7 1")
+    assert (EventKind.INPUTS_CHANGED in heard) is (policy == "reuse")
+
+
+def test_nothing_that_persists_means_no_store_call() -> None:
+    """A graph with a store but no persisted step never touches it."""
+    store = FaultyStore()
+    shop = Shop(store, persist=None)
+    assert shop.run() == Shipment(tracking_id="7 1")
+    assert store.calls == []
+
+
+def test_a_run_of_n_persisted_steps_takes_n_plus_3_calls() -> None:
+    """Acquire, restore, a save for each, end."""
+    store = FaultyStore()
+    Shop(store).run()
+    assert store.calls == ["acquire", "restore", "save", "end"]
+
+
+def test_a_step_that_persists_needs_a_store() -> None:
+    """The error names the step and the setting, and nothing ran."""
+    shop = Shop()
+    with pytest.raises(StoreMissing, match=r"step 'charge' of graph 'shop' persists.*docket_database_url"):
+        shop.run()
+    assert shop.calls == []
+
+
+@pytest.mark.parametrize("name", ["save", "end"])
+def test_a_store_that_is_away_for_a_moment_is_asked_again(name: str) -> None:
+    """Neither a save nor the closing statement is given up at the first refusal."""
+    store = FaultyStore(**{name: down()})
+    shop = Shop(store)
+    assert shop.run() == Shipment(tracking_id="7 1")
+    assert shop.calls == ["charge", "ship"]
+    assert store.calls.count(name) == 2
+    assert state(store) is RunState.SUCCEEDED
+
+
+@pytest.mark.parametrize("name", ["acquire", "restore"])
+def test_a_store_that_is_away_at_the_start_fails_the_run_typed(name: str) -> None:
+    """The caller may try again; no step was called."""
+    store = FaultyStore(**{name: down()})
+    shop = Shop(store)
+    with pytest.raises(StoreUnavailable):
+        shop.run()
+    assert shop.calls == []
+    assert shop.run() == Shipment(tracking_id="7 1")
+
+
+@pytest.mark.parametrize("name", ["acquire", "restore", "save", "end"])
+def test_a_store_that_breaks_fails_the_run_instead_of_hanging_it(name: str) -> None:
+    """An error that no store should raise still reaches the caller."""
+    with pytest.raises((StepFailed, ZeroDivisionError), match="broken store"):
+        Shop(FaultyStore(**{name: ZeroDivisionError("broken store")})).run()
+
+
+def test_a_lost_lease_ends_the_run_with_what_happened() -> None:
+    """A save that the fence refuses stops everything at once."""
+    store = FaultyStore(save=LeaseLost("shop", "o-1", 1))
+    shop = Shop(store)
+    with pytest.raises(LeaseLost):
+        shop.run()
+    assert shop.calls == ["charge"]
+
+
+def test_an_abort_is_kept_as_the_runs_outcome() -> None:
+    """The record names the step and the error; submitting again resumes."""
+    store = MemoryStore()
+    shop = Shop(store)
+
+    def abort() -> None:
+        raise AbortError("fraud", "stolen card")
+
+    shop.before_ship = abort
+    with pytest.raises(AbortError, match="fraud"):
+        shop.run()
+    row = store.find_run("shop", "o-1")
+    assert row is not None
+    assert row.error == {"code": "DC200", "args": ["fraud", "stolen card"]}
+    assert [(r.step_name, r.status, r.error_code) for r in store.executions][-1] == (
+        "ship",
+        "FAILED",
+        "DC200",
+    )

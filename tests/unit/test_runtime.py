@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import asyncio
+import functools
+import gc
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+
+import pytest
+
+from docket_celery.context import StepContext
+from docket_celery.errors import RunTimedOut, StepFailed, StepTimedOut, TooManyAbandoned
+from docket_celery.events import EventKind
+from docket_celery.graph import Graph
+from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
+from docket_celery.runtime import LoopThread, Pool, Timer, Worker, process_runtime
+from docket_celery.store import MemoryStore
+from tests.unit.graphs import WAIT_S, build, deliver, execute, reached, start, total, within
+from tests.unit.protos.shop_pb2 import Charge, Money, Order, Reservation, Shipment
+
+
+def poll(condition: Callable[[], bool]) -> None:
+    """Wait until *condition* holds; fail if it does not."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "what was waited for did not happen"
+        time.sleep(0.005)
+
+
+def interrupt_after(event: threading.Event) -> None:
+    """Wait for *event*, then press Ctrl-C."""
+    reached(event)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_threads_are_grown_one_by_one_and_reused() -> None:
+    """A pool of eight that never has more than one piece of work uses one thread."""
+    pool, threads = Pool(8), set[int]()
+    for _ in range(20):
+        done = threading.Event()
+
+        def note(done: threading.Event = done) -> None:
+            threads.add(threading.get_ident())
+            done.set()
+
+        pool.submit(note)
+        reached(done)
+        poll(lambda: pool._outstanding == 0)
+    pool.close()
+    assert len(threads) == 1
+
+
+def test_an_abandoned_thread_is_replaced_counted_and_forgotten_when_it_ends() -> None:
+    """A pool of one goes on at once, and the report names the step until its thread returns."""
+    pool, stuck, go, other = Pool(1), threading.Event(), threading.Event(), threading.Event()
+    workers: list[threading.Thread] = []
+
+    def slow() -> None:
+        workers.append(threading.current_thread())
+        stuck.set()
+        reached(go)
+
+    pool.submit(slow)
+    reached(stuck)
+    worker = workers[0]
+    assert isinstance(worker, Worker)
+    pool.abandon(worker, "slow")
+    pool.abandon(worker, "slow")
+    assert pool.abandoned() == ["slow"]
+    pool.submit(other.set)
+    reached(other)
+    go.set()
+    poll(lambda: pool.abandoned() == [])
+    worker.join(WAIT_S)
+    assert not worker.is_alive()
+    pool.close()
+
+
+def test_a_thread_that_was_given_up_hands_on_what_it_would_have_taken() -> None:
+    """A step's thread that the pool has replaced by the time it returns leaves the next step to another."""
+    pool = process_runtime(4).pool
+
+    def body(*inputs: Money) -> Money:
+        worker = threading.current_thread()
+        assert isinstance(worker, Worker)
+        if not inputs:
+            pool.abandon(worker, "replaced")
+        return total(*inputs)
+
+    outcome = deliver(build({"a": [], "b": ["a"], "c": ["b"]}, body), "c", threads=4, helps=False)
+    assert outcome.value == Money(cents=3)
+
+
+def test_too_many_abandoned_threads_refuse_new_runs() -> None:
+    """Twice the pool's size of stuck steps is the limit; once they return, runs are accepted again."""
+    graph, go, stuck = Graph("shop"), threading.Event(), list[int]()
+
+    @graph.step(timeout=0.02)
+    def charge(order: Order) -> Charge:
+        if order.order_id != "quick":
+            stuck.append(1)
+            reached(go)
+        return Charge()
+
+    for _ in range(4):
+        with pytest.raises(StepTimedOut):
+            within(lambda: execute(graph, Charge, Order(), threads=2))
+    with pytest.raises(
+        TooManyAbandoned, match="4 threads are held by steps past their timeout \\(limit 4\\): charge"
+    ):
+        within(lambda: execute(graph, Charge, Order(order_id="quick"), threads=2))
+    assert len(stuck) == 4
+    go.set()
+    poll(lambda: process_runtime(2).pool.abandoned() == [])
+    assert within(lambda: execute(graph, Charge, Order(order_id="quick"), threads=2)) == Charge()
+
+
+def test_the_timer_calls_in_the_order_of_time() -> None:
+    """Alarms ring in their order, whichever was set first; cancelled ones do not."""
+    timer, rung, done = Timer(), list[str](), threading.Event()
+    late = timer.after(0.05, functools.partial(rung.append, "late"))
+    never = timer.after(3600, functools.partial(rung.append, "never"))
+    early = timer.after(0.01, functools.partial(rung.append, "early"))
+    timer.after(0.1, done.set)
+    assert never.cancel() is True
+    assert never.cancel() is False
+    reached(done)
+    assert rung == (["early", "late"] if early.at < late.at else ["late", "early"])
+    assert late.cancel() is False
+    timer.close()
+
+
+@pytest.mark.parametrize("error", [ValueError("call"), SystemExit(3), KeyboardInterrupt()])
+def test_the_timer_survives_what_it_calls(error: BaseException) -> None:
+    """One broken call must not end all timeouts of the process."""
+    timer, done = Timer(), threading.Event()
+
+    def fail() -> None:
+        raise error
+
+    timer.after(0, fail)
+    timer.after(0.01, done.set)
+    reached(done)
+    timer.close()
+
+
+def test_cancelled_alarms_do_not_pile_up() -> None:
+    """Timeouts of an hour whose steps took a moment are gone long before that."""
+    timer = Timer()
+    for _ in range(5000):
+        timer.after(3600, lambda: None).cancel()
+    assert len(timer._heap) < 200
+    timer.close()
+
+
+def test_the_loop_survives_a_task_that_ends_programs() -> None:
+    """A loop lets SystemExit out of `run_forever`; the loop goes on for everybody else."""
+    loop = LoopThread()
+
+    async def stray() -> None:
+        raise SystemExit(3)
+
+    async def fine() -> str:
+        return "fine"
+
+    loop.submit(stray())
+    assert loop.submit(fine()).result(WAIT_S) == "fine"
+    loop.close()
+
+
+def test_closing_the_loop_cancels_what_runs_there() -> None:
+    """A coroutine that sleeps is told, and nothing is left pending."""
+    loop = LoopThread()
+    future = loop.submit(asyncio.sleep(3600))
+    loop.close()
+    with pytest.raises(CancelledError):
+        future.result(WAIT_S)
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_an_interrupt_of_the_waiting_thread_cancels_the_run(helps: bool) -> None:
+    """Ctrl-C reaches the caller, the steps' contexts are cancelled, and the process runs graphs as before."""
+    graph = Graph("shop")
+    begun, woken, caught = threading.Event(), threading.Event(), list[BaseException]()
+
+    @graph.step(timeout=WAIT_S)
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        if order.order_id == "quick":
+            return Charge()
+        begun.set()
+        try:
+            ctx.sleep(WAIT_S)
+        except KeyboardInterrupt as error:
+            caught.append(error)
+            woken.set()
+            raise
+        return Charge()
+
+    interrupter = start(lambda: interrupt_after(begun))
+    with pytest.raises(KeyboardInterrupt):
+        execute(graph, Charge, Order(), helps=helps)
+    interrupter.result(WAIT_S)
+    reached(woken)
+    assert len(caught) == 1
+    assert execute(graph, Charge, Order(order_id="quick"), helps=helps) == Charge()
+
+
+def test_an_interrupt_of_a_step_that_the_caller_runs_itself_cancels_the_run() -> None:
+    """The helping thread's own step is hit; the step beside it is told."""
+    graph = Graph("shop")
+    begun, woken = threading.Event(), threading.Event()
+
+    @graph.step(timeout=WAIT_S)
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        begun.set()
+        if ctx.cancelled.wait(WAIT_S):
+            woken.set()
+        return Charge()
+
+    @graph.step
+    def reserve(order: Order) -> Reservation:
+        reached(begun)
+        signal.raise_signal(signal.SIGINT)
+        return Reservation()
+
+    @graph.step
+    def ship(charge: Charge, reservation: Reservation) -> Shipment:
+        return Shipment()
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(graph, Shipment, Order())
+    reached(woken)
+
+
+def test_an_interrupted_run_gives_its_lease_back() -> None:
+    """The next submission does not wait for an expiry, and what was saved is not called again."""
+    graph, calls, begun = Graph("shop", store=MemoryStore()), list[str](), threading.Event()
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def charge(order: Order) -> Charge:
+        calls.append("charge")
+        return Charge()
+
+    @graph.step
+    def ship(charge: Charge, ctx: StepContext) -> Shipment:
+        calls.append("ship")
+        if not begun.is_set():
+            begun.set()
+            ctx.sleep(WAIT_S)
+        return Shipment()
+
+    interrupter = start(lambda: interrupt_after(begun))
+    with pytest.raises(KeyboardInterrupt):
+        graph.execute(Shipment, Order(), execution_id="o-1")
+    interrupter.result(WAIT_S)
+    assert within(lambda: graph.execute(Shipment, Order(), execution_id="o-1")) == Shipment()
+    assert calls == ["charge", "ship", "ship"]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_child_runs_graphs_after_its_parent_did() -> None:
+    """Pool, timer, loop and heartbeat of the parent are not the child's, which makes its own."""
+    graph = Graph("shop", store=MemoryStore())
+
+    @graph.step(timeout=WAIT_S, retry=RetryPolicy(backoff=FixedBackoff(0.001)))
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        if ctx.attempt == 1:
+            raise ValueError("again")
+        return Charge()
+
+    @graph.step(persist=Scope.WORKFLOW)
+    async def ship(charge: Charge) -> Shipment:
+        return Shipment(tracking_id=str(os.getpid()))
+
+    assert within(lambda: graph.execute(Shipment, Order())).tracking_id == str(os.getpid())
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            shipped = within(lambda: graph.execute(Shipment, Order())).tracking_id
+            gc.collect()
+            status = 0 if shipped == str(os.getpid()) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert within(lambda: graph.execute(Shipment, Order())).tracking_id == str(os.getpid())
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_an_ended_run_is_freed_without_the_collector(helps: bool) -> None:
+    """Messages of thousands of runs a second do not wait for a collection of cycles."""
+    freed = threading.Event()
+
+    class Tenant:
+        """Something of the caller's that a run holds."""
+
+    graph = build({"a": [], "b": ["a"], "c": ["a"], "end": ["b", "c"]}, total)
+
+    def run() -> weakref.ref[Tenant]:
+        tenant = Tenant()
+        watched = weakref.ref(tenant, lambda _: freed.set())
+        outcome = deliver(graph, "end", helps=helps, values={"tenant": tenant})
+        assert outcome.error is None
+        return watched
+
+    gc.collect()
+    gc.disable()
+    try:
+        watched = run()
+        poll(freed.is_set)
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("persist", [None, Scope.WORKFLOW])
+def test_a_stop_at_any_moment_ends_the_run_with_its_own_error(persist: Scope | None) -> None:
+    """A deadline that passes while the run begins, runs or closes: it ends with a value or `RunTimedOut`."""
+    graph, store = Graph("shop"), MemoryStore()
+
+    @graph.step(persist=persist)
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        ctx.sleep(0.001)
+        return Charge()
+
+    @graph.step(retry=RetryPolicy(backoff=FixedBackoff(0.0005)))
+    def ship(charge: Charge, ctx: StepContext) -> Shipment:
+        ctx.check()
+        if ctx.attempt < 3:
+            raise ValueError("again")
+        return Shipment()
+
+    ends = {"value": 0, "stopped": 0}
+    for spin in range(150):
+        run = functools.partial(
+            graph.execute, Shipment, Order(), execution_id=f"o-{spin}", timeout=spin * 0.00006, store=store
+        )
+        try:
+            within(run)
+            ends["value"] += 1
+        except RunTimedOut:
+            ends["stopped"] += 1
+    assert sum(ends.values()) == 150
+    assert ends["stopped"] > 0
+
+
+def test_events_of_a_run_end_with_its_end() -> None:
+    """RUN_ENDED comes last and once, whether the run succeeds or fails, and says how."""
+    graph, heard = Graph("shop"), list[tuple[EventKind, str]]()
+
+    @graph.step
+    def charge(order: Order) -> Charge:
+        if not order.order_id:
+            raise ValueError("no order")
+        return Charge()
+
+    graph.listeners.append(lambda event: heard.append((event.kind, event.detail)))
+    within(lambda: graph.execute(Charge, Order(order_id="7")))
+    assert heard[-1] == (EventKind.RUN_ENDED, "")
+    with pytest.raises(StepFailed):
+        within(lambda: graph.execute(Charge, Order()))
+    assert heard[-1] == (EventKind.RUN_ENDED, "StepFailed")
+    assert [kind for kind, _ in heard].count(EventKind.RUN_ENDED) == 2
