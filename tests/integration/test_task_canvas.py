@@ -23,7 +23,8 @@ from tests.integration.apps.canvas import (
     ship_charge,
     total,
 )
-from tests.integration.apps.serving import Journals, Urls, own_urls, serving, unique
+from tests.integration.apps.journal import Journals
+from tests.integration.apps.serving import Urls, own_urls, serving, unique
 from tests.unit.protos.shop_pb2 import Charge, Order, Shipment
 
 pytestmark = pytest.mark.integration
@@ -60,7 +61,8 @@ def test_a_chain_hands_a_message_from_graph_to_graph() -> None:
 
 def test_a_chain_carries_each_members_name_and_context() -> None:
     """Options of a signature reach the member that they were set on."""
-    second = ship_charge.s().set(execution_id=unique("run"), context={"tenant": "acme"})
+    second: Any = ship_charge.s()
+    second.set(execution_id=unique("run"), context={"tenant": "acme"})
     value = chain(charge_order.s(ORDER), second)().get(timeout=WAIT_S)
     assert value.tracking_id == "C-17 1000 acme"
 
@@ -112,7 +114,8 @@ def test_a_groups_failed_member_raises_its_error() -> None:
     result = group(charge_order.s(ORDER), charge_order.s(FREE))()
     with pytest.raises(StepFailed, match="costs nothing"):
         result.get(timeout=WAIT_S)
-    assert result.children[0].get(timeout=WAIT_S) == Charge(charge_id="C-17", amount_cents=1000)
+    first: Any = result.children[0]
+    assert first.get(timeout=WAIT_S) == Charge(charge_id="C-17", amount_cents=1000)
 
 
 def test_a_chords_body_gets_the_headers_messages() -> None:
@@ -157,7 +160,8 @@ def test_a_graph_is_a_link() -> None:
     """A GraphTask may follow another as its link."""
     result = charge_order.apply_async((ORDER,), link=ship_charge.s())
     assert result.get(timeout=WAIT_S) == Charge(charge_id="C-17", amount_cents=1000)
-    (child,) = result.children or []
+    children: Any = result.children
+    (child,) = children
     assert child.get(timeout=WAIT_S) == Shipment(tracking_id="C-17 1000 None")
 
 

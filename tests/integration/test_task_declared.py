@@ -176,7 +176,8 @@ def test_the_declaration_is_kept(task: Any) -> None:
     assert task.declaration.target.kind is Shipment
     assert task.plan().target.kind is Shipment
     if task.name != "declared.by_class":
-        assert task.declared.__name__ == task.name.removeprefix("declared.")
+        declared: Any = task.declared
+        assert declared.__name__ == task.name.removeprefix("declared.")
 
 
 def test_acknowledgement_is_the_tasks_own(task: Any) -> None:
@@ -203,8 +204,9 @@ def test_a_business_key_names_the_run_on_the_worker_for_plain_senders() -> None:
 
 def test_a_signature_carries_the_runs_name() -> None:
     """.s() takes execution_id and context as options."""
-    signature = named.s(ORDER).set(execution_id="signed", context={"tenant": "acme"})
-    assert signature.apply_async().get(timeout=WAIT_S).tracking_id == "17 1000 signed acme"
+    signature: Any = named.s(ORDER)
+    signed = signature.set(execution_id="signed", context={"tenant": "acme"})
+    assert signed.apply_async().get(timeout=WAIT_S).tracking_id == "17 1000 signed acme"
 
 
 def test_a_job_of_two_messages_takes_any_mix() -> None:

@@ -16,8 +16,9 @@ from tests.infra import servers
 from tests.infra.processes import ROOT, wait_until
 from tests.infra.workers import WorkerProcess
 from tests.integration.apps import options
+from tests.integration.apps.journal import Journals
 from tests.integration.apps.options import BusyError, app
-from tests.integration.apps.serving import Journals, Urls, own_urls, queue_length, serving, unique
+from tests.integration.apps.serving import Urls, own_urls, queue_length, serving, unique
 from tests.unit.protos.shop_pb2 import Label, Order, Shipment
 
 pytestmark = pytest.mark.integration

@@ -7,7 +7,7 @@ from typing import Any
 from celery import Celery
 
 from docket_celery import DocketError, Graph, StepContext, graph_task
-from tests.integration.apps.serving import note
+from tests.integration.apps.journal import note
 from tests.unit.protos.shop_pb2 import Charge, Order, Shipment
 
 app = Celery("tests.integration.apps.canvas")

@@ -9,7 +9,7 @@ from typing import Any
 from celery import Celery, current_task
 
 from docket_celery import FixedBackoff, Graph, RetryPolicy, Scope, StepContext, graph_task
-from tests.integration.apps.serving import note
+from tests.integration.apps.journal import note
 from tests.unit.protos.shop_pb2 import Label, Money, Order, Shipment
 
 app = Celery("tests.integration.apps.options")

@@ -1,4 +1,4 @@
-"""One worker for all tests of a module, and what its steps tell the tests."""
+"""One worker for all tests of a module."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import redis
 from celery import Celery
 
 from tests.infra import servers
-from tests.infra.processes import wait_until
 from tests.infra.workers import WorkerProcess, WorkerSpec, checkout_environment
+from tests.integration.apps.journal import RESULTS
 
-RESULTS = "CELERY_RESULT_BACKEND"
 _URL_KEYS = ("broker_url", "result_backend")
 
 
@@ -79,35 +78,6 @@ def serving(
 def unique(name: str) -> str:
     """Return a name that no other test uses, for runs and journals."""
     return f"{name}-{uuid.uuid4().hex[:12]}"
-
-
-def note(journal: str, line: object) -> int:
-    """Write *line* into a journal and return how many it has now; called by steps in workers."""
-    with redis.Redis.from_url(os.environ[RESULTS]) as client:
-        return int(client.rpush(f"journal:{journal}", str(line)))  # type: ignore[arg-type, unused-ignore]
-
-
-@dataclass(frozen=True, slots=True)
-class Journals:
-    """What steps noted, as tests read it."""
-
-    url: str
-
-    def read(self, journal: str) -> list[str]:
-        """Return the lines of *journal* so far."""
-        with redis.Redis.from_url(self.url, decode_responses=True) as client:
-            return [str(line) for line in client.lrange(f"journal:{journal}", 0, -1)]  # type: ignore[union-attr, unused-ignore]
-
-    def wait(self, journal: str, lines: int, *, within_s: float = 15.0) -> list[str]:
-        """Wait until *journal* has as many *lines*, and return them.
-
-        Raises:
-            TimeoutError: Not in time.
-        """
-        wait_until(
-            lambda: len(self.read(journal)) >= lines, within_s=within_s, what=f"{lines} lines in {journal}"
-        )
-        return self.read(journal)
 
 
 def queue_length(url: str, queue: str = "celery") -> int:
