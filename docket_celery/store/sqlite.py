@@ -7,6 +7,7 @@ Nothing here needs a SQLite newer than 3.24.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import OperationalError
 
 from docket_celery.checkpoint import Checkpoint, Lease, RunEnd, RunRequest, RunRow, RunState, StepExecution
 from docket_celery.errors import LeaseLost
@@ -42,6 +44,7 @@ _COLUMNS = ", ".join(CHECKPOINT_COLUMNS)
 _IS_RUN = "graph = :graph AND execution_id = :execution_id"
 _FENCE = f"{_IS_RUN} AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'"
 _LIVE = f"(expires_at IS NULL OR expires_at > {_NOW})"
+_WAL_WITHIN_S, _WAL_AGAIN_S = 5.0, 0.02
 _KEYS_AT_ONCE = 500  # SQLite before 3.32 binds at most 999 values
 
 
@@ -274,9 +277,23 @@ def find_run(connection: Connection, graph: str, execution_id: str) -> RunRow | 
 
 def migrate(connection: Connection) -> int:
     """See `Store.migrate`. Readers beside a writer need WAL, which the file itself remembers."""
-    connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+    _use_wal(connection)
     with _writing(connection):
         return schema.upgrade(connection)
+
+
+def _use_wal(connection: Connection) -> None:
+    """Switch the file to WAL; SQLite does not wait for its lock here, so the busy timeout is ours to keep."""
+    deadline = time.monotonic() + _WAL_WITHIN_S
+    while True:
+        try:
+            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+        except OperationalError as error:
+            if "locked" not in str(error.orig) or time.monotonic() >= deadline:
+                raise
+            time.sleep(_WAL_AGAIN_S)
+        else:
+            return
 
 
 @contextmanager
