@@ -114,7 +114,7 @@ def read_function(task: str, function: Callable[..., Any]) -> Declaration:
     signature = inspect.signature(function)
     try:
         hints = typing.get_type_hints(function, include_extras=True)
-    except (NameError, TypeError) as error:
+    except (NameError, AttributeError, SyntaxError, TypeError) as error:
         raise InvalidDeclaration(task, f"its annotations cannot be read: {error}") from error
     given: list[ValueKey] = []
     for name, parameter in signature.parameters.items():

@@ -142,6 +142,7 @@ def test_a_function_says_what_goes_in_and_out() -> None:
         ("() -> Shipment", "takes no message"),
         ("(first: Order, second: Order) -> Shipment", 'Named("...")'),
         ("(order: NoSuchType) -> Shipment", "NoSuchType"),
+        ("(order: Order.NoSuchType) -> Shipment", "annotations cannot be read"),
         ("(order: 'No such type') -> Shipment", "annotations cannot be read"),
     ],
 )
