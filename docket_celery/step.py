@@ -303,8 +303,7 @@ def _check_kinds(options: StepOptions) -> None:
         raise SignatureFault(f"version= is text, not {options.version!r}")
     if options.key is not None and not callable(options.key):
         raise SignatureFault(f"key= is a function of the step's inputs, not {options.key!r}")
-    retriable: Any = options.retriable
-    kinds: tuple[Any, ...] = retriable if isinstance(retriable, tuple) else (retriable,)
+    kinds: list[Any] = [*options.retriable] if isinstance(options.retriable, tuple) else [options.retriable]
     for kind in kinds:
         is_error = isinstance(kind, type) and issubclass(kind, BaseException)
         is_predicate = kind is options.retriable and not isinstance(kind, type) and callable(kind)
