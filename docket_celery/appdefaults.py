@@ -52,6 +52,7 @@ _REDIS: Final = {
     "unacked_restore_interval": 10,
     "unacked_restore_throttle": 1,
 }
+_REDIS_SCHEMES: Final = ("redis://", "rediss://", "redis+socket://", "unix://", "sentinel://")
 _REDIS_EFFECT: Final = (
     "Redis delivers a message again when its worker was silent for 4 hours, and looks for such messages every 10 s; "
     "tasks and countdowns longer than that need more"
@@ -93,5 +94,6 @@ def _is_set(app: Celery, key: str) -> bool:
 
 
 def _uses_redis(app: Celery) -> bool:
-    url = app.conf.broker_url or ""
-    return str(url).startswith(("redis://", "rediss://", "redis+socket://", "unix://"))
+    given: Any = app.conf.broker_url or ""
+    urls: list[Any] = given.split(";") if isinstance(given, str) else list(given)
+    return any(str(url).startswith(_REDIS_SCHEMES) for url in urls)

@@ -14,7 +14,7 @@ from docket_celery import wire
 from docket_celery.checkpoint import Store
 from docket_celery.configuration import PREFIX, Settings
 from docket_celery.defaults import process_defaults
-from docket_celery.errors import DocketError, GraphError, InvalidDeclaration, StoreMissing, StoreUnavailable
+from docket_celery.errors import DocketError, InvalidDeclaration, StoreUnavailable
 from docket_celery.graph import Graph
 from docket_celery.plan import Plan
 
@@ -117,7 +117,7 @@ def find_faults(app: Celery, pool: str | None = None) -> list[str]:
         try:
             plan = task.plan()
             store = task.graph.find_store(plan, found) if plan.persists else None
-        except (GraphError, StoreMissing) as error:
+        except DocketError as error:
             faults.append(f"task {task.name}: {error}")
             continue
         if store is None or id(store) in checked:
@@ -184,7 +184,10 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
     pool = getattr(sender, "pool_cls", None)
     kind = get_implementation(pool) if isinstance(pool, str) else pool
     _process.pool = None if kind is None else kind.__module__.rpartition(".")[2]
-    faults = find_faults(sender.app, _process.pool)
+    try:
+        faults = find_faults(sender.app, _process.pool)
+    except Exception as error:  # noqa: BLE001 -- Celery would log it and start the worker all the same
+        faults = [f"the checks themselves failed: {type(error).__name__}: {error}"]
     if faults:
         raise SystemExit(
             "docket_celery refuses to start this worker:\n" + "\n".join(f"  {f}" for f in faults)
