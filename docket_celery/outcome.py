@@ -71,6 +71,7 @@ class RunOutcome:
         busy_s: Another holder advances the run; its lease expires in so many seconds.
         park_s: The run is parked; deliver it again in so many seconds.
         replayed: The run had ended before; nothing ran here.
+        held: This delivery had the run's lease.
     """
 
     value: Message | None = None
@@ -78,6 +79,7 @@ class RunOutcome:
     busy_s: float | None = None
     park_s: float | None = None
     replayed: bool = False
+    held: bool = False
 
 
 def run_end(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from docket_celery.errors import AbortError, RunTimedOut, StepFailed, StoreUnava
 from docket_celery.plan import Plan
 
 Kinds = tuple[type[BaseException], ...]
+_OUTAGE_MOST_S = 15.0
 
 
 class RetryOptions(Protocol):
@@ -52,17 +54,20 @@ def matches(error: object, kinds: Kinds) -> bool:
     return isinstance(error, StepFailed) and any(error.caused_by(kind) for kind in kinds)
 
 
-def park_s(task: RetryOptions, error: BaseException, lease: Lease | None) -> float | None:
+def park_s(
+    task: RetryOptions, error: BaseException, lease: Lease | None, *, skipped: int = 0
+) -> float | None:
     """Return in how many seconds Celery shall deliver the run again, or None to end it.
 
     Args:
         task: Whose options decide.
         error: What ended the delivery.
         lease: The run's lease, which counts its ordinary retries; None: Celery counts them.
+        skipped: Deliveries of this task so far that did not even get at the database.
     """
     failures = 0 if lease is None else lease.failures
     if isinstance(error, StoreUnavailable):
-        return backoff_s(task, failures)
+        return _outage_s(task, skipped)
     if isinstance(error, AbortError) or not _may_retry(task, error):
         return None
     limit = task.retry_kwargs.get("max_retries", task.declared_max_retries)
@@ -79,6 +84,12 @@ def backoff_s(task: RetryOptions, retries: int) -> float:
             factor, retries, int(task.retry_backoff_max), task.retry_jitter
         )
     return float(task.retry_kwargs.get("countdown", task.default_retry_delay))
+
+
+def _outage_s(task: RetryOptions, skipped: int) -> float:
+    """Return the wait in seconds for a database that does not answer: growing and spread, as all tasks wait."""
+    longest_s = min(_OUTAGE_MOST_S, task.default_retry_delay * 2.0 ** min(skipped, 10))
+    return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 -- spreads load, keeps no secret
 
 
 def _may_retry(task: RetryOptions, error: BaseException) -> bool:

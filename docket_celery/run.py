@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 
 from google.protobuf.message import Message
 
@@ -241,6 +242,7 @@ class Run:
         if isinstance(outcome.error, LeaseLost) and not self._submission.waits:
             # Soon, as the new holder may have ended the run by now; the next look tells how long its lease is.
             outcome = RunOutcome(error=outcome.error, busy_s=min(_LOST_BUSY_S, self._settings.lease_seconds))
+        outcome = replace(outcome, held=self._held is not None)
         elapsed = time.monotonic() - self._began
         detail = "" if outcome.error is None else type(outcome.error).__name__
         try:

@@ -33,6 +33,7 @@ from docket_celery.errors import (
     InvalidArguments,
     InvalidDeclaration,
     RunTimedOut,
+    StoreUnavailable,
 )
 from docket_celery.graph import Graph
 from docket_celery.messages import brief, check_size, to_bytes, type_name
@@ -43,12 +44,13 @@ from docket_celery.retrying import Kinds, park_s, with_causes
 _logger = logging.getLogger("docket_celery.task")
 P = ParamSpec("P")
 R = TypeVar("R", bound=Message)
-EXECUTION_ID, CONTEXT, DIGEST, ATTACHED, RELEASED = (
+EXECUTION_ID, CONTEXT, DIGEST, ATTACHED, RELEASED, SKIPPED = (
     "docket_execution_id",
     "docket_context",
     "docket_job_digest",
     "docket_attached",
     "docket_released",
+    "docket_skipped",
 )
 _BUSY_MOST_S = 15.0
 
@@ -253,6 +255,7 @@ class GraphTask(Task[P, R]):
         if execution_id is None and self.execution_id is not None:
             execution_id = self.execution_id(*messages)
         digest = headers.get(DIGEST)
+        skipped = int(headers.get(SKIPPED) or 0)
         return Submission(
             execution_id=check_execution_id(execution_id or request.id),
             values=headers.get(CONTEXT) or {},
@@ -261,7 +264,7 @@ class GraphTask(Task[P, R]):
             number=request.retries + 1,
             task_name=self.name,
             task_id=request.id,
-            retries=request.retries,
+            retries=request.retries - skipped,
             attached=bool(headers.get(ATTACHED)),
             released=headers.get(RELEASED) == request.retries,
             waits=bool(request.is_eager),
@@ -270,7 +273,7 @@ class GraphTask(Task[P, R]):
             passthrough=(Ignore, Reject, Retry, SoftTimeLimitExceeded),
             hands_back=(SystemExit, KeyboardInterrupt, GeneratorExit, Ignore, Reject, Retry),
             scopes=(self._scope(request),),
-            park_s=functools.partial(park_s, self),
+            park_s=functools.partial(park_s, self, skipped=skipped),
             worker=f"{request.hostname}/{os.getpid()}",
         )
 
@@ -310,13 +313,22 @@ class GraphTask(Task[P, R]):
         if outcome.park_s is None:
             raise error
         request = self.request
-        headers = {**(request.headers or {}), RELEASED: request.retries + 1}
+        headers: dict[str, Any] = dict(request.headers or {})
+        if outcome.held:
+            # A delivery that advanced the run may not start it anew should others end it before its retry.
+            headers |= {RELEASED: request.retries + 1, ATTACHED: True}
+        elif isinstance(error, StoreUnavailable):
+            # Not a retry in the sense of leases: the holder may be well, and must not be taken for dead.
+            headers[SKIPPED] = int(headers.get(SKIPPED) or 0) + 1
+        countdown = outcome.park_s
+        if isinstance(error, StoreUnavailable):
+            countdown = min(countdown, self._visibility_s() / 3)
         limit = None
         if self.max_retries is not None:
             # No lease counts the retries: Celery's own bound applies.
             limit = self.retry_kwargs.get("max_retries", self.max_retries)
         retry = cast("Callable[..., Exception]", self.retry)
-        raise retry(exc=error, countdown=outcome.park_s, max_retries=limit, headers=headers)
+        raise retry(exc=error, countdown=countdown, max_retries=limit, headers=headers)
 
     def _send_again(self, busy_s: float) -> None:
         """Another delivery advances this run: come back later, without using up a retry or writing a state.
@@ -329,8 +341,9 @@ class GraphTask(Task[P, R]):
         most_s = min(busy_s, _BUSY_MOST_S, self._visibility_s() / 3)
         countdown = most_s * random.uniform(0.8, 1.0) + 0.1  # noqa: S311 -- spreads load, keeps no secret
         headers = {**(request.headers or {}), ATTACHED: True}
+        # A worker took the job up in time: while it waits for its turn it does not expire.
         again = self.signature_from_request(
-            request, countdown=countdown, retries=request.retries, headers=headers
+            request, countdown=countdown, retries=request.retries, headers=headers, expires=None
         )
         try:
             again.apply_async(add_to_parent=False)

@@ -10,11 +10,11 @@ import pytest
 import redis
 from celery import Celery, chord
 
-from docket_celery import RunQuarantined
+from docket_celery import RunQuarantined, StepFailed
 from tests.conftest import StartWorker
 from tests.infra.processes import wait_until
-from tests.integration.apps.book import Book
-from tests.integration.apps.lease_app import app, collect, process
+from tests.integration.apps.book import Act, Book
+from tests.integration.apps.lease_app import app, collect, process, process_again
 from tests.unit.protos.shop_pb2 import Order, Shipment
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(90)]
@@ -58,7 +58,8 @@ def test_a_run_longer_than_the_visibility_timeout_runs_once(
     order = Order(order_id="long", stock={"reserve": 5500})
     first = process.apply_async((order,), execution_id="long")
     wait_for_step(book, "long", "reserve")
-    second = process.apply_async((order,), execution_id="long")
+    # A worker takes it up in time; that it then waits for longer than that does not expire it.
+    second = process.apply_async((order,), execution_id="long", expires=3)
 
     counts: list[int] = []
     while not (first.ready() and second.ready()):
@@ -94,7 +95,7 @@ def test_a_chord_over_a_redelivered_run_calls_its_body_once(
     result = chord(header)(collect.s())
     assert result.get(timeout=WITHIN_S) == 2
     assert worker.read_log().count("lease.process") > 2
-    slow_id = result.parent.results[0].id
+    slow_id = book.rows("SELECT DISTINCT task_id FROM docket_executions WHERE duration_ms > 3000")[0][0]
     assert worker.read_log().count(f"[{slow_id}] received") >= 2
     assert [act.step for act in book.acts(slow_id)] == STEPS
     # Copies may still be on their way; each ends without starting the body once more.
@@ -191,3 +192,31 @@ def test_a_step_longer_than_the_lease_keeps_it(start_worker: StartWorker, book: 
     assert run is not None
     assert (run.state, run.epoch, run.lost) == ("SUCCEEDED", 1, 0)
     assert [act.step for act in book.acts("slow")] == STEPS
+
+
+def test_retries_are_counted_once_for_all_submissions_of_a_run(start_worker: StartWorker, book: Book) -> None:
+    """A second submission joins the attempts that the first one has; nobody's retry starts them anew."""
+    start_worker("prefork", 2, app=APP)
+    order = Order(order_id="closed", stock={"reserve": 300, "reserve:fail": 1})
+    first = process_again.apply_async((order,), execution_id="closed")
+    wait_for_step(book, "closed", "reserve")
+    second = process_again.apply_async((order,), execution_id="closed")
+    for result in (first, second):
+        with pytest.raises(StepFailed) as caught:
+            result.get(timeout=WITHIN_S)
+        assert caught.value.step == "reserve"
+    # One delivery and max_retries=2 more of them, whoever made them.
+    assert len(book.acts("closed", "reserve")) == 3
+    run = book.run("closed")
+    assert run is not None
+    assert (run.state, run.lost, run.failures) == ("FAILED", 0, 2)
+    assert not _overlap(book.acts("closed"))
+
+
+def _overlap(acts: list[Act]) -> bool:
+    """Tell whether any act began before an earlier delivery's ended."""
+    return any(
+        earlier.delivery < later.delivery and (earlier.ended_at is None or later.began_at < earlier.ended_at)
+        for earlier in acts
+        for later in acts
+    )

@@ -101,6 +101,6 @@ def test_prefork_children_share_nothing_with_a_parent_that_runs_graphs_itself(
     threads = {(facts["pid"], facts["thread_id"]) for facts in children}
     assert not {thread for _, thread in threads} & {facts["thread_id"] for facts in parent}
     # Runs of the children work to their end, lease and heartbeat included.
-    jobs = [process.delay(Order(order_id=f"order-{n}")) for n in range(4)]
-    assert len({job.get(timeout=WITHIN_S).tracking_id for job in jobs}) == 4
+    orders = [process.delay(Order(order_id=f"order-{n}")) for n in range(4)]
+    assert len({order.get(timeout=WITHIN_S).tracking_id for order in orders}) == 4
     assert {act.pid for act in book.acts(step="charge")} <= pids

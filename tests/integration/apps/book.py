@@ -117,8 +117,9 @@ class Book:
 
 @contextmanager
 def open_database(url: str | None = None) -> Generator[psycopg.Connection[tuple[Any, ...]]]:
-    """Open an autocommit connection; without *url* to the worker's own database."""
-    chosen = make_url(os.environ["DOCKET_CELERY_DATABASE_URL"] if url is None else url)
+    """Open an autocommit connection; without *url* to the worker's own database, or to the book's."""
+    own = os.environ.get("LEASE_APP_BOOK_URL") or os.environ.get("DOCKET_CELERY_DATABASE_URL", "")
+    chosen = make_url(own if url is None else url)
     plain = chosen.set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(plain, autocommit=True, application_name="docket-test-book") as connection:
         yield connection
@@ -135,9 +136,11 @@ def act(ctx: StepContext) -> Generator[None]:
     }
     with open_database() as connection:
         number = connection.execute(_BEGIN, facts).fetchone()
-    yield
-    with open_database() as connection:
-        connection.execute("UPDATE test_acts SET ended_at = clock_timestamp() WHERE act = %s", number)
+    try:
+        yield
+    finally:
+        with open_database() as connection:
+            connection.execute("UPDATE test_acts SET ended_at = clock_timestamp() WHERE act = %s", number)
 
 
 def charge(ctx: StepContext, order_id: str) -> None:

@@ -155,10 +155,10 @@ def tell_facts(order: Order, ctx: StepContext) -> Label:
     """Return what a step sees of its surroundings."""
     logger.info("order %s looks around", order.order_id)
     store = process_defaults.store(os.environ["DOCKET_CELERY_DATABASE_URL"])
+    request = getattr(current_task, "request", None)  # nobody's in the worker's main process
     seen = {
-        # Nobody's in the worker's main process, where some tests run this graph too.
-        "task": current_task.name if current_task else None,
-        "task_id": current_task.request.id if current_task else None,
+        "task": getattr(request, "task", None),
+        "task_id": getattr(request, "id", None),
         "caller": caller.get(),
         "pid": os.getpid(),
         "thread": threading.current_thread().name,
