@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PERSISTS = "tests.integration.apps.faulty"
+KEEPS_NOTHING = "tests.integration.apps.declared"
+DATABASE = "DOCKET_CELERY_DATABASE_URL"
+SECRET = "postgresql+psycopg://ann:s3cret@127.0.0.1:1/shop"
+
+
+def run(
+    *words: str, env: Mapping[str, str] | None = None, python: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run ``celery WORDS`` as a user does."""
+    hidden = {key: value for key, value in os.environ.items() if not key.startswith("DOCKET_CELERY_")}
+    return subprocess.run(
+        [sys.executable, *python, "-m", "celery", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**hidden, "COLUMNS": "200", **(env or {})},
+        check=False,
+        timeout=60,
+    )
+
+
+def imported(done: subprocess.CompletedProcess[str]) -> set[str]:
+    """Return the top-level packages that ``-X importtime`` saw."""
+    lines = (line for line in done.stderr.splitlines() if line.startswith("import time:"))
+    names = (line.rpartition("|")[2].strip() for line in lines)
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> dict[str, str]:
+    """The environment with a SQLite file that does not exist yet."""
+    return {DATABASE: f"sqlite:///{tmp_path}/shop.db"}
+
+
+def test_celery_lists_the_group_and_the_group_its_commands() -> None:
+    """Installed through Celery's entry point."""
+    assert "docket" in run("--help").stdout
+    text = run("-A", PERSISTS, "docket", "--help").stdout
+    for command in ("check", "migrate", "plan"):
+        assert command in text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--help",),
+        ("-A", KEEPS_NOTHING, "docket", "plan", "declared.by_decorator"),
+        ("-A", KEEPS_NOTHING, "docket", "check"),
+    ],
+    ids=["help", "plan", "check"],
+)
+def test_without_a_database_no_sql_is_loaded(words: tuple[str, ...]) -> None:
+    """Every celery command loads the entry point, so it must cost little."""
+    done = run(*words, python=("-X", "importtime"))
+    assert done.returncode == 0, done.stdout
+    packages = imported(done)
+    assert "docket_celery" in packages
+    assert not packages & {"sqlalchemy", "psycopg"}
+
+
+def test_check_and_migrate_tell_what_to_do_and_what_was_done(sqlite: dict[str, str]) -> None:
+    """From an empty database to a checked app; migrating again changes nothing."""
+    before = run("-A", PERSISTS, "docket", "check", env=sqlite)
+    assert before.returncode == 1
+    assert "the database has no docket tables" in before.stderr
+    assert "docket migrate" in before.stderr
+    assert "1 fault" in before.stderr
+    for _ in range(2):
+        migrated = run("-A", PERSISTS, "docket", "migrate", env=sqlite)
+        assert migrated.returncode == 0, migrated.stderr
+        assert "docket tables of version 1" in migrated.stdout
+    after = run("-A", PERSISTS, "docket", "check", env=sqlite)
+    assert after.returncode == 0, after.stderr
+    assert "faulty.ship" in after.stdout
+    assert "1 GraphTask checked" in after.stdout
+
+
+def test_migrate_takes_a_url(tmp_path: Path) -> None:
+    """For a database that the app does not name."""
+    url = f"sqlite:///{tmp_path}/other.db"
+    done = run("-A", PERSISTS, "docket", "migrate", "--url", url)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "other.db").exists()
+
+
+def test_migrate_without_a_database_names_the_setting() -> None:
+    """Exit status 1 and the fix."""
+    done = run("-A", PERSISTS, "docket", "migrate")
+    assert done.returncode == 1
+    assert "set docket_database_url (or DOCKET_CELERY_DATABASE_URL), or pass --url" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "migrate"])
+def test_no_password_is_printed(command: str) -> None:
+    """A database that does not answer is named without its secret."""
+    done = run("-A", PERSISTS, "docket", command, env={DATABASE: SECRET})
+    assert "s3cret" not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    if command == "migrate":
+        assert done.returncode == 1
+        assert "DC401" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "migrate"])
+def test_a_url_that_cannot_be_used_is_an_error_without_traceback(command: str) -> None:
+    """The setting is named, its value is not."""
+    done = run("-A", PERSISTS, "docket", command, env={DATABASE: "nowhere://ann:s3cret@host"})
+    assert done.returncode == 1
+    assert "docket_database_url" in done.stderr
+    assert "s3cret" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("setting", "did you mean docket_lease_seconds?"),
+        ("value", "docket_threads"),
+        ("wiring", "faulty.reserve"),
+    ],
+)
+def test_check_reports_faults(fault: str, said: str) -> None:
+    """Exit status 1 for CI."""
+    done = run("-A", PERSISTS, "docket", "check", env={"FAULT": fault})
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_plan_shows_the_levels() -> None:
+    """In order, by the task's name or by its last part."""
+    for name in ("declared.labelled", "labelled"):
+        done = run("-A", KEEPS_NOTHING, "docket", "plan", name)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines() == [
+            "declared.labelled: docket.tests.unit.Order, docket.tests.unit.Shipment -> docket.tests.unit.Label",
+            "  1. write_label",
+        ]
+    done = run("-A", KEEPS_NOTHING, "docket", "plan", "declared.named")
+    assert done.stdout.splitlines()[1:] == ["  1. charge", "  2. ship"]
+
+
+def test_plan_draws_mermaid() -> None:
+    """Text that GitHub renders."""
+    done = run("-A", KEEPS_NOTHING, "docket", "plan", "--mermaid", "declared.named")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("flowchart ")
+    assert "charge" in done.stdout
+
+
+def test_an_unknown_task_lists_the_known_ones() -> None:
+    """Exit status 1, and what could have been meant."""
+    done = run("-A", KEEPS_NOTHING, "docket", "plan", "declared.nothing")
+    assert done.returncode == 1
+    assert "no GraphTask is called 'declared.nothing'" in done.stderr
+    for name in ("declared.by_class", "declared.by_shared_base", "declared.labelled"):
+        assert name in done.stderr
+
+
+def test_a_broken_plan_is_an_error_without_traceback() -> None:
+    """The faults of the wiring, as text."""
+    done = run("-A", PERSISTS, "docket", "plan", "faulty.reserve", env={"FAULT": "wiring"})
+    assert done.returncode == 1
+    assert "docket.tests.unit.Money" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_an_app_nothing_is_checked() -> None:
+    """An app of no GraphTask is no fault, but says so."""
+    done = run("docket", "check")
+    assert done.returncode == 0, done.stderr
+    assert "0 GraphTasks checked" in done.stdout
