@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import json
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -33,22 +30,25 @@ def run(argv: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@functools.cache
-def _cache() -> Path:
-    """Return one cache for all runs of mypy: most of their time goes into other people's stubs."""
-    folder = tempfile.TemporaryDirectory(prefix="docket-mypy-")
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
-
-
 def mypy(files: Sequence[Path], folder: Path) -> set[Fault]:
-    """Return mypy's errors as file name, line and text."""
+    """Return mypy's errors as file name, line and text.
+
+    All runs share a cache beside *folder*: most of the time goes into other people's stubs.
+    """
     config = folder / "mypy.ini"
     config.write_text(
         f"[mypy]\nstrict = true\npython_version = 3.11\nexplicit_package_bases = true\n"
         f"mypy_path = {ROOT}:{folder}\nenable_error_code = ignore-without-code\n"
     )
-    argv = [sys.executable, "-m", "mypy", "--config-file", str(config), "--cache-dir", str(_cache())]
+    argv = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        str(config),
+        "--cache-dir",
+        str(folder.parent / "mypy-cache"),
+    ]
     done = run([*argv, "--output=json", *map(str, files)], ROOT)
     assert not done.stderr, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
