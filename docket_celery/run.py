@@ -206,13 +206,10 @@ class Run:
 
     def _end(self, outcome: Outcome) -> None:
         """Close or park the run, then report."""
-        try:
-            result = RunOutcome(value=outcome.value)
-            if outcome.error is not None:
-                lease = self._held.lease if self._held is not None else None
-                result = self._parked_or_failed(outcome.error, lease)
-        except Exception as error:  # noqa: BLE001 -- the host's own code decided; whoever waits must hear of it
-            result = RunOutcome(error=error)
+        result = RunOutcome(value=outcome.value)
+        if outcome.error is not None:
+            lease = self._held.lease if self._held is not None else None
+            result = self._parked_or_failed(outcome.error, lease)
         if self._held is None or self._store is None:
             self._conclude(result)
         else:
@@ -291,7 +288,10 @@ class Run:
 
     def _parked_or_failed(self, error: BaseException, lease: Lease | None) -> RunOutcome:
         park = self._submission.park_s
-        return RunOutcome(error=error, park_s=park(error, lease) if park is not None else None)
+        try:
+            return RunOutcome(error=error, park_s=park(error, lease) if park is not None else None)
+        except Exception as broken:  # noqa: BLE001 -- the host's own code; whoever waits must hear of it
+            return RunOutcome(error=broken)
 
     # --- building ----------------------------------------------------------------------------------------------
 

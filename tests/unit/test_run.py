@@ -463,3 +463,17 @@ def test_an_abort_is_kept_as_the_runs_outcome() -> None:
         "FAILED",
         "DC200",
     )
+
+
+@pytest.mark.parametrize("fault", ["acquire", "end", "step"])
+def test_a_host_that_cannot_decide_fails_the_run_instead_of_hanging_it(fault: str) -> None:
+    """What a host's own code raises when it is asked whether to park the run reaches the waiting caller."""
+
+    def decide(error: BaseException, lease: Lease | None) -> float | None:
+        raise ZeroDivisionError("broken host")
+
+    store = FaultyStore(**({} if fault == "step" else {fault: down()}))
+    shop = Shop(store)
+    shop.broken = True
+    with pytest.raises(ZeroDivisionError, match="broken host"):
+        within(lambda: execute(shop.graph, Shipment, Order(), park_s=decide))
