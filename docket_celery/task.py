@@ -322,7 +322,7 @@ class GraphTask(Task[P, R]):
             headers[SKIPPED] = int(headers.get(SKIPPED) or 0) + 1
         countdown = outcome.park_s
         if isinstance(error, StoreUnavailable):
-            countdown = min(countdown, self._visibility_s() / 3)
+            countdown = min(countdown, _visibility_s(self.app) / 3)
         limit = None
         if self.max_retries is not None:
             # No lease counts the retries: Celery's own bound applies.
@@ -338,7 +338,7 @@ class GraphTask(Task[P, R]):
             Reject: It could not be; the broker keeps the original.
         """
         request = self.request
-        most_s = min(busy_s, _BUSY_MOST_S, self._visibility_s() / 3)
+        most_s = min(busy_s, _BUSY_MOST_S, _visibility_s(self.app) / 3)
         countdown = most_s * random.uniform(0.8, 1.0) + 0.1  # noqa: S311 -- spreads load, keeps no secret
         headers = {**(request.headers or {}), ATTACHED: True}
         # A worker took the job up in time: while it waits for its turn it does not expire.
@@ -352,11 +352,6 @@ class GraphTask(Task[P, R]):
             time.sleep(1.0)
             raise Reject(error, requeue=True) from error
         raise Ignore(f"another delivery advances this run; back in {countdown:.1f} s")
-
-    def _visibility_s(self) -> float:
-        """Return for how long Redis leaves a waiting copy alone; a longer countdown would multiply it."""
-        options = cast("dict[str, Any]", self.app.conf.broker_transport_options or {})
-        return float(options.get("visibility_timeout", 3600))
 
     def _finish_duplicate(self, outcome: RunOutcome) -> None:
         """Drop a copy of a delivery whose outcome Celery has stored already, links and chain included.
@@ -427,6 +422,12 @@ def shared_graph_task(
         return cast("GraphTask[P, R]", declare_task(function))
 
     return declare
+
+
+def _visibility_s(app: Celery) -> float:
+    """Return for how long Redis leaves a waiting copy alone; a longer countdown would multiply it."""
+    options = cast("dict[str, Any]", app.conf.broker_transport_options or {})
+    return float(options.get("visibility_timeout", 3600))
 
 
 def _is_function(value: object) -> bool:
