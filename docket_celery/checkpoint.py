@@ -296,9 +296,9 @@ class Store(Protocol):
         ``request.attached``; RUNNING when the lease expired, when *owner* is the holder itself, or when the
         same task id comes with greater ``retries``. A RUNNING lease taken over counts as lost, unless the same
         task id comes with greater ``retries`` and ``request.released``; at ``max_deliveries`` the run becomes
-        QUARANTINED instead and its row is returned. The ``retries`` of one task id only grow. The holder itself gets its lease again with the same epoch. Resuming FAILED starts
-        ``failures`` from 0. Not taken: another live holder, an ended run, and a run of another target or job
-        digest; the caller compares.
+        QUARANTINED instead and its row is returned. The ``retries`` of one task id only grow. The holder itself
+        gets its lease again with the same epoch. Resuming FAILED starts ``failures`` from 0. Not taken: another
+        live holder, an ended run, and a run of another target or job digest; the caller compares.
         """
         ...
 
@@ -360,7 +360,8 @@ class Store(Protocol):
 
         Repeating it with the same lease and state does nothing, so that a lost answer can be asked for again.
         Parking with ``wake_in_s`` counts the delivery to come as a retry: it is owed the run, not its lease, and
-        waits where a copy of the task was quicker. Ending sets ``expires_at`` of the run's WORKFLOW checkpoints that have a ttl.
+        waits where a copy of the task was quicker. Ending sets ``expires_at`` of the run's WORKFLOW checkpoints
+        that have a ttl.
 
         Raises:
             LeaseLost: The run is no longer this lease's; nothing was written.

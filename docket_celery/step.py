@@ -303,7 +303,8 @@ def _check_kinds(options: StepOptions) -> None:
         raise SignatureFault(f"version= is text, not {options.version!r}")
     if options.key is not None and not callable(options.key):
         raise SignatureFault(f"key= is a function of the step's inputs, not {options.key!r}")
-    kinds: list[Any] = [*options.retriable] if isinstance(options.retriable, tuple) else [options.retriable]
+    given: object = options.retriable
+    kinds = cast("Sequence[object]", given) if isinstance(given, tuple) else [given]
     for kind in kinds:
         is_error = isinstance(kind, type) and issubclass(kind, BaseException)
         is_predicate = kind is options.retriable and not isinstance(kind, type) and callable(kind)

@@ -68,7 +68,7 @@ def test_tracked_files_name_no_index_and_no_machine() -> None:
         "http://files.python~~hosted.org/x.whl",
         "--index~~-url mirror",
         "--find~~-links=wheels",
-        "see /ro~~ot/.cache/x",
+        "see /roo~~t/.cache/x",
         "'/ho~~me/ann/shop/app.py'",
         "-----BEGIN RSA PRI~~VATE KEY-----",
     ],
