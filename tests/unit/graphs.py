@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from docket_celery.checkpoint import Store
 from docket_celery.configuration import Settings
 from docket_celery.graph import Graph
-from docket_celery.run import RunOutcome, Submission
+from docket_celery.outcome import RunOutcome, Submission
 from docket_celery.step import Named, ValueKey
 from tests.unit.protos.shop_pb2 import Money
 
