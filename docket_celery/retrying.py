@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from celery.exceptions import SoftTimeLimitExceeded
+from celery.exceptions import SoftTimeLimitExceeded, TaskPredicate
 from celery.utils.time import get_exponential_backoff_interval
 
 from docket_celery.checkpoint import Lease
@@ -55,7 +55,7 @@ def matches(error: object, kinds: Kinds) -> bool:
 
 
 def park_s(
-    task: RetryOptions, error: BaseException, lease: Lease | None, *, skipped: int = 0
+    task: RetryOptions, error: BaseException, lease: Lease | None, *, retries: int = 0, skipped: int = 0
 ) -> float | None:
     """Return in how many seconds Celery shall deliver the run again, or None to end it.
 
@@ -63,9 +63,10 @@ def park_s(
         task: Whose options decide.
         error: What ended the delivery.
         lease: The run's lease, which counts its ordinary retries; None: Celery counts them.
+        retries: Celery's count so far.
         skipped: Deliveries of this task so far that did not even get at the database.
     """
-    failures = 0 if lease is None else lease.failures
+    failures = retries if lease is None else lease.failures
     if isinstance(error, StoreUnavailable):
         return _outage_s(task, skipped)
     if isinstance(error, AbortError) or not _may_retry(task, error):
@@ -93,6 +94,9 @@ def _outage_s(task: RetryOptions, skipped: int) -> float:
 
 
 def _may_retry(task: RetryOptions, error: BaseException) -> bool:
+    if isinstance(error, TaskPredicate):
+        # A step that raised Celery's own Ignore, Reject or Retry has decided itself.
+        return False
     # Where Celery enforces no soft limit, passing it shows as RunTimedOut here and as Celery's error outside.
     shown = SoftTimeLimitExceeded() if isinstance(error, RunTimedOut) else error
     if matches(shown, tuple(task.dont_autoretry_for)):

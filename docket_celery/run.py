@@ -101,7 +101,9 @@ class Run:
             return self._wait()
         except BaseException as interruption:
             self._stop(interruption)
-            self._leave()
+            parked = self._leave(interruption)
+            if parked is not None:
+                return parked
             raise
         finally:
             # The execution knows this run as the one to tell: without this both would wait for the collector.
@@ -131,13 +133,23 @@ class Run:
                 lease = self._held.lease
                 self._stop(LeaseLost(lease.graph, lease.execution_id, lease.epoch))
 
-    def _leave(self) -> None:
-        """Give the pool a moment to hand back the lease; an expired lease is the fallback."""
-        if self._store is not None:
+    def _leave(self, interruption: BaseException) -> RunOutcome | None:
+        """Give the pool a moment to hand back the lease; an expired lease is the fallback.
+
+        Returns:
+            The outcome, where the host decided that this interruption has the run delivered again; else None.
+        """
+        if self._store is None:
+            outcome = self._parked_or_failed(interruption, None)
+        else:
             try:
-                self._queue.get(timeout=_LEAVE_S)
+                outcome = self._queue.get(timeout=_LEAVE_S)
             except queue.Empty:
                 _logger.warning("run %r: its lease was not given back in time", self._submission.execution_id)
+                return None
+        # A process that is told to end ends: only what fails the run can be cured by another delivery.
+        parks = isinstance(interruption, Exception) and outcome.error is interruption
+        return outcome if parks and outcome.park_s is not None else None
 
     def _stop(self, error: BaseException) -> None:
         self._cancellation.cancel(error)

@@ -273,7 +273,7 @@ class GraphTask(Task[P, R]):
             passthrough=(Ignore, Reject, Retry, SoftTimeLimitExceeded),
             hands_back=(SystemExit, KeyboardInterrupt, GeneratorExit, Ignore, Reject, Retry),
             scopes=(self._scope(request),),
-            park_s=functools.partial(park_s, self, skipped=skipped),
+            park_s=functools.partial(park_s, self, retries=request.retries, skipped=skipped),
             worker=f"{request.hostname}/{os.getpid()}",
         )
 
