@@ -62,6 +62,17 @@ def calls(journals: Journals, journal: str) -> list[str]:
     return [line.split()[1] for line in journals.read(journal)]
 
 
+def run_row(urls: Urls, execution_id: str) -> tuple[object, ...]:
+    """Return how a run stands in the database."""
+    with servers.connect(urls.database) as connection:
+        row = connection.execute(
+            "SELECT state, failures, lost, error->>'code', lease_until FROM docket_runs WHERE execution_id = %s",
+            [execution_id],
+        ).fetchone()
+    assert row is not None
+    return row
+
+
 @pytest.mark.parametrize("task", [options.retried, options.retried_kept], ids=["no store", "store"])
 def test_autoretry_matches_the_steps_own_exception(task: Any, journals: Journals, journal: str) -> None:
     """A subclass of what autoretry_for names, raised in a step, has Celery deliver the run again."""
@@ -123,19 +134,15 @@ def test_the_row_and_celery_end_alike(urls: Urls, journal: str) -> None:
     result = submit(options.retried_kept, journal, failures=9)
     with pytest.raises(StepFailed):
         result.get(timeout=WAIT_S)
-    with servers.connect(urls.database) as connection:
-        row = connection.execute(
-            "SELECT state, failures, lost, error->>'code', lease_until FROM docket_runs WHERE execution_id = %s",
-            [journal],
-        ).fetchone()
-    assert row == ("FAILED", 2, 0, "DC201", None)
+    assert run_row(urls, journal) == ("FAILED", 2, 0, "DC201", None)
 
 
-def test_retry_backoff_waits(journals: Journals, journal: str) -> None:
-    """The first wait of Celery's exponential backoff is a second."""
-    assert submit(options.backed_off, journal, failures=1).get(timeout=WAIT_S).tracking_id == "call 2"
-    first, second = (float(line.split()[0]) for line in journals.read(journal))
+def test_retry_backoff_grows(journals: Journals, journal: str) -> None:
+    """Celery's exponential backoff: a second, then two."""
+    assert submit(options.backed_off, journal, failures=2).get(timeout=WAIT_S).tracking_id == "call 3"
+    first, second, third = (float(line.split()[0]) for line in journals.read(journal))
     assert second - first >= 1.0
+    assert third - second >= 2.0
 
 
 def test_a_policy_asks_for_another_delivery(journals: Journals, journal: str) -> None:
@@ -168,6 +175,17 @@ def test_a_soft_limit_interrupts_the_task_and_stops_its_steps(
         submit(options.soft, journal).get(timeout=WAIT_S)
     assert journals.wait(journal, 2)[1] == "stopped"
     assert {child.pid for child in worker.children()} == children
+
+
+@pytest.mark.parametrize("task", [options.soft_retried, options.soft_retried_kept], ids=["no store", "store"])
+def test_a_soft_limit_may_be_retried(task: Any, urls: Urls, journals: Journals, journal: str) -> None:
+    """autoretry_for matches it, as on any task, and the row ends with Celery."""
+    with pytest.raises(SoftTimeLimitExceeded):
+        submit(task, journal).get(timeout=WAIT_S)
+    lines = journals.wait(journal, 4)
+    assert [line.split()[0] for line in lines] == ["started", "stopped", "started", "stopped"]
+    if task is options.soft_retried_kept:
+        assert run_row(urls, journal)[:3] == ("FAILED", 1, 0)
 
 
 def test_limits_are_the_callers_too(journals: Journals, journal: str) -> None:

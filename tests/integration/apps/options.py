@@ -71,6 +71,15 @@ def wait(order: Order, ctx: StepContext) -> Money:
     return Money()
 
 
+slow_kept = Graph("slow_kept")
+
+
+@slow_kept.step(persist=Scope.WORKFLOW)
+def wait_and_keep(order: Order, ctx: StepContext) -> Money:
+    """The same, with a row for the run."""
+    return wait(order, ctx)
+
+
 where = Graph("where")
 
 
@@ -116,6 +125,18 @@ backed_off = declare(
 redelivered = declare("redelivered", patient, Shipment, max_retries=1, **AT_ONCE)
 hard = declare("hard", slow, Money, time_limit=1)
 soft = declare("soft", slow, Money, soft_time_limit=1)
+soft_retried = declare(
+    "soft_retried", slow, Money, soft_time_limit=1, autoretry_for=(Exception,), max_retries=1, **AT_ONCE
+)
+soft_retried_kept = declare(
+    "soft_retried_kept",
+    slow_kept,
+    Money,
+    soft_time_limit=1,
+    autoretry_for=(Exception,),
+    max_retries=1,
+    **AT_ONCE,
+)
 unlimited = declare("unlimited", slow, Money)
 routed = declare("routed", where, Label, queue="special")
 rated = declare("rated", where, Label, rate_limit="2/s")
