@@ -74,8 +74,10 @@ def check_settings(app: Celery) -> Settings:
     Raises:
         InvalidSettings: A key is unknown or a value cannot be used.
     """
-    prefix = (app.conf.prefix or "").lower()
-    keys = (key.lower().removeprefix(prefix) for key in app.conf if isinstance(key, str))
+    # Listing the keys has Celery load the configuration; only then is the namespace known.
+    names = [key.lower() for key in app.conf if isinstance(key, str)]
+    namespace = (app.conf.prefix or "").lower()
+    keys = (name.removeprefix(namespace) for name in names)
     Settings.read({key: None for key in keys if key.startswith(PREFIX)}, {})
     return app_settings(app)
 
