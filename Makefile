@@ -111,11 +111,15 @@ test: $(READY) ## Run the whole suite, from nothing: servers included
 
 .PHONY: test-unit
 test-unit: $(READY) ## Run the tests that start no server
-	@$(PYTEST) -m 'not integration and not faults' tests/unit $(PYTEST_ARGS)
+	@$(PYTEST) tests/unit $(PYTEST_ARGS)
 
 .PHONY: test-integration
 test-integration: $(READY) ## Run the tests on real servers and workers
-	@$(PYTEST) -m 'integration or faults' $(PYTEST_ARGS)
+	@$(PYTEST) tests/conformance tests/integration $(PYTEST_ARGS)
+
+.PHONY: test-faults
+test-faults: $(READY) ## Kill workers a hundred times at random moments, among other faults; takes minutes
+	@$(PYTEST) -m faults $(PYTEST_ARGS)
 
 .PHONY: demo
 demo: $(READY) ## Show the main job: a graph in parallel, a killed worker, one charge
