@@ -11,7 +11,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from docket_celery.errors import DecodeFailed, InvalidArguments, PayloadTooLarge
+from docket_celery.errors import DecodeFailed, InvalidArguments, PayloadTooLarge, safe_text
 
 M = TypeVar("M", bound=Message)
 
@@ -61,7 +61,7 @@ def from_json_object(kind: type[M], value: dict[str, Any]) -> M:
     try:
         return json_format.ParseDict(value, kind())
     except (json_format.ParseError, AttributeError, RecursionError, TypeError) as error:
-        raise InvalidArguments(f"JSON form of {type_name(kind)}", str(error)) from error
+        raise InvalidArguments(f"JSON form of {type_name(kind)}", safe_text(error)) from error
 
 
 def check_size(what: str, size_bytes: int, limit_bytes: int) -> None:
