@@ -162,10 +162,12 @@ class Run:
         """Take the lease and restore, or find out why not."""
         try:
             found = self._acquire()
-        except StoreUnavailable as error:
-            self._conclude(self._parked_or_failed(error, None))
         except Exception as error:  # noqa: BLE001 -- whoever waits must hear of it
-            self._conclude(RunOutcome(error=error))
+            if self._held is not None or isinstance(error, StoreUnavailable):
+                # Held: there was no thread for a heartbeat, and a later run's would keep this lease for ever.
+                self._end(Outcome(error=error))
+            else:
+                self._conclude(RunOutcome(error=error))
         else:
             if found is not None:
                 self._advance(found)
