@@ -21,12 +21,17 @@ class Defaults:
         self._lock = threading.Lock()
         self._own: dict[str, Any] = {}
         self._host: Callable[[], Mapping[str, Any]] = dict[str, Any]
+        self._in_task: Callable[[], bool] = bool
         self._open: Callable[[str], Store] | None = None
         self._stores: dict[str, Store] = {}
 
-    def use_host(self, host: Callable[[], Mapping[str, Any]]) -> None:
-        """Say where ``docket_*`` values come from."""
-        self._host = host
+    def use_host(self, host: Callable[[], Mapping[str, Any]], in_task: Callable[[], bool] = bool) -> None:
+        """Say where ``docket_*`` values come from, and which threads the host may interrupt in their work."""
+        self._host, self._in_task = host, in_task
+
+    def may_help(self) -> bool:
+        """Tell whether the calling thread may run steps: the host does not interrupt what it does."""
+        return not self._in_task()
 
     def use_opener(self, opener: Callable[[str], Store]) -> None:
         """Say how a database URL becomes a store."""

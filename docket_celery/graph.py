@@ -216,6 +216,7 @@ class Graph:
             values=context or {},
             timeout_s=None if timeout is None else to_seconds(timeout, "timeout"),
             max_concurrency=_concurrency(max_concurrency),
+            may_help=process_defaults.may_help(),
             listeners=self.listeners,
         )
         outcome = self.deliver(_key(target, "execute"), inputs, submission, store=store)

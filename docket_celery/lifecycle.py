@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, Protocol, cast
 from weakref import WeakSet
@@ -17,6 +18,7 @@ from docket_celery.defaults import process_defaults
 from docket_celery.errors import DocketError, InvalidDeclaration, StoreUnavailable
 from docket_celery.graph import Graph
 from docket_celery.plan import Plan
+from docket_celery.runtime import Worker
 
 _logger = logging.getLogger("docket_celery.worker")
 _KEYS: Final = tuple(PREFIX + name for name in Settings.__dataclass_fields__)
@@ -85,6 +87,20 @@ def check_settings(app: Celery) -> Settings:
 def soft_limits_work() -> bool:
     """Tell whether Celery itself enforces soft time limits here: in prefork only."""
     return _process.pool is None or _process.pool == "prefork"
+
+
+def deadline_s(task: Any, request: Any) -> float | None:
+    """Return the limit in seconds that Celery does not enforce here: outside prefork it ignores soft limits.
+
+    A message says its limits only where the submitter knew the task; else they are the task's, then the app's.
+    """
+    if soft_limits_work() and not request.is_eager:
+        return None
+    hard, soft = request.timelimit or (None, None)
+    conf: Any = task.app.conf
+    soft = soft or task.soft_time_limit or conf.task_soft_time_limit
+    hard = hard or task.time_limit or conf.task_time_limit
+    return soft or hard or None
 
 
 def watch_task(app: Celery) -> None:
@@ -164,6 +180,12 @@ def _current_values() -> Mapping[str, Any]:
     return {} if app is None else _app_values(app)
 
 
+def _in_task() -> bool:
+    """Tell whether this is the thread of a task, where Celery raises its limits; step threads know the task too."""
+    state: Any = _state
+    return not isinstance(threading.current_thread(), Worker) and state.get_current_worker_task() is not None
+
+
 def _on_after_finalize(sender: Any = None, **_: Any) -> None:
     """Let the run row, not Celery, bound the retries of tasks that persist: both then end alike."""
     for task in graph_tasks(sender):
@@ -173,8 +195,12 @@ def _on_after_finalize(sender: Any = None, **_: Any) -> None:
             # The report names places and fixes; a traceback would only bury it.
             _logger.error("task %s cannot run: %s", task.name, error)  # noqa: TRY400
             continue
-        if plan.persists:
-            type(task).max_retries = None
+        _leave_retries_to_row(task, plan)
+
+
+def _leave_retries_to_row(task: TaskClass, plan: Plan) -> None:
+    if plan.persists:
+        type(task).max_retries = None
 
 
 def _on_worker_init(sender: Any = None, **_: Any) -> None:
@@ -188,6 +214,9 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
     _process.pool = None if kind is None else kind.__module__.rpartition(".")[2]
     try:
         faults = find_faults(sender.app, _process.pool)
+        for task in () if faults else graph_tasks(sender.app):
+            # Those that were declared after the app was finalized have not been looked at.
+            _leave_retries_to_row(task, task.plan())
     except Exception as error:  # noqa: BLE001 -- Celery would log it and start the worker all the same
         faults = [f"the checks themselves failed: {type(error).__name__}: {error}"]
     if faults:
@@ -202,6 +231,6 @@ def _on_worker_shutdown(**_: Any) -> None:
 
 def install() -> None:
     """Connect to Celery; done once, when GraphTask is imported."""
-    process_defaults.use_host(_current_values)
+    process_defaults.use_host(_current_values, _in_task)
     signals.worker_init.connect(_on_worker_init, weak=False)
     signals.worker_shutdown.connect(_on_worker_shutdown, weak=False)

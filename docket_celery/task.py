@@ -29,6 +29,7 @@ from docket_celery.declaration import (
     read_generic,
     take_routing,
 )
+from docket_celery.defaults import process_defaults
 from docket_celery.errors import (
     InvalidArguments,
     InvalidDeclaration,
@@ -52,6 +53,7 @@ EXECUTION_ID, CONTEXT, DIGEST, ATTACHED, RELEASED, SKIPPED = (
     "docket_released",
     "docket_skipped",
 )
+_AGAIN = "docket_again"
 _BUSY_MOST_S = 15.0
 
 
@@ -111,18 +113,20 @@ class GraphTask(Task[P, R]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "graph" not in cls.__dict__:
-            return
+        if _is_function(cls.__dict__.get("execution_id")):
+            # A function in a class body is a method; this one takes the messages alone.
+            cls.execution_id = staticmethod(cls.__dict__["execution_id"])
         name = str(cls.__dict__.get("name") or cls.__name__)
+        if "graph" not in cls.__dict__:
+            if cls.__dict__.get("_decorated"):
+                raise InvalidDeclaration(name, "it names no graph, so its body would run; pass graph=")
+            return
         if not isinstance(cls.graph, Graph):
             raise InvalidDeclaration(name, f"graph= must be a docket_celery.Graph, not {cls.graph!r}")
         cls.abstract = False
         cls.declaration = _declare(cls, name)
         cls.declared_max_retries = cls.max_retries
         cls.routing = take_routing(cls)
-        if _is_function(cls.__dict__.get("execution_id")):
-            # A function in a class body is a method; this one takes the messages alone.
-            cls.execution_id = staticmethod(cls.__dict__["execution_id"])
         cls.throws = with_causes(cls.throws)
         for key in (*cls.declaration.given, cls.declaration.target):
             wire.types.allow(key.kind)
@@ -169,7 +173,9 @@ class GraphTask(Task[P, R]):
             PayloadTooLarge: The job is over ``docket_max_message_bytes``.
         """
         headers = dict(options.pop("headers", None) or {})
-        if not options.get("retries") and DIGEST not in headers:
+        # The job's own delivery comes again: it was checked, and its headers are ours.
+        again = options.pop(_AGAIN, False) or options.get("retries")
+        if not again:
             args, kwargs = self._prepare(args, kwargs, headers, execution_id, context)
         args, kwargs = args or (), kwargs or {}
         options.setdefault("argsrepr", f"({', '.join(map(_brief, args))})")
@@ -188,7 +194,7 @@ class GraphTask(Task[P, R]):
     ) -> EagerResult[R]:
         """Run a job here and now, as a worker would; arguments as in `apply_async`."""
         headers = dict(options.pop("headers", None) or {})
-        if DIGEST not in headers:
+        if not options.get("retries"):
             args, kwargs = self._prepare(args, kwargs, headers, execution_id, context)
         run = cast("Callable[..., EagerResult[R]]", super().apply)
         return run(args, kwargs, *more, headers=headers, **options)
@@ -208,10 +214,14 @@ class GraphTask(Task[P, R]):
         for name, data in job:
             check_size(f"{name} for task {self.name}", len(data), limit)
         headers[DIGEST] = base64.b64encode(job_digest(job)).decode("ascii")
-        if execution_id is None and EXECUTION_ID not in headers and self.execution_id is not None:
-            execution_id = self.execution_id(*messages)
-        if execution_id is not None:
-            headers[EXECUTION_ID] = check_execution_id(execution_id)
+        for name in (ATTACHED, RELEASED, SKIPPED):
+            # They speak of one delivery; whoever passes on the headers of a running task passes on these too.
+            headers.pop(name, None)
+        named_run = headers.get(EXECUTION_ID) if execution_id is None else execution_id
+        if named_run is None and self.execution_id is not None:
+            named_run = self.execution_id(*messages)
+        if named_run is not None:
+            headers[EXECUTION_ID] = check_execution_id(named_run)
         if context is not None:
             headers[CONTEXT] = _json_values(context)
         # Positional and by name as the caller gave them, with dicts and results replaced by messages.
@@ -246,7 +256,12 @@ class GraphTask(Task[P, R]):
     def _direct(self, messages: tuple[Message, ...]) -> Submission:
         named = None if self.execution_id is None else self.execution_id(*messages)
         execution_id = str(uuid.uuid4()) if named is None else check_execution_id(named)
-        return Submission(execution_id=execution_id, task_name=self.name, listeners=self.graph.listeners)
+        return Submission(
+            execution_id=execution_id,
+            task_name=self.name,
+            may_help=process_defaults.may_help(),
+            listeners=self.graph.listeners,
+        )
 
     def _delivered(self, messages: tuple[Message, ...]) -> Submission:
         request = self.request
@@ -260,7 +275,7 @@ class GraphTask(Task[P, R]):
             execution_id=check_execution_id(execution_id or request.id),
             values=headers.get(CONTEXT) or {},
             job_digest=None if digest is None else base64.b64decode(digest),
-            timeout_s=self._deadline_s(),
+            timeout_s=lifecycle.deadline_s(self, request),
             number=request.retries + 1,
             task_name=self.name,
             task_id=request.id,
@@ -272,33 +287,10 @@ class GraphTask(Task[P, R]):
             listeners=self.graph.listeners,
             passthrough=(Ignore, Reject, Retry, SoftTimeLimitExceeded),
             hands_back=(SystemExit, KeyboardInterrupt, GeneratorExit, Ignore, Reject, Retry),
-            scopes=(self._scope(request),),
+            scopes=(_scope(self, request),),
             park_s=functools.partial(park_s, self, retries=request.retries, skipped=skipped),
             worker=f"{request.hostname}/{os.getpid()}",
         )
-
-    def _deadline_s(self) -> float | None:
-        """Return the limit that Celery does not enforce here: outside prefork it ignores soft limits silently."""
-        if lifecycle.soft_limits_work() and not self.request.is_eager:
-            return None
-        hard, soft = self.request.timelimit or (None, None)
-        return soft if soft is not None else hard
-
-    def _scope(self, request: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        """Return a scope in which ``current_task`` and its request are what they are in the task's own thread."""
-        stack: Any = cast("Any", _state)._task_stack
-
-        @contextlib.contextmanager
-        def scope() -> Generator[None]:
-            stack.push(self)
-            self.request_stack.push(request)
-            try:
-                yield
-            finally:
-                self.request_stack.pop()
-                stack.pop()
-
-        return scope
 
     # --- ending a delivery -------------------------------------------------------------------------------------
 
@@ -328,7 +320,12 @@ class GraphTask(Task[P, R]):
             # No lease counts the retries: Celery's own bound applies.
             limit = self.retry_kwargs.get("max_retries", self.max_retries)
         retry = cast("Callable[..., Exception]", self.retry)
-        raise retry(exc=error, countdown=countdown, max_retries=limit, headers=headers)
+        try:
+            raise retry(exc=error, countdown=countdown, max_retries=limit, headers=headers)
+        except Reject as refused:
+            # Celery drops the message of a retry that it cannot publish; the run would be lost.
+            rejected: Any = refused  # its reason is missing from the stubs
+            raise _keep(request.id, rejected.reason) from error
 
     def _send_again(self, busy_s: float) -> None:
         """Another delivery advances this run: come back later, without using up a retry or writing a state.
@@ -342,15 +339,13 @@ class GraphTask(Task[P, R]):
         countdown = most_s * random.uniform(0.8, 1.0) + 0.1  # noqa: S311 -- spreads load, keeps no secret
         headers = {**(request.headers or {}), ATTACHED: True}
         # A worker took the job up in time: while it waits for its turn it does not expire.
-        again = self.signature_from_request(
+        again: Any = self.signature_from_request(
             request, countdown=countdown, retries=request.retries, headers=headers, expires=None
         )
         try:
-            again.apply_async(add_to_parent=False)
+            again.apply_async(add_to_parent=False, **{_AGAIN: True})
         except Exception as error:
-            _logger.warning("run of task %s is held elsewhere and waiting failed: %s", request.id, error)
-            time.sleep(1.0)
-            raise Reject(error, requeue=True) from error
+            raise _keep(request.id, error) from error
         raise Ignore(f"another delivery advances this run; back in {countdown:.1f} s")
 
     def _finish_duplicate(self, outcome: RunOutcome) -> None:
@@ -422,6 +417,30 @@ def shared_graph_task(
         return cast("GraphTask[P, R]", declare_task(function))
 
     return declare
+
+
+def _scope(task: GraphTask[Any, Any], request: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Return a scope in which ``current_task`` and its request are what they are in the task's own thread."""
+    stack: Any = cast("Any", _state)._task_stack
+
+    @contextlib.contextmanager
+    def scope() -> Generator[None]:
+        stack.push(task)
+        task.request_stack.push(request)
+        try:
+            yield
+        finally:
+            task.request_stack.pop()
+            stack.pop()
+
+    return scope
+
+
+def _keep(task_id: str | None, problem: Any) -> Reject:
+    """Return what has the broker keep a delivery that could not be published again; not in a hot loop."""
+    _logger.warning("task %s could not be published again, the broker keeps it: %s", task_id, problem)
+    time.sleep(1.0)
+    return Reject(problem, requeue=True)
 
 
 def _visibility_s(app: Celery) -> float:
