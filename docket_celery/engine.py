@@ -218,8 +218,9 @@ class Execution:
             if (call := self._take(None)) is None:
                 return
             self._guard(call, call.start)
-        # The pool has replaced this thread; what it would have taken is for another.
-        self._delivery.runtime.pool.submit(self._work)
+        if self._ready and not self.closed:
+            # The pool has replaced this thread; what it would have taken is for another.
+            self._delivery.runtime.pool.submit(self._work)
 
     def _take(self, may: Callable[[PlannedStep], bool] | None) -> StepCall | None:
         with self.lock:

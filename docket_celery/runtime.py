@@ -30,15 +30,16 @@ class Worker(threading.Thread):
         self.given_up = False
 
     def run(self) -> None:
-        while (work := self.pool.take()) is not None:
-            try:
-                work()
-            except BaseException:
-                # Steps report their own errors; reaching here is a defect of this library, not of a step.
-                _logger.exception("work on a step thread failed")
-            del work
-            if self.pool.done(self):
+        while True:
+            if (work := self.pool.take()) is not None:
+                try:
+                    work()
+                except BaseException:
+                    # Steps report their own errors; reaching here is a defect of this library, not of a step.
+                    _logger.exception("work on a step thread failed")
+            if self.pool.leave(self, worked=work is not None):
                 return
+            del work
 
 
 class Pool:
@@ -53,6 +54,7 @@ class Pool:
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._outstanding = 0
+        self._closed = False
         self._workers: set[Worker] = set()
         self._abandoned: dict[Worker, str] = {}
         self._numbers = itertools.count(1)
@@ -87,20 +89,23 @@ class Pool:
                 self._size -= 1
 
     def take(self) -> Work | None:
-        """Wait for the next work; None ends the calling worker."""
+        """Wait for the next work; None: look whether it is time to leave."""
         return self._queue.get()
 
-    def done(self, worker: Worker) -> bool:
-        """Count *worker*'s work as finished; True if the worker must end: given up, or one too many."""
+    def leave(self, worker: Worker, *, worked: bool) -> bool:
+        """Count *worker*'s work as finished; True if the worker must end: given up, one too many, or closed."""
         with self._lock:
             if worker.given_up:
                 self._abandoned.pop(worker, None)
                 return True
-            self._outstanding -= 1
-            if len(self._workers) > self._size:
+            self._outstanding -= worked
+            spare = len(self._workers) > self._size or (self._closed and not self._outstanding)
+            if spare:
                 self._workers.discard(worker)
-                return True
-        return False
+        if spare and self._closed:
+            # Each that leaves wakes the next: a wake-up may have gone to one that found work instead.
+            self._queue.put(None)
+        return spare
 
     def abandon(self, worker: Worker, why: str) -> None:
         """Give up a worker whose step does not stop; another thread takes its place.
@@ -129,12 +134,14 @@ class Pool:
             return sorted(self._abandoned.values())
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """End the idle threads and wait for them; abandoned ones are left alone."""
+        """End the idle threads and wait for them; abandoned ones are left alone.
+
+        Work that is still handed in, by a run that ends late, is done; its thread ends after it.
+        """
         with self._lock:
+            self._closed = True
             workers = list(self._workers)
-            self._workers.clear()
-        for _ in workers:
-            self._queue.put(None)
+        self._queue.put(None)
         until = time.monotonic() + timeout_s
         for worker in workers:
             if worker is not threading.current_thread():

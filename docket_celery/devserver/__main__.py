@@ -57,11 +57,11 @@ def _run(command: Sequence[str] | None, wanted: Mapping[str, Any]) -> int:
     with dev_servers(**wanted) as servers:
         if command is not None:
             return run_command(command, servers.environment())
-        for name, value in servers.environment().items():
-            sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
-        sys.stdout.flush()
-        # Ctrl-C is how this command is meant to end.
+        # Ctrl-C is how this command is meant to end, from the moment its last line can be read.
         with contextlib.suppress(KeyboardInterrupt):
+            for name, value in servers.environment().items():
+                sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
+            sys.stdout.flush()
             while os.read(sys.stdin.fileno(), 4096):
                 pass
     return 0

