@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
@@ -51,6 +52,9 @@ class StartFlower(Protocol):
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep tests away from servers that the environment names, and declare our marks."""
+    # A shell starts background jobs with SIGINT ignored, and children inherit that: tests that interrupt need it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[LASTING] = set()
     config.stash[HIDDEN] = servers.hide_environment()
     config.addinivalue_line("markers", "leaves_lease: ends while a run's lease is live, on purpose")

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
 import google.protobuf
+import psutil
 import psycopg
 import pytest
 import redis
