@@ -114,7 +114,7 @@ def graph_tasks(app: Celery) -> Iterator[TaskClass]:
     """Yield the GraphTasks declared on *app*, by name."""
     tasks = cast("dict[str, Any]", app.tasks)
     for name in sorted(tasks):
-        if hasattr(tasks[name], "declaration"):
+        if isinstance(getattr(tasks[name], "graph", None), Graph):
             yield tasks[name]
 
 
@@ -143,7 +143,7 @@ def find_faults(app: Celery, pool: str | None = None) -> list[str]:
         checked.add(id(store))
         if not store.persistent and pool not in (None, "solo"):
             faults.append(str(InvalidDeclaration(task.name, _MEMORY_FAULT)))
-        faults += _schema_faults(store)
+        faults += _schema_faults(store, starting=pool is not None)
     return faults
 
 
@@ -153,10 +153,12 @@ _MEMORY_FAULT: Final = (
 )
 
 
-def _schema_faults(store: Store) -> list[str]:
+def _schema_faults(store: Store, *, starting: bool) -> list[str]:
     try:
         store.check_schema()
     except StoreUnavailable as error:
+        if not starting:
+            return [str(error)]
         # A worker starts degraded: deliveries retry until the database answers.
         _logger.warning("the schema could not be checked: %s", error)
     except DocketError as error:

@@ -36,7 +36,8 @@ class Submission:
         waits: Wait here while another holder advances the run; False: end with `Busy`.
         may_help: The calling thread may run steps itself.
         park_s: Asked with an error and the lease: seconds until the run is delivered again, or None to end it.
-        hands_back: Interruptions after which another delivery shall go on: the run is left WAITING.
+        hands_back: After these another delivery shall go on: the run is left WAITING, as it is after whatever ends
+            a process or a greenlet (SystemExit, KeyboardInterrupt, GreenletExit, a cancelled asyncio task).
         worker: Who runs it, for the record.
     """
 
@@ -55,7 +56,7 @@ class Submission:
     may_help: bool = True
     listeners: Sequence[Listener] = ()
     passthrough: tuple[type[BaseException], ...] = ()
-    hands_back: tuple[type[BaseException], ...] = (SystemExit, KeyboardInterrupt, GeneratorExit)
+    hands_back: tuple[type[BaseException], ...] = ()
     scopes: Sequence[Callable[[], AbstractContextManager[Any]]] = ()
     park_s: Callable[[BaseException, Lease | None], float | None] | None = None
     worker: str = ""
@@ -103,7 +104,8 @@ def run_end(
         return replace(
             end, state=RunState.WAITING, error=record, failed_once=ordinary, wake_in_s=outcome.park_s
         )
-    if isinstance(error, (StoreUnavailable, *submission.hands_back)):
+    ends_process = error is not None and not isinstance(error, Exception)
+    if ends_process or isinstance(error, (StoreUnavailable, *submission.hands_back)):
         return replace(end, state=RunState.WAITING, error=record)
     if record is None:
         # An interruption by the host, such as a soft time limit, is no error of ours; its text must do.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+from celery import states
+from celery.backends.redis import RedisBackend
 from celery.exceptions import SoftTimeLimitExceeded, TaskPredicate
 from celery.utils.time import get_exponential_backoff_interval
 
@@ -13,6 +16,7 @@ from docket_celery.checkpoint import Lease
 from docket_celery.errors import AbortError, RunTimedOut, StepFailed, StoreUnavailable
 from docket_celery.plan import Plan
 
+_logger = logging.getLogger("docket_celery.retrying")
 Kinds = tuple[type[BaseException], ...]
 _OUTAGE_MOST_S = 15.0
 
@@ -109,3 +113,28 @@ def _asks_redelivery(plan: Plan, error: BaseException) -> bool:
         return False
     policies = (planned.step.options.retry for planned in plan.steps if planned.step.name == error.step)
     return any(policy is not None and policy.redeliver for policy in policies)
+
+
+def is_stored(backend: Any, request: Any, result: object) -> bool:
+    """Tell whether Celery has stored this task's success before, its links and chain sent by then.
+
+    The part of a chord is counted after that, so a worker that died in between has not counted it: it is counted
+    again where the backend knows parts by their id (Redis), since a chord that misses one never ends.
+
+    Args:
+        backend: The task's result backend.
+        request: The copy's request.
+        result: What the copy would return.
+    """
+    if request.ignore_result:
+        return False
+    try:
+        stored = backend.get_state(request.id)
+    except Exception as error:  # noqa: BLE001 -- without an answer the copy goes on, as Celery's own would
+        _logger.warning("cannot tell whether task %s is stored: %s", request.id, error)
+        return False
+    if stored != states.SUCCESS:
+        return False
+    if request.chord and isinstance(backend, RedisBackend):
+        backend.on_chord_part_return(request, states.SUCCESS, result)
+    return True

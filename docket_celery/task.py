@@ -11,7 +11,7 @@ import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 
 from celery import Celery, Task, _state, shared_task
@@ -40,7 +40,7 @@ from docket_celery.graph import Graph
 from docket_celery.messages import brief, check_size, to_bytes, type_name
 from docket_celery.outcome import RunOutcome, Submission
 from docket_celery.plan import Plan
-from docket_celery.retrying import Kinds, park_s, with_causes
+from docket_celery.retrying import Kinds, is_stored, park_s, with_causes
 
 _logger = logging.getLogger("docket_celery.task")
 P = ParamSpec("P")
@@ -210,9 +210,8 @@ class GraphTask(Task[P, R]):
         """Check the job and write down, once, what names it."""
         messages = self.declaration.bind(args, kwargs)
         limit = lifecycle.app_settings(self.app).max_message_bytes
+        self._check_sizes(messages, limit)
         job = [(type_name(message), to_bytes(message)) for message in messages]
-        for name, data in job:
-            check_size(f"{name} for task {self.name}", len(data), limit)
         headers[DIGEST] = base64.b64encode(job_digest(job)).decode("ascii")
         for name in (ATTACHED, RELEASED, SKIPPED):
             # They speak of one delivery; whoever passes on the headers of a running task passes on these too.
@@ -237,6 +236,9 @@ class GraphTask(Task[P, R]):
         request = self.request
         direct = bool(request.called_directly)
         settings = lifecycle.app_settings(self.app)
+        if not direct:
+            # Checked at submit too, but beat and `celery call` send the JSON form past it.
+            self._check_sizes(messages, settings.max_message_bytes)
         submission = self._direct(messages) if direct else self._delivered(messages)
         outcome = self.graph.deliver(
             self.declaration.target, messages, submission, given=self.declaration.given, settings=settings
@@ -245,13 +247,20 @@ class GraphTask(Task[P, R]):
             self._send_again(outcome.busy_s)
         if outcome.error is not None:
             self._raise(outcome, outcome.error)
-        message = outcome.value
-        if message is None:
+        value = outcome.value
+        if value is None:
             raise AssertionError(f"a run ended without a value: {outcome!r}")
         if direct or request.is_eager:
-            return message
-        self._finish_duplicate(outcome)
-        return wire.Result(message)
+            return value
+        result = wire.Result(value)
+        self._check_sizes((value,), settings.max_message_bytes)
+        if outcome.replayed and is_stored(self.backend, request, result):
+            raise Ignore("a copy of a delivery that ended before")
+        return result
+
+    def _check_sizes(self, messages: Iterable[Message], limit_bytes: int) -> None:
+        for message in messages:
+            check_size(f"{type_name(message)} of task {self.name}", message.ByteSize(), limit_bytes)
 
     def _direct(self, messages: tuple[Message, ...]) -> Submission:
         named = None if self.execution_id is None else self.execution_id(*messages)
@@ -286,7 +295,7 @@ class GraphTask(Task[P, R]):
             may_help=False,
             listeners=self.graph.listeners,
             passthrough=(Ignore, Reject, Retry, SoftTimeLimitExceeded),
-            hands_back=(SystemExit, KeyboardInterrupt, GeneratorExit, Ignore, Reject, Retry),
+            hands_back=(Ignore, Reject, Retry),
             scopes=(_scope(self, request),),
             park_s=functools.partial(park_s, self, retries=request.retries, skipped=skipped),
             worker=f"{request.hostname}/{os.getpid()}",
@@ -347,23 +356,6 @@ class GraphTask(Task[P, R]):
         except Exception as error:
             raise _keep(request.id, error) from error
         raise Ignore(f"another delivery advances this run; back in {countdown:.1f} s")
-
-    def _finish_duplicate(self, outcome: RunOutcome) -> None:
-        """Drop a copy of a delivery whose outcome Celery has stored already, links and chain included.
-
-        Raises:
-            Ignore: It is such a copy.
-        """
-        request = self.request
-        if not outcome.replayed or request.ignore_result:
-            return
-        try:
-            stored = self.backend.get_state(request.id or "")
-        except Exception as error:  # noqa: BLE001 -- without an answer the copy goes on, as Celery's own would
-            _logger.warning("cannot tell whether task %s is stored: %s", request.id, error)
-            return
-        if stored == "SUCCESS":
-            raise Ignore("a copy of a delivery that ended before")
 
     @classmethod
     def plan(cls) -> Plan:

@@ -182,6 +182,15 @@ def test_a_database_that_does_not_answer_is_no_fault(caplog: pytest.LogCaptureFi
     assert "s3cret" not in caplog.text
 
 
+def test_a_check_without_a_worker_needs_the_database() -> None:
+    """`celery docket check` may not pass what it could not look at."""
+    app = make_app(docket_database_url="postgresql+psycopg://ann:s3cret@127.0.0.1:1/shop")
+    declare(app, Graph("silent_check"))
+    (fault,) = lifecycle.find_faults(app)
+    assert "DC401" in fault
+    assert "s3cret" not in fault
+
+
 def test_a_url_that_cannot_be_used_is_a_fault() -> None:
     """And not an error that Celery's signals would swallow."""
     app = make_app(docket_database_url="nowhere://ann:s3cret@host")
