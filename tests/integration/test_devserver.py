@@ -200,6 +200,11 @@ def family(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
+def started_since(before: list[psutil.Process]) -> set[psutil.Process]:
+    """Return this process's descendants but for those of *before*, such as the test run's own servers."""
+    return set(family(os.getpid())).difference(before)
+
+
 def listens(url: str) -> bool:
     """Tell whether anything accepts connections where *url* points."""
     parts = urlsplit(url)
@@ -418,12 +423,13 @@ class TestEndOfTheOwner:
     @pytest.mark.skipif(sys.platform != "linux", reason="pidfd and the parent's death signal are Linux's")
     def test_sigkill_of_the_supervisor_ends_the_servers(self, temporary_root: Path) -> None:
         """They get the kernel's signal, and the owner's stop removes the directory."""
+        before = family(os.getpid())
         servers = start_dev_servers()
         try:
             (supervisor,) = [
                 process
-                for process in psutil.Process().children()
-                if "supervisor" in " ".join(process.cmdline())
+                for process in started_since(before)
+                if process.ppid() == os.getpid() and "supervisor" in " ".join(process.cmdline())
             ]
             started = supervisor.children(recursive=True)
             assert len(started) > 2
@@ -441,20 +447,22 @@ class TestEnvironment:
     def test_a_named_database_is_not_started(self, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
         """Only Redis starts, and the named database is passed on under both names."""
         monkeypatch.setenv(variable, "postgresql+psycopg://db.example/shop")
+        before = family(os.getpid())
         with dev_servers() as servers:
             assert servers.database_url == "postgresql+psycopg://db.example/shop"
             assert servers.environment()["DOCKET_CELERY_DATABASE_URL"] == servers.database_url
             assert listens(servers.broker_url)
-            assert "postgres" not in {process.name() for process in family(os.getpid())}
+            assert "postgres" not in {process.name() for process in started_since(before)}
 
     def test_a_named_broker_is_not_started(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Only Postgres starts, and nothing is said about a result backend that is not ours."""
         monkeypatch.setenv("CELERY_BROKER_URL", "amqp://mq.example//")
+        before = family(os.getpid())
         with dev_servers() as servers:
             assert servers.broker_url == "amqp://mq.example//"
             assert servers.result_url is None
             assert listens(servers.database_url)
-            assert "valkey-server" not in {process.name() for process in family(os.getpid())}
+            assert "valkey-server" not in {process.name() for process in started_since(before)}
 
     def test_with_both_named_nothing_starts(
         self, monkeypatch: pytest.MonkeyPatch, temporary_root: Path
