@@ -327,8 +327,14 @@ def test_a_guard_ends_the_whole_group_and_removes_its_directory(tmp_path: Path) 
 
 def test_leftovers_are_named_and_what_was_there_before_is_not(tmp_path: Path) -> None:
     """A child counts from when the test began; one that ends in time does not count."""
-    lasting = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    code = "print('up', flush=True); input()"
+    lasting = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
+        # Until it runs, the kernel may still show no command line for it.
+        assert lasting.stdout is not None
+        assert lasting.stdout.readline() == "up\n"
         assert leaks.children_left(leaks.child_pids(), 0.0) == []
         before = leaks.child_pids() - {lasting.pid}
         (found,) = leaks.children_left(before, 0.0)
