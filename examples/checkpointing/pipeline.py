@@ -1,0 +1,50 @@
+"""One execution in a process of its own: ``python -m examples.checkpointing.pipeline MODE EXECUTION_ID``.
+
+Prints one line of JSON for each event of the run, as it happens, for whoever watches (and kills) the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+
+from docket_celery.events import Event
+from docket_celery.store import SQLStore
+from examples.checkpointing.checkpointing_pb2 import UploadedVideo, VideoJob
+from examples.checkpointing.graph import video_graph
+
+CHECKPOINTS, PLAIN = "checkpoints", "plain"
+
+
+class Reporter:
+    """Prints events; times are seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        # Steps report from their own threads; a line must stay a line.
+        self._lock = threading.Lock()
+
+    def __call__(self, event: Event, /) -> None:
+        """Print one event."""
+        line = {"kind": event.kind.value, "step": event.step, "at_s": round(event.at - self._began, 6)}
+        with self._lock:
+            print(json.dumps(line), flush=True)
+
+
+def main(mode: str, execution_id: str) -> None:
+    """Run the pipeline to its end, or until somebody ends this process."""
+    store = SQLStore(os.environ["DOCKET_CELERY_DATABASE_URL"])
+    graph = video_graph(checkpoints=mode == CHECKPOINTS)
+    graph.listeners.append(Reporter())
+    try:
+        job = VideoJob(url="https://videos.example/harbour.mp4")
+        graph.execute(UploadedVideo, job, execution_id=execution_id, store=store)
+    finally:
+        store.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
