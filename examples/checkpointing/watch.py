@@ -1,12 +1,13 @@
-"""Starts executions, watches what they report, and kills one where it was asked to."""
+"""Starts executions and watches what they report."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,25 +50,23 @@ def execute(mode: str, execution_id: str, environment: Mapping[str, str], *, kil
         mode: With checkpoints or without.
         execution_id: Names the run.
         environment: Of the process; tells it the database.
-        kill_after: Step after whose end the process is killed; "" lets it finish.
+        kill_after: Step after whose end the process is killed by SIGKILL; "" lets it finish.
 
     Raises:
         PipelineFailed: It ended otherwise.
     """
     seen = Seen()
-    with _process(mode, execution_id, environment) as process:
+    with _process([mode, execution_id, kill_after], environment) as process:
         assert process.stdout is not None
         for line in process.stdout:
             event = json.loads(line)
             kind, step = EventKind(event["kind"]), str(event["step"])
             _note(seen, kind, step, float(event["at_s"]))
-            if kind is EventKind.STEP_SUCCEEDED and step == kill_after:
-                process.kill()
-                print(f"      kill -9 {process.pid}")
-                break
         status = process.wait()
-    if status != (-9 if kill_after else 0):
+    if status != (-signal.SIGKILL if kill_after else 0):
         raise PipelineFailed(f"run {execution_id} ended with status {status}")
+    if kill_after:
+        print(f"      process {process.pid} was killed by {signal.SIGKILL.name}")
     return seen
 
 
@@ -84,11 +83,9 @@ def _note(seen: Seen, kind: EventKind, step: str, at_s: float) -> None:
 
 
 @contextmanager
-def _process(
-    mode: str, execution_id: str, environment: Mapping[str, str]
-) -> Generator[subprocess.Popen[str]]:
+def _process(arguments: Sequence[str], environment: Mapping[str, str]) -> Generator[subprocess.Popen[str]]:
     process = subprocess.Popen(  # noqa: S603 -- our own command
-        [sys.executable, "-m", "examples.checkpointing.pipeline", mode, execution_id],
+        [sys.executable, "-m", "examples.checkpointing.pipeline", *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,

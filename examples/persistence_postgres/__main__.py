@@ -56,7 +56,13 @@ def show_rows(database: Database) -> None:
 
 
 def play(database_url: str) -> None:
-    """Run everything against one database, whose tables are made if they are not there."""
+    """Run everything against one database, whose tables are made if they are not there.
+
+    Raises:
+        SystemExit: It is no Postgres.
+    """
+    if not database_url.startswith("postgres"):
+        raise SystemExit("this example reads a Postgres; unset DOCKET_DATABASE_URL, or let it name one")
     store = SQLStore(database_url)
     try:
         store.migrate()
