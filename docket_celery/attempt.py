@@ -38,6 +38,9 @@ from docket_celery.step import Step
 _logger = logging.getLogger("docket_celery.attempt")
 _SAVE_TRIES = 5
 _SAVE_DELAY_S = 0.2
+_ONE_ATTEMPT = (
+    "A step without retry= has one attempt; retry=RetryPolicy(max_attempts=3) gives it up to three."
+)
 _POLL_FIRST_S, _POLL_MOST_S = 0.05, 1.0
 
 
@@ -397,5 +400,9 @@ def brief_error(error: BaseException) -> str:
 
 def _failure(step: Step, attempts: int, retriable: bool, error: Exception) -> StepFailed:
     if isinstance(error, (StepTimedOut, WrongResult)) and error.step == step.name:
-        return error
-    return StepFailed.from_cause(step.name, attempts, retriable, error)
+        failure: StepFailed = error
+    else:
+        failure = StepFailed.from_cause(step.name, attempts, retriable, error)
+    if retriable and step.options.retry is None:
+        failure.add_note(_ONE_ATTEMPT)
+    return failure

@@ -89,7 +89,9 @@ class Declaration:
             return value
         actual = type_name(value) if isinstance(value, Message) else type(value).__name__
         raise InvalidArguments(
-            self._shown(), f"argument {name!r} must be a {type_name(key.kind)}, not a {actual}"
+            self._shown(),
+            f"argument {name!r} must be a {type_name(key.kind)}, not a {actual}; "
+            f"pass {key.kind.__name__}(...), or its JSON form as a dict",
         )
 
     def _shown(self) -> str:

@@ -416,7 +416,7 @@ class SchemaMismatch(DocketError):
 
     def describe(self) -> str:
         state = "has no docket tables" if self.found is None else f"has docket tables of version {self.found}"
-        fix = "run 'celery -A YOUR_APP docket migrate'"
+        fix = "run 'celery -A YOUR_APP docket migrate', or call the store's migrate()"
         if self.found is not None and self.found > self.expected:
             fix = "upgrade docket-celery here"
         return f"the database {state}, this release needs version {self.expected}; {fix}"

@@ -27,6 +27,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T", bound=Message)
 M = TypeVar("M", bound=Message)
 
+_ATTEMPTS = "retry=RetryPolicy(max_attempts=...)"
+# What Celery and others call it: spelling alone would lead from retries to retriable.
+_ELSEWHERE = {
+    **dict.fromkeys(("retries", "max_retries", "attempts", "max_attempts"), _ATTEMPTS),
+    **dict.fromkeys(("backoff", "retry_backoff", "retry_policy"), "retry=RetryPolicy(backoff=...)"),
+    **dict.fromkeys(("autoretry_for", "retry_on", "retry_for"), "retriable="),
+    **dict.fromkeys(("time_limit", "soft_time_limit", "deadline"), "timeout="),
+    **dict.fromkeys(
+        ("cache", "cached", "checkpoint", "persistence", "scope"), "persist=Scope.WORKFLOW or GLOBAL"
+    ),
+    "expires": "ttl=",
+}
+
 
 class Graph:
     """A set of typed steps; their types are the graph.
@@ -269,10 +282,17 @@ def _options(preset: StepOptions | None, options: dict[str, Any]) -> StepOptions
     try:
         return (preset or StepOptions()).override(**options)
     except TypeError as error:
-        known = StepOptions.__dataclass_fields__
-        hints = [difflib.get_close_matches(name, known, n=1) for name in options if name not in known]
-        near = ", ".join(hint[0] for hint in hints if hint)
+        hints = [_nearest(name) for name in options if name not in StepOptions.__dataclass_fields__]
+        near = ", ".join(hint for hint in hints if hint)
         raise TypeError(f"{error}; did you mean {near}?" if near else str(error)) from None
+
+
+def _nearest(name: str) -> str:
+    """Return the option that *name* stands for in other libraries, or the one spelled most like it, or ''."""
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name]
+    close = difflib.get_close_matches(name, StepOptions.__dataclass_fields__, n=1)
+    return f"{close[0]}=" if close else ""
 
 
 def _key(kind: object, where: str) -> ValueKey:

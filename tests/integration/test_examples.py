@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from examples.struct_step.graph import FixedScores, WordScorer, scoring_graph
@@ -24,7 +26,7 @@ def run_example(name: str) -> list[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=100,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -97,3 +99,101 @@ def test_an_order_that_failed_after_paying_is_not_charged_again() -> None:
         "card: 1 call, 1 charge; reservations: 2; carrier: 4 calls",
     ]
     assert lines[again + 1 : again + 3] == lines[shipped + 1 : shipped + 3]
+
+
+def sections(lines: list[str], head: str) -> list[list[str]]:
+    """Return the stripped lines below each line that matches *head*, up to the next one."""
+    at = [n for n, line in enumerate(lines) if re.match(head, line)]
+    return [[line.strip() for line in lines[a + 1 : b]] for a, b in pairwise([*at, len(lines)])]
+
+
+def test_errors_have_four_outcomes() -> None:
+    """A result; a failure after one attempt; one after all attempts, with waits between them; an abort."""
+    valid, invalid, network, critical = sections(run_example("error_handling"), "===")
+    assert valid[:2] == ["attempt 1", "result: count=11"]
+    assert invalid[:3] == [
+        "attempt 1",
+        "failed, caused by ValidationError",
+        (
+            "[DC201] step 'fetch_data' failed after 1 attempt (not retriable): ValidationError: "
+            "validation failed on value: cannot be empty"
+        ),
+    ]
+    waits = [re.fullmatch(r"attempt \d after a wait of (\d+) ms", line) for line in network[1:3]]
+    assert network[0] == "attempt 1"
+    # No shorter than what the backoff asked for; a busy machine may make them longer.
+    first, second = (int(match[1]) if match is not None else 0 for match in waits)
+    assert (first >= 100, second >= 200) == (True, True)
+    assert network[3] == "failed, caused by NetworkError"
+    assert "failed after 3 attempts (attempts used up): NetworkError" in network[4]
+    assert network[5] == "3 attempts, 2 waits: one fewer than attempts"
+    assert critical == [
+        "attempt 1",
+        "aborted; the cause is at hand: PoolExhausted('connection pool exhausted')",
+        "[DC200] database unavailable (PoolExhausted: connection pool exhausted)",
+    ]
+
+
+def test_shared_results_are_found_until_they_expire(
+    monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    """Miss, hit, another input, expired; and the guide's query shows the rows behind the first three."""
+    monkeypatch.setenv("DOCKET_DATABASE_URL", database_url)
+    lines = run_example("persistence_postgres")
+    runs = [re.fullmatch(r"   '(.+)' -> (\w+), ([\d.]+) ms \((\w+): .+\)", line) for line in lines]
+    told = [(match[1], match[2], match[4]) for match in runs if match is not None]
+    assert told == [
+        ("hello world", "friendly", "miss"),
+        ("hello world", "friendly", "hit"),
+        ("goodbye world", "neutral", "miss"),
+        ("hello world", "friendly", "miss"),
+    ]
+    took = [float(match[3]) for match in runs if match is not None]
+    assert min(took[0], took[2], took[3]) >= 500
+    assert lines[-1] == "3 calls of the model for 4 executions."
+    guide, readable = sections(lines, r"      \| (step_name|input) ")
+    hashes = [re.fullmatch(r"\| MLInference  ([0-9a-f]{64})  b'.+' +\d{4}-.+", line) for line in guide[:2]]
+    shown = [re.match(r"\| ([0-9a-f]{8})  \S+\.Sentiment  \{.*\} +0:00:0", line) for line in readable[:2]]
+    assert [match and match[1][:8] for match in hashes] == [match and match[1] for match in shown]
+    assert None not in hashes
+    assert hashes[0] != hashes[1]
+    with psycopg.connect(database_url.replace("+psycopg", "")) as connection:
+        kept = connection.execute("SELECT count(*) FROM docket_cache WHERE step_name = 'MLInference'")
+        # The fourth execution replaced the row that had expired.
+        assert kept.fetchall() == [(2,)]
+
+
+def test_a_killed_pipeline_goes_on_from_its_checkpoints(
+    monkeypatch: pytest.MonkeyPatch, database_url: str
+) -> None:
+    """Without checkpoints all five steps are called again; with them what is missing, and the cheap fetch."""
+    monkeypatch.setenv("DOCKET_DATABASE_URL", database_url)
+    lines = run_example("checkpointing")
+    steps = ["fetch_raw", "transcode", "extract_frames", "ml_inference", "upload"]
+    executions = sections(lines, r"   (undisturbed|killed|second execution)")
+    called = [[line.split()[0] for line in part if line.endswith(" called")] for part in executions]
+    restored = [[line.split()[0] for line in part if "restored" in line] for part in executions]
+    killed = [line.endswith("was killed by SIGKILL") for part in executions for line in part[-1:]]
+    assert called[:5] == [steps, steps[:3], steps, steps, steps[:3]]
+    assert sorted(called[5]) == ["fetch_raw", "ml_inference", "upload"]
+    assert restored == [[], [], [], [], [], ["extract_frames"]]
+    assert killed == [False, True, False, False, True, False]
+    with psycopg.connect(database_url.replace("+psycopg", "")) as connection:
+        runs = connection.execute("SELECT state, epoch, lost FROM docket_runs ORDER BY created_at").fetchall()
+    assert runs == [("SUCCEEDED", 1, 0), ("SUCCEEDED", 2, 1)]
+    check_table(lines)
+
+
+def check_table(lines: list[str]) -> None:
+    """Each cell of the pipeline's table is at least the sleeps behind it, and totals are sums."""
+    table = {
+        line.strip().partition("  ")[0]: [float(figure) for figure in re.findall(r"(\d+\.\d\d) s", line)]
+        for line in lines[lines.index(next(line for line in lines if line.startswith("Measured"))) :]
+    }
+    assert min(table["First run"]) >= 2.0
+    killed, after = table["Killed after"], table["After the crash"]
+    assert min(killed) >= 1.4
+    assert after[0] >= 2.0
+    assert after[2] >= 0.6
+    assert after[1] == pytest.approx(killed[0] + after[0], abs=0.02)
+    assert after[3] == pytest.approx(killed[1] + after[2], abs=0.02)

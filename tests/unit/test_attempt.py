@@ -43,14 +43,18 @@ def test_attempts_are_counted_with_the_first_call() -> None:
         within(lambda: graph.execute(Charge, Order()))
     assert attempts == [1, 2, 3, 4]
     assert (caught.value.attempts, caught.value.retriable) == (4, True)
+    assert not hasattr(caught.value, "__notes__")
 
 
 def test_without_a_policy_a_step_has_one_attempt() -> None:
-    """Retries are asked for, not assumed."""
+    """Retries are asked for, not assumed; the failure says so where a retry might help."""
     graph, attempts = failing(lambda: ValueError("no"))
-    with pytest.raises(StepFailed, match="after 1 attempt "):
+    with pytest.raises(StepFailed, match="after 1 attempt ") as caught:
         within(lambda: graph.execute(Charge, Order()))
     assert attempts == [1]
+    assert caught.value.__notes__ == [
+        "A step without retry= has one attempt; retry=RetryPolicy(max_attempts=3) gives it up to three."
+    ]
 
 
 def test_an_attempt_that_succeeds_ends_the_retries() -> None:

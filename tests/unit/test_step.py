@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -276,6 +277,21 @@ def test_an_unknown_option_is_refused_with_its_neighbour() -> None:
     """A slip of the keyboard must not switch retries off."""
     with pytest.raises(TypeError, match=r"unknown step option persit.*did you mean persist"):
         Graph("shop").step(persit=Scope.GLOBAL)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("retries", "retry=RetryPolicy(max_attempts=...)"),
+        ("autoretry_for", "retriable="),
+        ("soft_time_limit", "timeout="),
+        ("cached", "persist=Scope.WORKFLOW or GLOBAL"),
+    ],
+)
+def test_an_option_by_another_librarys_name_is_translated(name: str, meant: str) -> None:
+    """Spelling alone would lead from retries to retriable."""
+    with pytest.raises(TypeError, match=re.escape(f"did you mean {meant}?")):
+        Graph("shop").step(**{name: 3})  # type: ignore[call-overload]
 
 
 def test_presets_are_overridden_one_by_one() -> None:

@@ -1,0 +1,1 @@
+"""A long pipeline whose process is killed: what a second execution costs with checkpoints, and what without."""
