@@ -164,9 +164,10 @@ class StepCall:
 
     def _spawn(self, number: int, context: StepContext) -> None:
         # The coroutine's task copies the contextvars in force where it is made, so it is made inside the copy.
-        submit = self._delivery.runtime.loop.submit
+        delivery = self._delivery
         try:
-            future = self._delivery.base.copy().run(lambda: submit(self._await(context)))
+            loop = delivery.runtime.loop if delivery.loop is None else delivery.loop
+            future = delivery.base.copy().run(lambda: loop.submit(self._await(context)))
         except BaseException as error:  # noqa: BLE001 -- the call may fail before its first await
             self._returned(number, None, error)
             return

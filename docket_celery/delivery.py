@@ -13,7 +13,7 @@ from docket_celery.checkpoint import StepExecution, Store
 from docket_celery.context import Cancellation
 from docket_celery.events import Event, EventKind, Listener, emit
 from docket_celery.heartbeat import HeldLease
-from docket_celery.runtime import Runtime
+from docket_celery.runtime import Runtime, StepLoop
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,6 +27,7 @@ class Delivery:
         held: The run's lease; None when nothing is persisted.
         passthrough: Exceptions that stop the run and reach the caller as they are.
         scopes: Context managers entered around each call of a step, on its thread.
+        loop: Runs ``async def`` steps; None: the loop thread of the process.
         rows: Step executions that no save has carried yet.
     """
 
@@ -46,6 +47,7 @@ class Delivery:
     scopes: Sequence[Callable[[], AbstractContextManager[Any]]] = ()
     worker: str = ""
     task_id: str | None = None
+    loop: StepLoop | None = None
     rows: list[StepExecution] = field(default_factory=list[StepExecution])
 
     def tell(self, kind: EventKind, step: str = "", attempt: int = 0, **facts: Any) -> None:

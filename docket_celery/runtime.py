@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 _logger = logging.getLogger("docket_celery.runtime")
 Work = Callable[[], None]
@@ -239,6 +239,45 @@ class Timer:
                     return call
                 self._dead -= 1
         return None
+
+
+class StepLoop(Protocol):
+    """Where ``async def`` steps run."""
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Run *coroutine*; cancelling the future cancels it."""
+        ...
+
+
+class CallerLoop:
+    """The running asyncio loop of the caller, for the ``async def`` steps of ``aexecute``.
+
+    Args:
+        loop: The loop; it outlives the run, or the run is being cancelled with it.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Run *coroutine* on the loop.
+
+        Raises:
+            RuntimeError: The loop is closed.
+        """
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:
+            coroutine.close()
+            raise
+
+    def tell(self, call: Callable[[], object]) -> None:
+        """Make *call* on the loop's thread; on a loop that is closed nobody listens any more."""
+        try:
+            self._loop.call_soon_threadsafe(call)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
 
 
 class LoopThread:

@@ -89,6 +89,13 @@ assert_type(reserve(order, charge(order, current_context())), Reservation)
 # --- running in process ----------------------------------------------------------------------------------------
 
 assert_type(checkout.execute(Shipment, order), Shipment)
+
+
+async def handler() -> None:
+    """On an asyncio loop."""
+    assert_type(await checkout.aexecute(Shipment, order, execution_id="order-17", timeout=2.5), Shipment)
+
+
 assert_type(
     checkout.execute(
         Shipment,

@@ -1,0 +1,288 @@
+"""Runs for hosts that do not wait with a thread: an asyncio loop, and a handle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec
+
+import pytest
+
+from docket_celery.checkpoint import RunState
+from docket_celery.context import StepContext, current_context
+from docket_celery.errors import (
+    AbortError,
+    InvalidArguments,
+    RunTimedOut,
+    StepFailed,
+)
+from docket_celery.graph import Graph
+from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
+from docket_celery.store import MemoryStore
+from tests.unit.graphs import WAIT_S, reached
+from tests.unit.protos.shop_pb2 import Charge, Label, Order, Shipment
+
+P = ParamSpec("P")
+
+USER: contextvars.ContextVar[str] = contextvars.ContextVar("user", default="nobody")
+
+
+def on_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
+    """Run an async test on a loop of its own; one that hangs there fails."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        async def bounded() -> None:
+            await asyncio.wait_for(test(*args, **kwargs), WAIT_S)
+
+        asyncio.run(bounded())
+
+    return run
+
+
+class Client:
+    """Bound to the loop it is made on, as an httpx.AsyncClient is: its future wakes on no other."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.answer: asyncio.Future[str] = self.loop.create_future()
+
+    async def get(self) -> str:
+        """Return the answer; asyncio refuses to await it from another loop."""
+        self.loop.call_later(0.01, self.answer.set_result, "hello")
+        return await self.answer
+
+
+def shipping(
+    charge: Callable[[Order], Charge] = lambda order: Charge(charge_id=order.order_id),
+    persist: Scope | None = Scope.WORKFLOW,
+) -> Graph:
+    """Return a graph of two steps: *charge*, then one that ships."""
+    graph = Graph("shipping")
+
+    @graph.step(name="charge", persist=persist)
+    def pay(order: Order) -> Charge:
+        return charge(order)
+
+    @graph.step
+    def ship(charge: Charge) -> Shipment:
+        return Shipment(tracking_id=f"T-{charge.charge_id}")
+
+    return graph
+
+
+# --- aexecute --------------------------------------------------------------------------------------------------
+
+
+@on_loop
+async def test_aexecute_returns_what_execute_returns() -> None:
+    """Steps on threads and steps on the loop, persisted and not, make one result."""
+    graph = Graph("mixed")
+    store = MemoryStore()
+
+    @graph.step(persist=Scope.WORKFLOW)
+    async def charge(order: Order) -> Charge:
+        await asyncio.sleep(0)
+        return Charge(charge_id=order.order_id)
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def ship(charge: Charge, ctx: StepContext) -> Shipment:
+        return Shipment(tracking_id=f"{ctx.values['prefix']}-{charge.charge_id}")
+
+    order = Order(order_id="17")
+    shipped = await graph.aexecute(Shipment, order, execution_id="a", context={"prefix": "T"}, store=store)
+    assert shipped == Shipment(tracking_id="T-17")
+    waited = await asyncio.to_thread(
+        lambda: graph.execute(Shipment, order, context={"prefix": "T"}, store=store)
+    )
+    assert waited == shipped
+
+
+@on_loop
+async def test_async_steps_of_aexecute_run_on_the_callers_loop() -> None:
+    """A client made on the caller's loop answers there; from another loop it raises."""
+    graph = Graph("fetch")
+    client = Client()
+
+    @graph.step
+    async def fetch(order: Order, ctx: StepContext) -> Label:
+        assert current_context() is ctx
+        return Label(text=await client.get())
+
+    assert await graph.aexecute(Label, Order()) == Label(text="hello")
+
+
+@on_loop
+async def test_aexecute_leaves_the_loop_free_while_a_step_blocks_its_thread() -> None:
+    """What the loop does meanwhile is what lets the step go on."""
+    graph = Graph("blocking")
+    inside, go_on = threading.Event(), threading.Event()
+
+    @graph.step
+    def wait(order: Order) -> Label:
+        inside.set()
+        reached(go_on)
+        return Label(text=threading.current_thread().name)
+
+    running = asyncio.create_task(graph.aexecute(Label, Order()))
+    await asyncio.to_thread(reached, inside)
+    assert not running.done()
+    go_on.set()
+    assert (await running).text.startswith("docket-step-")
+
+
+@on_loop
+async def test_steps_of_aexecute_see_the_callers_contextvars() -> None:
+    """On the pool and on the loop; and what a step sets stays with that step."""
+    graph = Graph("who")
+
+    @graph.step
+    def charge(order: Order) -> Charge:
+        seen = USER.get()
+        USER.set("somebody else")
+        return Charge(charge_id=seen)
+
+    @graph.step
+    async def label(charge: Charge) -> Label:
+        seen = USER.get()
+        USER.set("somebody else")
+        return Label(text=f"{charge.charge_id} {seen}")
+
+    USER.set("ann")
+    assert await graph.aexecute(Label, Order()) == Label(text="ann ann")
+    assert USER.get() == "ann"
+
+
+@pytest.mark.parametrize("persist", [None, Scope.WORKFLOW])
+@on_loop
+async def test_aexecute_raises_what_execute_raises(persist: Scope | None) -> None:
+    """A failure, an abort and a job that does not fit have their types."""
+
+    def fail(order: Order) -> Charge:
+        if order.order_id == "abort":
+            raise AbortError("stop")
+        raise ValueError(order.order_id)
+
+    graph = shipping(fail, persist)
+    with pytest.raises(StepFailed) as failed:
+        await graph.aexecute(Shipment, Order(order_id="1"), store=MemoryStore())
+    assert failed.value.caused_by(ValueError)
+    with pytest.raises(AbortError, match="stop"):
+        await graph.aexecute(Shipment, Order(order_id="abort"), store=MemoryStore())
+    with pytest.raises(InvalidArguments):
+        await graph.aexecute(Shipment, Order(), max_concurrency=0)
+
+
+@on_loop
+async def test_aexecute_retries_async_steps_and_cancels_them_at_their_timeout() -> None:
+    """The first attempt hangs on the caller's loop and is cancelled there; the second one answers."""
+    graph = Graph("slow")
+    ended: list[str] = []
+
+    @graph.step(timeout=0.05, retry=RetryPolicy(max_attempts=2, backoff=FixedBackoff(0)))
+    async def fetch(order: Order, ctx: StepContext) -> Label:
+        try:
+            if ctx.attempt == 1:
+                await asyncio.sleep(WAIT_S)
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+        return Label(text=f"attempt {ctx.attempt}")
+
+    assert await graph.aexecute(Label, Order()) == Label(text="attempt 2")
+    assert ended == ["cancelled"]
+
+
+@on_loop
+async def test_aexecute_ends_a_run_at_its_deadline() -> None:
+    """Nobody's thread watches over it: the timer does."""
+    graph = Graph("late")
+
+    @graph.step
+    async def fetch(order: Order) -> Label:
+        await asyncio.sleep(WAIT_S)
+        return Label()
+
+    with pytest.raises(RunTimedOut):
+        await graph.aexecute(Label, Order(), timeout=0.05)
+
+
+@on_loop
+async def test_cancelling_aexecute_cancels_async_steps() -> None:
+    """The step's task on the caller's loop is cancelled, and nothing after it starts."""
+    graph = Graph("cancelled")
+    inside, after = asyncio.Event(), asyncio.Event()
+
+    @graph.step
+    async def fetch(order: Order) -> Label:
+        inside.set()
+        try:
+            await asyncio.sleep(WAIT_S)
+        finally:
+            after.set()
+        return Label()
+
+    running = asyncio.create_task(graph.aexecute(Label, Order()))
+    await inside.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await asyncio.wait_for(after.wait(), WAIT_S)
+
+
+@on_loop
+async def test_cancelling_aexecute_gives_the_lease_back_and_keeps_what_is_saved() -> None:
+    """Contexts are cancelled, late results dropped; the same run then goes on from its checkpoint."""
+    store = MemoryStore()
+    graph = Graph("resumed")
+    inside, stopped = threading.Event(), threading.Event()
+    charges: list[str] = []
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def charge(order: Order) -> Charge:
+        charges.append(order.order_id)
+        return Charge(charge_id=order.order_id)
+
+    @graph.step
+    def ship(charge: Charge, ctx: StepContext) -> Shipment:
+        if ctx.delivery == 1:
+            inside.set()
+            assert ctx.cancelled.wait(WAIT_S)
+            stopped.set()
+        return Shipment(tracking_id=f"delivery {ctx.delivery}")
+
+    running = asyncio.create_task(
+        graph.aexecute(Shipment, Order(order_id="7"), execution_id="r", store=store)
+    )
+    await asyncio.to_thread(reached, inside)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    row = store.find_run("resumed", "r")
+    assert row is not None
+    assert (row.state, row.lease_left_s) == (RunState.FAILED, None)
+    reached(stopped)
+    again = await graph.aexecute(Shipment, Order(order_id="7"), execution_id="r", store=store)
+    assert (again, charges) == (Shipment(tracking_id="delivery 2"), ["7"])
+
+
+@on_loop
+async def test_many_runs_share_one_loop() -> None:
+    """Runs side by side, each with a step on the loop and one on the pool."""
+    graph = Graph("many")
+
+    @graph.step
+    async def charge(order: Order) -> Charge:
+        await asyncio.sleep(0)
+        return Charge(charge_id=order.order_id)
+
+    @graph.step
+    def ship(charge: Charge) -> Shipment:
+        return Shipment(tracking_id=charge.charge_id)
+
+    jobs = [Order(order_id=str(number)) for number in range(50)]
+    shipped = await asyncio.gather(*(graph.aexecute(Shipment, job) for job in jobs))
+    assert [one.tracking_id for one in shipped] == [str(number) for number in range(50)]
