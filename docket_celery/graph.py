@@ -23,7 +23,7 @@ from docket_celery.policy import Seconds, StepOptionFields, StepOptions, to_seco
 from docket_celery.run import Run
 from docket_celery.runtime import CallerLoop
 from docket_celery.step import Registration, ValueKey, default_name, locate
-from docket_celery.waiting import read_value, run_here, run_on_loop
+from docket_celery.waiting import StartedRun, read_value, run_here, run_on_loop
 from docket_celery.wiring import Wiring, read_wiring
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -246,6 +246,30 @@ class Graph:
         loop = CallerLoop(asyncio.get_running_loop())
         run = self._run(_key(target, "aexecute"), inputs, submission, store=store, loop=loop)
         return read_value(await run_on_loop(run, loop), target)
+
+    def start(
+        self,
+        target: type[T],
+        /,
+        *inputs: Message,
+        execution_id: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        max_concurrency: int | None = None,
+        timeout: Seconds | None = None,
+        store: Store | None = None,
+    ) -> StartedRun[T]:
+        """Like `execute`, but return at once; the run goes on in the background, in this process.
+
+        Arguments as for `execute`.
+
+        Returns:
+            A handle that waits for the message, or cancels the run.
+
+        Raises:
+            InvalidArguments, GraphError, StoreMissing, TooManyAbandoned: Before anything ran.
+        """
+        submission = _submission(self.listeners, execution_id, context, max_concurrency, timeout)
+        return StartedRun(self._run(_key(target, "start"), inputs, submission, store=store), target)
 
     def deliver(
         self,

@@ -1,4 +1,4 @@
-"""The ways to wait for a run: with the calling thread, or on the caller's asyncio loop.
+"""The ways to wait for a run: with the calling thread, on the caller's asyncio loop, or later by a handle.
 
 A thread that waits here runs no SQL and no step of a run that has a lease: it sits in short `queue.SimpleQueue`
 waits, where a signal may interrupt it without leaving a lock or a transaction behind.
@@ -11,10 +11,12 @@ import functools
 import logging
 import queue
 import threading
-from typing import TypeVar
+import time
+from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from docket_celery.errors import RunCancelled
 from docket_celery.outcome import RunOutcome
 from docket_celery.run import Run
 from docket_celery.runtime import CallerLoop, Worker
@@ -23,6 +25,7 @@ T = TypeVar("T", bound=Message)
 
 _logger = logging.getLogger("docket_celery.run")
 _LEAVE_S = 5.0
+_LOOK_S = 0.5
 
 
 def run_here(run: Run) -> RunOutcome:
@@ -77,6 +80,82 @@ async def run_on_loop(run: Run, loop: CallerLoop) -> RunOutcome:
                 _warn_of_lease(run)
         raise
     return ended.result()
+
+
+class StartedRun(Generic[T]):
+    """A run that goes on in the background; made by `Graph.start`. Safe to share between threads.
+
+    Attributes:
+        execution_id: The name of the run.
+    """
+
+    def __init__(self, run: Run, target: type[T]) -> None:
+        self.execution_id = run.submission.execution_id
+        self._run, self._target = run, target
+        self._outcome: RunOutcome | None = None
+        self._outcomes: queue.SimpleQueue[RunOutcome] = queue.SimpleQueue()
+        run.check_abandoned()
+        run.start(self._end)
+        run.watch()
+
+    def __repr__(self) -> str:
+        return f"<StartedRun {self.execution_id!r}: {'done' if self.done() else 'running'}>"
+
+    def done(self) -> bool:
+        """Tell whether the run has ended, whichever way."""
+        return self._outcome is not None
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the end and return the target's message; may be called again.
+
+        Args:
+            timeout: Most seconds to wait; the run itself goes on. None: as long as it takes.
+
+        Raises:
+            TimeoutError: The run has not ended yet.
+            RunCancelled: `cancel` ended it.
+            StepFailed, AbortError, RunTimedOut, RunConflict, RunQuarantined, GraphChanged: As from `Graph.execute`.
+        """
+        thread = threading.current_thread()
+        if self._outcome is None and isinstance(thread, Worker) and thread.pool is self._run.pool:
+            # A step that waits for another run: its thread waits for work of the pool that it belongs to.
+            with thread.pool.blocking():
+                return read_value(self._wait(timeout), self._target)
+        return read_value(self._wait(timeout), self._target)
+
+    def cancel(self, reason: str = "cancelled by whoever started it") -> bool:
+        """End the run with `RunCancelled`: nothing new starts, contexts are cancelled, late results are discarded.
+
+        A run that persists ends in the state CANCELLED, its finished steps are kept. Does not wait for that.
+
+        Args:
+            reason: Why, for the error and the run's row.
+
+        Returns:
+            False if the run had ended before. After True, `result` tells what came first.
+        """
+        if self.done():
+            return False
+        self._run.stop(RunCancelled(self.execution_id, reason))
+        return True
+
+    def _end(self, outcome: RunOutcome) -> None:
+        self._outcome = outcome
+        self._outcomes.put(outcome)
+
+    def _wait(self, timeout_s: float | None) -> RunOutcome:
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        while self._outcome is None:
+            wait_s = _LOOK_S if until is None else min(_LOOK_S, until - time.monotonic())
+            if wait_s <= 0:
+                raise TimeoutError(f"run {self.execution_id!r} has not ended within {timeout_s:g} s")
+            try:
+                outcome = self._outcomes.get(timeout=wait_s)
+            except queue.Empty:
+                continue
+            # Back again for the next one who waits.
+            self._outcomes.put(outcome)
+        return self._outcome
 
 
 def read_value(outcome: RunOutcome, target: type[T]) -> T:

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import functools
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec
 
@@ -16,12 +17,16 @@ from docket_celery.context import StepContext, current_context
 from docket_celery.errors import (
     AbortError,
     InvalidArguments,
+    RunCancelled,
     RunTimedOut,
     StepFailed,
+    StepTimedOut,
 )
+from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
 from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore
+from docket_celery.waiting import StartedRun
 from tests.unit.graphs import WAIT_S, reached
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Shipment
 
@@ -74,6 +79,14 @@ def shipping(
     return graph
 
 
+def wait_for_end(started: StartedRun[Shipment]) -> None:
+    """Wait until *started* is done, whichever way."""
+    until = time.monotonic() + WAIT_S
+    while not started.done():
+        assert time.monotonic() < until, "the run did not end"
+        time.sleep(0.005)
+
+
 # --- aexecute --------------------------------------------------------------------------------------------------
 
 
@@ -95,9 +108,7 @@ async def test_aexecute_returns_what_execute_returns() -> None:
     order = Order(order_id="17")
     shipped = await graph.aexecute(Shipment, order, execution_id="a", context={"prefix": "T"}, store=store)
     assert shipped == Shipment(tracking_id="T-17")
-    waited = await asyncio.to_thread(
-        lambda: graph.execute(Shipment, order, context={"prefix": "T"}, store=store)
-    )
+    waited = graph.start(Shipment, order, context={"prefix": "T"}, store=store).result(WAIT_S)
     assert waited == shipped
 
 
@@ -286,3 +297,146 @@ async def test_many_runs_share_one_loop() -> None:
     jobs = [Order(order_id=str(number)) for number in range(50)]
     shipped = await asyncio.gather(*(graph.aexecute(Shipment, job) for job in jobs))
     assert [one.tracking_id for one in shipped] == [str(number) for number in range(50)]
+
+
+# --- start -----------------------------------------------------------------------------------------------------
+
+
+def test_a_started_run_goes_on_by_itself_and_its_result_can_be_asked_for_again() -> None:
+    """The handle is there before the end, names the run, and gives the same message each time."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def charge(order: Order) -> Charge:
+        inside.set()
+        reached(go_on)
+        return Charge(charge_id=order.order_id)
+
+    started = shipping(charge).start(Shipment, Order(order_id="9"), execution_id="s", store=MemoryStore())
+    reached(inside)
+    assert (started.execution_id, started.done()) == ("s", False)
+    with pytest.raises(TimeoutError, match=r"'s' has not ended within 0\.01 s"):
+        started.result(timeout=0.01)
+    go_on.set()
+    assert started.result(WAIT_S) == Shipment(tracking_id="T-9")
+    assert started.result(0) == Shipment(tracking_id="T-9")
+    assert started.done()
+    assert started.cancel() is False
+    assert repr(started) == "<StartedRun 's': done>"
+
+
+def test_a_started_run_can_be_waited_for_by_several_threads() -> None:
+    """None of them takes the outcome from another."""
+    go_on = threading.Event()
+
+    def charge(order: Order) -> Charge:
+        reached(go_on)
+        return Charge(charge_id="1")
+
+    started = shipping(charge, None).start(Shipment, Order())
+    got: list[Shipment] = []
+    threads = [threading.Thread(target=lambda: got.append(started.result(WAIT_S))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    go_on.set()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert got == [Shipment(tracking_id="T-1")] * 4
+
+
+def test_cancelling_a_started_run_ends_it_with_run_cancelled() -> None:
+    """The step's context is cancelled, what it returns late is dropped, and the next step never starts."""
+    graph = Graph("stopped")
+    inside, late = threading.Event(), threading.Event()
+    shipped: list[Charge] = []
+
+    @graph.step
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        inside.set()
+        assert ctx.cancelled.wait(WAIT_S)
+        return Charge()
+
+    @graph.step
+    def ship(charge: Charge) -> Shipment:
+        shipped.append(charge)
+        return Shipment()
+
+    def listen(event: Event) -> None:
+        if event.kind is EventKind.STEP_LATE:
+            late.set()
+
+    graph.listeners.append(listen)
+    started = graph.start(Shipment, Order(), execution_id="x")
+    reached(inside)
+    assert started.cancel("not needed any more") is True
+    with pytest.raises(RunCancelled, match="'x' was cancelled: not needed any more"):
+        started.result(WAIT_S)
+    reached(late)
+    assert shipped == []
+
+
+def test_cancelling_a_started_run_that_persists_leaves_its_row_cancelled() -> None:
+    """The lease is given back, the finished step is kept, and submitting it again tells why it does not run."""
+    store = MemoryStore()
+    graph = Graph("kept")
+    inside = threading.Event()
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def charge(order: Order) -> Charge:
+        return Charge(charge_id="1")
+
+    @graph.step
+    def ship(charge: Charge, ctx: StepContext) -> Shipment:
+        inside.set()
+        ctx.sleep(WAIT_S)
+        return Shipment()
+
+    started = graph.start(Shipment, Order(), execution_id="c", store=store)
+    reached(inside)
+    started.cancel("by ann")
+    with pytest.raises(RunCancelled, match="by ann"):
+        started.result(WAIT_S)
+    row = store.find_run("kept", "c")
+    assert row is not None
+    assert (row.state, row.lease_left_s) == (RunState.CANCELLED, None)
+    with pytest.raises(RunCancelled, match="by ann"):
+        graph.execute(Shipment, Order(), execution_id="c", store=store)
+
+
+def test_a_started_run_ends_at_its_deadline_though_nobody_waits() -> None:
+    """`result` is never called while it runs."""
+    graph = Graph("deadline")
+
+    @graph.step
+    def ship(order: Order, ctx: StepContext) -> Shipment:
+        ctx.sleep(WAIT_S)
+        return Shipment()
+
+    started = graph.start(Shipment, Order(), timeout=0.05)
+    wait_for_end(started)
+    with pytest.raises(RunTimedOut):
+        started.result(0)
+
+
+def test_a_started_run_raises_the_failure_of_its_step() -> None:
+    """As `execute` would."""
+    graph = Graph("failing")
+
+    @graph.step(timeout=0.02)
+    def ship(order: Order, ctx: StepContext) -> Shipment:
+        ctx.sleep(WAIT_S)
+        return Shipment()
+
+    with pytest.raises(StepTimedOut):
+        graph.start(Shipment, Order()).result(WAIT_S)
+
+
+def test_a_step_may_wait_for_a_run_that_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one thread: while the step waits, another thread takes its place."""
+    monkeypatch.setenv("DOCKET_CELERY_THREADS", "1")
+    inner, outer = shipping(persist=None), Graph("outer")
+
+    @outer.step
+    def label(order: Order) -> Label:
+        return Label(text=inner.start(Shipment, order).result(WAIT_S).tracking_id)
+
+    assert outer.start(Label, Order(order_id="3")).result(WAIT_S) == Label(text="T-3")
