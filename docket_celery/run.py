@@ -34,12 +34,13 @@ from docket_celery.errors import (
     TooManyAbandoned,
 )
 from docket_celery.events import EventKind
-from docket_celery.heartbeat import HeldLease, process_heartbeat
+from docket_celery.heartbeat import HeldLease
+from docket_celery.inline import InlineCancellation, InlineHeartbeat, InlineRuntime
 from docket_celery.messages import to_bytes, type_name
 from docket_celery.outcome import RunOutcome, Submission, frame_job, read_outcome, run_end
 from docket_celery.plan import Plan
 from docket_celery.policy import Scope
-from docket_celery.runtime import Pool, Runtime, StepLoop, process_runtime
+from docket_celery.runtime import Runtime, StepLoop, process_runtime
 
 _logger = logging.getLogger("docket_celery.run")
 _SLICE_S = 0.5
@@ -57,6 +58,10 @@ class Run:
         settings: Those in force.
         store: Where to persist, if the plan does.
         loop: Runs ``async def`` steps; None: the loop thread of the process.
+
+    Attributes:
+        pool: The threads that the steps run on.
+        inline: What to drive with the calling thread until `concluded`; None: the run goes on by itself.
     """
 
     def __init__(
@@ -68,29 +73,27 @@ class Run:
         store: Store | None,
         loop: StepLoop | None = None,
     ) -> None:
-        self.submission = submission
-        self.store = store if plan.persists else None
+        self.submission, self.store = submission, store if plan.persists else None
         self._plan, self._inputs, self._settings, self._loop = plan, inputs, settings, loop
-        self._runtime: Runtime = process_runtime(settings.threads)
+        self.inline = InlineRuntime() if settings.threads == 0 else None
+        self._runtime: Runtime = self.inline or process_runtime(settings.threads)
+        self.pool = self._runtime.pool
         self._report: Callable[[RunOutcome], None] | None = None
         self._base = contextvars.copy_context()
-        self._cancellation = Cancellation()
+        self._cancellation = Cancellation() if self.inline is None else InlineCancellation(self.inline)
+        self._beats = (
+            InlineHeartbeat(self.store) if self.inline is not None and self.store is not None else None
+        )
         self._held: HeldLease | None = None
         self._execution: Execution | None = None
-        self._concluded = False
+        self.concluded = False
         self._began = time.monotonic()
-        timeout_s = submission.timeout_s
-        self._until = None if timeout_s is None else self._began + timeout_s
+        self._until = None if submission.timeout_s is None else self._began + submission.timeout_s
         self._owner = str(uuid.uuid4()) if self.store is not None else ""
         self._attached = submission.attached
         self._delivery = self._new_delivery(submission.number)
 
     # --- whoever waits -----------------------------------------------------------------------------------------
-
-    @property
-    def pool(self) -> Pool:
-        """The threads that the steps run on."""
-        return self._runtime.pool
 
     def check_abandoned(self) -> None:
         """Refuse to begin where steps that did not stop hold too many threads.
@@ -100,7 +103,7 @@ class Run:
         """
         held = self._runtime.pool.abandoned()
         limit = 2 * self._settings.threads
-        if len(held) >= limit:
+        if held and len(held) >= limit:
             raise TooManyAbandoned(len(held), limit, sorted(set(held)))
 
     def start(self, report: Callable[[RunOutcome], None]) -> None:
@@ -116,11 +119,13 @@ class Run:
             return
         execution = self._begin({})
         if execution is not None:
-            helps = self.submission.may_help and self._until is None
+            helps = self.submission.may_help and self._until is None and self.inline is None
             (execution.help if helps else execution.dispatch)()
 
     def look_after(self) -> float:
         """Stop the run if its deadline has passed or its lease is lost; return in how many seconds to look again."""
+        if self._beats is not None:
+            self._beats.beat_if_due()
         if self._until is not None and time.monotonic() >= self._until:
             self._until = None
             self.stop(RunTimedOut(self.submission.execution_id, self.submission.timeout_s or 0.0))
@@ -131,7 +136,7 @@ class Run:
 
     def watch(self) -> None:
         """Have the timer look after the run until it ends: nobody's thread does."""
-        if not self._concluded and (self._until is not None or self.store is not None):
+        if not self.concluded and (self._until is not None or self.store is not None):
             self._runtime.timer.after(self.look_after(), self.watch)
 
     def stop(self, error: BaseException) -> None:
@@ -177,7 +182,7 @@ class Run:
             self._meet(found, request)
             return None
         self._held = HeldLease(found, asked_at, self._settings.trust_margin_s)
-        process_heartbeat(self.store).watch(self._held)
+        self._delivery.heartbeat().watch(self._held)
         return found
 
     def _advance(self, lease: Lease) -> None:
@@ -199,7 +204,7 @@ class Run:
             self._delivery,
             ended,
             checkpoints=checkpoints,
-            max_concurrency=self.submission.max_concurrency,
+            max_concurrency=self.submission.max_concurrency if self.inline is None else 1,
         )
         execution.start()
         self._execution = execution
@@ -241,7 +246,7 @@ class Run:
             result = self.parked_or_failed(error, held.lease)
         except Exception as error:  # noqa: BLE001 -- whoever waits must hear of it
             result = RunOutcome(error=error)
-        process_heartbeat(self.store).unwatch(held)
+        self._delivery.heartbeat().unwatch(held)
         self._conclude(result)
 
     def _conclude(self, outcome: RunOutcome) -> None:
@@ -255,7 +260,7 @@ class Run:
         try:
             self._delivery.tell(EventKind.RUN_ENDED, elapsed_s=elapsed, detail=detail)
         finally:
-            self._concluded = True
+            self.concluded = True
             # The execution knows this run as the one to tell: without this both would wait for the collector.
             self._execution = None
             if self._report is not None:
@@ -341,4 +346,5 @@ class Run:
             worker=submission.worker,
             task_id=submission.task_id,
             loop=self._loop,
+            beats=self._beats,
         )

@@ -320,7 +320,13 @@ class LoopThread:
 
 
 class Runtime:
-    """The pool, timer and loop of one process."""
+    """The pool, timer and loop of one process.
+
+    Attributes:
+        inline: Everything happens on the calling thread.
+    """
+
+    inline = False
 
     def __init__(self, threads: int) -> None:
         self.pool = Pool(threads)
@@ -328,8 +334,11 @@ class Runtime:
         self._loop: LoopThread | None = None
         self._lock = threading.Lock()
 
+    def catch_up(self) -> None:
+        """Let alarms ring that only the calling thread can: none here, the timer has a thread."""
+
     @property
-    def loop(self) -> LoopThread:
+    def loop(self) -> StepLoop:
         """The loop for ``async def`` steps, made on first use."""
         with self._lock:
             if self._loop is None:

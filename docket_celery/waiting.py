@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from docket_celery.errors import RunCancelled
+from docket_celery.errors import InvalidSettings, RunCancelled
 from docket_celery.outcome import RunOutcome
 from docket_celery.run import Run
 from docket_celery.runtime import CallerLoop, Worker
@@ -40,6 +40,10 @@ def run_here(run: Run) -> RunOutcome:
     outcomes: queue.SimpleQueue[RunOutcome] = queue.SimpleQueue()
     try:
         run.start(outcomes.put)
+        if run.inline is not None:
+            run.watch()
+            run.inline.drive(lambda: run.concluded)
+            return outcomes.get()
         thread = threading.current_thread()
         if isinstance(thread, Worker) and thread.pool is run.pool:
             # A step that executes a graph: its thread waits for work of the pool that it belongs to.
@@ -52,6 +56,9 @@ def run_here(run: Run) -> RunOutcome:
         if parked is not None:
             return parked
         raise
+    finally:
+        if run.inline is not None:
+            run.inline.close()
 
 
 async def run_on_loop(run: Run, loop: CallerLoop) -> RunOutcome:
@@ -61,6 +68,7 @@ async def run_on_loop(run: Run, loop: CallerLoop) -> RunOutcome:
         asyncio.CancelledError: The waiting task was cancelled; the run was cancelled and its lease given up before.
         TooManyAbandoned: Too many threads are held by timed-out steps.
     """
+    _require_threads(run)
     run.check_abandoned()
     ended: asyncio.Future[RunOutcome] = asyncio.get_running_loop().create_future()
 
@@ -94,6 +102,7 @@ class StartedRun(Generic[T]):
         self._run, self._target = run, target
         self._outcome: RunOutcome | None = None
         self._outcomes: queue.SimpleQueue[RunOutcome] = queue.SimpleQueue()
+        _require_threads(run)
         run.check_abandoned()
         run.start(self._end)
         run.watch()
@@ -191,14 +200,23 @@ def _leave(
     if run.store is None:
         outcome = run.parked_or_failed(interruption)
     else:
+        if run.inline is not None:
+            run.inline.drive(lambda: run.concluded, _LEAVE_S)
         try:
-            outcome = outcomes.get(timeout=_LEAVE_S)
+            outcome = outcomes.get(timeout=_LEAVE_S if run.inline is None else 0.001)
         except queue.Empty:
             _warn_of_lease(run)
             return None
     # A process that is told to end ends: only what fails the run can be cured by another delivery.
     parks = isinstance(interruption, Exception) and outcome.error is interruption
     return outcome if parks and outcome.park_s is not None else None
+
+
+def _require_threads(run: Run) -> None:
+    if run.inline is not None:
+        raise InvalidSettings(
+            "docket_threads", "0 runs everything on the calling thread; aexecute and start need at least 1"
+        )
 
 
 def _warn_of_lease(run: Run) -> None:

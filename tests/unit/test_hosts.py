@@ -17,6 +17,7 @@ from docket_celery.context import StepContext, current_context
 from docket_celery.errors import (
     AbortError,
     InvalidArguments,
+    InvalidSettings,
     RunCancelled,
     RunTimedOut,
     StepFailed,
@@ -24,11 +25,12 @@ from docket_celery.errors import (
 )
 from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
+from docket_celery.outcome import Submission
 from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
-from docket_celery.store import MemoryStore
+from docket_celery.store import MemoryStore, SQLStore
 from docket_celery.waiting import StartedRun
-from tests.unit.graphs import WAIT_S, reached
-from tests.unit.protos.shop_pb2 import Charge, Label, Order, Shipment
+from tests.unit.graphs import WAIT_S, add_step, key, reached
+from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Shipment
 
 P = ParamSpec("P")
 
@@ -440,3 +442,223 @@ def test_a_step_may_wait_for_a_run_that_it_starts(monkeypatch: pytest.MonkeyPatc
         return Label(text=inner.start(Shipment, order).result(WAIT_S).tracking_id)
 
     assert outer.start(Label, Order(order_id="3")).result(WAIT_S) == Label(text="T-3")
+
+
+# --- docket_threads = 0 ----------------------------------------------------------------------------------------
+
+
+class Watched(SQLStore):
+    """SQLite in memory that notes which threads call it."""
+
+    def __init__(self) -> None:
+        super().__init__("sqlite://")
+        self.threads: set[int] = set()
+        self.migrate()
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        self.threads.add(threading.get_ident())
+        return super()._call(*args, **kwargs)
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set ``docket_threads`` to 0."""
+    monkeypatch.setenv("DOCKET_CELERY_THREADS", "0")
+
+
+@pytest.mark.usefixtures("no_threads")
+@pytest.mark.parametrize("persist", [None, Scope.WORKFLOW, Scope.GLOBAL])
+def test_without_threads_steps_and_sql_stay_on_the_calling_thread(persist: Scope | None) -> None:
+    """Synchronous and asynchronous steps, SQL and heartbeats; no thread is started."""
+    graph, store = Graph("inline"), Watched()
+    store.threads.clear()
+    before, seen = set(threading.enumerate()), set[int]()
+
+    @graph.step(persist=persist, timeout=WAIT_S)
+    def charge(order: Order) -> Charge:
+        seen.add(threading.get_ident())
+        return Charge(charge_id=order.order_id)
+
+    @graph.step(persist=persist, timeout=WAIT_S)
+    async def ship(charge: Charge) -> Shipment:
+        await asyncio.sleep(0.001)
+        seen.add(threading.get_ident())
+        assert set(threading.enumerate()) <= before
+        return Shipment(tracking_id=charge.charge_id)
+
+    for _ in range(2):
+        shipped = graph.execute(Shipment, Order(order_id="5"), execution_id="i", timeout=WAIT_S, store=store)
+        assert shipped == Shipment(tracking_id="5")
+    here = {threading.get_ident()}
+    assert (seen, store.threads) == (here, here if persist is not None else set())
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_without_threads_steps_run_in_plan_order() -> None:
+    """Also where a retry waits: the backoff is spent on the calling thread, before any later step."""
+    graph = Graph("ordered")
+    called: list[str] = []
+
+    def note(name: str) -> Callable[..., Money]:
+        def body(*_: Money) -> Money:
+            called.append(name)
+            if name == "b" and called.count("b") == 1:
+                raise ValueError(name)
+            return Money(cents=1)
+
+        return body
+
+    edges = {"a": [], "b": [], "c": ["a"], "d": ["b"], "e": ["c"], "f": ["d", "e"]}
+    for name, sources in edges.items():
+        retry = RetryPolicy(max_attempts=2, backoff=FixedBackoff(0.01))
+        add_step(graph, name, sources, note(name), retry=retry)
+    outcome = graph.deliver(key("f"), [], Submission(execution_id="o"), given=())
+    assert outcome.value == Money(cents=1)
+    plan = [planned.step.name for planned in graph.compiled(key("f"), ()).steps]
+    plan.insert(plan.index("b"), "b")
+    assert called == plan
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_without_threads_a_late_result_is_not_taken() -> None:
+    """Nothing can interrupt the step: it returns, is found late, and its result is discarded."""
+    graph, store = Graph("late"), MemoryStore()
+
+    @graph.step(persist=Scope.WORKFLOW, timeout=0.01)
+    def ship(order: Order) -> Shipment:
+        time.sleep(0.03)
+        return Shipment()
+
+    with pytest.raises(StepTimedOut):
+        graph.execute(Shipment, Order(), execution_id="l", store=store)
+    row = store.find_run("late", "l")
+    assert row is not None
+    assert (row.state, row.lease_left_s) == (RunState.FAILED, None)
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_without_threads_a_step_that_asks_its_context_is_stopped() -> None:
+    """Of the attempt and of the run: the deadline rings when the step sleeps or checks."""
+    graph = Graph("asking")
+
+    @graph.step
+    def ship(order: Order, ctx: StepContext) -> Shipment:
+        ctx.sleep(WAIT_S)
+        return Shipment()
+
+    @graph.step(timeout=0.02)
+    def label(order: Order, ctx: StepContext) -> Label:
+        while not ctx.cancelled.wait(0.001):
+            pass
+        ctx.check()
+        return Label()
+
+    with pytest.raises(RunTimedOut):
+        graph.execute(Shipment, Order(), timeout=0.02)
+    with pytest.raises(StepTimedOut):
+        graph.execute(Label, Order())
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_without_threads_an_async_step_is_cancelled_at_its_deadline() -> None:
+    """The private loop looks at the clock while the step waits."""
+    graph = Graph("waiting")
+    ended: list[str] = []
+
+    @graph.step(timeout=0.02)
+    async def ship(order: Order) -> Shipment:
+        try:
+            await asyncio.sleep(WAIT_S)
+        finally:
+            ended.append("cancelled")
+        return Shipment()
+
+    with pytest.raises(StepTimedOut):
+        graph.execute(Shipment, Order())
+    assert ended == ["cancelled"]
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_without_threads_a_step_longer_than_its_lease_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease is extended as soon as the thread comes to it, if nobody has taken the run over."""
+    monkeypatch.setenv("DOCKET_CELERY_LEASE_SECONDS", "1")
+
+    def charge(order: Order) -> Charge:
+        time.sleep(1.05)
+        return Charge(charge_id="1")
+
+    graph, store = shipping(charge), MemoryStore()
+    assert graph.execute(Shipment, Order(), execution_id="h", store=store) == Shipment(tracking_id="T-1")
+
+
+@pytest.mark.usefixtures("no_threads")
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_without_threads_an_interruption_gives_the_lease_back(kind: type[BaseException]) -> None:
+    """It reaches the caller, and the next call goes on at once."""
+    raised: list[BaseException] = []
+
+    def charge(order: Order) -> Charge:
+        if not raised:
+            raised.append(kind("stop"))
+            raise raised[0]
+        return Charge(charge_id="1")
+
+    graph, store = shipping(charge), MemoryStore()
+    with pytest.raises(kind, match="stop"):
+        graph.execute(Shipment, Order(), execution_id="k", store=store)
+    row = store.find_run("shipping", "k")
+    assert row is not None
+    assert (row.state, row.lease_left_s) == (RunState.WAITING, None)
+    assert graph.execute(Shipment, Order(), execution_id="k", store=store) == Shipment(tracking_id="T-1")
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_without_threads_a_step_may_execute_a_graph() -> None:
+    """Each run is driven by the call that made it."""
+    outer = Graph("outer")
+
+    @outer.step
+    def label(order: Order) -> Label:
+        return Label(text=shipping(persist=None).execute(Shipment, order).tracking_id)
+
+    assert outer.execute(Label, Order(order_id="4")) == Label(text="T-4")
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_without_threads_aexecute_and_start_are_refused() -> None:
+    """They would block whoever calls them."""
+    graph = shipping(persist=None)
+    with pytest.raises(InvalidSettings, match=r"docket_threads.*at least 1"):
+        graph.start(Shipment, Order())
+    with pytest.raises(InvalidSettings, match=r"docket_threads.*at least 1"):
+        asyncio.run(graph.aexecute(Shipment, Order()))
+
+
+@pytest.mark.usefixtures("no_threads")
+@on_loop
+async def test_without_threads_async_steps_are_refused_where_a_loop_runs() -> None:
+    """One thread runs one loop; the text says what to do."""
+    graph = Graph("nested")
+
+    @graph.step
+    async def ship(order: Order) -> Shipment:
+        return Shipment()
+
+    with pytest.raises(StepFailed, match="await aexecute with at least 1") as failed:
+        graph.execute(Shipment, Order())
+    assert failed.value.caused_by(InvalidSettings)
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_without_threads_several_failures_and_an_abort_are_reported_as_ever() -> None:
+    """The first failure starts nothing new; an abort ends at once."""
+
+    def fail(order: Order) -> Charge:
+        raise AbortError("stop") if order.order_id == "abort" else ValueError(order.order_id)
+
+    graph = shipping(fail)
+    with pytest.raises(StepFailed) as failed:
+        graph.execute(Shipment, Order(order_id="1"), store=MemoryStore())
+    assert failed.value.caused_by(ValueError)
+    with pytest.raises(AbortError, match="stop"):
+        graph.execute(Shipment, Order(order_id="abort"), store=MemoryStore())
