@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any, ParamSpec
 
 import pytest
@@ -662,3 +663,78 @@ def test_without_threads_several_failures_and_an_abort_are_reported_as_ever() ->
     assert failed.value.caused_by(ValueError)
     with pytest.raises(AbortError, match="stop"):
         graph.execute(Shipment, Order(order_id="abort"), store=MemoryStore())
+
+
+@pytest.fixture
+def interrupt_soon() -> Generator[Callable[[], None]]:
+    """Return what has the main thread interrupted a moment later, as Ctrl-C does."""
+    main = threading.main_thread().ident
+    assert main is not None
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    timers: list[threading.Timer] = []
+
+    def arm() -> None:
+        timers.append(threading.Timer(0.05, signal.pthread_kill, [main, signal.SIGUSR1]))
+        timers[-1].start()
+
+    yield arm
+    for timer in timers:
+        timer.join()
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_without_threads_ctrl_c_ends_a_backoff_and_an_async_step(interrupt_soon: Callable[[], None]) -> None:
+    """Wherever the thread waits: the lease is given back, and the coroutine sees its cancellation."""
+    graph, store = Graph("interrupted"), MemoryStore()
+    ended: list[str] = []
+
+    @graph.step(persist=Scope.WORKFLOW, retry=RetryPolicy(max_attempts=2, backoff=FixedBackoff(WAIT_S)))
+    def charge(order: Order) -> Charge:
+        interrupt_soon()
+        raise ValueError("again later")
+
+    @graph.step(persist=Scope.WORKFLOW)
+    async def label(order: Order) -> Label:
+        interrupt_soon()
+        try:
+            await asyncio.sleep(WAIT_S)
+        finally:
+            ended.append("label")
+        return Label()
+
+    for target in (Charge, Label):
+        with pytest.raises(KeyboardInterrupt):
+            graph.execute(target, Order(), execution_id=target.__name__, store=store)
+        row = store.find_run("interrupted", target.__name__)
+        assert row is not None
+        assert (row.state, row.lease_left_s) == (RunState.WAITING, None)
+    assert ended == ["label"]
+
+
+def test_a_run_that_is_cancelled_at_any_moment_ends_and_holds_no_lease() -> None:
+    """Whatever came first counts: the message, or the cancellation; a row never stays leased."""
+    graph, store = Graph("races"), MemoryStore()
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def charge(order: Order) -> Charge:
+        return Charge(charge_id=order.order_id)
+
+    @graph.step
+    async def ship(charge: Charge) -> Shipment:
+        await asyncio.sleep(0)
+        return Shipment(tracking_id=charge.charge_id)
+
+    for number in range(200):
+        name = str(number)
+        started = graph.start(Shipment, Order(order_id=name), execution_id=name, store=store)
+        time.sleep(number % 20 / 10_000)
+        started.cancel("changed my mind")
+        try:
+            assert started.result(WAIT_S) == Shipment(tracking_id=name)
+            expected: set[RunState | None] = {RunState.SUCCEEDED}
+        except RunCancelled:
+            expected = {RunState.CANCELLED, None}
+        row = store.find_run("races", name)
+        assert (row.state if row is not None else None) in expected
+        assert row is None or row.lease_left_s is None
