@@ -44,6 +44,7 @@ from docket_celery.graph import Graph
 from docket_celery.plan import Plan
 from docket_celery.policy import ExponentialBackoff, FixedBackoff, RetryPolicy, Scope, StepOptions
 from docket_celery.step import Named
+from docket_celery.waiting import StartedRun
 
 if TYPE_CHECKING:
     from docket_celery.appdefaults import configure
@@ -58,6 +59,7 @@ __all__ = [  # noqa: RUF022 -- grouped by what people look for
     "Named",
     "Plan",
     "Scope",
+    "StartedRun",
     "StepContext",
     "StepOptions",
     "current_context",

@@ -167,7 +167,7 @@ class StepCall:
 
     def _spawn(self, number: int, context: StepContext) -> None:
         # The coroutine's task copies the contextvars in force where it is made, so it is made inside the copy.
-        submit = self._delivery.runtime.loop.submit
+        submit = self._delivery.step_loop().submit
         try:
             future = self._delivery.base.copy().run(lambda: submit(self._await(context)))
         except BaseException as error:  # noqa: BLE001 -- the call may fail before its first await
@@ -234,6 +234,7 @@ class StepCall:
 
     def _returned(self, number: int, value: Any, error: BaseException | None) -> None:
         step = self.planned.step
+        self._delivery.runtime.catch_up()  # a deadline that only this thread can ring has waited for the step
         if not self._close(number):
             self._delivery.tell(EventKind.STEP_LATE, step.name, number, elapsed_s=self._record.elapsed_s)
             return
@@ -373,7 +374,7 @@ def step_context(step: Step, delivery: Delivery, attempt: int) -> StepContext:
         delivery=delivery.number,
         values=delivery.values,
         deadline=time.monotonic() + step.timeout_s if step.timeout_s is not None else None,
-        cancelled=Cancellation(delivery.cancellation) if timed else delivery.cancellation,
+        cancelled=delivery.cancellation.child() if timed else delivery.cancellation,
     )
 
 

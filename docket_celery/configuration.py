@@ -28,7 +28,7 @@ class Settings:
 
     Attributes:
         database_url: SQLAlchemy URL of the checkpoint database, or None.
-        threads: Most step threads in a process.
+        threads: Most step threads in a process; 0: none, everything on the calling thread.
         lease_seconds: Seconds until another worker may take over a silent run.
         max_deliveries: Crashes after which a run is quarantined.
         max_message_bytes: Largest message accepted, checked before decoding.
@@ -108,7 +108,7 @@ def _number(least: float, *, whole: bool) -> Callable[[str, Any], Any]:
 
 _CHECKS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "database_url": _text,
-    "threads": _number(1, whole=True),
+    "threads": _number(0, whole=True),
     "lease_seconds": _number(1, whole=False),
     "max_deliveries": _number(1, whole=True),
     "max_message_bytes": _number(1, whole=True),

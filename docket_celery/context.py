@@ -29,6 +29,10 @@ class Cancellation:
         if parent is not None:
             parent.on_cancel(self.cancel)
 
+    def child(self) -> Cancellation:
+        """Return a flag that is raised with this one."""
+        return Cancellation(self)
+
     @property
     def error(self) -> BaseException | None:
         """Why it was cancelled, or None."""

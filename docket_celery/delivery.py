@@ -12,8 +12,8 @@ from typing import Any
 from docket_celery.checkpoint import StepExecution, Store
 from docket_celery.context import Cancellation
 from docket_celery.events import Event, EventKind, Listener, emit
-from docket_celery.heartbeat import HeldLease
-from docket_celery.runtime import Runtime
+from docket_celery.heartbeat import Heartbeat, HeldLease, process_heartbeat
+from docket_celery.runtime import Runtime, StepLoop
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,6 +27,8 @@ class Delivery:
         held: The run's lease; None when nothing is persisted.
         passthrough: Exceptions that stop the run and reach the caller as they are.
         scopes: Context managers entered around each call of a step, on its thread.
+        loop: Runs ``async def`` steps; None: the loop thread of the process.
+        beats: Keeps the lease and claims alive; None: the heartbeat of the process.
         rows: Step executions that no save has carried yet.
     """
 
@@ -46,7 +48,18 @@ class Delivery:
     scopes: Sequence[Callable[[], AbstractContextManager[Any]]] = ()
     worker: str = ""
     task_id: str | None = None
+    loop: StepLoop | None = None
+    beats: Heartbeat | None = None
     rows: list[StepExecution] = field(default_factory=list[StepExecution])
+
+    def step_loop(self) -> StepLoop:
+        """Return where ``async def`` steps run."""
+        return self.runtime.loop if self.loop is None else self.loop
+
+    def heartbeat(self) -> Heartbeat:
+        """Return what keeps the lease and claims of this delivery alive."""
+        assert self.store is not None
+        return process_heartbeat(self.store) if self.beats is None else self.beats
 
     def tell(self, kind: EventKind, step: str = "", attempt: int = 0, **facts: Any) -> None:
         """Tell the listeners."""

@@ -7,12 +7,14 @@ that wakes too late finds nothing to do. Nothing here waits on the pool.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from google.protobuf.message import Message
 
@@ -147,7 +149,7 @@ class Execution:
                 for index in call.planned.consumers:
                     self._pending[index] -= 1
                     if self._pending[index] == 0:
-                        self._ready.append(self._plan.steps[index])
+                        self._make_ready(self._plan.steps[index])
                         fresh += 1
             reached = self._values[self._plan.target_slot] is not None
             over = reached or (self.failing and not self._calls)
@@ -206,6 +208,12 @@ class Execution:
         self._delivery.runtime.pool.submit(go_on)
 
     # --- inside ------------------------------------------------------------------------------------------------
+
+    def _make_ready(self, planned: PlannedStep) -> None:
+        if self._delivery.runtime.inline:
+            bisect.insort(self._ready, planned, key=attrgetter("index"))
+        else:
+            self._ready.append(planned)
 
     def _resume(self, call: StepCall) -> None:
         with self.lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import threading
 import uuid
@@ -20,7 +21,9 @@ from docket_celery.outcome import RunOutcome, Submission
 from docket_celery.plan import Plan, compile_plan
 from docket_celery.policy import Seconds, StepOptionFields, StepOptions, to_seconds
 from docket_celery.run import Run
+from docket_celery.runtime import CallerLoop
 from docket_celery.step import Registration, ValueKey, default_name, locate
+from docket_celery.waiting import StartedRun, read_value, run_here, run_on_loop
 from docket_celery.wiring import Wiring, read_wiring
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -224,20 +227,62 @@ class Graph:
             StoreMissing: A step persists and there is no store.
             RunTimedOut, RunConflict, RunCancelled, RunQuarantined, GraphChanged: As they say.
         """
-        submission = Submission(
-            execution_id=str(uuid.uuid4()) if execution_id is None else check_execution_id(execution_id),
-            values=context or {},
-            timeout_s=None if timeout is None else to_seconds(timeout, "timeout"),
-            max_concurrency=_concurrency(max_concurrency),
-            may_help=process_defaults.may_help(),
-            listeners=self.listeners,
+        submission = _submission(
+            self.listeners, execution_id, context, max_concurrency, timeout, process_defaults.may_help()
         )
-        outcome = self.deliver(_key(target, "execute"), inputs, submission, store=store)
-        if outcome.error is not None:
-            raise outcome.error
-        if not isinstance(outcome.value, target):
-            raise AssertionError(f"a run ended without a value: {outcome!r}")
-        return outcome.value
+        return read_value(self.deliver(_key(target, "execute"), inputs, submission, store=store), target)
+
+    async def aexecute(
+        self,
+        target: type[T],
+        /,
+        *inputs: Message,
+        execution_id: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        max_concurrency: int | None = None,
+        timeout: Seconds | None = None,  # noqa: ASYNC109 -- a deadline of the run, as in execute
+        store: Store | None = None,
+    ) -> T:
+        """Like `execute`, for a handler on an asyncio loop, which it never blocks.
+
+        ``async def`` steps run on the running loop, so clients made there work in them; synchronous steps and SQL
+        run on the pool. Cancelling the awaiting task cancels the run: what is saved is kept, and submitting it again
+        under the same execution id goes on.
+
+        Arguments as for `execute`.
+
+        Raises:
+            asyncio.CancelledError: The awaiting task was cancelled; the lease was given back before.
+            DocketError: As from `execute`.
+        """
+        submission = _submission(self.listeners, execution_id, context, max_concurrency, timeout)
+        loop = CallerLoop(asyncio.get_running_loop())
+        run = self._run(_key(target, "aexecute"), inputs, submission, store=store, loop=loop)
+        return read_value(await run_on_loop(run, loop), target)
+
+    def start(
+        self,
+        target: type[T],
+        /,
+        *inputs: Message,
+        execution_id: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        max_concurrency: int | None = None,
+        timeout: Seconds | None = None,
+        store: Store | None = None,
+    ) -> StartedRun[T]:
+        """Like `execute`, but return at once; the run goes on in the background, in this process.
+
+        Arguments as for `execute`.
+
+        Returns:
+            A handle that waits for the message, or cancels the run.
+
+        Raises:
+            InvalidArguments, GraphError, StoreMissing, TooManyAbandoned: Before anything ran.
+        """
+        submission = _submission(self.listeners, execution_id, context, max_concurrency, timeout)
+        return StartedRun(self._run(_key(target, "start"), inputs, submission, store=store), target)
 
     def deliver(
         self,
@@ -254,11 +299,24 @@ class Graph:
         Raises:
             InvalidArguments, GraphError, StoreMissing, TooManyAbandoned: Before anything ran.
         """
+        return run_here(self._run(target, inputs, submission, given=given, settings=settings, store=store))
+
+    def _run(
+        self,
+        target: ValueKey,
+        inputs: Sequence[Message],
+        submission: Submission,
+        *,
+        given: tuple[ValueKey, ...] | None = None,
+        settings: Settings | None = None,
+        store: Store | None = None,
+        loop: CallerLoop | None = None,
+    ) -> Run:
         plan = self.compiled(target, _given(inputs) if given is None else given)
         self._frozen = True
         settings = process_defaults.settings() if settings is None else settings
         chosen = self.find_store(plan, settings, store) if plan.persists else None
-        return Run(plan, inputs, submission, settings, chosen).outcome()
+        return Run(plan, inputs, submission, settings, chosen, loop)
 
     def find_store(self, plan: Plan, settings: Settings, store: Store | None = None) -> Store:
         """Return the store in force: the call's, else the graph's, else ``docket_database_url``'s.
@@ -308,6 +366,24 @@ def _given(inputs: Sequence[object]) -> tuple[ValueKey, ...]:
             shown = value.__name__ if isinstance(value, type) else type(value).__name__
             raise InvalidArguments("execute", f"inputs are Protocol Buffers messages, got {shown}")
     return tuple(ValueKey(type(value)) for value in inputs if isinstance(value, Message))
+
+
+def _submission(
+    listeners: Sequence[Listener],
+    execution_id: str | None,
+    context: Mapping[str, Any] | None,
+    max_concurrency: int | None,
+    timeout: Seconds | None,
+    may_help: bool = False,
+) -> Submission:
+    return Submission(
+        execution_id=str(uuid.uuid4()) if execution_id is None else check_execution_id(execution_id),
+        values=context or {},
+        timeout_s=None if timeout is None else to_seconds(timeout, "timeout"),
+        max_concurrency=_concurrency(max_concurrency),
+        may_help=may_help,
+        listeners=listeners,
+    )
 
 
 def _concurrency(value: int | None) -> int | None:

@@ -15,7 +15,7 @@ from docket_celery import wire
 from docket_celery.checkpoint import Store
 from docket_celery.configuration import PREFIX, Settings
 from docket_celery.defaults import process_defaults
-from docket_celery.errors import DocketError, InvalidDeclaration, StoreUnavailable
+from docket_celery.errors import DocketError, InvalidDeclaration, InvalidSettings, StoreUnavailable
 from docket_celery.graph import Graph
 from docket_celery.plan import Plan
 from docket_celery.runtime import Worker
@@ -130,6 +130,8 @@ def find_faults(app: Celery, pool: str | None = None) -> list[str]:
     except DocketError as error:
         return [str(error)]
     faults: list[str] = []
+    if found.threads == 0 and pool is not None:
+        faults.append(str(InvalidSettings("docket_threads", _INLINE_FAULT)))
     checked: set[int] = set()
     for task in graph_tasks(app):
         try:
@@ -150,6 +152,11 @@ def find_faults(app: Celery, pool: str | None = None) -> list[str]:
 _MEMORY_FAULT: Final = (
     "its graph persists into a MemoryStore, which other worker processes cannot see; "
     "set docket_database_url, or use the solo pool"
+)
+
+_INLINE_FAULT: Final = (
+    "0 is for calls in process and eager tasks: a worker's own thread must stay free for its signals and limits; "
+    "set at least 1"
 )
 
 

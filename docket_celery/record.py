@@ -12,7 +12,6 @@ from google.protobuf.message import Message
 from docket_celery.checkpoint import Checkpoint, StepExecution, global_key, input_digest, workflow_key
 from docket_celery.delivery import Delivery
 from docket_celery.errors import DocketError, GraphChanged, InvalidArguments
-from docket_celery.heartbeat import process_heartbeat
 from docket_celery.messages import from_bytes, to_bytes, to_view, type_name
 from docket_celery.policy import Scope
 from docket_celery.step import Step
@@ -64,7 +63,7 @@ class StepRecord:
         found = delivery.store.lookup(key, delivery.owner, delivery.lease_s)
         if found is True:
             # Watched before it is known: whoever aborts drops the claims that it finds, watch included.
-            process_heartbeat(delivery.store).watch_claim(key, delivery.owner, delivery.lease_s)
+            delivery.heartbeat().watch_claim(key, delivery.owner, delivery.lease_s)
             self._claimed = key
         return found
 
@@ -115,7 +114,7 @@ class StepRecord:
     def _release_claim(self) -> None:
         key, self._claimed = self._claimed, None
         if key is not None and self._delivery.store is not None:
-            process_heartbeat(self._delivery.store).unwatch_claim(key, self._delivery.owner)
+            self._delivery.heartbeat().unwatch_claim(key, self._delivery.owner)
 
     def _key(self) -> bytes:
         step, delivery = self._step, self._delivery

@@ -1,19 +1,13 @@
-"""One delivery of one run in this process: lease, restore, execute, close.
-
-The thread that waits for the outcome runs no SQL and no step of a run that has a lease: it sits in short
-`queue.SimpleQueue` waits, where a signal may interrupt it without leaving a lock or a transaction behind.
-"""
+"""One delivery of one run in this process: lease, restore, execute, close."""
 
 from __future__ import annotations
 
 import contextvars
 import functools
 import logging
-import queue
-import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from google.protobuf.message import Message
@@ -40,22 +34,35 @@ from docket_celery.errors import (
     TooManyAbandoned,
 )
 from docket_celery.events import EventKind
-from docket_celery.heartbeat import HeldLease, process_heartbeat
+from docket_celery.heartbeat import HeldLease
+from docket_celery.inline import InlineCancellation, InlineHeartbeat, InlineRuntime
 from docket_celery.messages import to_bytes, type_name
 from docket_celery.outcome import RunOutcome, Submission, frame_job, read_outcome, run_end
 from docket_celery.plan import Plan
 from docket_celery.policy import Scope
-from docket_celery.runtime import Runtime, Worker, process_runtime
+from docket_celery.runtime import Runtime, StepLoop, process_runtime
 
 _logger = logging.getLogger("docket_celery.run")
 _SLICE_S = 0.5
-_LEAVE_S = 5.0
 _END_TRIES = 4
 _LOST_BUSY_S = 1.0
 
 
 class Run:
-    """Drives one delivery; `outcome` starts it and waits for it."""
+    """Drives one delivery and never waits for it: `waiting` has the ways to wait.
+
+    Args:
+        plan: What to do.
+        inputs: The given values, in the order of ``plan.given``.
+        submission: Who asks for it.
+        settings: Those in force.
+        store: Where to persist, if the plan does.
+        loop: Runs ``async def`` steps; None: the loop thread of the process.
+
+    Attributes:
+        pool: The threads that the steps run on.
+        inline: What to drive with the calling thread until `concluded`; None: the run goes on by itself.
+    """
 
     def __init__(
         self,
@@ -64,97 +71,88 @@ class Run:
         submission: Submission,
         settings: Settings,
         store: Store | None,
+        loop: StepLoop | None = None,
     ) -> None:
-        self._plan, self._inputs, self._submission = plan, inputs, submission
-        self._settings, self._store = settings, store if plan.persists else None
-        self._runtime: Runtime = process_runtime(settings.threads)
-        self._queue: queue.SimpleQueue[RunOutcome] = queue.SimpleQueue()
+        self.submission, self.store = submission, store if plan.persists else None
+        self._plan, self._inputs, self._settings, self._loop = plan, inputs, settings, loop
+        self.inline = InlineRuntime() if settings.threads == 0 else None
+        self._runtime: Runtime = self.inline or process_runtime(settings.threads)
+        self.pool = self._runtime.pool
+        self._report: Callable[[RunOutcome], None] | None = None
         self._base = contextvars.copy_context()
-        self._cancellation = Cancellation()
+        self._cancellation = Cancellation() if self.inline is None else InlineCancellation(self.inline)
+        self._beats = (
+            InlineHeartbeat(self.store) if self.inline is not None and self.store is not None else None
+        )
         self._held: HeldLease | None = None
         self._execution: Execution | None = None
+        self.concluded = False
         self._began = time.monotonic()
-        self._owner = str(uuid.uuid4()) if self._store is not None else ""
+        self._until = None if submission.timeout_s is None else self._began + submission.timeout_s
+        self._owner = str(uuid.uuid4()) if self.store is not None else ""
         self._attached = submission.attached
         self._delivery = self._new_delivery(submission.number)
 
-    def outcome(self) -> RunOutcome:
-        """Run to the end and return how it ended.
+    # --- whoever waits -----------------------------------------------------------------------------------------
+
+    def check_abandoned(self) -> None:
+        """Refuse to begin where steps that did not stop hold too many threads.
 
         Raises:
-            BaseException: Whatever interrupted the waiting thread (a soft time limit, SystemExit, Ctrl-C); the run
-                was cancelled and its lease given up before.
-            TooManyAbandoned: Too many threads are held by timed-out steps.
+            TooManyAbandoned: They hold twice as many as there may be.
         """
-        self._check_abandoned()
-        try:
-            self._delivery.tell(EventKind.RUN_STARTED)
-            if self._store is None:
-                self._begin_here()
-            else:
-                self._runtime.pool.submit(self._open)
-            thread = threading.current_thread()
-            if isinstance(thread, Worker) and thread.pool is self._runtime.pool:
-                # A step that executes a graph: its thread waits for work of the pool that it belongs to.
-                with thread.pool.blocking():
-                    return self._wait()
-            return self._wait()
-        except BaseException as interruption:
-            self._stop(interruption)
-            parked = self._leave(interruption)
-            if parked is not None:
-                return parked
-            raise
-        finally:
-            # The execution knows this run as the one to tell: without this both would wait for the collector.
-            self._execution = None
+        held = self._runtime.pool.abandoned()
+        limit = 2 * self._settings.threads
+        if held and len(held) >= limit:
+            raise TooManyAbandoned(len(held), limit, sorted(set(held)))
 
-    # --- the waiting thread ------------------------------------------------------------------------------------
+    def start(self, report: Callable[[RunOutcome], None]) -> None:
+        """Begin; *report* is called once, on any thread, with the outcome.
 
-    def _begin_here(self) -> None:
+        The calling thread runs steps here if the submission allows it; whoever waits calls `look_after`, or `watch`
+        once.
+        """
+        self._report = report
+        self._delivery.tell(EventKind.RUN_STARTED)
+        if self.store is not None:
+            self._runtime.pool.submit(self._open)
+            return
         execution = self._begin({})
         if execution is not None:
-            helps = self._submission.may_help and self._submission.timeout_s is None
+            helps = self.submission.may_help and self._until is None and self.inline is None
             (execution.help if helps else execution.dispatch)()
 
-    def _wait(self) -> RunOutcome:
-        timeout_s = self._submission.timeout_s
-        until = None if timeout_s is None else self._began + timeout_s
-        while True:
-            slice_s = _SLICE_S if until is None else max(0.0, min(_SLICE_S, until - time.monotonic()))
-            try:
-                return self._queue.get(timeout=slice_s)
-            except queue.Empty:
-                pass
-            if until is not None and time.monotonic() >= until:
-                until = None
-                self._stop(RunTimedOut(self._submission.execution_id, timeout_s or 0.0))
-            elif self._held is not None and not self._held.trusted():
-                lease = self._held.lease
-                self._stop(LeaseLost(lease.graph, lease.execution_id, lease.epoch))
+    def look_after(self) -> float:
+        """Stop the run if its deadline has passed or its lease is lost; return in how many seconds to look again."""
+        if self._beats is not None:
+            self._beats.beat_if_due()
+        if self._until is not None and time.monotonic() >= self._until:
+            self._until = None
+            self.stop(RunTimedOut(self.submission.execution_id, self.submission.timeout_s or 0.0))
+        elif self._held is not None and not self._held.trusted():
+            lease = self._held.lease
+            self.stop(LeaseLost(lease.graph, lease.execution_id, lease.epoch))
+        return _SLICE_S if self._until is None else max(0.0, min(_SLICE_S, self._until - time.monotonic()))
 
-    def _leave(self, interruption: BaseException) -> RunOutcome | None:
-        """Give the pool a moment to hand back the lease; an expired lease is the fallback.
+    def watch(self) -> None:
+        """Have the timer look after the run until it ends: nobody's thread does."""
+        if not self.concluded and (self._until is not None or self.store is not None):
+            self._runtime.timer.after(self.look_after(), self.watch)
 
-        Returns:
-            The outcome, where the host decided that this interruption has the run delivered again; else None.
-        """
-        if self._store is None:
-            outcome = self._parked_or_failed(interruption, None)
-        else:
-            try:
-                outcome = self._queue.get(timeout=_LEAVE_S)
-            except queue.Empty:
-                _logger.warning("run %r: its lease was not given back in time", self._submission.execution_id)
-                return None
-        # A process that is told to end ends: only what fails the run can be cured by another delivery.
-        parks = isinstance(interruption, Exception) and outcome.error is interruption
-        return outcome if parks and outcome.park_s is not None else None
-
-    def _stop(self, error: BaseException) -> None:
+    def stop(self, error: BaseException) -> None:
+        """End the run with *error* unless it has ended: contexts are cancelled, late results discarded."""
         self._cancellation.cancel(error)
-        if self._execution is not None:
-            self._execution.abort(error)
+        execution = self._execution
+        if execution is not None:
+            execution.abort(error)
+
+    def parked_or_failed(self, error: BaseException, lease: Lease | None = None) -> RunOutcome:
+        """Return the outcome that *error* means; the host may want the run delivered again."""
+        park = self.submission.park_s
+        try:
+            return RunOutcome(error=error, park_s=park(error, lease) if park is not None else None)
+        except Exception as broken:  # noqa: BLE001 -- the host's own code; whoever waits must hear of it
+            return RunOutcome(error=broken)
 
     # --- the pool's threads ------------------------------------------------------------------------------------
 
@@ -173,18 +171,18 @@ class Run:
                 self._advance(found)
 
     def _acquire(self) -> Lease | None:
-        assert self._store is not None
+        assert self.store is not None
         if self._cancellation.error is not None:
             self._conclude(RunOutcome(error=self._cancellation.error))
             return None
         asked_at = time.monotonic()
         request = self._request()
-        found = self._store.acquire(request)
+        found = self.store.acquire(request)
         if isinstance(found, RunRow):
             self._meet(found, request)
             return None
         self._held = HeldLease(found, asked_at, self._settings.trust_margin_s)
-        process_heartbeat(self._store).watch(self._held)
+        self._delivery.heartbeat().watch(self._held)
         return found
 
     def _advance(self, lease: Lease) -> None:
@@ -199,17 +197,20 @@ class Run:
 
     def _begin(self, checkpoints: dict[int, Checkpoint]) -> Execution | None:
         """Make and start the execution; None if it ended (or was stopped) while starting."""
-        ended = self._end if self._store is None else self._end_on_pool
+        ended = self._end if self.store is None else self._end_on_pool
         execution = Execution(
             self._plan,
             self._inputs,
             self._delivery,
             ended,
             checkpoints=checkpoints,
-            max_concurrency=self._submission.max_concurrency,
+            max_concurrency=self.submission.max_concurrency if self.inline is None else 1,
         )
         execution.start()
         self._execution = execution
+        if execution.closed:
+            self._execution = None
+            return None
         # A stop that came before the assignment found no execution to abort.
         if self._cancellation.error is not None:
             execution.abort(self._cancellation.error)
@@ -223,18 +224,18 @@ class Run:
         result = RunOutcome(value=outcome.value)
         if outcome.error is not None:
             lease = self._held.lease if self._held is not None else None
-            result = self._parked_or_failed(outcome.error, lease)
-        if self._held is None or self._store is None:
+            result = self.parked_or_failed(outcome.error, lease)
+        if self._held is None or self.store is None:
             self._conclude(result)
         else:
             self._write_end(result, self._held, tries=1)
 
     def _write_end(self, result: RunOutcome, held: HeldLease, tries: int) -> None:
-        assert self._store is not None
+        assert self.store is not None
         try:
             if not isinstance(result.error, LeaseLost):
-                self._store.end(
-                    held.lease, run_end(result, self._submission, self._delivery.rows, self._settings)
+                self.store.end(
+                    held.lease, run_end(result, self.submission, self._delivery.rows, self._settings)
                 )
         except StoreUnavailable as error:
             if tries < _END_TRIES and held.trusted():
@@ -242,15 +243,15 @@ class Run:
                 self._runtime.timer.after(0.2 * 2**tries, lambda: self._runtime.pool.submit(again))
                 return
             # What is saved stays saved; the next delivery restores it and writes the end.
-            result = self._parked_or_failed(error, held.lease)
+            result = self.parked_or_failed(error, held.lease)
         except Exception as error:  # noqa: BLE001 -- whoever waits must hear of it
             result = RunOutcome(error=error)
-        process_heartbeat(self._store).unwatch(held)
+        self._delivery.heartbeat().unwatch(held)
         self._conclude(result)
 
     def _conclude(self, outcome: RunOutcome) -> None:
         """Report how it ended; the run's row tells the same by now."""
-        if isinstance(outcome.error, LeaseLost) and not self._submission.waits:
+        if isinstance(outcome.error, LeaseLost) and not self.submission.waits:
             # Soon, as the new holder may have ended the run by now; the next look tells how long its lease is.
             outcome = RunOutcome(error=outcome.error, busy_s=min(_LOST_BUSY_S, self._settings.lease_seconds))
         outcome = replace(outcome, held=self._held is not None)
@@ -259,7 +260,11 @@ class Run:
         try:
             self._delivery.tell(EventKind.RUN_ENDED, elapsed_s=elapsed, detail=detail)
         finally:
-            self._queue.put(outcome)
+            self.concluded = True
+            # The execution knows this run as the one to tell: without this both would wait for the collector.
+            self._execution = None
+            if self._report is not None:
+                self._report(outcome)
 
     # --- deciding ----------------------------------------------------------------------------------------------
 
@@ -270,7 +275,7 @@ class Run:
             self._conclude(RunOutcome(error=RunConflict(row.graph, row.execution_id, what)))
         elif row.state.ended:
             self._conclude(read_outcome(row, self._plan))
-        elif not self._submission.waits:
+        elif not self.submission.waits:
             self._conclude(RunOutcome(busy_s=max(0.0, row.lease_left_s or 0.0)))
         else:
             self._attached = True
@@ -282,7 +287,7 @@ class Run:
         Raises:
             GraphChanged: One is of a step that the graph no longer has.
         """
-        assert self._store is not None
+        assert self.store is not None
         names: dict[bytes, int] = {}
         for planned in self._plan.steps:
             if planned.step.persist is Scope.WORKFLOW:
@@ -290,7 +295,7 @@ class Run:
                     names.setdefault(workflow_key(lease.graph, lease.execution_id, name), planned.index)
         found: dict[int, Checkpoint] = {}
         gone: list[str] = []
-        for checkpoint in self._store.restore(lease, list(names)):
+        for checkpoint in self.store.restore(lease, list(names)):
             index = names.get(checkpoint.key)
             if index is not None:
                 found.setdefault(index, checkpoint)
@@ -300,17 +305,10 @@ class Run:
             raise GraphChanged(lease.graph, lease.execution_id, sorted(set(gone)))
         return found
 
-    def _parked_or_failed(self, error: BaseException, lease: Lease | None) -> RunOutcome:
-        park = self._submission.park_s
-        try:
-            return RunOutcome(error=error, park_s=park(error, lease) if park is not None else None)
-        except Exception as broken:  # noqa: BLE001 -- the host's own code; whoever waits must hear of it
-            return RunOutcome(error=broken)
-
     # --- building ----------------------------------------------------------------------------------------------
 
     def _request(self) -> RunRequest:
-        submission = self._submission
+        submission = self.submission
         job = [(type_name(value), to_bytes(value)) for value in self._inputs]
         return RunRequest(
             graph=self._plan.graph,
@@ -329,7 +327,7 @@ class Run:
         )
 
     def _new_delivery(self, number: int) -> Delivery:
-        submission = self._submission
+        submission = self.submission
         return Delivery(
             graph=self._plan.graph,
             execution_id=submission.execution_id,
@@ -338,7 +336,7 @@ class Run:
             base=self._base,
             number=number,
             values=submission.values,
-            store=self._store,
+            store=self.store,
             held=self._held,
             lease_s=self._settings.lease_seconds,
             owner=self._owner,
@@ -347,10 +345,6 @@ class Run:
             scopes=submission.scopes,
             worker=submission.worker,
             task_id=submission.task_id,
+            loop=self._loop,
+            beats=self._beats,
         )
-
-    def _check_abandoned(self) -> None:
-        held = self._runtime.pool.abandoned()
-        limit = 2 * self._settings.threads
-        if len(held) >= limit:
-            raise TooManyAbandoned(len(held), limit, sorted(set(held)))

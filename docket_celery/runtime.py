@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 _logger = logging.getLogger("docket_celery.runtime")
 Work = Callable[[], None]
@@ -241,6 +241,45 @@ class Timer:
         return None
 
 
+class StepLoop(Protocol):
+    """Where ``async def`` steps run."""
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Run *coroutine*; cancelling the future cancels it."""
+        ...
+
+
+class CallerLoop:
+    """The running asyncio loop of the caller, for the ``async def`` steps of ``aexecute``.
+
+    Args:
+        loop: The loop; it outlives the run, or the run is being cancelled with it.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Run *coroutine* on the loop.
+
+        Raises:
+            RuntimeError: The loop is closed.
+        """
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:
+            coroutine.close()
+            raise
+
+    def tell(self, call: Callable[[], object]) -> None:
+        """Make *call* on the loop's thread; on a loop that is closed nobody listens any more."""
+        try:
+            self._loop.call_soon_threadsafe(call)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+
+
 class LoopThread:
     """An asyncio loop on a thread of its own, for ``async def`` steps outside ``aexecute``."""
 
@@ -281,7 +320,13 @@ class LoopThread:
 
 
 class Runtime:
-    """The pool, timer and loop of one process."""
+    """The pool, timer and loop of one process.
+
+    Attributes:
+        inline: Everything happens on the calling thread.
+    """
+
+    inline = False
 
     def __init__(self, threads: int) -> None:
         self.pool = Pool(threads)
@@ -289,8 +334,11 @@ class Runtime:
         self._loop: LoopThread | None = None
         self._lock = threading.Lock()
 
+    def catch_up(self) -> None:
+        """Let alarms ring that only the calling thread can: none here, the timer has a thread."""
+
     @property
-    def loop(self) -> LoopThread:
+    def loop(self) -> StepLoop:
         """The loop for ``async def`` steps, made on first use."""
         with self._lock:
             if self._loop is None:

@@ -17,6 +17,7 @@ from docket_celery import (
     Plan,
     RetryPolicy,
     Scope,
+    StartedRun,
     StepContext,
     StepFailed,
     StepOptions,
@@ -89,6 +90,16 @@ assert_type(reserve(order, charge(order, current_context())), Reservation)
 # --- running in process ----------------------------------------------------------------------------------------
 
 assert_type(checkout.execute(Shipment, order), Shipment)
+assert_type(checkout.start(Shipment, order), StartedRun[Shipment])
+assert_type(checkout.start(Shipment, order, timeout=2).result(1.5), Shipment)
+assert_type(checkout.start(Shipment, order).cancel("why"), bool)
+
+
+async def handler() -> None:
+    """On an asyncio loop."""
+    assert_type(await checkout.aexecute(Shipment, order, execution_id="order-17", timeout=2.5), Shipment)
+
+
 assert_type(
     checkout.execute(
         Shipment,

@@ -51,7 +51,7 @@ def test_unknown_settings_are_refused_with_the_nearest(key: str, text: str) -> N
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("docket_threads", 0),
+        ("docket_threads", -1),
         ("docket_threads", 2.5),
         ("docket_threads", "many"),
         ("docket_threads", True),

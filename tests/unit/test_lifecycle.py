@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -239,3 +240,32 @@ def test_a_fault_is_logged_when_the_app_is_complete(caplog: pytest.LogCaptureFix
 
     app.finalize()
     assert "task lifecycle.charge cannot run" in caplog.text
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "gevent", "solo"])
+def test_a_worker_without_step_threads_does_not_start(pool: str) -> None:
+    """Its own thread would be busy with steps; in process and eagerly the same app is fine."""
+    app = make_app(docket_threads=0)
+    declare(app, Graph("inline"), persist=None)
+    (fault,) = lifecycle.find_faults(app, pool)
+    assert "docket_threads" in fault
+    assert "set at least 1" in fault
+    assert lifecycle.find_faults(app) == []
+
+
+def test_an_eager_task_without_step_threads_runs_on_the_calling_thread() -> None:
+    """Nothing of the task leaves the thread that calls it."""
+    app = make_app(docket_threads=0, task_always_eager=True)
+    graph, seen = Graph("eager"), list[int]()
+
+    @graph.step(timeout=30)
+    def ship(order: Order) -> Shipment:
+        seen.append(threading.get_ident())
+        return Shipment(tracking_id=order.order_id)
+
+    @graph_task(app, graph, name="inline.ship_order")
+    def ship_order(order: Order) -> Shipment:
+        raise NotImplementedError
+
+    assert ship_order.delay(Order(order_id="8")).get() == Shipment(tracking_id="8")
+    assert seen == [threading.get_ident()]

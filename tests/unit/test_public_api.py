@@ -18,8 +18,9 @@ SURFACE = """
 AbortError CorruptCheckpoint DecodeFailed DocketError ExponentialBackoff FixedBackoff Graph GraphChanged GraphError
 GraphResult GraphTask InputsChanged InvalidArguments InvalidDeclaration InvalidSettings LeaseLost MemoryStore Named
 PayloadTooLarge Plan RetryPolicy RunCancelled RunConflict RunNotFound RunQuarantined RunState RunTimedOut SQLStore
-SchemaMismatch Scope ServersUnavailable StepContext StepFailed StepOptions StepTimedOut StoreMissing StoreUnavailable
-TooManyAbandoned UnknownMessageType WrongResult configure current_context graph_task settings shared_graph_task
+SchemaMismatch Scope ServersUnavailable StartedRun StepContext StepFailed StepOptions StepTimedOut StoreMissing
+StoreUnavailable TooManyAbandoned UnknownMessageType WrongResult configure current_context graph_task settings
+shared_graph_task
 """.split()  # noqa: SIM905 -- a page of names reads better than a column
 
 # One of each class, with values that JSON must carry.
