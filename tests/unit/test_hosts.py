@@ -277,7 +277,7 @@ async def test_cancelling_aexecute_gives_the_lease_back_and_keeps_what_is_saved(
         await running
     row = store.find_run("resumed", "r")
     assert row is not None
-    assert (row.state, row.lease_left_s) == (RunState.FAILED, None)
+    assert (row.state, row.lease_left_s) == (RunState.WAITING, None)
     reached(stopped)
     again = await graph.aexecute(Shipment, Order(order_id="7"), execution_id="r", store=store)
     assert (again, charges) == (Shipment(tracking_id="delivery 2"), ["7"])
@@ -534,7 +534,7 @@ def test_without_threads_a_late_result_is_not_taken() -> None:
         graph.execute(Shipment, Order(), execution_id="l", store=store)
     row = store.find_run("late", "l")
     assert row is not None
-    assert (row.state, row.lease_left_s) == (RunState.FAILED, None)
+    assert (row.state, row.lease_left_s) == (RunState.WAITING, None)
 
 
 @pytest.mark.usefixtures("no_threads")
