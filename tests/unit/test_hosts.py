@@ -534,7 +534,7 @@ def test_without_threads_a_late_result_is_not_taken() -> None:
         graph.execute(Shipment, Order(), execution_id="l", store=store)
     row = store.find_run("late", "l")
     assert row is not None
-    assert (row.state, row.lease_left_s) == (RunState.WAITING, None)
+    assert (row.state, row.lease_left_s) == (RunState.FAILED, None)
 
 
 @pytest.mark.usefixtures("no_threads")
