@@ -14,7 +14,7 @@ from docket_celery.errors import InvalidSettings
 PREFIX: Final = "docket_"
 ENV_PREFIX: Final = "DOCKET_CELERY_"
 TRUST_MARGIN_S: Final = 5.0
-"""A holder stops trusting its lease this long before it expires (DESIGN section 3)."""
+"""A holder stops trusting its lease this long before it expires; described in docs/guarantees.md."""
 
 
 def default_threads() -> int:

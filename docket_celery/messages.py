@@ -16,7 +16,7 @@ from docket_celery.errors import DecodeFailed, InvalidArguments, PayloadTooLarge
 M = TypeVar("M", bound=Message)
 
 MAX_JSON_BYTES = 16 * 1024
-"""Above this a message gets no ``output_json`` view (DESIGN section 5)."""
+"""Above this a message gets no ``output_json`` view: the view is for reading, not a second copy of the data."""
 _MAX_FIELD_CHARS = 60
 _REDACTED = "***"
 _ANY = "google.protobuf.Any"
