@@ -170,6 +170,8 @@ def test_a_soft_limit_interrupts_the_task_and_stops_its_steps(
     worker: WorkerProcess, journals: Journals, journal: str
 ) -> None:
     """The waiting thread gets Celery's exception while the step runs on the pool, and the step is told."""
+    # A test before this one may have had a child killed: its replacement comes in its own time.
+    wait_until(lambda: len(worker.children()) == worker.spec.concurrency, within_s=10, what="all children")
     children = {child.pid for child in worker.children()}
     with pytest.raises(SoftTimeLimitExceeded):
         submit(options.soft, journal).get(timeout=WAIT_S)
