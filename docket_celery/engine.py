@@ -18,7 +18,7 @@ from operator import attrgetter
 
 from google.protobuf.message import Message
 
-from docket_celery.attempt import StepCall
+from docket_celery.call import StepCall
 from docket_celery.checkpoint import Checkpoint
 from docket_celery.delivery import Delivery
 from docket_celery.errors import DocketError, InputsChanged, StepFailed
@@ -115,16 +115,14 @@ class Execution:
             self._ready.clear()
             parked, self._parked = self._parked, {}
             calls = list(self._calls)
-            in_flight = [call for call in calls if call.in_flight]
-            for call in in_flight:
-                if call.worker is not None and call.worker is not threading.current_thread():
-                    # Under the lock, as a step's return needs it first: the worker is surely inside that step.
-                    self._delivery.runtime.pool.abandon(call.worker, call.planned.step.name)
+            running = [(call, attempt) for call in calls if (attempt := call.in_flight) is not None]
+            for _, attempt in running:
+                attempt.abandon()
         self._delivery.cancellation.cancel(error)
         for alarm, _ in parked.values():
             alarm.cancel()
-        for call in in_flight:
-            call.interrupt()
+        for call, attempt in running:
+            attempt.interrupt()
             call.report_cancelled(error)
         if any(call.claims for call in calls):
             # SQL, and this may be the thread that waits for the run.
