@@ -9,7 +9,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from docket_celery.checkpoint import Lease, RunEnd, RunRow, RunState, StepExecution
+from docket_celery.checkpoint import Lease, RunEnd, RunRequest, RunRow, RunState, StepExecution, job_digest
 from docket_celery.configuration import Settings
 from docket_celery.errors import (
     DocketError,
@@ -20,7 +20,7 @@ from docket_celery.errors import (
     to_record,
 )
 from docket_celery.events import Listener
-from docket_celery.messages import from_bytes, to_bytes
+from docket_celery.messages import from_bytes, to_bytes, type_name
 from docket_celery.plan import Plan
 
 
@@ -83,6 +83,43 @@ class RunOutcome:
     held: bool = False
 
 
+def run_request(
+    plan: Plan,
+    inputs: Sequence[Message],
+    submission: Submission,
+    settings: Settings,
+    owner: str,
+    *,
+    attached: bool,
+) -> RunRequest:
+    """Return what *submission* asks the store for.
+
+    Args:
+        plan: What to do.
+        inputs: The job.
+        submission: Who asks for it.
+        settings: Those in force.
+        owner: Who will hold the lease.
+        attached: The submission has met another holder of the run before.
+    """
+    job = [(type_name(value), to_bytes(value)) for value in inputs]
+    return RunRequest(
+        graph=plan.graph,
+        execution_id=submission.execution_id,
+        target=str(plan.target),
+        job=_frame_job(job),
+        job_digest=submission.job_digest or job_digest(job),
+        owner=owner,
+        lease_s=settings.lease_seconds,
+        max_deliveries=settings.max_deliveries,
+        task_name=submission.task_name,
+        task_id=submission.task_id,
+        retries=submission.retries,
+        attached=attached,
+        released=submission.released,
+    )
+
+
 def run_end(
     outcome: RunOutcome, submission: Submission, rows: Sequence[StepExecution], settings: Settings
 ) -> RunEnd:
@@ -128,7 +165,7 @@ def read_outcome(row: RunRow, plan: Plan) -> RunOutcome:
     return RunOutcome(error=RunCancelled(row.execution_id, "cancelled earlier"), replayed=True)
 
 
-def frame_job(job: Sequence[tuple[str, bytes]]) -> bytes:
+def _frame_job(job: Sequence[tuple[str, bytes]]) -> bytes:
     """Return the inputs as one value: for each, length and text of the type name, length and bytes."""
     framed = bytearray()
     for name, data in job:

@@ -9,10 +9,19 @@ from datetime import UTC, datetime
 
 from google.protobuf.message import Message
 
-from docket_celery.checkpoint import Checkpoint, StepExecution, global_key, input_digest, workflow_key
+from docket_celery.checkpoint import (
+    Checkpoint,
+    Lease,
+    StepExecution,
+    Store,
+    global_key,
+    input_digest,
+    workflow_key,
+)
 from docket_celery.delivery import Delivery
 from docket_celery.errors import DocketError, GraphChanged, InvalidArguments
 from docket_celery.messages import from_bytes, to_bytes, to_view, type_name
+from docket_celery.plan import Plan
 from docket_celery.policy import Scope
 from docket_celery.step import Step
 
@@ -164,6 +173,30 @@ class StepRecord:
 def hash_inputs(values: Sequence[Message]) -> str:
     """Return `input_digest` of a step's input values."""
     return input_digest((type_name(value), to_bytes(value)) for value in values)
+
+
+def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> dict[int, Checkpoint]:
+    """Return the run's checkpoints, by plan index.
+
+    Raises:
+        GraphChanged: One is of a step that the graph no longer has.
+    """
+    names: dict[bytes, int] = {}
+    for planned in plan.steps:
+        if planned.step.persist is Scope.WORKFLOW:
+            for name in (*planned.step.options.renamed_from, planned.step.name):
+                names.setdefault(workflow_key(lease.graph, lease.execution_id, name), planned.index)
+    found: dict[int, Checkpoint] = {}
+    gone: list[str] = []
+    for checkpoint in store.restore(lease, list(names)):
+        index = names.get(checkpoint.key)
+        if index is not None:
+            found.setdefault(index, checkpoint)
+        elif checkpoint.step_name not in plan.known_names:
+            gone.append(checkpoint.step_name)
+    if gone:
+        raise GraphChanged(lease.graph, lease.execution_id, sorted(set(gone)))
+    return found
 
 
 def read_value(step: Step, checkpoint: Checkpoint, delivery: Delivery) -> Message:

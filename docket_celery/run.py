@@ -12,21 +12,12 @@ from dataclasses import replace
 
 from google.protobuf.message import Message
 
-from docket_celery.checkpoint import (
-    Checkpoint,
-    Lease,
-    RunRequest,
-    RunRow,
-    Store,
-    job_digest,
-    workflow_key,
-)
+from docket_celery.checkpoint import Checkpoint, Lease, RunRequest, RunRow, Store
 from docket_celery.configuration import Settings
 from docket_celery.context import Cancellation
 from docket_celery.delivery import Delivery
 from docket_celery.engine import Execution, Outcome
 from docket_celery.errors import (
-    GraphChanged,
     LeaseLost,
     RunConflict,
     RunTimedOut,
@@ -36,10 +27,9 @@ from docket_celery.errors import (
 from docket_celery.events import EventKind
 from docket_celery.heartbeat import HeldLease
 from docket_celery.inline import InlineCancellation, InlineHeartbeat, InlineRuntime
-from docket_celery.messages import to_bytes, type_name
-from docket_celery.outcome import RunOutcome, Submission, frame_job, read_outcome, run_end
+from docket_celery.outcome import RunOutcome, Submission, read_outcome, run_end, run_request
 from docket_celery.plan import Plan
-from docket_celery.policy import Scope
+from docket_celery.record import read_checkpoints
 from docket_celery.runtime import Runtime, StepLoop, process_runtime
 
 _logger = logging.getLogger("docket_celery.run")
@@ -176,7 +166,9 @@ class Run:
             self._conclude(RunOutcome(error=self._cancellation.error))
             return None
         asked_at = time.monotonic()
-        request = self._request()
+        request = run_request(
+            self._plan, self._inputs, self.submission, self._settings, self._owner, attached=self._attached
+        )
         found = self.store.acquire(request)
         if isinstance(found, RunRow):
             self._meet(found, request)
@@ -186,9 +178,10 @@ class Run:
         return found
 
     def _advance(self, lease: Lease) -> None:
+        assert self.store is not None
         self._delivery = self._new_delivery(lease.epoch)
         try:
-            checkpoints = self._restore(lease) if self._plan.keeps_run else {}
+            checkpoints = read_checkpoints(self._plan, self.store, lease) if self._plan.keeps_run else {}
             execution = self._begin(checkpoints)
             if execution is not None:
                 execution.dispatch()
@@ -281,50 +274,7 @@ class Run:
             self._attached = True
             self._runtime.timer.after(0.1, lambda: self._runtime.pool.submit(self._open))
 
-    def _restore(self, lease: Lease) -> dict[int, Checkpoint]:
-        """Read the run's checkpoints, by plan index.
-
-        Raises:
-            GraphChanged: One is of a step that the graph no longer has.
-        """
-        assert self.store is not None
-        names: dict[bytes, int] = {}
-        for planned in self._plan.steps:
-            if planned.step.persist is Scope.WORKFLOW:
-                for name in (*planned.step.options.renamed_from, planned.step.name):
-                    names.setdefault(workflow_key(lease.graph, lease.execution_id, name), planned.index)
-        found: dict[int, Checkpoint] = {}
-        gone: list[str] = []
-        for checkpoint in self.store.restore(lease, list(names)):
-            index = names.get(checkpoint.key)
-            if index is not None:
-                found.setdefault(index, checkpoint)
-            elif checkpoint.step_name not in self._plan.known_names:
-                gone.append(checkpoint.step_name)
-        if gone:
-            raise GraphChanged(lease.graph, lease.execution_id, sorted(set(gone)))
-        return found
-
     # --- building ----------------------------------------------------------------------------------------------
-
-    def _request(self) -> RunRequest:
-        submission = self.submission
-        job = [(type_name(value), to_bytes(value)) for value in self._inputs]
-        return RunRequest(
-            graph=self._plan.graph,
-            execution_id=submission.execution_id,
-            target=str(self._plan.target),
-            job=frame_job(job),
-            job_digest=submission.job_digest or job_digest(job),
-            owner=self._owner,
-            lease_s=self._settings.lease_seconds,
-            max_deliveries=self._settings.max_deliveries,
-            task_name=submission.task_name,
-            task_id=submission.task_id,
-            retries=submission.retries,
-            attached=self._attached,
-            released=submission.released,
-        )
 
     def _new_delivery(self, number: int) -> Delivery:
         submission = self.submission
