@@ -43,11 +43,6 @@ class Settings:
     retention: float = 30 * 86400.0
 
     @property
-    def heartbeat_s(self) -> float:
-        """Seconds between two extensions of a lease: a quarter of it."""
-        return self.lease_seconds / 4
-
-    @property
     def trust_margin_s(self) -> float:
         """Seconds before expiry at which the holder stops: 5 s, or a sixth of a short lease."""
         return min(TRUST_MARGIN_S, self.lease_seconds / 6)
@@ -64,10 +59,10 @@ class Settings:
             InvalidSettings: A ``docket_*`` key is unknown, or a value is of the wrong kind or out of range.
         """
         environ = os.environ if environ is None else environ
-        known = {field.name for field in fields(cls)}
+        known = [field.name for field in fields(cls)]
         for key in values:
             if key.startswith(PREFIX) and key[len(PREFIX) :] not in known:
-                raise InvalidSettings(key, _unknown(key, known))
+                raise InvalidSettings(key, _unknown(key, PREFIX, known))
         found: dict[str, Any] = {}
         for name in known:
             value, label = values.get(PREFIX + name), PREFIX + name
@@ -79,9 +74,25 @@ class Settings:
         return cls(**found)
 
 
-def _unknown(key: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(key, [PREFIX + name for name in known], n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(PREFIX + n for n in known))}"
+def check_environment(environ: Mapping[str, str] | None = None) -> None:
+    """Refuse ``DOCKET_CELERY_*`` variables that no setting reads: a slip of the keyboard must not go unnoticed.
+
+    Args:
+        environ: Default: the process's environment.
+
+    Raises:
+        InvalidSettings: One is unknown; the nearest name is given.
+    """
+    known = [field.name for field in fields(Settings)]
+    for key in os.environ if environ is None else environ:
+        if key.startswith(ENV_PREFIX) and key[len(ENV_PREFIX) :].lower() not in known:
+            raise InvalidSettings(key, _unknown(key, ENV_PREFIX, [name.upper() for name in known]))
+
+
+def _unknown(key: str, prefix: str, known: list[str]) -> str:
+    # Without the prefix, which would make any two look alike.
+    close = difflib.get_close_matches(key[len(prefix) :], known, n=1)
+    hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(prefix + n for n in known)}"
     return f"unknown setting; {hint}"
 
 

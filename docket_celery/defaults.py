@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from docket_celery.checkpoint import Store
-from docket_celery.configuration import Settings
+from docket_celery.configuration import Settings, check_environment
 
 
 class Defaults:
@@ -24,6 +24,7 @@ class Defaults:
         self._in_task: Callable[[], bool] = bool
         self._open: Callable[[str], Store] | None = None
         self._stores: dict[str, Store] = {}
+        self._environment_checked = False
 
     def use_host(self, host: Callable[[], Mapping[str, Any]], in_task: Callable[[], bool] = bool) -> None:
         """Say where ``docket_*`` values come from, and which threads the host may interrupt in their work."""
@@ -56,8 +57,11 @@ class Defaults:
             host: The values of one app; default: whatever the host of the process names.
 
         Raises:
-            InvalidSettings: A value cannot be used.
+            InvalidSettings: A value cannot be used, or the environment sets what does not exist.
         """
+        if not self._environment_checked:
+            check_environment()
+            self._environment_checked = True  # once for each process: every run asks for its settings
         base = self._host() if host is None else host
         return Settings.read({**base, **self._own} if self._own else base)
 

@@ -76,7 +76,8 @@ class Heartbeat:
             _start_native(self._run)
             self._alive = True
 
-    def _interval_s(self) -> float:
+    def interval_s(self) -> float:
+        """Return the seconds between two extensions: a quarter of the shortest lease watched."""
         leases = [held.lease.lease_s for held in self._held.values()]
         return min([*leases, *self._claims.values()]) / 4
 
@@ -88,7 +89,7 @@ class Heartbeat:
                 if not self._held and not self._claims:
                     self._alive = False
                     return
-                due = beat_at + self._interval_s()
+                due = beat_at + self.interval_s()
             wait_s = due - time.monotonic()
             if wait_s > 0:
                 # Short naps instead of a condition: the thread may not touch patched locks, and ends when idle.

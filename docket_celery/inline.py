@@ -228,7 +228,7 @@ class InlineHeartbeat(Heartbeat):
     def beat_if_due(self) -> None:
         """Extend what is watched, at a quarter of the shortest lease or as soon after as the thread comes to it."""
         now = time.monotonic()
-        if (self._held or self._claims) and now >= self._beat_at + self._interval_s():
+        if (self._held or self._claims) and now >= self._beat_at + self.interval_s():
             self._beat_at = now
             self._beat(now)
 

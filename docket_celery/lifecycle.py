@@ -13,7 +13,7 @@ from celery.concurrency import get_implementation
 
 from docket_celery import wire
 from docket_celery.checkpoint import Store
-from docket_celery.configuration import PREFIX, Settings
+from docket_celery.configuration import PREFIX, Settings, check_environment
 from docket_celery.defaults import process_defaults
 from docket_celery.errors import DocketError, InvalidDeclaration, InvalidSettings, StoreUnavailable
 from docket_celery.graph import Graph
@@ -71,7 +71,7 @@ def app_settings(app: Celery) -> Settings:
 
 
 def check_settings(app: Celery) -> Settings:
-    """Like `app_settings`, and refuse ``docket_*`` keys that do not exist.
+    """Like `app_settings`, and refuse ``docket_*`` keys and ``DOCKET_CELERY_*`` variables that do not exist.
 
     Raises:
         InvalidSettings: A key is unknown or a value cannot be used.
@@ -81,6 +81,7 @@ def check_settings(app: Celery) -> Settings:
     namespace = (app.conf.prefix or "").lower()
     keys = (name.removeprefix(namespace) for name in names)
     Settings.read({key: None for key in keys if key.startswith(PREFIX)}, {})
+    check_environment()
     return app_settings(app)
 
 

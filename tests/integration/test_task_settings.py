@@ -46,6 +46,7 @@ def refusal(start_worker: StartWorker) -> Refusal:
         ({"FAULT": "setting"}, ["docket_lease_secods", "did you mean docket_lease_seconds?"]),
         ({"FAULT": "namespace"}, ["docket_databse_url", "did you mean docket_database_url?"]),
         ({"FAULT": "value"}, ["docket_threads", "'many'"]),
+        ({"DOCKET_CELERY_DATABSE_URL": "x"}, ["did you mean DOCKET_CELERY_DATABASE_URL?"]),
         ({"DOCKET_CELERY_LEASE_SECONDS": "0"}, ["DOCKET_CELERY_LEASE_SECONDS", "at least 1"]),
         (
             {"FAULT": "memory"},
@@ -55,7 +56,7 @@ def refusal(start_worker: StartWorker) -> Refusal:
         ({DATABASE: "no url, s3cret"}, ["docket_database_url", "is not a URL"]),
         ({"FAULT": "wiring"}, ["faulty.reserve", "docket.tests.unit.Money"]),
     ],
-    ids=["setting", "namespace", "value", "environment", "memory", "driver", "url", "wiring"],
+    ids=["setting", "namespace", "value", "variable", "environment", "memory", "driver", "url", "wiring"],
 )
 def test_a_worker_refuses_what_cannot_work(refusal: Refusal, env: dict[str, str], said: list[str]) -> None:
     """Each fault is named with what it concerns."""

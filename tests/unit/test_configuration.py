@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
-from docket_celery.configuration import Settings, default_threads
+from docket_celery.configuration import Settings, check_environment, default_threads
 from docket_celery.errors import InvalidSettings
+from docket_celery.inline import InlineHeartbeat
+from docket_celery.store import MemoryStore
 
 
 def test_defaults_are_the_documented_ones() -> None:
@@ -19,7 +21,7 @@ def test_defaults_are_the_documented_ones() -> None:
         max_message_bytes=1024 * 1024,
         retention=30 * 86400.0,
     )
-    assert (found.heartbeat_s, found.trust_margin_s) == (7.5, 5.0)
+    assert found.trust_margin_s == 5.0
 
 
 def test_values_win_over_the_environment() -> None:
@@ -76,6 +78,29 @@ def test_a_bad_environment_names_the_variable() -> None:
     """Whoever reads the error knows where the value came from."""
     with pytest.raises(InvalidSettings, match="setting DOCKET_CELERY_THREADS: must be a whole number"):
         Settings.read({}, {"DOCKET_CELERY_THREADS": "four"})
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("DOCKET_CELERY_DATABSE_URL", "did you mean DOCKET_CELERY_DATABASE_URL"),
+        ("DOCKET_CELERY_HEARTBEAT", "known: DOCKET_CELERY_DATABASE_URL"),
+    ],
+)
+def test_unknown_variables_are_refused_with_the_nearest(key: str, text: str) -> None:
+    """A misspelt twin would leave the setting unset without a word; other programs' variables are theirs."""
+    check_environment({"DOCKET_CELERY_THREADS": "3", "DOCKET_HOST": "x", "PATH": "/bin"})
+    with pytest.raises(InvalidSettings, match=f"setting {key}: unknown setting; {text}"):
+        check_environment({"PATH": "/bin", key: "x"})
+
+
+def test_a_lease_is_extended_every_quarter_of_it() -> None:
+    """30 seconds every 7.5; of several leases and claims the shortest decides."""
+    beats = InlineHeartbeat(MemoryStore())
+    beats.watch_claim(b"key", "owner", 30.0)
+    assert beats.interval_s() == 7.5
+    beats.watch_claim(b"other", "owner", 2.0)
+    assert beats.interval_s() == 0.5
 
 
 @pytest.mark.parametrize(("lease", "margin"), [(30, 5.0), (60, 5.0), (6, 1.0), (1, 1 / 6)])

@@ -20,7 +20,7 @@ from docket_celery import (
     settings,
     wire,
 )
-from docket_celery.defaults import process_defaults
+from docket_celery.defaults import Defaults, process_defaults
 from tests.unit.protos.shop_pb2 import Charge, Order, Shipment
 
 THREADS = "DOCKET_CELERY_THREADS"
@@ -106,6 +106,22 @@ def test_an_unknown_setting_is_refused_with_the_nearest(namespace: str | None) -
     assert lifecycle.find_faults(app) == [
         "[DC102] setting docket_treads: unknown setting; did you mean docket_threads?"
     ]
+
+
+def test_an_unknown_variable_is_refused_where_settings_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's start, ``celery docket check`` and a plain call; the call looks once for each process."""
+    monkeypatch.setenv("DOCKET_CELERY_TREADS", "3")
+    app = make_app()
+    said = "setting DOCKET_CELERY_TREADS: unknown setting; did you mean DOCKET_CELERY_THREADS?"
+    assert lifecycle.find_faults(app) == [f"[DC102] {said}"]
+    fresh = Defaults()
+    for _ in range(2):
+        with pytest.raises(InvalidSettings, match="did you mean DOCKET_CELERY_THREADS"):
+            fresh.settings()
+    monkeypatch.delenv("DOCKET_CELERY_TREADS")
+    fresh.settings()
+    monkeypatch.setenv("DOCKET_CELERY_TREADS", "3")
+    fresh.settings()
 
 
 def test_the_app_wins_over_the_environment_and_the_process_over_the_app(
