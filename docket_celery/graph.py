@@ -1,50 +1,32 @@
-"""`Graph`: where steps are registered, checked, planned and run."""
+"""`Graph`: the steps of a registry, run."""
 
 from __future__ import annotations
 
 import asyncio
-import difflib
-import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, Unpack, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
 from docket_celery.checkpoint import Store, check_execution_id
 from docket_celery.configuration import Settings
 from docket_celery.defaults import process_defaults
-from docket_celery.errors import GraphError, InvalidArguments, StoreMissing
+from docket_celery.errors import InvalidArguments, StoreMissing
 from docket_celery.events import Listener
-from docket_celery.messages import is_message_type
 from docket_celery.outcome import RunOutcome, Submission
-from docket_celery.plan import Plan, compile_plan
-from docket_celery.policy import Seconds, StepOptionFields, StepOptions, to_seconds
+from docket_celery.plan import Plan
+from docket_celery.policy import Seconds, to_seconds
+from docket_celery.registry import Registry, value_key
 from docket_celery.run import Run
 from docket_celery.runtime import CallerLoop
-from docket_celery.step import Registration, ValueKey, default_name, locate
+from docket_celery.step import ValueKey
 from docket_celery.waiting import StartedRun, read_value, run_here, run_on_loop
-from docket_celery.wiring import Wiring, read_wiring
 
-F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T", bound=Message)
-M = TypeVar("M", bound=Message)
-
-_ATTEMPTS = "retry=RetryPolicy(max_attempts=...)"
-# What Celery and others call it: spelling alone would lead from retries to retriable.
-_ELSEWHERE = {
-    **dict.fromkeys(("retries", "max_retries", "attempts", "max_attempts"), _ATTEMPTS),
-    **dict.fromkeys(("backoff", "retry_backoff", "retry_policy"), "retry=RetryPolicy(backoff=...)"),
-    **dict.fromkeys(("autoretry_for", "retry_on", "retry_for"), "retriable="),
-    **dict.fromkeys(("time_limit", "soft_time_limit", "deadline"), "timeout="),
-    **dict.fromkeys(
-        ("cache", "cached", "checkpoint", "persistence", "scope"), "persist=Scope.WORKFLOW or GLOBAL"
-    ),
-    "expires": "ttl=",
-}
 
 
-class Graph:
+class Graph(Registry):
     """A set of typed steps; their types are the graph.
 
     Args:
@@ -53,149 +35,9 @@ class Graph:
     """
 
     def __init__(self, name: str, *, store: Store | None = None) -> None:
-        if not isinstance(name, str) or not name or len(name) > 200 or not name.isprintable():
-            raise InvalidArguments("Graph", f"name must be 1 to 200 printable characters, got {name!r}")
-        self.name = name
+        super().__init__(name)
         self.store = store
         self.listeners: list[Listener] = []
-        self._registrations: list[Registration] = []
-        self._wiring: Wiring | None = None
-        self._plans: dict[tuple[ValueKey, tuple[ValueKey, ...]], Plan] = {}
-        self._frozen = False
-        self._lock = threading.Lock()
-
-    def __repr__(self) -> str:
-        return f"<Graph {self.name!r}: {len(self._registrations)} steps>"
-
-    # --- registering -------------------------------------------------------------------------------------------
-
-    @overload
-    def step(self, function: F, /) -> F: ...
-
-    @overload
-    def step(
-        self, preset: StepOptions | None = None, /, **options: Unpack[StepOptionFields]
-    ) -> Callable[[F], F]: ...
-
-    def step(self, preset: Any = None, /, **options: Any) -> Any:
-        """Decorate a function as a step and return it unchanged.
-
-        Use as ``@graph.step``, ``@graph.step(persist=..., retry=...)`` or ``@graph.step(PRESET, timeout=5)``.
-
-        Args:
-            preset: `StepOptions` to start from.
-            **options: The fields of `StepOptions`.
-
-        Raises:
-            TypeError: An option does not exist.
-            GraphError: The graph is frozen because it has run, or the step needs ``name=``.
-        """
-        if callable(preset) and not isinstance(preset, StepOptions):
-            self._add(preset, _options(None, options))
-            return preset
-        chosen = _options(preset, options)
-
-        def decorate(function: F) -> F:
-            self._add(function, chosen)
-            return function
-
-        return decorate
-
-    def register(
-        self, target: object, preset: StepOptions | None = None, /, **options: Unpack[StepOptionFields]
-    ) -> None:
-        """Add a function, a bound method or an object with ``compute`` as a step.
-
-        Args:
-            target: What to call.
-            preset: `StepOptions` to start from.
-            **options: The fields of `StepOptions`.
-
-        Raises:
-            TypeError: An option does not exist.
-            GraphError: The graph is frozen because it has run, or the step needs ``name=``.
-        """
-        self._add(target, _options(preset, {**options}))
-
-    def _add(self, target: Any, options: StepOptions) -> None:
-        name = options.name if options.name is not None else default_name(target)
-        if not name:
-            where = locate(target)
-            raise GraphError(self.name, [f"DC110 no name: lambdas and partials need name=... ({where})"])
-        if not isinstance(name, str) or len(name) > 200 or not name.isprintable():
-            raise GraphError(
-                self.name,
-                [f"DC110 bad name: name= is 1 to 200 printable characters, got {name!r} ({locate(target)})"],
-            )
-        with self._lock:
-            if self._frozen:
-                raise GraphError(
-                    self.name,
-                    [
-                        f"DC116 frozen: step {name!r} comes after the first run; register all steps before running"
-                    ],
-                )
-            self._registrations.append(
-                Registration(
-                    target=target,
-                    options=options,
-                    name=name,
-                    order=len(self._registrations),
-                    where=locate(target),
-                )
-            )
-            self._wiring = None
-            self._plans.clear()
-
-    # --- checking and planning ---------------------------------------------------------------------------------
-
-    def validate(self, *given: type[Message]) -> None:
-        """Check all signatures and the wiring.
-
-        Args:
-            *given: The types callers hand in. Without any, each type that no step returns counts as handed in.
-
-        Raises:
-            GraphError: With all faults in one report, each with its code, its place and the fix.
-        """
-        self._read().check([_key(kind, "validate") for kind in given], complete=bool(given))
-
-    def plan(self, target: type[Message], /, *given: type[Message]) -> Plan:
-        """Return the minimal ordered steps from *given* to *target*.
-
-        Args:
-            target: The message type to make.
-            *given: The types handed in. Without any, each type that no step returns counts as handed in.
-
-        Raises:
-            GraphError: The graph has faults, or a needed value has no producer.
-        """
-        wanted = _key(target, "plan")
-        if given:
-            return self.compiled(wanted, tuple(_key(kind, "plan") for kind in given))
-        wiring = self._read()
-        sources = dict.fromkeys(key for step in wiring.steps for key in step.inputs)
-        return self.compiled(wanted, tuple(key for key in sources if key not in wiring.producers))
-
-    def compiled(self, target: ValueKey, given: tuple[ValueKey, ...]) -> Plan:
-        """Return the plan for these values, compiled once."""
-        found = self._plans.get((target, given))
-        if found is None:
-            wiring = self._read()
-            wiring.check(given)
-            found = compile_plan(wiring, target, given)
-            with self._lock:
-                if wiring is self._wiring:
-                    self._plans[target, given] = found
-        return found
-
-    def _read(self) -> Wiring:
-        with self._lock:
-            if self._wiring is None:
-                self._wiring = read_wiring(self.name, self._registrations)
-            return self._wiring
-
-    # --- running -----------------------------------------------------------------------------------------------
 
     def execute(
         self,
@@ -230,7 +72,7 @@ class Graph:
         submission = _submission(
             self.listeners, execution_id, context, max_concurrency, timeout, process_defaults.may_help()
         )
-        return read_value(self.deliver(_key(target, "execute"), inputs, submission, store=store), target)
+        return read_value(self.deliver(value_key(target, "execute"), inputs, submission, store=store), target)
 
     async def aexecute(
         self,
@@ -257,7 +99,7 @@ class Graph:
         """
         submission = _submission(self.listeners, execution_id, context, max_concurrency, timeout)
         loop = CallerLoop(asyncio.get_running_loop())
-        run = self._run(_key(target, "aexecute"), inputs, submission, store=store, loop=loop)
+        run = self._run(value_key(target, "aexecute"), inputs, submission, store=store, loop=loop)
         return read_value(await run_on_loop(run, loop), target)
 
     def start(
@@ -282,7 +124,7 @@ class Graph:
             InvalidArguments, GraphError, StoreMissing, TooManyAbandoned: Before anything ran.
         """
         submission = _submission(self.listeners, execution_id, context, max_concurrency, timeout)
-        return StartedRun(self._run(_key(target, "start"), inputs, submission, store=store), target)
+        return StartedRun(self._run(value_key(target, "start"), inputs, submission, store=store), target)
 
     def deliver(
         self,
@@ -313,7 +155,7 @@ class Graph:
         loop: CallerLoop | None = None,
     ) -> Run:
         plan = self.compiled(target, _given(inputs) if given is None else given)
-        self._frozen = True
+        self.freeze()
         settings = process_defaults.settings() if settings is None else settings
         chosen = self.find_store(plan, settings, store) if plan.persists else None
         return Run(plan, inputs, submission, settings, chosen, loop)
@@ -332,32 +174,6 @@ class Graph:
             first = next(p.step.name for p in plan.steps if p.step.persist is not None)
             raise StoreMissing(self.name, first)
         return found
-
-
-def _options(preset: StepOptions | None, options: dict[str, Any]) -> StepOptions:
-    if preset is not None and not isinstance(preset, StepOptions):
-        raise TypeError(f"a step is decorated with options or a StepOptions preset, not {preset!r}")
-    try:
-        return (preset or StepOptions()).override(**options)
-    except TypeError as error:
-        hints = [_nearest(name) for name in options if name not in StepOptions.__dataclass_fields__]
-        near = ", ".join(hint for hint in hints if hint)
-        raise TypeError(f"{error}; did you mean {near}?" if near else str(error)) from None
-
-
-def _nearest(name: str) -> str:
-    """Return the option that *name* stands for in other libraries, or the one spelled most like it, or ''."""
-    if name in _ELSEWHERE:
-        return _ELSEWHERE[name]
-    close = difflib.get_close_matches(name, StepOptions.__dataclass_fields__, n=1)
-    return f"{close[0]}=" if close else ""
-
-
-def _key(kind: object, where: str) -> ValueKey:
-    if not is_message_type(kind):
-        shown = kind.__name__ if isinstance(kind, type) else repr(kind)
-        raise InvalidArguments(where, f"expected a Protocol Buffers message type, got {shown}")
-    return ValueKey(kind)
 
 
 def _given(inputs: Sequence[object]) -> tuple[ValueKey, ...]:
