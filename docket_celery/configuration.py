@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from docket_celery.errors import InvalidSettings
+from docket_celery.hooks import MakeContext, read_hooks
 
 PREFIX: Final = "docket_"
 ENV_PREFIX: Final = "DOCKET_CELERY_"
@@ -17,6 +19,7 @@ TRUST_MARGIN_S: Final = 5.0
 """A holder stops trusting its lease this long before it expires; described in docs/guarantees.md."""
 
 
+@functools.cache
 def default_threads() -> int:
     """Return min(32, 4 x cores)."""
     return min(32, 4 * (os.cpu_count() or 1))
@@ -33,6 +36,7 @@ class Settings:
         max_deliveries: Crashes after which a run is quarantined.
         max_message_bytes: Largest message accepted, checked before decoding.
         retention: Seconds an ended run is kept.
+        step_hooks: Callables that return a context manager, or their import paths; entered around each step call.
     """
 
     database_url: str | None = None
@@ -41,6 +45,7 @@ class Settings:
     max_deliveries: int = 10
     max_message_bytes: int = 1024 * 1024
     retention: float = 30 * 86400.0
+    step_hooks: tuple[MakeContext | str, ...] = ()
 
     @property
     def trust_margin_s(self) -> float:
@@ -59,15 +64,14 @@ class Settings:
             InvalidSettings: A ``docket_*`` key is unknown, or a value is of the wrong kind or out of range.
         """
         environ = os.environ if environ is None else environ
-        known = [field.name for field in fields(cls)]
         for key in values:
-            if key.startswith(PREFIX) and key[len(PREFIX) :] not in known:
-                raise InvalidSettings(key, _unknown(key, PREFIX, known))
+            if key.startswith(PREFIX) and key not in _TWINS:
+                raise InvalidSettings(key, _unknown(key, PREFIX, [name for name, _ in _TWINS.values()]))
         found: dict[str, Any] = {}
-        for name in known:
-            value, label = values.get(PREFIX + name), PREFIX + name
-            if value is None and ENV_PREFIX + name.upper() in environ:
-                value, label = environ[ENV_PREFIX + name.upper()], ENV_PREFIX + name.upper()
+        for key, (name, twin) in _TWINS.items():
+            value, label = values.get(key), key
+            if value is None and (value := environ.get(twin)) is not None:
+                label = twin
             if value is not None:
                 found[name] = _CHECKS[name](label, value)
         found.setdefault("threads", default_threads())
@@ -83,10 +87,10 @@ def check_environment(environ: Mapping[str, str] | None = None) -> None:
     Raises:
         InvalidSettings: One is unknown; the nearest name is given.
     """
-    known = [field.name for field in fields(Settings)]
+    known = [twin.removeprefix(ENV_PREFIX) for _, twin in _TWINS.values()]
     for key in os.environ if environ is None else environ:
-        if key.startswith(ENV_PREFIX) and key[len(ENV_PREFIX) :].lower() not in known:
-            raise InvalidSettings(key, _unknown(key, ENV_PREFIX, [name.upper() for name in known]))
+        if key.startswith(ENV_PREFIX) and key.removeprefix(ENV_PREFIX).upper() not in known:
+            raise InvalidSettings(key, _unknown(key, ENV_PREFIX, known))
 
 
 def _unknown(key: str, prefix: str, known: list[str]) -> str:
@@ -94,6 +98,12 @@ def _unknown(key: str, prefix: str, known: list[str]) -> str:
     close = difflib.get_close_matches(key[len(prefix) :], known, n=1)
     hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(prefix + n for n in known)}"
     return f"unknown setting; {hint}"
+
+
+# Settings are read for each run: what can be known before is.
+_TWINS: Final = {
+    PREFIX + field.name: (field.name, ENV_PREFIX + field.name.upper()) for field in fields(Settings)
+}
 
 
 def _text(key: str, value: Any) -> str:
@@ -124,4 +134,5 @@ _CHECKS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "max_deliveries": _number(1, whole=True),
     "max_message_bytes": _number(1, whole=True),
     "retention": _number(0, whole=False),
+    "step_hooks": read_hooks,
 }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,9 @@ from docket_celery.checkpoint import StepExecution, Store
 from docket_celery.context import Cancellation
 from docket_celery.events import Event, EventKind, Listener, emit
 from docket_celery.heartbeat import Heartbeat, HeldLease, process_heartbeat
+from docket_celery.hooks import StepHook
 from docket_celery.runtime import Runtime, StepLoop
+from docket_celery.surroundings import MakeScope
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,7 +27,8 @@ class Delivery:
         base: The caller's contextvars; each call gets a copy.
         held: The run's lease; None when nothing is persisted.
         passthrough: Exceptions that stop the run and reach the caller as they are.
-        scopes: Context managers entered around each call of a step, on its thread.
+        scopes: Context managers of the host, entered around each stretch of a step on a thread.
+        hooks: Entered once around each call of a step.
         loop: Runs ``async def`` steps; None: the loop thread of the process.
         beats: Keeps the lease and claims alive; None: the heartbeat of the process.
         rows: Step executions that no save has carried yet.
@@ -45,7 +47,8 @@ class Delivery:
     owner: str = ""
     listeners: Sequence[Listener] = ()
     passthrough: tuple[type[BaseException], ...] = ()
-    scopes: Sequence[Callable[[], AbstractContextManager[Any]]] = ()
+    scopes: Sequence[MakeScope] = ()
+    hooks: Sequence[StepHook] = ()
     worker: str = ""
     task_id: str | None = None
     loop: StepLoop | None = None

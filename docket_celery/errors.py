@@ -150,7 +150,7 @@ class StepFailed(DocketError):
         attempts: Calls made in this delivery, the first included.
         retriable: Whether the last error was one that another attempt may cure.
         cause_types: Importable names of the cause's class and its bases, nearest first.
-        cause_text: The cause's own text.
+        cause_text: The cause's own text, with its notes.
         others: One line for each other step that failed in the same run.
     """
 
@@ -173,7 +173,7 @@ class StepFailed(DocketError):
     def from_cause(cls, step: str, attempts: int, retriable: bool, cause: BaseException) -> StepFailed:
         """Build the error for *cause* and chain it, so that local tracebacks show the user's own frames."""
         names = [type_path(kind) for kind in type(cause).__mro__ if kind is not object]
-        error = StepFailed(step, attempts, retriable, names, safe_text(cause))
+        error = StepFailed(step, attempts, retriable, names, safe_text(cause, notes=True))
         error.__cause__ = cause
         return error
 
@@ -493,13 +493,15 @@ class ServersUnavailable(DocketError):
         return f"{self.what}: {self.problem}"
 
 
-def safe_text(error: BaseException) -> str:
-    """Return the text of *error*, bounded: it travels through brokers and backends.
+def safe_text(error: BaseException, *, notes: bool = False) -> str:
+    """Return the text of *error*, with its *notes* if asked for, bounded: it travels through brokers and backends.
 
     An exception whose ``__str__`` raises must not hide what happened.
     """
     try:
         text = str(error)
+        if notes and hasattr(error, "__notes__"):
+            text = "; ".join([text, *map(str, error.__notes__)])
     except Exception as broken:  # noqa: BLE001 -- user code; its failure must not hide the first one
         return f"<{type(error).__name__} whose text raised {type(broken).__name__}>"
     return text if len(text) <= MAX_CAUSE_CHARS else text[: MAX_CAUSE_CHARS - 1] + "…"

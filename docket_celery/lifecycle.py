@@ -17,6 +17,7 @@ from docket_celery.configuration import PREFIX, Settings, check_environment
 from docket_celery.defaults import process_defaults
 from docket_celery.errors import DocketError, InvalidDeclaration, InvalidSettings, StoreUnavailable
 from docket_celery.graph import Graph
+from docket_celery.hooks import load_hooks
 from docket_celery.plan import Plan
 from docket_celery.runtime import Worker
 
@@ -128,6 +129,7 @@ def find_faults(app: Celery, pool: str | None = None) -> list[str]:
     """
     try:
         found = check_settings(app)
+        load_hooks(found.step_hooks)
     except DocketError as error:
         return [str(error)]
     faults: list[str] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from docket_celery.errors import (
 from docket_celery.events import Listener
 from docket_celery.messages import from_bytes, to_bytes, type_name
 from docket_celery.plan import Plan
+from docket_celery.surroundings import MakeScope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ class Submission:
     listeners: Sequence[Listener] = ()
     passthrough: tuple[type[BaseException], ...] = ()
     hands_back: tuple[type[BaseException], ...] = ()
-    scopes: Sequence[Callable[[], AbstractContextManager[Any]]] = ()
+    scopes: Sequence[MakeScope] = ()
     park_s: Callable[[BaseException, Lease | None], float | None] | None = None
     worker: str = ""
 

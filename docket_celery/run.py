@@ -16,6 +16,7 @@ from docket_celery.checkpoint import Checkpoint, Lease, RunRequest, RunRow, Stor
 from docket_celery.configuration import Settings
 from docket_celery.context import Cancellation
 from docket_celery.delivery import Delivery
+from docket_celery.django_orm import connection_hooks
 from docket_celery.engine import Execution, Outcome
 from docket_celery.errors import (
     LeaseLost,
@@ -26,11 +27,12 @@ from docket_celery.errors import (
 )
 from docket_celery.events import EventKind
 from docket_celery.heartbeat import HeldLease
+from docket_celery.hooks import load_hooks
 from docket_celery.inline import InlineCancellation, InlineHeartbeat, InlineRuntime
 from docket_celery.outcome import RunOutcome, Submission, read_outcome, run_end, run_request
 from docket_celery.plan import Plan
 from docket_celery.record import read_checkpoints
-from docket_celery.runtime import Runtime, StepLoop, process_runtime
+from docket_celery.runtime import Runtime, StepLoop, owns_thread, process_runtime
 
 _logger = logging.getLogger("docket_celery.run")
 _SLICE_S = 0.5
@@ -70,6 +72,7 @@ class Run:
         self.pool = self._runtime.pool
         self._report: Callable[[RunOutcome], None] | None = None
         self._base = contextvars.copy_context()
+        self._hooks = (*connection_hooks(owns_thread), *load_hooks(settings.step_hooks))
         self._cancellation = Cancellation() if self.inline is None else InlineCancellation(self.inline)
         self._beats = (
             InlineHeartbeat(self.store) if self.inline is not None and self.store is not None else None
@@ -293,6 +296,7 @@ class Run:
             listeners=submission.listeners,
             passthrough=submission.passthrough,
             scopes=submission.scopes,
+            hooks=self._hooks,
             worker=submission.worker,
             task_id=submission.task_id,
             loop=self._loop,

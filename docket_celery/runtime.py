@@ -15,9 +15,13 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from docket_celery.django_orm import close_connections
+
 _logger = logging.getLogger("docket_celery.runtime")
 Work = Callable[[], None]
 _MOST_WAIT_S = 3600.0
+IDLE_S = 30.0
+"""A pool thread without work for so many seconds ends, and with it what is bound to it: database connections."""
 _FEW_DEAD = 64
 
 
@@ -30,6 +34,12 @@ class Worker(threading.Thread):
         self.given_up = False
 
     def run(self) -> None:
+        try:
+            self._work()
+        finally:
+            close_connections()
+
+    def _work(self) -> None:
         while True:
             if (work := self.pool.take()) is not None:
                 try:
@@ -43,14 +53,18 @@ class Worker(threading.Thread):
 
 
 class Pool:
-    """Threads that run work in the order of submission, grown one by one up to *size*.
+    """Threads that run work in the order of submission, grown one by one up to *size*; idle ones end.
 
     Nothing that runs here waits for other work of the pool, so one thread is enough for any graph. A step that
     executes a graph itself is the exception, declared by `blocking`.
+
+    Args:
+        size: Most threads.
+        idle_s: Seconds without work after which a thread ends; default: `IDLE_S`.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int, idle_s: float | None = None) -> None:
+        self._size, self._idle_s = size, IDLE_S if idle_s is None else idle_s
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._outstanding = 0
@@ -90,16 +104,21 @@ class Pool:
 
     def take(self) -> Work | None:
         """Wait for the next work; None: look whether it is time to leave."""
-        return self._queue.get()
+        try:
+            return self._queue.get(timeout=self._idle_s)
+        except queue.Empty:
+            return None
 
     def leave(self, worker: Worker, *, worked: bool) -> bool:
-        """Count *worker*'s work as finished; True if the worker must end: given up, one too many, or closed."""
+        """Count *worker*'s work as finished; True if the worker must end: given up, not needed, or closed."""
         with self._lock:
             if worker.given_up:
                 self._abandoned.pop(worker, None)
                 return True
             self._outstanding -= worked
-            spare = len(self._workers) > self._size or (self._closed and not self._outstanding)
+            # Idle: whatever is outstanding, be it handed in this moment, has one of the others to do it.
+            idle = not worked and self._outstanding < len(self._workers)
+            spare = idle or len(self._workers) > self._size or (self._closed and not self._outstanding)
             if spare:
                 self._workers.discard(worker)
         if spare and self._closed:
@@ -152,6 +171,11 @@ class Pool:
             worker = Worker(self, next(self._numbers))
             worker.start()
             self._workers.add(worker)
+
+
+def owns_thread() -> bool:
+    """Tell whether the calling thread is a pool's or a `LoopThread`'s."""
+    return isinstance(threading.current_thread(), (Worker, _LoopOwner))
 
 
 class Alarm:
@@ -280,13 +304,17 @@ class CallerLoop:
                 raise
 
 
+class _LoopOwner(threading.Thread):
+    """The thread of a `LoopThread`."""
+
+
 class LoopThread:
     """An asyncio loop on a thread of its own, for ``async def`` steps outside ``aexecute``."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="docket-loop", daemon=True)
+        self._thread = _LoopOwner(target=self._run, name="docket-loop", daemon=True)
         self._thread.start()
 
     def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:

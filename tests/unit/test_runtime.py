@@ -20,7 +20,7 @@ from docket_celery.graph import Graph
 from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
 from docket_celery.runtime import LoopThread, Pool, Timer, Worker, process_runtime
 from docket_celery.store import MemoryStore
-from tests.unit.graphs import WAIT_S, build, deliver, execute, reached, start, total, within
+from tests.unit.graphs import WAIT_S, build, deliver, execute, pass_on, reached, start, total, within
 from tests.unit.protos.shop_pb2 import Charge, Money, Order, Reservation, Shipment
 
 
@@ -30,6 +30,11 @@ def poll(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "what was waited for did not happen"
         time.sleep(0.005)
+
+
+def reached_by(meet: threading.Barrier) -> None:
+    """Wait until all have come."""
+    meet.wait(WAIT_S)
 
 
 def interrupt_after(event: threading.Event) -> None:
@@ -53,6 +58,49 @@ def test_threads_are_grown_one_by_one_and_reused() -> None:
         poll(lambda: pool._outstanding == 0)
     pool.close()
     assert len(threads) == 1
+
+
+def test_idle_threads_end_and_later_work_starts_new_ones() -> None:
+    """All of them, so that nothing bound to a thread outlives the work; and the pool goes on as before."""
+    pool, meet = Pool(3, idle_s=0.05), threading.Barrier(3)
+    for _ in range(3):
+        pool.submit(lambda: reached_by(meet))
+    poll(lambda: len(pool._workers) == 3)
+    workers = list(pool._workers)
+    for worker in workers:
+        worker.join(WAIT_S)
+    assert not pool._workers
+    done = threading.Event()
+    pool.submit(done.set)
+    reached(done)
+    (fresh,) = pool._workers
+    assert fresh not in workers
+    pool.close()
+
+
+def test_a_thread_in_a_step_outlives_any_idle_time() -> None:
+    """Idle is who waits for work, not who works; what comes meanwhile finds a thread."""
+    pool, inside, go_on, other = Pool(1, idle_s=0.01), threading.Event(), threading.Event(), threading.Event()
+    pool.submit(lambda: pass_on(inside, go_on))
+    reached(inside)
+    time.sleep(0.05)
+    pool.submit(other.set)
+    assert not other.is_set()
+    go_on.set()
+    reached(other)
+    pool.close()
+
+
+def test_work_that_comes_while_threads_end_is_never_left_behind() -> None:
+    """Submitted at about the moment a thread gives up waiting, with nothing after it that would wake another one."""
+    pool, done = Pool(2, idle_s=0.001), threading.Semaphore(0)
+    for number in range(1500):
+        pool.submit(done.release)
+        assert done.acquire(timeout=WAIT_S), f"work {number} was left behind"
+        time.sleep(0.0009 + 0.00002 * (number % 11))
+    poll(lambda: not pool._workers)
+    assert pool._outstanding == 0
+    pool.close()
 
 
 def test_an_abandoned_thread_is_replaced_counted_and_forgotten_when_it_ends() -> None:
