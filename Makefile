@@ -118,7 +118,8 @@ test-integration: $(READY) ## Run the tests on real servers and workers
 	@$(PYTEST) tests/conformance tests/integration $(PYTEST_ARGS)
 
 .PHONY: test-faults
-test-faults: $(READY) ## Kill workers a hundred times at random moments, among other faults; takes minutes
+test-faults: $(READY) ## Kill workers a hundred times at random moments, and many random graphs; takes minutes
+	@PROPERTY_EXAMPLES=20 $(PYTEST) tests/unit/test_properties_runs.py -o timeout=1800 $(PYTEST_ARGS)
 	@$(PYTEST) -m faults $(PYTEST_ARGS)
 
 .PHONY: demo

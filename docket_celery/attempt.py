@@ -7,7 +7,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from docket_celery.delivery import Delivery
 from docket_celery.errors import StepTimedOut
 from docket_celery.events import EventKind
 from docket_celery.runtime import Alarm, Worker
+from docket_celery.slots import HeldCoroutine, Slot
 from docket_celery.step import Step
 from docket_celery.surroundings import await_within, call_within
 
@@ -55,6 +56,7 @@ class Attempt:
         delivery: What the steps share.
         gate: The execution.
         caller: Told once how it ended, unless the execution ends before.
+        slot: Given back when the code has really ended; None: the step has no limit.
 
     Attributes:
         in_flight: Whether user code runs now and its end would count. Written under the gate's lock.
@@ -68,6 +70,7 @@ class Attempt:
         "_future",
         "_gate",
         "_number",
+        "_slot",
         "_step",
         "_unlink",
         "_values",
@@ -83,9 +86,10 @@ class Attempt:
         delivery: Delivery,
         gate: Gate,
         caller: Caller,
+        slot: Slot | None,
     ) -> None:
         self._step, self._number, self._values = step, number, values
-        self._delivery, self._gate, self._caller = delivery, gate, caller
+        self._delivery, self._gate, self._caller, self._slot = delivery, gate, caller, slot
         self._alarm: Alarm | None = None
         self._unlink: Callable[[], None] | None = None
         self._future: Future[Any] | None = None
@@ -137,17 +141,26 @@ class Attempt:
 
     def _invoke(self, context: StepContext) -> Any:
         bind_context(context)
-        scopes, hooks = self._delivery.scopes, self._delivery.hooks
-        if not scopes and not hooks:
-            return self._step.invoke(self._values, context)
-        return call_within(scopes, hooks, self._step.invoke, self._values, context)
+        slot, scopes, hooks = self._slot, self._delivery.scopes, self._delivery.hooks
+        if slot is not None:
+            slot.bind()
+        try:
+            if not scopes and not hooks:
+                return self._step.invoke(self._values, context)
+            return call_within(scopes, hooks, self._step.invoke, self._values, context)
+        finally:
+            # Here and not where the attempt ends: a thread that was given up still does what the limit protects.
+            if slot is not None:
+                slot.cancel()
 
     def _spawn(self, context: StepContext) -> None:
         # The coroutine's task copies the contextvars in force where it is made, so it is made inside the copy.
         submit = self._delivery.step_loop().submit
         try:
-            future = self._delivery.base.copy().run(lambda: submit(self._await(context)))
+            future = self._delivery.base.copy().run(lambda: submit(self._coroutine(context)))
         except BaseException as error:  # noqa: BLE001 -- the call may fail before its first await
+            if self._slot is not None:
+                self._slot.cancel()
             self._ended(None, error)
             return
 
@@ -167,9 +180,15 @@ class Attempt:
         if stopped and not future.done():
             self.interrupt()
 
+    def _coroutine(self, context: StepContext) -> Coroutine[Any, Any, tuple[Any, BaseException | None]]:
+        coroutine = self._await(context)
+        return coroutine if self._slot is None else HeldCoroutine(coroutine, self._slot)
+
     async def _await(self, context: StepContext) -> tuple[Any, BaseException | None]:
         """Return the step's result or error; asyncio would let SystemExit and KeyboardInterrupt end the loop."""
         bind_context(context)
+        if self._slot is not None:
+            self._slot.bind()
         scopes, hooks = self._delivery.scopes, self._delivery.hooks
         try:
             return await await_within(scopes, hooks, self._step.invoke, self._values, context), None

@@ -29,6 +29,7 @@ from docket_celery.messages import type_name
 from docket_celery.plan import PlannedStep
 from docket_celery.policy import Scope, to_seconds
 from docket_celery.record import StepRecord, read_value
+from docket_celery.slots import Slot, Slots
 from docket_celery.step import Step
 
 _logger = logging.getLogger("docket_celery.call")
@@ -52,19 +53,30 @@ class Steps(Protocol):
     def fail(self, call: StepCall, error: StepFailed) -> None: ...
     def withdraw(self, call: StepCall) -> None: ...
     def abort(self, error: BaseException) -> None: ...
-    def pause(self, call: StepCall, delay_s: float, error: StepFailed) -> None: ...
+    def pause(self, call: StepCall, delay_s: float) -> None: ...
+    def take_slot(self, call: StepCall, slots: Slots) -> Slot | None: ...
     def carry_on(self, work: Callable[[], None], call: StepCall | None = None) -> None: ...
 
 
 class StepCall:
     """A step on its way to a value, through restores, attempts, waits and the save. Never waits on a thread."""
 
-    __slots__ = ("_attempt_no", "_delivery", "_record", "_running", "_steps", "_values", "planned")
+    __slots__ = (
+        "_attempt_no",
+        "_delivery",
+        "_failure",
+        "_record",
+        "_running",
+        "_steps",
+        "_values",
+        "planned",
+    )
 
     def __init__(self, planned: PlannedStep, steps: Steps, delivery: Delivery) -> None:
         self.planned, self._steps, self._delivery = planned, steps, delivery
         self._attempt_no = 0
         self._running: Attempt | None = None
+        self._failure: StepFailed | None = None
         self._record = StepRecord(planned.step, delivery)
         self._values: list[Message] = []
 
@@ -94,17 +106,30 @@ class StepCall:
             self.attempt()
 
     def attempt(self) -> None:
-        """Call the user's code once."""
+        """Call the user's code once: now, or when a slot is free for it."""
+        limit = self.planned.step.slots
+        if limit is None or (slots := limit.get()).lent(self._delivery.base):
+            self.attempt_in(None)
+        elif (slot := self._steps.take_slot(self, slots)) is not None:
+            self.attempt_in(slot)
+
+    def attempt_in(self, slot: Slot | None) -> None:
+        """Call the user's code once; *slot* is given back when that has ended."""
         delivery = self._delivery
         if delivery.held is not None and not delivery.held.trusted():
+            if slot is not None:
+                slot.cancel()
             lease = delivery.held.lease
             self._steps.abort(LeaseLost(lease.graph, lease.execution_id, lease.epoch))
             return
         self._attempt_no += 1
+        self._failure = None
         self._running = Attempt(
-            self.planned.step, self._attempt_no, self._values, delivery, self._steps, self
+            self.planned.step, self._attempt_no, self._values, delivery, self._steps, self, slot
         )
         if not self._running.start():
+            if slot is not None:
+                slot.cancel()
             self.drop_claim()
 
     def carry_on(self, work: Callable[[], None]) -> None:
@@ -140,19 +165,23 @@ class StepCall:
             self._steps.abort(error)
             return
         retriable, error = classify(step, error)
-        failure = _failure(step, number, retriable, error)
+        failure = self._failure = _failure(step, number, retriable, error)
         if retriable and number < step.max_attempts and step.options.retry is not None:
             delay_s = to_seconds(step.options.retry.backoff.delay_s(number), "the backoff's delay")
             self._delivery.tell(
                 EventKind.STEP_RETRYING, step.name, number, detail=f"again in {delay_s:.3g} s: {failure}"
             )
-            self._steps.pause(self, delay_s, failure)
+            self._steps.pause(self, delay_s)
         else:
-            self.give_up(failure)
+            self.give_up()
 
-    def give_up(self, failure: StepFailed) -> None:
-        """End the step with *failure*."""
+    def give_up(self) -> None:
+        """End the step without another attempt: with its last failure, or as if it had never begun."""
         self.drop_claim()
+        failure = self._failure
+        if failure is None:
+            self._steps.withdraw(self)
+            return
         self._report_failed("TIMED_OUT" if isinstance(failure, StepTimedOut) else "FAILED", failure)
         self._steps.fail(self, failure)
 

@@ -26,8 +26,10 @@ from docket_celery.events import EventKind
 from docket_celery.plan import Plan, PlannedStep
 from docket_celery.record import hash_inputs, read_value
 from docket_celery.runtime import Alarm, Worker
+from docket_celery.slots import Slot, Slots
 
 _logger = logging.getLogger("docket_celery.engine")
+_LATER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Execution:
         self._pending: list[int] = []
         self._ready: deque[PlannedStep] = deque()
         self._calls: set[StepCall] = set()
-        self._parked: dict[StepCall, tuple[Alarm, StepFailed]] = {}
+        self._parked: dict[StepCall, Alarm | Slot] = {}
         self._failures: list[StepFailed] = []
 
     # --- from outside ------------------------------------------------------------------------------------------
@@ -119,8 +121,8 @@ class Execution:
             for _, attempt in running:
                 attempt.abandon()
         self._delivery.cancellation.cancel(error)
-        for alarm, _ in parked.values():
-            alarm.cancel()
+        for waits_for in parked.values():
+            waits_for.cancel()
         for call, attempt in running:
             attempt.interrupt()
             call.report_cancelled(error)
@@ -170,9 +172,9 @@ class Execution:
             parked, self._parked = self._parked, {}
             over = not self._calls
         # Taken under the lock, they are ours to end, even where an alarm has rung: it finds them gone.
-        for waiting, (alarm, last) in parked.items():
-            alarm.cancel()
-            waiting.give_up(last)
+        for waiting, waits_for in parked.items():
+            waits_for.cancel()
+            waiting.give_up()
         if over:
             self._end(self._outcome())
 
@@ -184,17 +186,34 @@ class Execution:
         if over:
             self._end(self._outcome())
 
-    def pause(self, call: StepCall, delay_s: float, error: StepFailed) -> None:
-        """Attempt *call* again after *delay_s* seconds, unless the run is failing: then *error* stands."""
+    def pause(self, call: StepCall, delay_s: float) -> None:
+        """Attempt *call* again after *delay_s* seconds, unless the run is failing: then it is given up."""
         with self.lock:
             if self.closed:
                 return
             failing = self.failing
             if not failing:
-                alarm = self._delivery.runtime.timer.after(delay_s, lambda: self._resume(call))
-                self._parked[call] = (alarm, error)
+                again = functools.partial(self._resume, call, call.attempt)
+                self._parked[call] = self._delivery.runtime.timer.after(delay_s, again)
         if failing:
-            call.give_up(error)
+            call.give_up()
+
+    def take_slot(self, call: StepCall, slots: Slots) -> Slot | None:
+        """Return a slot for the next attempt of *call*; None: it goes on when it is its turn, or was given up."""
+        slot = Slot(slots, lambda: self._resume(call, lambda: call.attempt_in(slot)))
+        slots.reclaim()
+        with self.lock:
+            closed = self.closed
+            if not closed and not self.failing:
+                if slot.take():
+                    return slot
+                self._parked[call] = slot
+                return None
+        if closed:
+            call.drop_claim()
+        else:
+            call.give_up()
+        return None
 
     def carry_on(self, work: Callable[[], None], call: StepCall | None = None) -> None:
         """Go on with a step on the pool, then with what it made ready."""
@@ -203,7 +222,11 @@ class Execution:
             self._guard(call, work)
             self._work()
 
-        self._delivery.runtime.pool.submit(go_on)
+        try:
+            self._delivery.runtime.pool.submit(go_on)
+        except RuntimeError:
+            # No thread can be started now. Whoever calls may be the timer, or another run that gave a slot back.
+            self._delivery.runtime.timer.after(_LATER_S, lambda: self.carry_on(work, call))
 
     # --- inside ------------------------------------------------------------------------------------------------
 
@@ -213,11 +236,11 @@ class Execution:
         else:
             self._ready.append(planned)
 
-    def _resume(self, call: StepCall) -> None:
+    def _resume(self, call: StepCall, work: Callable[[], None]) -> None:
         with self.lock:
             if self._parked.pop(call, None) is None:
                 return
-        self.carry_on(call.attempt, call)
+        self.carry_on(work, call)
 
     def _work(self) -> None:
         while not _given_up():

@@ -156,6 +156,9 @@ class StepOptions:
         retriable: Which errors another attempt may cure.
         on_input_change: WORKFLOW only: what a checkpoint made from other inputs means.
         renamed_from: Earlier names of the step, oldest first; keeps checkpoints and idempotency keys.
+        max_concurrent: Most calls of this step's code at once in the process, over all runs. Further ones wait in
+            the order of asking, without a thread; backoffs and saves need no slot. A thread that was abandoned at
+            its timeout keeps its slot until the code really returns.
     """
 
     name: str | None = None
@@ -168,6 +171,7 @@ class StepOptions:
     retriable: ErrorClassifier | None = None
     on_input_change: Literal["reuse", "error"] = "reuse"
     renamed_from: tuple[str, ...] = ()
+    max_concurrent: int | None = None
 
     def override(self, **changes: Any) -> StepOptions:
         """Return these options with *changes*.
@@ -195,3 +199,4 @@ class StepOptionFields(TypedDict, total=False):
     retriable: ErrorClassifier | None
     on_input_change: Literal["reuse", "error"]
     renamed_from: tuple[str, ...]
+    max_concurrent: int | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar, Unpack, overload
@@ -11,8 +12,10 @@ from google.protobuf.message import Message
 
 from docket_celery.errors import GraphError, InvalidArguments
 from docket_celery.messages import is_message_type
+from docket_celery.perprocess import PerProcess
 from docket_celery.plan import Plan, compile_plan
 from docket_celery.policy import StepOptionFields, StepOptions
+from docket_celery.slots import Slots
 from docket_celery.step import Registration, ValueKey, default_name, locate
 from docket_celery.wiring import Wiring, read_wiring
 
@@ -28,6 +31,7 @@ _ELSEWHERE = {
     **dict.fromkeys(
         ("cache", "cached", "checkpoint", "persistence", "scope"), "persist=Scope.WORKFLOW or GLOBAL"
     ),
+    **dict.fromkeys(("concurrency", "max_concurrency", "rate_limit"), "max_concurrent="),
     "expires": "ttl=",
 }
 
@@ -127,6 +131,7 @@ class Registry:
                     name=name,
                     order=len(self._registrations),
                     where=locate(target),
+                    slots=_slots(options.max_concurrent),
                 )
             )
             self._wiring = None
@@ -194,6 +199,10 @@ def _options(preset: StepOptions | None, options: dict[str, Any]) -> StepOptions
         hints = [_nearest(name) for name in options if name not in StepOptions.__dataclass_fields__]
         near = ", ".join(hint for hint in hints if hint)
         raise TypeError(f"{error}; did you mean {near}?" if near else str(error)) from None
+
+
+def _slots(most: int | None) -> PerProcess[Slots] | None:
+    return None if most is None else PerProcess(functools.partial(Slots, most))
 
 
 def _nearest(name: str) -> str:

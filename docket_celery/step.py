@@ -14,7 +14,9 @@ from google.protobuf.message import Message
 
 from docket_celery.context import StepContext
 from docket_celery.messages import is_message_type, type_name
+from docket_celery.perprocess import PerProcess
 from docket_celery.policy import RetryPolicy, Scope, StepOptions, to_seconds
+from docket_celery.slots import Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +43,18 @@ class SignatureFault(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Registration:
-    """What was handed to the graph, before its signature is read (annotations may name later definitions)."""
+    """What was handed to the graph, before its signature is read (annotations may name later definitions).
+
+    Attributes:
+        slots: Those of ``max_concurrent=``; made here, as a signature may be read more than once.
+    """
 
     target: Any
     options: StepOptions
     name: str
     order: int
     where: str
+    slots: PerProcess[Slots] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +68,7 @@ class Step:
         identity: The oldest name; names checkpoints and idempotency keys.
         timeout_s: Seconds for one attempt, or None.
         retriable: Whether another attempt may cure an error; None: the default rule.
+        slots: Bound how many calls run at once, or None.
     """
 
     name: str
@@ -77,6 +85,7 @@ class Step:
     ttl_s: float | None
     max_attempts: int
     retriable: Callable[[BaseException], bool] | None
+    slots: PerProcess[Slots] | None = None
 
     @property
     def identity(self) -> str:
@@ -142,6 +151,7 @@ def read_step(registration: Registration) -> Step:
         ttl_s=None if options.ttl is None else to_seconds(options.ttl, "ttl"),
         max_attempts=1 if options.retry is None else options.retry.max_attempts,
         retriable=_classifier(options),
+        slots=registration.slots,
     )
 
 
@@ -310,6 +320,9 @@ def _check_kinds(options: StepOptions) -> None:
         is_predicate = kind is options.retriable and not isinstance(kind, type) and callable(kind)
         if kind is not None and not is_error and not is_predicate:
             raise SignatureFault(f"retriable= is a predicate or exception types, not {kind!r}")
+    most: Any = options.max_concurrent
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise SignatureFault(f"max_concurrent= is a whole number from 1, not {most!r}")
     former: Any = options.renamed_from
     if isinstance(former, str):
         raise SignatureFault("renamed_from= is a tuple of names, oldest first; write a comma: ('old',)")

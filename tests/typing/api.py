@@ -54,6 +54,7 @@ def reserve(order: Order, charge: ChargeResult) -> Reservation:
     timeout=2.5,
     retriable=(OSError, TimeoutError),
     renamed_from=("pay",),
+    max_concurrent=4,
 )
 def charge(order: Order, ctx: StepContext) -> ChargeResult:
     """Every option."""

@@ -3,11 +3,8 @@ from __future__ import annotations
 import contextvars
 import queue
 import threading
-from collections.abc import Mapping, Sequence
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from docket_celery.context import Cancellation, StepContext
 from docket_celery.delivery import Delivery
@@ -17,99 +14,8 @@ from docket_celery.events import EventKind
 from docket_celery.graph import Graph
 from docket_celery.policy import FixedBackoff, RetryPolicy
 from docket_celery.runtime import process_runtime
-from tests.unit.graphs import WAIT_S, add_step, build, deliver, execute, reached, start, total, within
+from tests.unit.graphs import WAIT_S, build, deliver, execute, reached, start, total, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
-
-Edges = Mapping[str, Sequence[str]]
-
-
-@st.composite
-def shapes(draw: st.DrawFn) -> dict[str, list[str]]:
-    """Draw a graph whose last step is the target; each step takes up to four earlier ones."""
-    count = draw(st.integers(1, 24))
-    names = [f"s{index}" for index in range(count)]
-    return {
-        name: draw(st.lists(st.sampled_from(names[:index]), unique=True, max_size=4)) if index else []
-        for index, name in enumerate(names)
-    }
-
-
-def sequential(edges: Edges) -> dict[str, int]:
-    """Compute every value in the order of *edges*, without an engine."""
-    values: dict[str, Money] = {}
-    for name, sources in edges.items():
-        values[name] = total(*(values[source] for source in sources))
-    return {name: money.cents for name, money in values.items()}
-
-
-def ancestors(edges: Edges, target: str) -> set[str]:
-    """Return the steps that *target* needs, itself included."""
-    needed: set[str] = set()
-    todo = [target]
-    while todo:
-        name = todo.pop()
-        if name not in needed:
-            needed.add(name)
-            todo += edges[name]
-    return needed
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    edges=shapes(),
-    threads=st.sampled_from([1, 2, 8]),
-    helps=st.booleans(),
-    limit=st.sampled_from([None, 1, 3]),
-)
-def test_any_graph_gives_what_a_sequential_run_gives(
-    edges: dict[str, list[str]], threads: int, helps: bool, limit: int | None
-) -> None:
-    """On every pool each needed step runs once, after its inputs, and no other step runs."""
-    called: list[str] = []
-    graph = Graph("shape")
-    for name, sources in edges.items():
-
-        def body(*inputs: Money, name: str = name) -> Money:
-            called.append(name)
-            return total(*inputs)
-
-        add_step(graph, name, sources, body)
-    target = list(edges)[-1]
-    outcome = deliver(graph, target, threads=threads, helps=helps, max_concurrency=limit)
-    assert outcome.value == Money(cents=sequential(edges)[target])
-    assert sorted(called) == sorted(ancestors(edges, target))
-    assert all(called.index(source) < called.index(name) for name in called for source in edges[name])
-
-
-@settings(max_examples=60, deadline=None)
-@given(edges=shapes(), threads=st.sampled_from([1, 2, 8]), data=st.data())
-def test_any_failing_graph_ends(edges: dict[str, list[str]], threads: int, data: st.DataObject) -> None:
-    """Whichever steps fail, retry, time out late or abort, the run ends with one of their errors."""
-    faults = data.draw(
-        st.dictionaries(st.sampled_from(list(edges)), st.sampled_from(["fail", "retry", "abort", "wait"]))
-    )
-    graph = Graph("shape")
-    for name, sources in edges.items():
-
-        def body(*inputs: Money, fault: str = faults.get(name, "")) -> Money:
-            if fault == "abort":
-                raise AbortError("stop")
-            if fault:
-                raise ValueError(fault)
-            return total(*inputs)
-
-        backoff = FixedBackoff(0.05 if faults.get(name) == "wait" else 0)
-        policy = (
-            RetryPolicy(max_attempts=3, backoff=backoff) if faults.get(name) in {"retry", "wait"} else None
-        )
-        add_step(graph, name, sources, body, retry=policy, timeout=5)
-    target = list(edges)[-1]
-    outcome = deliver(graph, target, threads=threads)
-    hit = ancestors(edges, target) & set(faults)
-    if hit:
-        assert isinstance(outcome.error, StepFailed | AbortError)
-    else:
-        assert outcome.value == Money(cents=sequential(edges)[target])
 
 
 @pytest.mark.parametrize("helps", [True, False])

@@ -262,6 +262,9 @@ def test_a_signature_that_cannot_be_read_is_refused(target: Any, text: str) -> N
         ({"version": 2}, "version= is text"),
         ({"renamed_from": "old"}, "is a tuple of names"),
         ({"renamed_from": ("",)}, "is a tuple of names"),
+        ({"max_concurrent": 0}, "max_concurrent= is a whole number from 1"),
+        ({"max_concurrent": True}, "max_concurrent= is a whole number from 1"),
+        ({"max_concurrent": 2.5}, "max_concurrent= is a whole number from 1"),
     ],
 )
 def test_options_that_contradict_or_cannot_be_used_are_refused(options: dict[str, Any], text: str) -> None:

@@ -95,6 +95,7 @@ checkout.step(persist="workflow")  # expect-error
 checkout.step(timeout="30")  # expect-error
 checkout.step(on_input_change="ignore")  # expect-error
 checkout.step(renamed_from="pay")  # expect-error
+checkout.step(max_concurrent="4")  # expect-error
 checkout.step(retriable=OSError())  # expect-error
 checkout.register(reserve, retires=RetryPolicy())  # expect-error
 checkout.register(reserve, persist=Scope)  # expect-error
