@@ -10,10 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from docket_celery.checkpoint import RunState
+from docket_celery.codec import Codec
 from docket_celery.context import StepContext, current_context
 from docket_celery.defaults import process_defaults
 from docket_celery.errors import (
     AbortError,
+    CodecFailed,
     CorruptCheckpoint,
     DecodeFailed,
     DocketError,
@@ -75,11 +77,13 @@ __all__ = [  # noqa: RUF022 -- grouped by what people look for
     "settings",
     "shared_graph_task",
     # Storing
+    "Codec",
     "MemoryStore",
     "RunState",
     "SQLStore",
     # Errors
     "AbortError",
+    "CodecFailed",
     "CorruptCheckpoint",
     "DecodeFailed",
     "DocketError",
@@ -133,10 +137,10 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _open_store(url: str) -> Store:
+def _open_store(url: str, codec: Codec | None) -> Store:
     from docket_celery.store import SQLStore
 
-    return SQLStore(url)
+    return SQLStore(url, codec=codec)
 
 
 process_defaults.use_opener(_open_store)

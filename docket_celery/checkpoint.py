@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
 
+from docket_celery.codec import Codec
 from docket_celery.errors import CorruptCheckpoint, InvalidArguments
 
 MAX_EXECUTION_ID = 255
@@ -284,10 +285,23 @@ class Store(Protocol):
     Raises (all methods):
         StoreUnavailable: No answer, or a passing refusal; trying again is safe.
         SchemaMismatch: The tables are missing.
+        CodecFailed: The store's codec failed, or what is stored went through another one or none.
     """
 
     persistent: bool
     """Whether other processes see what is stored (False: memory)."""
+
+    @property
+    def codec(self) -> Codec | None:
+        """What encodes jobs, outputs, results and error texts here, or None."""
+        ...
+
+    def keyed(self, digest: bytes) -> bytes:
+        """Return *digest*, taken over user bytes, as it is stored: itself, or its HMAC with the codec's ``hash_key``.
+
+        What it was taken over cannot be guessed from the tables then.
+        """
+        ...
 
     def acquire(self, request: RunRequest) -> Lease | RunRow:
         """Take the run's lease, or return the run as it stands when it may not be taken.
@@ -370,6 +384,10 @@ class Store(Protocol):
 
     def find_run(self, graph: str, execution_id: str) -> RunRow | None:
         """Return the run, or None."""
+        ...
+
+    def find_job(self, graph: str, execution_id: str) -> bytes | None:
+        """Return the job of a run as `RunRequest.job` had it, or None if there is no such run."""
         ...
 
     def migrate(self) -> int:

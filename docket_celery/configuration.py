@@ -7,9 +7,10 @@ import functools
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
+from docket_celery.codec import Codec, find_fault, import_codec
 from docket_celery.errors import InvalidSettings
 from docket_celery.hooks import MakeContext, read_hooks
 
@@ -37,6 +38,7 @@ class Settings:
         max_message_bytes: Largest message accepted, checked before decoding.
         retention: Seconds an ended run is kept.
         step_hooks: Callables that return a context manager, or their import paths; entered around each step call.
+        codec: Encodes what is stored in the database, or None.
     """
 
     database_url: str | None = None
@@ -46,6 +48,8 @@ class Settings:
     max_message_bytes: int = 1024 * 1024
     retention: float = 30 * 86400.0
     step_hooks: tuple[MakeContext | str, ...] = ()
+    # Not shown: whatever a codec's own repr says.
+    codec: Codec | None = field(default=None, repr=False)
 
     @property
     def trust_margin_s(self) -> float:
@@ -112,6 +116,18 @@ def _text(key: str, value: Any) -> str:
     return value
 
 
+def _codec(key: str, value: Any) -> Codec:
+    try:
+        found = import_codec(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise InvalidSettings(key, str(error)) from error
+    fault = find_fault(found)
+    if fault is not None:
+        raise InvalidSettings(key, fault)
+    codec: Codec = found
+    return codec
+
+
 def _number(least: float, *, whole: bool) -> Callable[[str, Any], Any]:
     def check(key: str, value: Any) -> Any:
         kind = f"{'whole ' if whole else ''}number"
@@ -135,4 +151,5 @@ _CHECKS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "max_message_bytes": _number(1, whole=True),
     "retention": _number(0, whole=False),
     "step_hooks": read_hooks,
+    "codec": _codec,
 }

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from docket_celery.checkpoint import Store
+from docket_celery.codec import Codec
 from docket_celery.configuration import Settings, check_environment
 
 
@@ -22,8 +23,8 @@ class Defaults:
         self._own: dict[str, Any] = {}
         self._host: Callable[[], Mapping[str, Any]] = dict[str, Any]
         self._in_task: Callable[[], bool] = bool
-        self._open: Callable[[str], Store] | None = None
-        self._stores: dict[str, Store] = {}
+        self._open: Callable[[str, Codec | None], Store] | None = None
+        self._stores: dict[tuple[str, int], Store] = {}
         self._environment_checked = False
 
     def use_host(self, host: Callable[[], Mapping[str, Any]], in_task: Callable[[], bool] = bool) -> None:
@@ -34,8 +35,8 @@ class Defaults:
         """Tell whether the calling thread may run steps: the host does not interrupt what it does."""
         return not self._in_task()
 
-    def use_opener(self, opener: Callable[[str], Store]) -> None:
-        """Say how a database URL becomes a store."""
+    def use_opener(self, opener: Callable[[str, Codec | None], Store]) -> None:
+        """Say how a database URL and a codec become a store."""
         self._open = opener
 
     def set(self, values: Mapping[str, Any]) -> Settings:
@@ -65,14 +66,16 @@ class Defaults:
         base = self._host() if host is None else host
         return Settings.read({**base, **self._own} if self._own else base)
 
-    def store(self, url: str | None) -> Store | None:
-        """Return the process's store for *url*, opened on first use; None without a URL or an opener."""
+    def store(self, url: str | None, codec: Codec | None = None) -> Store | None:
+        """Return the process's store for *url* and *codec*, opened on first use; None without a URL or an opener."""
         if url is None or self._open is None:
             return None
+        # The store keeps its codec, so no other object can get that id.
+        name = url, id(codec)
         with self._lock:
-            found = self._stores.get(url)
+            found = self._stores.get(name)
             if found is None:
-                found = self._stores[url] = self._open(url)
+                found = self._stores[name] = self._open(url, codec)
             return found
 
     def close(self) -> None:

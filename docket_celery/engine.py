@@ -305,11 +305,15 @@ class Execution:
 
     def _check_inputs(self, used: Sequence[int]) -> None:
         """Compare what restored steps were made from with what is at hand."""
+        store = self._delivery.store
         for index in used:
             planned = self._plan.steps[index]
             values = self.inputs_of(planned)
-            at_hand = len(values) == len(planned.sources)
-            if at_hand and hash_inputs(values) != self._checkpoints[index].input_hash:
+            if store is None or len(values) != len(planned.sources):
+                differs = False
+            else:
+                differs = hash_inputs(values, store) != self._checkpoints[index].input_hash
+            if differs:
                 if planned.step.options.on_input_change == "error":
                     raise InputsChanged(self._delivery.execution_id, planned.step.name)
                 self._delivery.tell(EventKind.INPUTS_CHANGED, planned.step.name, detail="checkpoint reused")

@@ -24,6 +24,7 @@
     ├── StoreUnavailable            DC401   the database did not answer; safe to retry
     ├── SchemaMismatch              DC402   the tables are missing or of another version
     ├── CorruptCheckpoint           DC403   a stored row does not match its checksum
+    ├── CodecFailed                 DC404   the codec failed on a value, or the value was stored with or without one
     ├── PayloadTooLarge             DC500   a message is over ``docket_max_message_bytes``
     ├── UnknownMessageType          DC501   no declared task uses this message type
     ├── DecodeFailed                DC502   the bytes are not a valid message of their type
@@ -433,6 +434,19 @@ class CorruptCheckpoint(DocketError):
 
     def describe(self) -> str:
         return f"row {self.row} of {self.table} is damaged ({self.problem}); restore it from a backup or delete it"
+
+
+class CodecFailed(DocketError):
+    """A value cannot be encoded, or a stored one not decoded; such a row is never used and never overwritten."""
+
+    code = "DC404"
+
+    def __init__(self, what: str, problem: str) -> None:
+        super().__init__(what, problem)
+        self.what, self.problem = what, problem
+
+    def describe(self) -> str:
+        return f"{self.what}: {self.problem}"
 
 
 class PayloadTooLarge(DocketError):

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from docket_celery.checkpoint import Store, check_execution_id
 from docket_celery.configuration import Settings
 from docket_celery.defaults import process_defaults
-from docket_celery.errors import InvalidArguments, StoreMissing
+from docket_celery.errors import InvalidArguments, InvalidSettings, StoreMissing
 from docket_celery.events import Listener
 from docket_celery.outcome import RunOutcome, Submission
 from docket_celery.plan import Plan
@@ -165,11 +165,17 @@ class Graph(Registry):
 
         Raises:
             StoreMissing: There is none.
+            InvalidSettings: ``docket_codec`` is set, and the store was given without a codec.
         """
-        for candidate in (store, self.store):
-            if candidate is not None:
-                return candidate
-        found = process_defaults.store(settings.database_url)
+        given = store if store is not None else self.store
+        if given is not None:
+            if settings.codec is not None and given.codec is None and given.persistent:
+                problem = (
+                    f"graph {self.name!r} was given a store without a codec; pass SQLStore(..., codec=...)"
+                )
+                raise InvalidSettings("docket_codec", problem)
+            return given
+        found = process_defaults.store(settings.database_url, settings.codec)
         if found is None:
             first = next(p.step.name for p in plan.steps if p.step.persist is not None)
             raise StoreMissing(self.name, first)

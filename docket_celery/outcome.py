@@ -8,7 +8,16 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from docket_celery.checkpoint import Lease, RunEnd, RunRequest, RunRow, RunState, StepExecution, job_digest
+from docket_celery.checkpoint import (
+    Lease,
+    RunEnd,
+    RunRequest,
+    RunRow,
+    RunState,
+    StepExecution,
+    Store,
+    job_digest,
+)
 from docket_celery.configuration import Settings
 from docket_celery.errors import (
     DocketError,
@@ -88,17 +97,19 @@ def run_request(
     inputs: Sequence[Message],
     submission: Submission,
     settings: Settings,
-    owner: str,
+    store: Store,
     *,
+    owner: str,
     attached: bool,
 ) -> RunRequest:
-    """Return what *submission* asks the store for.
+    """Return what *submission* asks *store* for.
 
     Args:
         plan: What to do.
         inputs: The job.
         submission: Who asks for it.
         settings: Those in force.
+        store: Keeps the job's digest in its own form.
         owner: Who will hold the lease.
         attached: The submission has met another holder of the run before.
     """
@@ -108,7 +119,7 @@ def run_request(
         execution_id=submission.execution_id,
         target=str(plan.target),
         job=_frame_job(job),
-        job_digest=submission.job_digest or job_digest(job),
+        job_digest=store.keyed(submission.job_digest or job_digest(job)),
         owner=owner,
         lease_s=settings.lease_seconds,
         max_deliveries=settings.max_deliveries,

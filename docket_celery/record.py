@@ -79,16 +79,17 @@ class StepRecord:
     def checkpoint(self, value: Message) -> Checkpoint:
         """Return the checkpoint to save for *value*."""
         step, delivery = self._step, self._delivery
+        assert delivery.store is not None
         return Checkpoint(
             key=self._claimed or self._key(),
             graph=delivery.graph,
             execution_id=None if step.persist is Scope.GLOBAL else delivery.execution_id,
             step_name=step.name,
             step_version=step.options.version,
-            input_hash=hash_inputs(self._values),
+            input_hash=hash_inputs(self._values, delivery.store),
             output_type=type_name(value),
             output_data=to_bytes(value),
-            output_json=to_view(value),
+            output_json=to_view(value) if delivery.store.codec is None else None,
             ttl_s=step.ttl_s,
         )
 
@@ -137,7 +138,8 @@ class StepRecord:
                 raise InvalidArguments(f"key= of step {step.name!r}", problem)
             hashed = [named]
         inputs = [(type_name(value), to_bytes(value)) for value in hashed]
-        return global_key(delivery.graph, step.name, step.options.version, inputs)
+        assert delivery.store is not None
+        return delivery.store.keyed(global_key(delivery.graph, step.name, step.options.version, inputs))
 
     # --- rows --------------------------------------------------------------------------------------------------
 
@@ -170,9 +172,10 @@ class StepRecord:
         )
 
 
-def hash_inputs(values: Sequence[Message]) -> str:
-    """Return `input_digest` of a step's input values."""
-    return input_digest((type_name(value), to_bytes(value)) for value in values)
+def hash_inputs(values: Sequence[Message], store: Store) -> str:
+    """Return `input_digest` of a step's input values in hex, as *store* keeps it."""
+    plain = input_digest((type_name(value), to_bytes(value)) for value in values)
+    return store.keyed(bytes.fromhex(plain)).hex()
 
 
 def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> dict[int, Checkpoint]:

@@ -19,6 +19,7 @@ from docket_celery.delivery import Delivery
 from docket_celery.django_orm import connection_hooks
 from docket_celery.engine import Execution, Outcome
 from docket_celery.errors import (
+    CodecFailed,
     LeaseLost,
     RunConflict,
     RunTimedOut,
@@ -170,7 +171,13 @@ class Run:
             return None
         asked_at = time.monotonic()
         request = run_request(
-            self._plan, self._inputs, self.submission, self._settings, self._owner, attached=self._attached
+            self._plan,
+            self._inputs,
+            self.submission,
+            self._settings,
+            self.store,
+            owner=self._owner,
+            attached=self._attached,
         )
         found = self.store.acquire(request)
         if isinstance(found, RunRow):
@@ -240,6 +247,12 @@ class Run:
                 return
             # What is saved stays saved; the next delivery restores it and writes the end.
             result = self.parked_or_failed(error, held.lease)
+        except CodecFailed as error:
+            if result.error is None:
+                # The result cannot be stored as it must be; the run ends all the same, with that as its error.
+                self._write_end(self.parked_or_failed(error, held.lease), held, tries)
+                return
+            result = RunOutcome(error=error)
         except Exception as error:  # noqa: BLE001 -- whoever waits must hear of it
             result = RunOutcome(error=error)
         self._delivery.heartbeat().unwatch(held)
@@ -265,9 +278,16 @@ class Run:
     # --- deciding ----------------------------------------------------------------------------------------------
 
     def _meet(self, row: RunRow, request: RunRequest) -> None:
-        """Decide what a run means that could not be taken."""
+        """Decide what a run means that could not be taken.
+
+        Raises:
+            CodecFailed: The run's row went through another codec, or none.
+        """
+        assert self.store is not None
         if row.target != request.target or row.job_digest != request.job_digest:
             what = "target" if row.target != request.target else "job"
+            # Another codec keeps another digest of the same job; reading it tells the two cases apart.
+            self.store.find_job(row.graph, row.execution_id)
             self._conclude(RunOutcome(error=RunConflict(row.graph, row.execution_id, what)))
         elif row.state.ended:
             self._conclude(read_outcome(row, self._plan))

@@ -17,6 +17,7 @@ from docket_celery.checkpoint import (
     RunState,
     StepExecution,
 )
+from docket_celery.codec import Codec
 from docket_celery.errors import LeaseLost
 from docket_celery.store.rows import (
     check_owner,
@@ -87,6 +88,7 @@ class MemoryStore:
     """
 
     persistent = False
+    codec: Codec | None = None
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
@@ -221,12 +223,22 @@ class MemoryStore:
             run = self._runs.get((graph, execution_id))
             return None if run is None else run.row(self._clock())
 
+    def find_job(self, graph: str, execution_id: str) -> bytes | None:
+        """See `Store.find_job`."""
+        with self._lock:
+            run = self._runs.get((graph, execution_id))
+            return None if run is None else run.request.job
+
     def migrate(self) -> int:
         """Return the version of the rules; there are no tables."""
         return _SCHEMA_VERSION
 
     def check_schema(self) -> None:
         """Do nothing: memory is always of this release's version."""
+
+    def keyed(self, digest: bytes) -> bytes:
+        """See `Store.keyed`; memory has no codec."""
+        return digest
 
     def twin(self) -> MemoryStore:
         """See `Store.twin`."""

@@ -158,6 +158,13 @@ def find_run(connection: Connection, graph: str, execution_id: str) -> RunRow | 
     return None if row is None else read_run(row)
 
 
+def find_job(connection: Connection, graph: str, execution_id: str) -> bytes | None:
+    """See `Store.find_job`."""
+    values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
+    job = connection.execute(sql.FIND_JOB, values).scalar_one_or_none()
+    return None if job is None else bytes(job)
+
+
 def _execution_values(execution: StepExecution | None) -> dict[str, Any]:
     if execution is None:
         return {}

@@ -57,6 +57,7 @@ RETURNING {_RUN}
 """)
 
 FIND_RUN = text(f"SELECT {_RUN} FROM docket_runs AS r WHERE graph = :graph AND execution_id = :execution_id")
+FIND_JOB = text("SELECT job FROM docket_runs WHERE graph = :graph AND execution_id = :execution_id")
 
 _COLUMNS = ", ".join(CHECKPOINT_COLUMNS)
 FIND_CHECKPOINT = text(f"SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = :cache_key")

@@ -10,9 +10,11 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from docket_celery.checkpoint import Checkpoint, Lease, RunEnd, RunRequest, RunRow, StepExecution
+from docket_celery.codec import Codec
 from docket_celery.errors import CorruptCheckpoint, DocketError, SchemaMismatch, StoreUnavailable
 from docket_celery.store import postgres, schema, sqlite
 from docket_celery.store.engines import Engines
+from docket_celery.store.sealing import Seal
 
 T = TypeVar("T")
 
@@ -40,6 +42,7 @@ class _Calls(Protocol):
     ) -> set[tuple[str, str]]: ...
     def end(self, connection: Connection, lease: Lease, ending: RunEnd) -> None: ...
     def find_run(self, connection: Connection, graph: str, execution_id: str) -> RunRow | None: ...
+    def find_job(self, connection: Connection, graph: str, execution_id: str) -> bytes | None: ...
     def migrate(self, connection: Connection) -> int: ...
 
 
@@ -51,13 +54,15 @@ class SQLStore:
             ``sqlite://`` (memory), or your own SQLAlchemy engine for psycopg or pysqlite, used as it is. What
             the URL's query sets wins over the library's connection limits; ``?options=`` with an empty value
             sends no start-up options, for poolers that refuse them.
+        codec: Encodes jobs, outputs, results and error texts; default: they are stored as they are.
 
     Raises:
         InvalidSettings: The URL cannot be used.
-        InvalidArguments: The engine cannot be used.
+        InvalidArguments: The engine or the codec cannot be used.
     """
 
-    def __init__(self, source: str | URL | Engine) -> None:
+    def __init__(self, source: str | URL | Engine, *, codec: Codec | None = None) -> None:
+        self._seal = Seal(codec)
         self._engines = Engines(source)
         self._calls: _Calls = postgres if self._engines.dialect == "postgresql" else sqlite
         self.persistent = not self._engines.in_memory
@@ -67,38 +72,53 @@ class SQLStore:
         return f"SQLStore({self._engines.url.render_as_string(hide_password=True)!r})"
 
     @property
+    def codec(self) -> Codec | None:
+        """See `Store.codec`."""
+        return self._seal.codec
+
+    def keyed(self, digest: bytes) -> bytes:
+        """See `Store.keyed`."""
+        return self._seal.keyed(digest)
+
+    @property
     def engine(self) -> Engine:
         """This process's engine; a forked child gets another one."""
         return self._engines.current()
 
     def acquire(self, request: RunRequest) -> Lease | RunRow:
         """See `Store.acquire`."""
-        return self._call("acquire the run", lambda connection: self._calls.acquire(connection, request))
+        closed = self._seal.close_request(request)
+        found = self._call("acquire the run", lambda connection: self._calls.acquire(connection, closed))
+        return found if isinstance(found, Lease) else self._seal.open_run(found)
 
     def restore(self, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]:
         """See `Store.restore`."""
-        return self._call("restore the run", lambda connection: self._calls.restore(connection, lease, keys))
+        found = self._call("restore the run", lambda connection: self._calls.restore(connection, lease, keys))
+        return [self._seal.open_checkpoint(checkpoint) for checkpoint in found]
 
     def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:
         """See `Store.save`."""
-        return self._call(
-            "save the checkpoint",
-            lambda connection: self._calls.save(connection, lease, checkpoint, execution),
+        closed, row = self._seal.close_checkpoint(checkpoint), self._seal.close_execution(execution)
+        found = self._call(
+            "save the checkpoint", lambda connection: self._calls.save(connection, lease, closed, row)
         )
+        return self._seal.open_saved(found, closed, checkpoint)
 
     def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
         """See `Store.lookup`."""
-        return self._call(
+        found = self._call(
             "look the checkpoint up",
             lambda connection: self._calls.lookup(connection, key, owner, lease_s),
         )
+        return found if isinstance(found, bool) else self._seal.open_checkpoint(found)
 
     def publish(self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None) -> Checkpoint:
         """See `Store.publish`."""
-        return self._call(
-            "publish the checkpoint",
-            lambda connection: self._calls.publish(connection, checkpoint, owner, execution),
+        closed, row = self._seal.close_checkpoint(checkpoint), self._seal.close_execution(execution)
+        found = self._call(
+            "publish the checkpoint", lambda connection: self._calls.publish(connection, closed, owner, row)
         )
+        return self._seal.open_saved(found, closed, checkpoint)
 
     def disclaim(self, key: bytes, owner: str) -> None:
         """See `Store.disclaim`."""
@@ -114,13 +134,22 @@ class SQLStore:
 
     def end(self, lease: Lease, end: RunEnd) -> None:
         """See `Store.end`."""
-        self._call("end the run", lambda connection: self._calls.end(connection, lease, end))
+        closed = self._seal.close_end(lease, end)
+        self._call("end the run", lambda connection: self._calls.end(connection, lease, closed))
 
     def find_run(self, graph: str, execution_id: str) -> RunRow | None:
         """See `Store.find_run`."""
-        return self._call(
+        found = self._call(
             "find the run", lambda connection: self._calls.find_run(connection, graph, execution_id)
         )
+        return None if found is None else self._seal.open_run(found)
+
+    def find_job(self, graph: str, execution_id: str) -> bytes | None:
+        """See `Store.find_job`."""
+        job = self._call(
+            "find the job", lambda connection: self._calls.find_job(connection, graph, execution_id)
+        )
+        return None if job is None else self._seal.open_job(graph, execution_id, job)
 
     def migrate(self) -> int:
         """See `Store.migrate`."""
@@ -136,7 +165,7 @@ class SQLStore:
         """See `Store.twin`; closed with this store."""
         if self._engines.shared:
             return self
-        twin = SQLStore(self._engines.url)
+        twin = SQLStore(self._engines.url, codec=self.codec)
         self._twins.append(twin)
         return twin
 

@@ -61,6 +61,7 @@ SELECT graph, execution_id, target, job_digest, state, epoch, owner, lost, failu
     (julianday(lease_until) - julianday({_NOW})) * 86400.0 AS lease_left_s, lease_until <= {_NOW} AS expired
 FROM docket_runs WHERE {_IS_RUN}
 """)
+_FIND_JOB = text(f"SELECT job FROM docket_runs WHERE {_IS_RUN}")
 _INSERT_RUN = text(f"""
 INSERT INTO docket_runs (
     graph, execution_id, task_name, task_id, retries, target, job, job_digest, state, stage, epoch, owner,
@@ -273,6 +274,13 @@ def find_run(connection: Connection, graph: str, execution_id: str) -> RunRow | 
     values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
     row = connection.execute(_FIND_RUN, values).mappings().first()
     return None if row is None else read_run(row)
+
+
+def find_job(connection: Connection, graph: str, execution_id: str) -> bytes | None:
+    """See `Store.find_job`."""
+    values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
+    job = connection.execute(_FIND_JOB, values).scalar_one_or_none()
+    return None if job is None else bytes(job)
 
 
 def migrate(connection: Connection) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from docket_celery.store import MemoryStore, SQLStore
+from tests.codecs import CODEC
 from tests.conformance.samples import Bench, SQLBench
 
 
@@ -33,16 +34,26 @@ class _MemoryBench(Bench):
         return [(row.step_name, row.delivery) for row in self._memory.executions]
 
 
-@pytest.fixture(params=["memory", "sqlite_memory", "sqlite_file", "postgres"])
+@pytest.fixture
+def postgres_codec_store(database_url: str) -> Generator[SQLStore]:
+    """The same with a codec."""
+    store = SQLStore(database_url, codec=CODEC)
+    yield store
+    store.close()
+
+
+@pytest.fixture(
+    params=["memory", "sqlite_memory", "sqlite_file", "sqlite_codec", "postgres", "postgres_codec"]
+)
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Bench]:
     """Each store in turn, empty."""
     if request.param == "memory":
         yield _MemoryBench()
-    elif request.param == "postgres":
-        yield SQLBench(request.getfixturevalue("postgres_store"))
+    elif request.param.startswith("postgres"):
+        yield SQLBench(request.getfixturevalue(f"{request.param}_store"))
     else:
         file = "" if request.param == "sqlite_memory" else f"/{tmp_path / 'store.db'}"
-        store = SQLStore(f"sqlite://{file}")
+        store = SQLStore(f"sqlite://{file}", codec=CODEC if request.param == "sqlite_codec" else None)
         store.migrate()
         yield SQLBench(store)
         # An engine over memory keeps its connection for as long as the data must live: until here.

@@ -38,6 +38,7 @@ WITH_FIELDS: list[DocketError] = [
     errors.SchemaMismatch(None, 1),
     errors.SchemaMismatch(2, 1),
     errors.CorruptCheckpoint("docket_cache", "cache_key=00", "checksum mismatch"),
+    errors.CodecFailed("the job of run 'o-1'", "decode of Keys raised KeyError"),
     errors.PayloadTooLarge("shop.Order", 2048, 1024),
     errors.UnknownMessageType("shop.Order"),
     errors.DecodeFailed("shop.Order", "truncated"),
