@@ -6,7 +6,6 @@ import asyncio
 import functools
 import logging
 import threading
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
@@ -252,6 +251,6 @@ def step_context(step: Step, delivery: Delivery, attempt: int) -> StepContext:
         attempt=attempt,
         delivery=delivery.number,
         values=delivery.values,
-        deadline=time.monotonic() + step.timeout_s if step.timeout_s is not None else None,
+        deadline=delivery.cancellation.now() + step.timeout_s if step.timeout_s is not None else None,
         cancelled=delivery.cancellation.child() if timed else delivery.cancellation,
     )

@@ -17,6 +17,7 @@ from docket_celery.delivery import Delivery
 from docket_celery.errors import (
     AbortError,
     DocketError,
+    InputMutated,
     LeaseLost,
     StepFailed,
     StepTimedOut,
@@ -273,7 +274,7 @@ def classify(step: Step, error: Exception) -> tuple[bool, Exception]:
 
     A ``retriable`` predicate that raises is itself the failure: it is reported and nothing is retried.
     """
-    if isinstance(error, WrongResult):
+    if isinstance(error, (InputMutated, WrongResult)):
         return False, error
     if step.retriable is not None and not isinstance(error, StepTimedOut):
         try:
@@ -290,7 +291,7 @@ def brief_error(error: BaseException) -> str:
 
 
 def _failure(step: Step, attempts: int, retriable: bool, error: Exception) -> StepFailed:
-    if isinstance(error, (StepTimedOut, WrongResult)) and error.step == step.name:
+    if isinstance(error, (StepTimedOut, WrongResult, InputMutated)) and error.step == step.name:
         failure: StepFailed = error
     else:
         failure = StepFailed.from_cause(step.name, attempts, retriable, error)

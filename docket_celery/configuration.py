@@ -39,6 +39,7 @@ class Settings:
         retention: Seconds an ended run is kept.
         step_hooks: Callables that return a context manager, or their import paths; entered around each step call.
         codec: Encodes what is stored in the database, or None.
+        check_mutation: Fail steps that change their inputs; for tests, as it copies every input.
     """
 
     database_url: str | None = None
@@ -50,6 +51,7 @@ class Settings:
     step_hooks: tuple[MakeContext | str, ...] = ()
     # Not shown: whatever a codec's own repr says.
     codec: Codec | None = field(default=None, repr=False)
+    check_mutation: bool = False
 
     @property
     def trust_margin_s(self) -> float:
@@ -143,6 +145,14 @@ def _number(least: float, *, whole: bool) -> Callable[[str, Any], Any]:
     return check
 
 
+def _switch(key: str, value: Any) -> bool:
+    known = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+    found = value if isinstance(value, bool) else known.get(str(value).lower())
+    if found is None:
+        raise InvalidSettings(key, f"must be true or false, got {value!r}")
+    return found
+
+
 _CHECKS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "database_url": _text,
     "threads": _number(0, whole=True),
@@ -152,4 +162,5 @@ _CHECKS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "retention": _number(0, whole=False),
     "step_hooks": read_hooks,
     "codec": _codec,
+    "check_mutation": _switch,
 }

@@ -29,6 +29,10 @@ class Cancellation:
         if parent is not None:
             parent.on_cancel(self.cancel)
 
+    def now(self) -> float:
+        """Return the run's time: `time.monotonic`, unless the run has a clock of its own."""
+        return time.monotonic()
+
     def child(self) -> Cancellation:
         """Return a flag that is raised with this one."""
         return Cancellation(self)
@@ -159,8 +163,8 @@ class StepContext:
 
     def sleep(self, seconds: float) -> None:
         """Sleep, but wake and raise like `check` when this attempt should stop."""
-        until = time.monotonic() + seconds
-        while not self.cancelled.is_set() and (left := until - time.monotonic()) > 0:
+        until = self.cancelled.now() + seconds
+        while not self.cancelled.is_set() and (left := until - self.cancelled.now()) > 0:
             self.cancelled.wait(min(left, threading.TIMEOUT_MAX))
         self.check()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,7 +73,7 @@ class Delivery:
                 step=step,
                 attempt=attempt,
                 delivery=self.number,
-                at=time.monotonic(),
+                at=self.cancellation.now(),
                 **facts,
             )
             emit(self.listeners, event)

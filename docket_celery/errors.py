@@ -10,7 +10,8 @@
     ├── AbortError                  DC200   a step stopped the whole graph; never retried
     ├── StepFailed                  DC201   a step used up its attempts or may not be retried
     │   ├── StepTimedOut            DC202   its last attempt passed ``timeout``
-    │   └── WrongResult             DC203   it returned None or another type than it declares
+    │   ├── WrongResult             DC203   it returned None or another type than it declares
+    │   └── InputMutated            DC204   it changed one of its inputs (``docket_check_mutation``)
     ├── RunCancelled                DC300   someone outside stopped the run
     ├── RunTimedOut                 DC301   the run's own deadline passed
     ├── RunConflict                 DC302   the execution id already names another job
@@ -235,6 +236,23 @@ class WrongResult(StepFailed):
     def describe(self) -> str:
         return self._with_others(
             f"step {self.step!r} returned {self.actual}, but declares {self.expected}; return a {self.expected}"
+        )
+
+
+class InputMutated(StepFailed):
+    """A step changed messages that it was given and that other steps share (``docket_check_mutation``)."""
+
+    code = "DC204"
+
+    def __init__(self, step: str, attempts: int, inputs: Sequence[str], others: Sequence[str] = ()) -> None:
+        super().__init__(step, attempts, False, [type_path(InputMutated)], "", others)
+        self.args = (step, attempts, list(inputs), list(others))
+        self.inputs = tuple(inputs)
+
+    def describe(self) -> str:
+        return self._with_others(
+            f"step {self.step!r} changed its input {', '.join(self.inputs)}, which other steps share; copy it first: "
+            "mine = type(message)(); mine.CopyFrom(message)"
         )
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
+from docket_celery.ambient import ambient
 from docket_celery.checkpoint import Store, check_execution_id
 from docket_celery.configuration import Settings
 from docket_celery.defaults import process_defaults
 from docket_celery.errors import InvalidArguments, InvalidSettings, StoreMissing
 from docket_celery.events import Listener
+from docket_celery.mutation import checked
 from docket_celery.outcome import RunOutcome, Submission
 from docket_celery.plan import Plan
 from docket_celery.policy import Seconds, to_seconds
@@ -157,17 +160,28 @@ class Graph(Registry):
         plan = self.compiled(target, _given(inputs) if given is None else given)
         self.freeze()
         settings = process_defaults.settings() if settings is None else settings
+        around, clock = ambient(), None
+        if around is not None:
+            settings, clock = around.adjust(settings), around.clock
+            if around.listeners:
+                submission = replace(submission, listeners=(*submission.listeners, *around.listeners))
+        if settings.check_mutation:
+            plan = checked(plan)
         chosen = self.find_store(plan, settings, store) if plan.persists else None
-        return Run(plan, inputs, submission, settings, chosen, loop)
+        return Run(plan, inputs, submission, settings, chosen, loop, clock)
 
     def find_store(self, plan: Plan, settings: Settings, store: Store | None = None) -> Store:
         """Return the store in force: the call's, else the graph's, else ``docket_database_url``'s.
+
+        One that a test has put around this call comes before the graph's.
 
         Raises:
             StoreMissing: There is none.
             InvalidSettings: ``docket_codec`` is set, and the store was given without a codec.
         """
-        given = store if store is not None else self.store
+        around = ambient()
+        candidates = (store, None if around is None else around.store, self.store)
+        given = next((candidate for candidate in candidates if candidate is not None), None)
         if given is not None:
             if settings.codec is not None and given.codec is None and given.persistent:
                 problem = (

@@ -23,20 +23,26 @@ _logger = logging.getLogger("docket_celery.heartbeat")
 class HeldLease:
     """A lease that this process holds, and until when it may be trusted without asking the database."""
 
-    __slots__ = ("_margin_s", "lease", "lost", "trusted_until")
+    __slots__ = ("_margin_s", "_now", "lease", "lost", "trusted_until")
 
-    def __init__(self, lease: Lease, asked_at: float, margin_s: float) -> None:
-        self.lease, self._margin_s, self.lost = lease, margin_s, False
+    def __init__(
+        self,
+        lease: Lease,
+        asked_at: float,
+        margin_s: float,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.lease, self._margin_s, self._now, self.lost = lease, margin_s, now, False
         self.trusted_until = 0.0
         self.renew(asked_at)
 
     def renew(self, asked_at: float) -> None:
-        """Count the lease from *asked_at* (`time.monotonic`), the moment before the database was asked."""
+        """Count the lease from *asked_at*, the moment before the database was asked."""
         self.trusted_until = asked_at + self.lease.lease_s - self._margin_s
 
     def trusted(self) -> bool:
         """Tell whether the run is surely still ours; False means: start nothing, save nothing."""
-        return not self.lost and time.monotonic() < self.trusted_until
+        return not self.lost and self._now() < self.trusted_until
 
 
 class Heartbeat:

@@ -12,19 +12,20 @@ import contextvars
 import functools
 import heapq
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
 from docket_celery.checkpoint import Store
+from docket_celery.clock import Clock, system_clock
 from docket_celery.context import Cancellation
 from docket_celery.errors import InvalidSettings
 from docket_celery.heartbeat import Heartbeat
 from docket_celery.runtime import Alarm, Pool, Runtime, Timer, Work
 
-_MOST_WAIT_S = 0.1
+_IDLE_WAIT_S = 0.1
+_CANCEL_LOOK_S = 0.01
 _LOOP_FAULT = (
     "0 runs async steps on the calling thread, and an asyncio loop runs there already; "
     "await aexecute with at least 1"
@@ -53,15 +54,19 @@ class InlinePool(Pool):
 class InlineTimer(Timer):
     """Alarms that ring when the calling thread looks."""
 
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self._clock = clock
+
     def after(self, delay_s: float, call: Work) -> Alarm:
         """Make *call* at the first look after *delay_s* seconds."""
-        alarm = Alarm(self, time.monotonic() + delay_s, call)
+        alarm = Alarm(self, self._clock.monotonic() + delay_s, call)
         heapq.heappush(self._heap, (alarm.at, next(self._order), alarm))
         return alarm
 
     def ring(self) -> None:
         """Make the calls that are due."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         while self._heap and self._heap[0][0] <= now:
             alarm = heapq.heappop(self._heap)[2]
             if alarm.call is None:
@@ -70,11 +75,16 @@ class InlineTimer(Timer):
             call, alarm.call = alarm.call, None
             call()
 
+    @property
+    def pending(self) -> bool:
+        """Whether there are alarms."""
+        return bool(self._heap)
+
     def wait_s(self) -> float:
-        """Return how long nothing is due, at most a moment."""
+        """Return how long nothing is due, at most what the clock sleeps at once."""
         if not self._heap:
-            return _MOST_WAIT_S
-        return min(_MOST_WAIT_S, max(0.0, self._heap[0][0] - time.monotonic()))
+            return _IDLE_WAIT_S
+        return min(self._clock.most_wait_s, max(0.0, self._heap[0][0] - self._clock.monotonic()))
 
 
 class InlineLoop:
@@ -112,7 +122,7 @@ class InlineLoop:
             coroutine.close()
             return
         if self._loop is None:
-            self._loop = asyncio.new_event_loop()
+            self._loop = self._runtime.clock.new_loop()
         task = self._loop.create_task(coroutine, context=context)
         future.add_done_callback(lambda _: task.cancel())
         try:
@@ -149,9 +159,10 @@ class InlineRuntime(Runtime):
     pool: InlinePool
     timer: InlineTimer
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = system_clock) -> None:
         super().__init__(0)
-        self.pool, self.timer = InlinePool(), InlineTimer()
+        self.clock = clock
+        self.pool, self.timer = InlinePool(), InlineTimer(clock)
         self._thread = threading.get_ident()
         self._own_loop = InlineLoop(self)
         self._ringing = False
@@ -173,11 +184,11 @@ class InlineRuntime(Runtime):
 
     def drive(self, ended: Callable[[], bool], most_s: float | None = None) -> None:
         """Do all work until *ended*, or for about *most_s* seconds; waits for backoffs are spent here."""
-        until = None if most_s is None else time.monotonic() + most_s
-        while not ended() and (until is None or time.monotonic() < until):
+        until = None if most_s is None else self.clock.monotonic() + most_s
+        while not ended() and (until is None or self.clock.monotonic() < until):
             self.catch_up()
             if not self.pool.step():
-                time.sleep(self.timer.wait_s())
+                self.clock.sleep(self.timer.wait_s())
 
     def close(self) -> None:
         """Close the loop."""
@@ -189,9 +200,13 @@ class InlineCancellation(Cancellation):
 
     __slots__ = ("_runtime",)
 
-    def __init__(self, runtime: Runtime, parent: Cancellation | None = None) -> None:
+    def __init__(self, runtime: InlineRuntime, parent: Cancellation | None = None) -> None:
         super().__init__(parent)
         self._runtime = runtime
+
+    def now(self) -> float:
+        """Return the run's time."""
+        return self._runtime.clock.monotonic()
 
     def child(self) -> Cancellation:
         """Return a flag that is raised with this one."""
@@ -209,25 +224,30 @@ class InlineCancellation(Cancellation):
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait up to *timeout* seconds (None: for ever) and return `is_set`."""
-        until = None if timeout is None else time.monotonic() + timeout
+        clock, timer = self._runtime.clock, self._runtime.timer
+        until = None if timeout is None else clock.monotonic() + timeout
         while not self.is_set():
-            left = _MOST_WAIT_S if until is None else until - time.monotonic()
+            left = _IDLE_WAIT_S if until is None else until - clock.monotonic()
             if left <= 0:
                 return False
-            super().wait(min(left, _MOST_WAIT_S / 10))
+            if clock is system_clock:
+                super().wait(min(left, _CANCEL_LOOK_S))  # another thread may raise it all the same
+            else:
+                clock.sleep(min(left, timer.wait_s()) if timer.pending else left)
         return True
 
 
 class InlineHeartbeat(Heartbeat):
     """Extends what is watched from the calling thread, over its connection."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, clock: Clock = system_clock) -> None:
         super().__init__(store)
-        self._beat_at = time.monotonic()
+        self._clock = clock
+        self._beat_at = clock.monotonic()
 
     def beat_if_due(self) -> None:
         """Extend what is watched, at a quarter of the shortest lease or as soon after as the thread comes to it."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         if (self._held or self._claims) and now >= self._beat_at + self.interval_s():
             self._beat_at = now
             self._beat(now)

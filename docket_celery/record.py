@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -49,7 +48,7 @@ class StepRecord:
     @property
     def elapsed_s(self) -> float:
         """Seconds since `begin`."""
-        return time.monotonic() - self._began
+        return self._delivery.cancellation.now() - self._began
 
     @property
     def claims(self) -> bool:
@@ -58,7 +57,7 @@ class StepRecord:
 
     def begin(self, values: Sequence[Message] = ()) -> None:
         """Note the inputs and when the step began."""
-        self._values, self._began = values, time.monotonic()
+        self._values, self._began = values, self._delivery.cancellation.now()
         if self._delivery.store is not None:
             self._started_at = datetime.now(UTC)
 

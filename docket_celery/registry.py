@@ -5,18 +5,21 @@ from __future__ import annotations
 import difflib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar, Unpack, overload
 
 from google.protobuf.message import Message
 
+from docket_celery.ambient import ambient, surrounded
 from docket_celery.errors import GraphError, InvalidArguments
 from docket_celery.messages import is_message_type
+from docket_celery.overriding import Overriding, Substitute, find_step, read_overrides
 from docket_celery.perprocess import PerProcess
 from docket_celery.plan import Plan, compile_plan
 from docket_celery.policy import StepOptionFields, StepOptions
 from docket_celery.slots import Slots
-from docket_celery.step import Registration, ValueKey, default_name, locate
+from docket_celery.step import Registration, SignatureFault, Step, ValueKey, default_name, locate
 from docket_celery.wiring import Wiring, read_wiring
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -169,6 +172,9 @@ class Registry:
 
     def compiled(self, target: ValueKey, given: tuple[ValueKey, ...]) -> Plan:
         """Return the plan for these values, compiled once."""
+        around = ambient()
+        if around is not None and (replaced := around.replaced.get(self)) is not None:
+            return replaced.compiled(self._read(), target, given)
         found = self._plans.get((target, given))
         if found is None:
             wiring = self._read()
@@ -178,6 +184,44 @@ class Registry:
                 if wiring is self._wiring:
                     self._plans[target, given] = found
         return found
+
+    # --- replacing ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def override(self, steps: Mapping[Any, Substitute]) -> Generator[None]:
+        """Replace steps in a ``with`` block, for tests; the graph itself stays as it is.
+
+        Holds for what this thread or asyncio task executes in the block, however deep, and for nobody else. Blocks
+        inside each other add up.
+
+        Args:
+            steps: What stands in, by the step's name, its output's message type, or what was registered. A message
+                is the output at once: no inputs, no options. Anything to call is wired by its own signature and keeps
+                the step's options; without a single annotation (a lambda, a mock) it is called like the step itself.
+
+        Raises:
+            GraphError: With all faults: a key that is no step, something that cannot stand in for it.
+        """
+        around = ambient()
+        outer = None if around is None else around.replaced.get(self)
+        found = read_overrides(self._read(), self._registrations, steps)
+        with surrounded(replaced={self: Overriding({**(outer.steps if outer else {}), **found})}):
+            yield
+
+    def find_step(self, key: Any) -> Step:
+        """Return the step that *key* means: a name, an output's message type, or what was registered.
+
+        Raises:
+            InvalidArguments: There is none; the text lists what there is.
+        """
+        wiring = self._read()
+        try:
+            found = find_step(wiring, [(r.target, r.name) for r in self._registrations], key)
+        except SignatureFault as fault:
+            raise InvalidArguments(f"graph {self.name!r}", f"{key!r}: {fault}") from None
+        around = ambient()
+        replaced = None if around is None else around.replaced.get(self)
+        return found if replaced is None else replaced.steps.get(found.name, found)
 
     def _read(self) -> Wiring:
         with self._lock:

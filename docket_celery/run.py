@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 import functools
 import logging
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from dataclasses import replace
 from google.protobuf.message import Message
 
 from docket_celery.checkpoint import Checkpoint, Lease, RunRequest, RunRow, Store
+from docket_celery.clock import Clock, system_clock
 from docket_celery.configuration import Settings
 from docket_celery.context import Cancellation
 from docket_celery.delivery import Delivery
@@ -51,6 +51,7 @@ class Run:
         settings: Those in force.
         store: Where to persist, if the plan does.
         loop: Runs ``async def`` steps; None: the loop thread of the process.
+        clock: The time of a run on the calling thread; None: the machine's.
 
     Attributes:
         pool: The threads that the steps run on.
@@ -65,10 +66,11 @@ class Run:
         settings: Settings,
         store: Store | None,
         loop: StepLoop | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.submission, self.store = submission, store if plan.persists else None
         self._plan, self._inputs, self._settings, self._loop = plan, inputs, settings, loop
-        self.inline = InlineRuntime() if settings.threads == 0 else None
+        self.inline = InlineRuntime(clock or system_clock) if settings.threads == 0 else None
         self._runtime: Runtime = self.inline or process_runtime(settings.threads)
         self.pool = self._runtime.pool
         self._report: Callable[[RunOutcome], None] | None = None
@@ -76,12 +78,14 @@ class Run:
         self._hooks = (*connection_hooks(owns_thread), *load_hooks(settings.step_hooks))
         self._cancellation = Cancellation() if self.inline is None else InlineCancellation(self.inline)
         self._beats = (
-            InlineHeartbeat(self.store) if self.inline is not None and self.store is not None else None
+            InlineHeartbeat(self.store, self.inline.clock)
+            if self.inline is not None and self.store is not None
+            else None
         )
         self._held: HeldLease | None = None
         self._execution: Execution | None = None
         self.concluded = False
-        self._began = time.monotonic()
+        self._began = self._cancellation.now()
         self._until = None if submission.timeout_s is None else self._began + submission.timeout_s
         self._owner = str(uuid.uuid4()) if self.store is not None else ""
         self._attached = submission.attached
@@ -120,13 +124,17 @@ class Run:
         """Stop the run if its deadline has passed or its lease is lost; return in how many seconds to look again."""
         if self._beats is not None:
             self._beats.beat_if_due()
-        if self._until is not None and time.monotonic() >= self._until:
+        if self._until is not None and self._cancellation.now() >= self._until:
             self._until = None
             self.stop(RunTimedOut(self.submission.execution_id, self.submission.timeout_s or 0.0))
         elif self._held is not None and not self._held.trusted():
             lease = self._held.lease
             self.stop(LeaseLost(lease.graph, lease.execution_id, lease.epoch))
-        return _SLICE_S if self._until is None else max(0.0, min(_SLICE_S, self._until - time.monotonic()))
+        return (
+            _SLICE_S
+            if self._until is None
+            else max(0.0, min(_SLICE_S, self._until - self._cancellation.now()))
+        )
 
     def watch(self) -> None:
         """Have the timer look after the run until it ends: nobody's thread does."""
@@ -169,7 +177,7 @@ class Run:
         if self._cancellation.error is not None:
             self._conclude(RunOutcome(error=self._cancellation.error))
             return None
-        asked_at = time.monotonic()
+        asked_at = self._cancellation.now()
         request = run_request(
             self._plan,
             self._inputs,
@@ -183,7 +191,7 @@ class Run:
         if isinstance(found, RunRow):
             self._meet(found, request)
             return None
-        self._held = HeldLease(found, asked_at, self._settings.trust_margin_s)
+        self._held = HeldLease(found, asked_at, self._settings.trust_margin_s, self._cancellation.now)
         self._delivery.heartbeat().watch(self._held)
         return found
 
@@ -264,7 +272,7 @@ class Run:
             # Soon, as the new holder may have ended the run by now; the next look tells how long its lease is.
             outcome = RunOutcome(error=outcome.error, busy_s=min(_LOST_BUSY_S, self._settings.lease_seconds))
         outcome = replace(outcome, held=self._held is not None)
-        elapsed = time.monotonic() - self._began
+        elapsed = self._cancellation.now() - self._began
         detail = "" if outcome.error is None else type(outcome.error).__name__
         try:
             self._delivery.tell(EventKind.RUN_ENDED, elapsed_s=elapsed, detail=detail)

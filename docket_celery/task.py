@@ -197,7 +197,14 @@ class GraphTask(Task[P, R]):
         if not options.get("retries"):
             args, kwargs = self._prepare(args, kwargs, headers, execution_id, context)
         run = cast("Callable[..., EagerResult[R]]", super().apply)
-        return run(args, kwargs, *more, headers=headers, **options)
+        if more:
+            return run(args, kwargs, *more, headers=headers, **options)
+        # Raised here: told to throw, Celery throws the Retry of a job that is to be tried again.
+        throw = options.pop("throw", None)
+        result = run(args, kwargs, headers=headers, throw=False, **options)
+        if self.app.conf.task_eager_propagates if throw is None else throw:
+            result.get(disable_sync_subtasks=False)
+        return result
 
     def _prepare(
         self,

@@ -71,6 +71,8 @@ def test_settings_page_has_every_key_with_its_default() -> None:
             assert default == "min(32, 4 x cores)"
         elif value is None or value == ():
             assert default == "none"
+        elif isinstance(value, bool):
+            assert default == str(value).lower()
         else:
             assert default == (f"{value:g}" if value < 1e6 else f"{value:.0f}")
 

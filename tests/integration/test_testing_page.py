@@ -1,0 +1,38 @@
+"""docs/testing.md as its reader would use it: its snippets are one test file, and all its tests pass."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests import readme
+
+PAGE = readme.ROOT / "docs" / "testing.md"
+
+
+def snippets() -> list[str]:
+    """Return the page's Python blocks, in order."""
+    return re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_every_snippet_runs(tmp_path: Path) -> None:
+    """pytest, as strict as it can be, in a folder that holds the README's shop and the page's tests."""
+    readme.make_project(tmp_path)
+    (tmp_path / "test_page.py").write_text("\n\n".join(snippets()), encoding="utf-8")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("DOCKET_", "CELERY_"))}
+    env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(readme.ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_page.py"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    tests = sum(block.count("\ndef test_") + block.startswith("def test_") for block in snippets())
+    assert re.search(rf"^{tests} passed", done.stdout, re.MULTILINE), done.stdout
