@@ -17,6 +17,7 @@ from docket_celery.context import StepContext, bind_context
 from docket_celery.delivery import Delivery
 from docket_celery.errors import StepTimedOut
 from docket_celery.events import EventKind
+from docket_celery.factory import Factory
 from docket_celery.runtime import Alarm, Worker
 from docket_celery.slots import HeldCoroutine, Slot
 from docket_celery.step import Step
@@ -104,7 +105,8 @@ class Attempt:
                 return False
             self.in_flight = True
             thread = threading.current_thread()
-            self.worker = thread if isinstance(thread, Worker) and not step.is_async else None
+            held = not step.is_async or step.factory is not None
+            self.worker = thread if held and isinstance(thread, Worker) else None
             if step.timeout_s is not None:
                 ring = functools.partial(self._ring, context)
                 self._alarm = delivery.runtime.timer.after(step.timeout_s, ring)
@@ -156,6 +158,8 @@ class Attempt:
         # The coroutine's task copies the contextvars in force where it is made, so it is made inside the copy.
         submit = self._delivery.step_loop().submit
         try:
+            if self._step.factory is not None and not self._build(self._step.factory):
+                return
             future = self._delivery.base.copy().run(lambda: submit(self._coroutine(context)))
         except BaseException as error:  # noqa: BLE001 -- the call may fail before its first await
             if self._slot is not None:
@@ -178,6 +182,19 @@ class Attempt:
             stopped = not self.in_flight or self._gate.closed
         if stopped and not future.done():
             self.interrupt()
+
+    def _build(self, factory: Factory) -> bool:
+        """Make sure that the coroutine's instance is there, as loops only await; False: the deadline came before."""
+        self._delivery.base.copy().run(factory.instance)
+        with self._gate.lock:
+            in_time = self.in_flight and not self._gate.closed
+            if in_time:
+                self.worker = None
+        if not in_time:
+            if self._slot is not None:
+                self._slot.cancel()
+            self._ended(None, None)
+        return in_time
 
     def _coroutine(self, context: StepContext) -> Coroutine[Any, Any, tuple[Any, BaseException | None]]:
         coroutine = self._await(context)

@@ -16,6 +16,7 @@ from docket_celery.checkpoint import Store
 from docket_celery.configuration import PREFIX, Settings, check_environment
 from docket_celery.defaults import process_defaults
 from docket_celery.errors import DocketError, InvalidDeclaration, InvalidSettings, StoreUnavailable
+from docket_celery.factory import close_instances
 from docket_celery.graph import Graph
 from docket_celery.hooks import load_hooks
 from docket_celery.plan import Plan
@@ -237,7 +238,13 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
         )
 
 
+def _on_process_shutdown(**_: Any) -> None:
+    """End what steps have built in this process: a prefork child leaves without Python's own exit."""
+    close_instances()
+
+
 def _on_worker_shutdown(**_: Any) -> None:
+    close_instances()
     process_defaults.close()
 
 
@@ -245,4 +252,5 @@ def install() -> None:
     """Connect to Celery; done once, when GraphTask is imported."""
     process_defaults.use_host(_current_values, _in_task)
     signals.worker_init.connect(_on_worker_init, weak=False)
+    signals.worker_process_shutdown.connect(_on_process_shutdown, weak=False)
     signals.worker_shutdown.connect(_on_worker_shutdown, weak=False)

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 
 from docket_celery.ambient import ambient, surrounded
 from docket_celery.errors import GraphError, InvalidArguments
+from docket_celery.factory import C, Factory, Makes
 from docket_celery.messages import is_message_type
 from docket_celery.overriding import Overriding, Substitute, find_step, read_overrides
 from docket_celery.perprocess import PerProcess
@@ -93,23 +94,50 @@ class Registry:
 
         return decorate
 
+    @overload
+    def register(
+        self,
+        target: type[C],
+        preset: StepOptions | None = None,
+        /,
+        *,
+        factory: Makes[C],
+        **options: Unpack[StepOptionFields],
+    ) -> None: ...
+
+    @overload
     def register(
         self, target: object, preset: StepOptions | None = None, /, **options: Unpack[StepOptionFields]
+    ) -> None: ...
+
+    def register(
+        self,
+        target: object,
+        preset: StepOptions | None = None,
+        /,
+        *,
+        factory: Callable[[], object] | None = None,
+        **options: Unpack[StepOptionFields],
     ) -> None:
         """Add a function, a bound method or an object with ``compute`` as a step.
 
         Args:
-            target: What to call.
+            target: What to call, or a class with ``compute`` if there is a factory.
             preset: `StepOptions` to start from.
+            factory: Returns the instance to call, or a context manager that is entered for it. It is called once
+                per process, at the step's first call and on its thread; an error of it is the step's, and the next
+                attempt calls it again. When the process ends the context manager is left, or ``close()`` called
+                where the instance has one.
             **options: The fields of `StepOptions`.
 
         Raises:
             TypeError: An option does not exist.
             GraphError: The graph is frozen because it has run, or the step needs ``name=``.
         """
-        self._add(target, _options(preset, {**options}))
+        made_by = None if factory is None else Factory(target, factory)
+        self._add(target, _options(preset, {**options}), made_by)
 
-    def _add(self, target: Any, options: StepOptions) -> None:
+    def _add(self, target: Any, options: StepOptions, factory: Factory | None = None) -> None:
         name = options.name if options.name is not None else default_name(target)
         if not name:
             where = locate(target)
@@ -135,6 +163,7 @@ class Registry:
                     order=len(self._registrations),
                     where=locate(target),
                     slots=_slots(options.max_concurrent),
+                    factory=factory,
                 )
             )
             self._wiring = None

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple, cast
 from google.protobuf.message import Message
 
 from docket_celery.context import StepContext
+from docket_celery.factory import Factory
 from docket_celery.messages import is_message_type, type_name
 from docket_celery.perprocess import PerProcess
 from docket_celery.policy import RetryPolicy, Scope, StepOptions, to_seconds
@@ -47,6 +48,7 @@ class Registration:
 
     Attributes:
         slots: Those of ``max_concurrent=``; made here, as a signature may be read more than once.
+        factory: Builds the instance of the class that *target* is.
     """
 
     target: Any
@@ -55,6 +57,7 @@ class Registration:
     order: int
     where: str
     slots: PerProcess[Slots] | None = None
+    factory: Factory | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +72,7 @@ class Step:
         timeout_s: Seconds for one attempt, or None.
         retriable: Whether another attempt may cure an error; None: the default rule.
         slots: Bound how many calls run at once, or None.
+        factory: Builds the instance whose ``compute`` is called, or None.
     """
 
     name: str
@@ -86,6 +90,7 @@ class Step:
     max_attempts: int
     retriable: Callable[[BaseException], bool] | None
     slots: PerProcess[Slots] | None = None
+    factory: Factory | None = None
 
     @property
     def identity(self) -> str:
@@ -132,26 +137,27 @@ def read_step(registration: Registration) -> Step:
     Raises:
         SignatureFault: Something is missing, unsupported or contradictory.
     """
-    call = _callable(registration.target)
-    inputs, positional, keywords, output = _signature(call)
+    code = _code(registration)
+    inputs, positional, keywords, output = _signature(code)
     options = registration.options
     _check_options(options)
     return Step(
         name=registration.name,
         order=registration.order,
         where=registration.where,
-        call=call,
+        call=code if registration.factory is None else registration.factory,
         inputs=inputs,
         output=output,
         positional=positional,
         keywords=keywords,
-        is_async=_is_async(call),
+        is_async=_is_async(code),
         options=options,
         timeout_s=None if options.timeout is None else to_seconds(options.timeout, "timeout"),
         ttl_s=None if options.ttl is None else to_seconds(options.ttl, "ttl"),
         max_attempts=1 if options.retry is None else options.retry.max_attempts,
         retriable=_classifier(options),
         slots=registration.slots,
+        factory=registration.factory,
     )
 
 
@@ -180,15 +186,40 @@ def read_annotation(annotation: Any, what: str) -> ValueKey:
     )
 
 
-def _callable(target: Any) -> Callable[..., Any]:
+def _code(registration: Registration) -> Callable[..., Any]:
+    """Return what has the signature of the step."""
+    target, factory = registration.target, registration.factory
+    if factory is not None:
+        return _compute_of(target, factory)
     if isinstance(target, type):
-        raise SignatureFault(f"{target.__name__} is a class; register an instance of it")
+        raise SignatureFault(
+            f"{target.__name__} is a class; register an instance of it, or give factory= to build one per process"
+        )
     compute = getattr(target, "compute", None)
     if compute is not None and not inspect.isroutine(target):
         return typing.cast("Callable[..., Any]", compute)
     if not callable(target):
         raise SignatureFault(f"{target!r} is neither a function nor an object with a compute method")
     return typing.cast("Callable[..., Any]", target)
+
+
+def _compute_of(kind: Any, factory: Factory) -> Callable[..., Any]:
+    """Return ``compute`` of a class as an instance of it will have it."""
+    if not isinstance(kind, type):
+        raise SignatureFault(
+            f"factory= builds instances of a class, and {kind!r} is none; register the class, or drop factory="
+        )
+    if not callable(factory.make):
+        raise SignatureFault(f"factory= is a function without parameters, not {factory.make!r}")
+    compute = inspect.getattr_static(kind, "compute", None)
+    if compute is None:
+        raise SignatureFault(
+            f"{kind.__name__} has no compute method; add one, with the step's inputs and result"
+        )
+    if isinstance(compute, (staticmethod, classmethod)):
+        return typing.cast("Callable[..., Any]", getattr(kind, "compute"))  # noqa: B009 -- not an attribute of type
+    # Any first argument will do: only the other parameters are looked at.
+    return functools.partial(compute, None)
 
 
 def _signature(

@@ -113,6 +113,8 @@ def _close_idle() -> None:
     """End the process's idle threads and stores, which are meant to stay for the next run."""
     if (runtime := sys.modules.get("docket_celery.runtime")) is not None:
         runtime.close_runtimes()
+    if (factory := sys.modules.get("docket_celery.factory")) is not None:
+        factory.close_instances()
     if (defaults := sys.modules.get("docket_celery.defaults")) is not None:
         defaults.process_defaults.close()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import assert_type
 
@@ -83,6 +84,17 @@ class Ship:
 other = Graph("other", store=MemoryStore())
 other.register(Ship(), name="ship", retry=RetryPolicy())
 other.register(Ship().compute, billing, timeout=1)
+
+
+@contextmanager
+def open_ship() -> Generator[Ship]:
+    """A factory with clean-up."""
+    yield Ship()
+
+
+other.register(Ship, factory=Ship)
+other.register(Ship, billing, factory=Ship, name="built", max_concurrent=2)
+other.register(Ship, factory=open_ship, name="managed")
 
 as_reserve: Callable[[Order, ChargeResult], Reservation] = reserve
 as_charge: Callable[[Order, StepContext], ChargeResult] = charge

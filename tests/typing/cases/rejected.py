@@ -48,6 +48,15 @@ class ProcessOrder(GraphTask[[Order], Shipment]):
 
 process_class = ProcessOrder()
 
+
+class Ship:
+    """A step with state."""
+
+    def compute(self, reservation: Reservation) -> Shipment:
+        """Ship."""
+        return Shipment(tracking_number=reservation.reservation_id)
+
+
 # --- arguments of tasks
 process_order.delay()  # expect-error
 process_order.delay("17")  # expect-error
@@ -98,6 +107,11 @@ checkout.step(renamed_from="pay")  # expect-error
 checkout.step(max_concurrent="4")  # expect-error
 checkout.step(retriable=OSError())  # expect-error
 checkout.register(reserve, retires=RetryPolicy())  # expect-error
+checkout.register(reserve, factory=Ship)  # expect-error
+checkout.register(Ship(), factory=Ship)  # expect-error
+checkout.register(Ship, factory=Ship())  # expect-error
+checkout.register(Ship, factory=Order)  # expect-error
+checkout.register(Order, factory=Order)  # expect-error
 checkout.register(reserve, persist=Scope)  # expect-error
 StepOptions(ttl="1d")  # expect-error
 RetryPolicy(max_attempts="3")  # expect-error
