@@ -15,6 +15,7 @@ from docket_celery.context import StepContext, current_context
 from docket_celery.defaults import process_defaults
 from docket_celery.errors import (
     AbortError,
+    CacheMismatch,
     CodecFailed,
     CorruptCheckpoint,
     DecodeFailed,
@@ -84,6 +85,7 @@ __all__ = [  # noqa: RUF022 -- grouped by what people look for
     "SQLStore",
     # Errors
     "AbortError",
+    "CacheMismatch",
     "CodecFailed",
     "CorruptCheckpoint",
     "DecodeFailed",

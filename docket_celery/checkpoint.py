@@ -41,6 +41,12 @@ def global_key(graph: str, step: str, version: str, inputs: Iterable[tuple[str, 
     return digest(b"docket.global.1", graph.encode(), step.encode(), version.encode(), *parts)
 
 
+def cache_key(cache: str, version: str, inputs: Iterable[tuple[str, bytes]]) -> bytes:
+    """Name an entry of the cache called *cache*, which steps of several graphs may share; else as `global_key`."""
+    parts = [part for name, data in inputs for part in (name.encode(), data)]
+    return digest(b"docket.cache.1", cache.encode(), version.encode(), *parts)
+
+
 def input_digest(inputs: Iterable[tuple[str, bytes]]) -> str:
     """Return the hex digest of a step's inputs, kept beside its checkpoint as a check."""
     return digest(
@@ -100,7 +106,7 @@ class Checkpoint:
     """One row of ``docket_cache``: a step's output and what it was made from.
 
     Attributes:
-        key: `workflow_key` or `global_key`.
+        key: `workflow_key`, `global_key` or `cache_key`.
         execution_id: None for a GLOBAL checkpoint.
         item: Text path of the item in a batch: '', '7', '7/3'.
         input_hash: `input_digest` in hex.
@@ -339,19 +345,42 @@ class Store(Protocol):
         """
         ...
 
-    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+    def lookup(
+        self, key: bytes, owner: str, lease_s: float, within_s: float | None = None
+    ) -> Checkpoint | bool:
         """Return a live GLOBAL checkpoint, or claim the right to compute it.
+
+        Args:
+            key: `global_key` or `cache_key`.
+            owner: Random text, new for each delivery; repeating a look-up with it is idempotent.
+            lease_s: Seconds until others may take the claim over unless it is extended.
+            within_s: Only a checkpoint counts whose computation began less than so many seconds ago; None: any.
 
         Returns:
             The verified checkpoint; True if *owner* now holds the claim; False if another live owner does.
         """
         ...
 
-    def publish(self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None) -> Checkpoint:
+    def publish(
+        self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None, *, replace: bool = False
+    ) -> Checkpoint:
         """Store a GLOBAL checkpoint, replace an expired one, drop *owner*'s claim.
+
+        Args:
+            checkpoint: What was computed.
+            owner: Who claimed it.
+            execution: The step's row, or None.
+            replace: Replace a live one too, unless another has taken the claim from *owner*.
 
         Returns:
             The checkpoint that counts, verified: this one, or a live one that was there before.
+        """
+        ...
+
+    def forget(self, key: bytes) -> bool:
+        """Delete a GLOBAL checkpoint, whatever it holds, and tell whether there was a live one.
+
+        A computation that has been claimed goes on, and its result is stored.
         """
         ...
 

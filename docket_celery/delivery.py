@@ -30,6 +30,7 @@ class Delivery:
         hooks: Entered once around each call of a step.
         loop: Runs ``async def`` steps; None: the loop thread of the process.
         beats: Keeps the lease and claims alive; None: the heartbeat of the process.
+        refreshes: Compute GLOBAL outputs anew and replace those that are stored.
         rows: Step executions that no save has carried yet.
     """
 
@@ -52,6 +53,7 @@ class Delivery:
     task_id: str | None = None
     loop: StepLoop | None = None
     beats: Heartbeat | None = None
+    refreshes: bool = False
     rows: list[StepExecution] = field(default_factory=list[StepExecution])
 
     def step_loop(self) -> StepLoop:

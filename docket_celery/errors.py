@@ -26,6 +26,7 @@
     ├── SchemaMismatch              DC402   the tables are missing or of another version
     ├── CorruptCheckpoint           DC403   a stored row does not match its checksum
     ├── CodecFailed                 DC404   the codec failed on a value, or the value was stored with or without one
+    ├── CacheMismatch               DC405   a shared entry is of another type than the step returns
     ├── PayloadTooLarge             DC500   a message is over ``docket_max_message_bytes``
     ├── UnknownMessageType          DC501   no declared task uses this message type
     ├── DecodeFailed                DC502   the bytes are not a valid message of their type
@@ -465,6 +466,25 @@ class CodecFailed(DocketError):
 
     def describe(self) -> str:
         return f"{self.what}: {self.problem}"
+
+
+class CacheMismatch(DocketError):
+    """A GLOBAL entry is of another type than the step returns: another step's, or of an earlier release."""
+
+    code = "DC405"
+
+    def __init__(self, graph: str, step: str, cache: str | None, found: str, expected: str) -> None:
+        super().__init__(graph, step, cache, found, expected)
+        self.graph, self.step, self.cache = graph, step, cache
+        self.found, self.expected = found, expected
+
+    def describe(self) -> str:
+        whose = "its entry" if self.cache is None else f"the entry of cache {self.cache!r}"
+        fix = "version=" if self.cache is None else "cache= or version="
+        return (
+            f"step {self.step!r} of graph {self.graph!r} returns {self.expected}, but {whose} for these inputs is a "
+            f"{self.found}; give the step another {fix}, or drop the entry with graph.forget({self.step!r}, ...)"
+        )
 
 
 class PayloadTooLarge(DocketError):

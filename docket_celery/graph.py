@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from google.protobuf.message import Message
 
 from docket_celery.ambient import ambient
+from docket_celery.cache import check_inputs, find_shared_step, forget
 from docket_celery.checkpoint import Store, check_execution_id
 from docket_celery.configuration import Settings
 from docket_celery.defaults import process_defaults
@@ -128,6 +129,99 @@ class Graph(Registry):
         """
         submission = _submission(self.listeners, execution_id, context, max_concurrency, timeout)
         return StartedRun(self._run(value_key(target, "start"), inputs, submission, store=store), target)
+
+    def forget(self, step: object, /, *inputs: Message, store: Store | None = None) -> bool:
+        """Drop the entry of a GLOBAL step for these inputs: the next run that needs it computes it.
+
+        A computation that is under way goes on, and its result is stored; `refresh` computes after it.
+
+        Args:
+            step: The step's name, its output's message type, or what was registered.
+            *inputs: The step's inputs, in the order of its parameters.
+            store: Where; default: the graph's, then ``docket_database_url``.
+
+        Returns:
+            Whether there was an entry that counted.
+
+        Raises:
+            InvalidArguments: There is no such step, it keeps nothing shared, or the inputs are not its own.
+            StoreMissing: There is no store.
+        """
+        found = find_shared_step(self, step, "forget")
+        values = check_inputs(found, inputs, "forget")
+        plan = self.compiled(found.output, tuple(dict.fromkeys(found.inputs)))
+        settings = process_defaults.settings()
+        return forget(self.find_store(plan, settings, store), self.name, found, values)
+
+    @overload
+    def refresh(
+        self,
+        step: Callable[..., Coroutine[Any, Any, T]],
+        /,
+        *inputs: Message,
+        context: Mapping[str, Any] | None = None,
+        timeout: Seconds | None = None,
+        store: Store | None = None,
+    ) -> T: ...
+
+    @overload
+    def refresh(
+        self,
+        step: Callable[..., T],
+        /,
+        *inputs: Message,
+        context: Mapping[str, Any] | None = None,
+        timeout: Seconds | None = None,
+        store: Store | None = None,
+    ) -> T: ...
+
+    @overload
+    def refresh(
+        self,
+        step: object,
+        /,
+        *inputs: Message,
+        context: Mapping[str, Any] | None = None,
+        timeout: Seconds | None = None,
+        store: Store | None = None,
+    ) -> Message: ...
+
+    def refresh(
+        self,
+        step: object,
+        /,
+        *inputs: Message,
+        context: Mapping[str, Any] | None = None,
+        timeout: Seconds | None = None,
+        store: Store | None = None,
+    ) -> Message:
+        """Compute the output of a GLOBAL step anew, under its policy, replace its entry, and return it.
+
+        Others read the old entry until the new one is stored. One at a time computes: where another one does, this
+        waits, then computes itself, unless somebody has begun to after this was called. It is a run of its own.
+
+        Args:
+            step: The step's name, its output's message type, or what was registered.
+            *inputs: The step's inputs, in the order of its parameters.
+            context: Values for ``ctx.values``.
+            timeout: Seconds or timedelta for all of it, waiting for another one included.
+            store: Where; default: the graph's, then ``docket_database_url``.
+
+        Raises:
+            InvalidArguments: There is no such step, it keeps nothing shared, or the inputs are not its own.
+            DocketError: As from `execute`; the old entry stays.
+        """
+        found = find_shared_step(self, step, "refresh")
+        values = check_inputs(found, inputs, "refresh")
+        submission = _submission(self.listeners, None, context, None, timeout)
+        outcome = self.deliver(
+            found.output,
+            values,
+            replace(submission, refreshes=True),
+            given=tuple(dict.fromkeys(found.inputs)),
+            store=store,
+        )
+        return read_value(outcome, found.output.kind)
 
     def deliver(
         self,

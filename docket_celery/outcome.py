@@ -48,6 +48,7 @@ class Submission:
         hands_back: After these another delivery shall go on: the run is left WAITING, as it is after whatever ends
             a process or a greenlet (SystemExit, KeyboardInterrupt, GreenletExit, a cancelled asyncio task).
         worker: Who runs it, for the record.
+        refreshes: Compute GLOBAL outputs anew and replace those that are stored.
     """
 
     execution_id: str
@@ -69,6 +70,7 @@ class Submission:
     scopes: Sequence[MakeScope] = ()
     park_s: Callable[[BaseException, Lease | None], float | None] | None = None
     worker: str = ""
+    refreshes: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

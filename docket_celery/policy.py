@@ -151,6 +151,8 @@ class StepOptions:
         ttl: Seconds or timedelta a kept output lives: from saving (GLOBAL) or from the run's end (WORKFLOW).
         version: Part of a GLOBAL key: change it when the code's result changes. Recorded for WORKFLOW.
         key: GLOBAL only: from the inputs, the message to hash instead of them.
+        cache: GLOBAL only: name of the cache that keeps the outputs; default: one of the step's own. Steps of any
+            graphs share entries if cache name, version, inputs in their order, and output type are the same.
         retry: Attempts and waits; default: one attempt.
         timeout: Seconds or timedelta for one attempt.
         retriable: Which errors another attempt may cure.
@@ -166,6 +168,7 @@ class StepOptions:
     ttl: Seconds | None = None
     version: str = ""
     key: KeyFunction | None = None
+    cache: str | None = None
     retry: RetryPolicy | None = None
     timeout: Seconds | None = None
     retriable: ErrorClassifier | None = None
@@ -194,6 +197,7 @@ class StepOptionFields(TypedDict, total=False):
     ttl: Seconds | None
     version: str
     key: KeyFunction | None
+    cache: str | None
     retry: RetryPolicy | None
     timeout: Seconds | None
     retriable: ErrorClassifier | None

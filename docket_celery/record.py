@@ -13,12 +13,13 @@ from docket_celery.checkpoint import (
     Lease,
     StepExecution,
     Store,
+    cache_key,
     global_key,
     input_digest,
     workflow_key,
 )
 from docket_celery.delivery import Delivery
-from docket_celery.errors import DocketError, GraphChanged, InvalidArguments
+from docket_celery.errors import CacheMismatch, DocketError, GraphChanged, InvalidArguments
 from docket_celery.messages import from_bytes, to_bytes, to_view, type_name
 from docket_celery.plan import Plan
 from docket_celery.policy import Scope
@@ -36,12 +37,13 @@ class StepRecord:
         delivery: The delivery it belongs to.
     """
 
-    __slots__ = ("_began", "_claimed", "_delivery", "_started_at", "_step", "_values")
+    __slots__ = ("_began", "_claimed", "_delivery", "_looked_up", "_started_at", "_step", "_values")
 
     def __init__(self, step: Step, delivery: Delivery) -> None:
         self._step, self._delivery = step, delivery
         self._values: Sequence[Message] = ()
         self._claimed: bytes | None = None
+        self._looked_up: bytes | None = None
         self._began = 0.0
         self._started_at: datetime | None = None
 
@@ -64,11 +66,17 @@ class StepRecord:
     # --- checkpoints -------------------------------------------------------------------------------------------
 
     def look_up(self) -> Checkpoint | bool:
-        """Return the GLOBAL checkpoint; True: this step shall compute it; False: another one does."""
+        """Return the GLOBAL checkpoint; True: this step shall compute it; False: another one does.
+
+        A refresh takes what another one began to compute after it, and nothing that was there before.
+        """
         delivery = self._delivery
         assert delivery.store is not None
-        key = self._key()
-        found = delivery.store.lookup(key, delivery.owner, delivery.lease_s)
+        within_s = None
+        if delivery.refreshes:
+            within_s = 0.0 if self._looked_up is None else self.elapsed_s
+        self._looked_up = key = self._looked_up or self._key()
+        found = delivery.store.lookup(key, delivery.owner, delivery.lease_s, within_s)
         if found is True:
             # Watched before it is known: whoever aborts drops the claims that it finds, watch included.
             delivery.heartbeat().watch_claim(key, delivery.owner, delivery.lease_s)
@@ -80,7 +88,7 @@ class StepRecord:
         step, delivery = self._step, self._delivery
         assert delivery.store is not None
         return Checkpoint(
-            key=self._claimed or self._key(),
+            key=self._looked_up or self._key(),
             graph=delivery.graph,
             execution_id=None if step.persist is Scope.GLOBAL else delivery.execution_id,
             step_name=step.name,
@@ -104,7 +112,10 @@ class StepRecord:
         assert delivery.store is not None
         assert delivery.held is not None
         if checkpoint.execution_id is None:
-            winner = delivery.store.publish(checkpoint, delivery.owner, row)
+            winner = delivery.store.publish(checkpoint, delivery.owner, row, replace=delivery.refreshes)
+            if delivery.refreshes:
+                # Whoever may have overtaken this one computes anew too; what was stored before is not asked for.
+                winner = checkpoint
         else:
             winner = delivery.store.save(delivery.held.lease, checkpoint, row)
         self._release_claim()
@@ -129,16 +140,8 @@ class StepRecord:
         step, delivery = self._step, self._delivery
         if step.persist is Scope.WORKFLOW:
             return workflow_key(delivery.graph, delivery.execution_id, step.identity)
-        hashed = self._values
-        if step.options.key is not None:
-            named: object = step.options.key(*self._values)
-            if not isinstance(named, Message):
-                problem = f"returned {type(named).__name__}; it must return the message to hash"
-                raise InvalidArguments(f"key= of step {step.name!r}", problem)
-            hashed = [named]
-        inputs = [(type_name(value), to_bytes(value)) for value in hashed]
         assert delivery.store is not None
-        return delivery.store.keyed(global_key(delivery.graph, step.name, step.options.version, inputs))
+        return shared_key(delivery.graph, step, self._values, delivery.store)
 
     # --- rows --------------------------------------------------------------------------------------------------
 
@@ -169,6 +172,25 @@ class StepRecord:
             worker=delivery.worker,
             task_id=delivery.task_id,
         )
+
+
+def shared_key(graph: str, step: Step, values: Sequence[Message], store: Store) -> bytes:
+    """Return the key of a GLOBAL step's checkpoint for these inputs, as *store* keeps it.
+
+    Raises:
+        InvalidArguments: ``key=`` returned no message.
+    """
+    hashed = values
+    if step.options.key is not None:
+        named: object = step.options.key(*values)
+        if not isinstance(named, Message):
+            problem = f"returned {type(named).__name__}; it must return the message to hash"
+            raise InvalidArguments(f"key= of step {step.name!r}", problem)
+        hashed = [named]
+    inputs = [(type_name(value), to_bytes(value)) for value in hashed]
+    if step.options.cache is not None:
+        return store.keyed(cache_key(step.options.cache, step.options.version, inputs))
+    return store.keyed(global_key(graph, step.name, step.options.version, inputs))
 
 
 def hash_inputs(values: Sequence[Message], store: Store) -> str:
@@ -205,10 +227,13 @@ def read_value(step: Step, checkpoint: Checkpoint, delivery: Delivery) -> Messag
     """Return the stored output of *step*.
 
     Raises:
-        GraphChanged: It is of another type than the step returns now.
+        CacheMismatch: It is shared, and of another type than the step returns.
+        GraphChanged: It is the run's own, and of another type than the step returns now.
         DecodeFailed: The bytes cannot be read.
     """
     expected = type_name(step.output.kind)
+    if checkpoint.output_type != expected and checkpoint.execution_id is None:
+        raise CacheMismatch(delivery.graph, step.name, step.options.cache, checkpoint.output_type, expected)
     if checkpoint.output_type != expected:
         change = f"{step.name} (returned {checkpoint.output_type}, now {expected})"
         raise GraphChanged(delivery.graph, delivery.execution_id, [change])

@@ -32,9 +32,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("backoff", "retry_backoff", "retry_policy"), "retry=RetryPolicy(backoff=...)"),
     **dict.fromkeys(("autoretry_for", "retry_on", "retry_for"), "retriable="),
     **dict.fromkeys(("time_limit", "soft_time_limit", "deadline"), "timeout="),
-    **dict.fromkeys(
-        ("cache", "cached", "checkpoint", "persistence", "scope"), "persist=Scope.WORKFLOW or GLOBAL"
-    ),
+    **dict.fromkeys(("cached", "checkpoint", "persistence", "scope"), "persist=Scope.WORKFLOW or GLOBAL"),
     **dict.fromkeys(("concurrency", "max_concurrency", "rate_limit"), "max_concurrent="),
     "expires": "ttl=",
 }

@@ -326,6 +326,7 @@ class Run:
             scopes=submission.scopes,
             hooks=self._hooks,
             worker=submission.worker,
+            refreshes=submission.refreshes,
             task_id=submission.task_id,
             loop=self._loop,
             beats=self._beats,

@@ -318,6 +318,8 @@ def _check_options(options: StepOptions) -> None:
     _check_kinds(options)
     if options.key is not None and options.persist is not Scope.GLOBAL:
         raise SignatureFault("key= names GLOBAL checkpoints; add persist=Scope.GLOBAL or drop it")
+    if options.cache is not None and options.persist is not Scope.GLOBAL:
+        raise SignatureFault("cache= names where GLOBAL checkpoints are; add persist=Scope.GLOBAL or drop it")
     if options.ttl is not None and options.persist is None:
         raise SignatureFault("ttl= without persist= keeps nothing; add persist= or drop it")
     if options.on_input_change not in ("reuse", "error"):
@@ -344,6 +346,9 @@ def _check_kinds(options: StepOptions) -> None:
         raise SignatureFault(f"version= is text, not {options.version!r}")
     if options.key is not None and not callable(options.key):
         raise SignatureFault(f"key= is a function of the step's inputs, not {options.key!r}")
+    cache: object = options.cache
+    if cache is not None and not (isinstance(cache, str) and 1 <= len(cache) <= 200 and cache.isprintable()):
+        raise SignatureFault(f"cache= is a name of 1 to 200 printable characters, not {cache!r}")
     given: object = options.retriable
     kinds = cast("Sequence[object]", given) if isinstance(given, tuple) else [given]
     for kind in kinds:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from docket_celery.errors import GraphError
+from docket_celery.messages import type_name
 from docket_celery.step import Registration, SignatureFault, Step, ValueKey, read_step
 
 
@@ -75,6 +76,7 @@ def read_wiring(graph: str, registrations: Iterable[Registration]) -> Wiring:
                 f"{step.name!r} ({step.where}); drop one, or tell the results apart with Annotated[..., Named(...)]"
             )
     faults += _former_names(steps)
+    faults += _shared_caches(steps)
     return Wiring(graph=graph, steps=tuple(steps), producers=producers, faults=tuple(faults))
 
 
@@ -137,3 +139,18 @@ def _former_names(steps: Iterable[Step]) -> Iterable[str]:
                     f"DC117 former name: step {step.name!r} ({step.where}) has {name!r} in renamed_from, which is "
                     f"also a name of step {other.name!r} ({other.where}); a name belongs to one step for good"
                 )
+
+
+def _shared_caches(steps: Iterable[Step]) -> Iterable[str]:
+    """Find steps that would read each other's entries of one cache, and could not."""
+    owners: dict[str, Step] = {}
+    for step in steps:
+        if step.options.cache is None:
+            continue
+        other = owners.setdefault(step.options.cache, step)
+        if other.output.kind is not step.output.kind:
+            yield (
+                f"DC119 shared cache: cache={step.options.cache!r} is named by step {other.name!r} ({other.where}), "
+                f"which returns {type_name(other.output.kind)}, and by step {step.name!r} ({step.where}), which "
+                f"returns {type_name(step.output.kind)}; entries of one cache have one type: name another one"
+            )

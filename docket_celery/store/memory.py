@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from docket_celery.checkpoint import (
     Checkpoint,
@@ -20,6 +21,7 @@ from docket_celery.checkpoint import (
 from docket_celery.codec import Codec
 from docket_celery.errors import LeaseLost
 from docket_celery.store.rows import (
+    SCHEMA_VERSION,
     check_owner,
     dump_json,
     is_crash,
@@ -29,17 +31,23 @@ from docket_celery.store.rows import (
     result_checksum,
 )
 
-_SCHEMA_VERSION = 1
-
 
 @dataclass(slots=True)
 class _Stored:
     checkpoint: Checkpoint
     checksum: bytes
     expires_at: float | None
+    claimed_at: float | None
 
     def read(self) -> Checkpoint:
         return self.checkpoint.verify(self.checksum)
+
+
+@dataclass(slots=True)
+class _Claim:
+    owner: str
+    lease_until: float
+    claimed_at: float
 
 
 @dataclass(slots=True)
@@ -95,7 +103,7 @@ class MemoryStore:
         self._lock = threading.Lock()
         self._cache: dict[bytes, _Stored] = {}
         self._runs: dict[tuple[str, str], _Run] = {}
-        self._claims: dict[bytes, tuple[str, float]] = {}
+        self._claims: dict[bytes, _Claim] = {}
         self._executions: list[StepExecution] = []
 
     def acquire(self, request: RunRequest) -> Lease | RunRow:
@@ -142,33 +150,46 @@ class MemoryStore:
             stored = self._cache.get(checkpoint.key)
             if stored is not None:
                 return check_owner(stored.read(), lease.graph, lease.execution_id)
-            return self._store(checkpoint, None, execution)
+            return self._store(checkpoint, None, None, execution)
 
-    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+    def lookup(
+        self, key: bytes, owner: str, lease_s: float, within_s: float | None = None
+    ) -> Checkpoint | bool:
         """See `Store.lookup`."""
         with self._lock:
             now = self._clock()
             stored = self._live(key, now)
-            if stored is not None:
+            if stored is not None and _began_within(stored, within_s, now):
                 return check_owner(stored.read(), "", None)
-            holder, until = self._claims.get(key, (owner, now))
-            if holder != owner and until > now:
+            claim = self._claims.get(key)
+            if claim is not None and claim.owner != owner and claim.lease_until > now:
                 return False
-            self._claims[key] = (owner, now + lease_s)
+            self._claims[key] = _Claim(owner, now + lease_s, now)
             return True
 
-    def publish(self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None) -> Checkpoint:
+    def publish(
+        self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None, *, replace: bool = False
+    ) -> Checkpoint:
         """See `Store.publish`."""
         with self._lock:
             now = self._clock()
-            self._drop_claim(checkpoint.key, owner)
+            claimed_at = self._drop_claim(checkpoint.key, owner)
             stored = self._live(checkpoint.key, now)
-            if stored is not None:
+            if stored is not None and not (replace and _may_replace(stored, claimed_at)):
                 if execution is not None and execution not in self._executions:
                     self._executions.append(execution)
                 return check_owner(stored.read(), "", None)
             expires_at = None if checkpoint.ttl_s is None else now + checkpoint.ttl_s
-            return self._store(checkpoint, expires_at, execution)
+            return self._store(checkpoint, expires_at, claimed_at, execution)
+
+    def forget(self, key: bytes) -> bool:
+        """See `Store.forget`."""
+        with self._lock:
+            live = self._live(key, self._clock()) is not None
+            stored = self._cache.get(key)
+            if stored is not None and stored.checkpoint.execution_id is None:
+                del self._cache[key]
+            return live and stored is not None and stored.checkpoint.execution_id is None
 
     def disclaim(self, key: bytes, owner: str) -> None:
         """See `Store.disclaim`."""
@@ -188,8 +209,9 @@ class MemoryStore:
                     run.lease_until = now + lease.lease_s
                     held.add((lease.graph, lease.execution_id))
             for key, owner, lease_s in claims:
-                if key in self._claims and self._claims[key][0] == owner:
-                    self._claims[key] = (owner, now + lease_s)
+                claim = self._claims.get(key)
+                if claim is not None and claim.owner == owner:
+                    claim.lease_until = now + lease_s
         return held
 
     def end(self, lease: Lease, end: RunEnd) -> None:
@@ -211,7 +233,7 @@ class MemoryStore:
             run.failures += end.failed_once
             run.wake_at = None if end.wake_in_s is None else now + end.wake_in_s
             if end.wake_in_s is not None:
-                run.request = replace(run.request, retries=run.request.retries + 1)
+                run.request = dataclasses.replace(run.request, retries=run.request.retries + 1)
             self._executions.extend(end.executions)
             if end.state.ended:
                 run.expires_at = None if end.retention_s is None else now + end.retention_s
@@ -231,7 +253,7 @@ class MemoryStore:
 
     def migrate(self) -> int:
         """Return the version of the rules; there are no tables."""
-        return _SCHEMA_VERSION
+        return SCHEMA_VERSION
 
     def check_schema(self) -> None:
         """Do nothing: memory is always of this release's version."""
@@ -275,7 +297,7 @@ class MemoryStore:
             run.failures = 0
         if not (run.state is RunState.RUNNING and run.owner == request.owner):
             run.epoch += 1
-        run.request = replace(request, retries=retries)
+        run.request = dataclasses.replace(request, retries=retries)
         run.state, run.owner = RunState.RUNNING, request.owner
         run.lease_until = now + request.lease_s
         run.error = run.result = run.result_checksum = run.wake_at = run.expires_at = None
@@ -298,17 +320,25 @@ class MemoryStore:
         return stored
 
     def _store(
-        self, checkpoint: Checkpoint, expires_at: float | None, execution: StepExecution | None
+        self,
+        checkpoint: Checkpoint,
+        expires_at: float | None,
+        claimed_at: float | None,
+        execution: StepExecution | None,
     ) -> Checkpoint:
-        kept = replace(checkpoint, output_json=None)
-        self._cache[kept.key] = _Stored(kept, kept.checksum(), expires_at)
+        kept = dataclasses.replace(checkpoint, output_json=None)
+        self._cache[kept.key] = _Stored(kept, kept.checksum(), expires_at, claimed_at)
         if execution is not None:
             self._executions.append(execution)
         return kept
 
-    def _drop_claim(self, key: bytes, owner: str) -> None:
-        if key in self._claims and self._claims[key][0] == owner:
-            del self._claims[key]
+    def _drop_claim(self, key: bytes, owner: str) -> float | None:
+        """Drop *owner*'s claim; return when it was made, or None if another has it."""
+        claim = self._claims.get(key)
+        if claim is None or claim.owner != owner:
+            return None
+        del self._claims[key]
+        return claim.claimed_at
 
     def _date_checkpoints(self, lease: Lease, ended_at: float | None) -> None:
         for stored in self._cache.values():
@@ -317,3 +347,11 @@ class MemoryStore:
                 continue
             if (checkpoint.graph, checkpoint.execution_id) == (lease.graph, lease.execution_id):
                 stored.expires_at = None if ended_at is None else ended_at + checkpoint.ttl_s
+
+
+def _began_within(stored: _Stored, within_s: float | None, now: float) -> bool:
+    return within_s is None or (stored.claimed_at is not None and stored.claimed_at > now - within_s)
+
+
+def _may_replace(stored: _Stored, claimed_at: float | None) -> bool:
+    return claimed_at is not None and (stored.claimed_at is None or stored.claimed_at <= claimed_at)

@@ -85,9 +85,11 @@ def save(
     raise StoreUnavailable("save the checkpoint", "another's row is being deleted")
 
 
-def lookup(connection: Connection, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+def lookup(
+    connection: Connection, key: bytes, owner: str, lease_s: float, within_s: float | None = None
+) -> Checkpoint | bool:
     """See `Store.lookup`."""
-    values = {"cache_key": key, "owner": clean_text(owner), "lease_s": lease_s}
+    values = {"cache_key": key, "owner": clean_text(owner), "lease_s": lease_s, "within_s": within_s}
     row = connection.execute(sql.LOOKUP, values).mappings().one()
     if row["cache_key"] is not None:
         return check_owner(read_checkpoint(row), "", None)
@@ -95,11 +97,17 @@ def lookup(connection: Connection, key: bytes, owner: str, lease_s: float) -> Ch
 
 
 def publish(
-    connection: Connection, checkpoint: Checkpoint, owner: str, execution: StepExecution | None
+    connection: Connection,
+    checkpoint: Checkpoint,
+    owner: str,
+    execution: StepExecution | None,
+    *,
+    replacing: bool = False,
 ) -> Checkpoint:
     """See `Store.publish`."""
     ours = clean_checkpoint(checkpoint)
-    values = checkpoint_values(ours) | {"owner": clean_text(owner)} | _execution_values(execution)
+    values = checkpoint_values(ours) | _execution_values(execution)
+    values |= {"owner": clean_text(owner), "replacing": replacing}
     statement = sql.PUBLISH if execution is None else sql.PUBLISH_EXECUTION
     for _ in range(_TRIES):
         if connection.execute(statement, values).scalar_one():
@@ -108,6 +116,11 @@ def publish(
         if row is not None:
             return check_owner(read_checkpoint(row), "", None)
     raise StoreUnavailable("publish the checkpoint", "another's row is being deleted")
+
+
+def forget(connection: Connection, key: bytes) -> bool:
+    """See `Store.forget`."""
+    return bool(connection.execute(sql.FORGET, {"cache_key": key}).scalar())
 
 
 def disclaim(connection: Connection, key: bytes, owner: str) -> None:

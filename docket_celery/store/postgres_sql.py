@@ -127,11 +127,15 @@ SAVE_EXECUTION = _save(f", e AS ({_ADD_EXECUTION} SELECT {_EXECUTION} FROM s)")
 LOOKUP = text(f"""
 WITH live AS (
     SELECT {_COLUMNS} FROM docket_cache
-    WHERE cache_key = :cache_key AND (expires_at IS NULL OR expires_at > clock_timestamp())),
+    WHERE cache_key = :cache_key AND (expires_at IS NULL OR expires_at > clock_timestamp())
+        AND (CAST(:within_s AS double precision) IS NULL
+            OR claimed_at > clock_timestamp() - CAST(:within_s AS double precision) * {_SECOND})),
 claimed AS (
-    INSERT INTO docket_claims AS c (cache_key, owner, lease_until)
-    SELECT CAST(:cache_key AS bytea), CAST(:owner AS text), {_UNTIL} WHERE NOT EXISTS (SELECT 1 FROM live)
-    ON CONFLICT (cache_key) DO UPDATE SET owner = excluded.owner, lease_until = excluded.lease_until
+    INSERT INTO docket_claims AS c (cache_key, owner, lease_until, claimed_at)
+    SELECT CAST(:cache_key AS bytea), CAST(:owner AS text), {_UNTIL}, clock_timestamp()
+    WHERE NOT EXISTS (SELECT 1 FROM live)
+    ON CONFLICT (cache_key) DO UPDATE SET
+        owner = excluded.owner, lease_until = excluded.lease_until, claimed_at = clock_timestamp()
     WHERE (c.owner = excluded.owner AND c.lease_until > clock_timestamp())
         OR (c.lease_until <= clock_timestamp() AND EXISTS (
             SELECT 1 FROM docket_claims AS seen
@@ -144,12 +148,17 @@ SELECT claims.won, live.* FROM (SELECT count(*) AS won FROM claimed) AS claims L
 def _publish(execution: str) -> TextClause:
     return text(f"""
 WITH s AS (
-    INSERT INTO docket_cache AS c ({_COLUMNS}, output_json, created_at, expires_at)
-    SELECT {_STORED}, clock_timestamp() + CAST(:ttl AS double precision) * {_SECOND}
+    INSERT INTO docket_cache AS c ({_COLUMNS}, output_json, created_at, expires_at, claimed_at)
+    SELECT {_STORED}, clock_timestamp() + CAST(:ttl AS double precision) * {_SECOND},
+        (SELECT claimed_at FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner)
     ON CONFLICT (cache_key) DO UPDATE SET
         {", ".join(f"{name} = excluded.{name}" for name in CHECKPOINT_COLUMNS if name != "cache_key")},
-        output_json = excluded.output_json, created_at = excluded.created_at, expires_at = excluded.expires_at
-    WHERE c.expires_at <= clock_timestamp() RETURNING 1),
+        output_json = excluded.output_json, created_at = excluded.created_at,
+        expires_at = excluded.expires_at, claimed_at = excluded.claimed_at
+    WHERE c.expires_at <= clock_timestamp() OR (
+        CAST(:replacing AS boolean) AND excluded.claimed_at IS NOT NULL
+        AND (c.claimed_at IS NULL OR c.claimed_at <= excluded.claimed_at))
+    RETURNING 1),
 spent AS (
     UPDATE docket_claims SET lease_until = clock_timestamp()
     WHERE cache_key = :cache_key AND owner = :owner AND lease_until > clock_timestamp()),
@@ -169,6 +178,10 @@ e AS ({_ADD_EXECUTION} SELECT {_EXECUTION} WHERE NOT EXISTS (
     WHERE execution_id = CAST(:x_execution_id AS text) AND graph = CAST(:x_graph AS text)
         AND step_name = CAST(:x_step_name AS text) AND item = CAST(:x_item AS text)
         AND delivery = CAST(:x_delivery AS bigint) AND started_at = CAST(:x_started_at AS timestamptz)))""")
+FORGET = text("""
+DELETE FROM docket_cache WHERE cache_key = :cache_key AND execution_id IS NULL
+RETURNING expires_at IS NULL OR expires_at > clock_timestamp()
+""")
 DISCLAIM = text(
     "DELETE FROM docket_claims "
     "WHERE cache_key = :cache_key AND owner = :owner AND lease_until > clock_timestamp()"

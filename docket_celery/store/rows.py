@@ -20,6 +20,9 @@ from docket_celery.checkpoint import (
 )
 from docket_celery.errors import CorruptCheckpoint
 
+SCHEMA_VERSION = 2
+"""The version of the tables and rules that this release reads and writes."""
+
 CHECKPOINT_COLUMNS = (
     "cache_key",
     "execution_id",

@@ -34,8 +34,9 @@ from sqlalchemy.dialects.postgresql import JSONB
 
 from docket_celery.checkpoint import RunState
 from docket_celery.errors import SchemaMismatch
+from docket_celery.store.rows import SCHEMA_VERSION
 
-VERSION = 1
+VERSION = SCHEMA_VERSION
 """The version of the tables that this release reads and writes."""
 
 metadata = MetaData(
@@ -74,6 +75,7 @@ docket_cache = Table(
     Column("ttl", Double, comment="in seconds; WORKFLOW: counted from the end of the run"),
     Column("created_at", _TIME, nullable=False),
     Column("expires_at", _TIME),
+    Column("claimed_at", _TIME, comment="GLOBAL: when the step that made it began"),
     _is_32_bytes("cache_key"),
     _is_32_bytes("checksum"),
 )
@@ -170,6 +172,7 @@ docket_claims = Table(
     Column("cache_key", LargeBinary, primary_key=True),
     Column("owner", Text, nullable=False),
     Column("lease_until", _TIME, nullable=False),
+    Column("claimed_at", _TIME),
     _is_32_bytes("cache_key"),
 )
 Index("ix_docket_claims_lease", docket_claims.c.lease_until)
@@ -200,7 +203,21 @@ docket_schema = Table(
 )
 
 Migration = Callable[[Connection], None]
-MIGRATIONS: Mapping[int, Migration] = {}
+
+
+def _to_2(connection: Connection) -> None:
+    """Keep when a GLOBAL step began: a refresh asks for an entry that began after it was asked for."""
+    kind = "timestamptz" if connection.dialect.name == "postgresql" else "DATETIME"
+    connection.exec_driver_sql(f"ALTER TABLE docket_cache ADD COLUMN claimed_at {kind}")
+    connection.exec_driver_sql(f"ALTER TABLE docket_claims ADD COLUMN claimed_at {kind}")
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(
+            "COMMENT ON COLUMN docket_cache.claimed_at IS 'GLOBAL: when the step that made it began'"
+        )
+
+
+# A migration is written in plain SQL and never changed: it starts from the tables as they were then.
+MIGRATIONS: Mapping[int, Migration] = {2: _to_2}
 """How to reach a version from the one before, from 2 on; an empty database gets the newest tables at once."""
 
 _LOCK_ID = 0x646F636B6574  # "docket": one advisory lock for all who migrate
@@ -226,6 +243,8 @@ def upgrade(
         # A waiter must outlast whoever migrates before it; pooled connections have a far shorter limit.
         connection.execute(text("SET LOCAL statement_timeout = '10min'"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": _LOCK_ID})
+        # Everybody who comes after a waiting ALTER TABLE waits behind it: rather give way and be repeated.
+        connection.execute(text("SET LOCAL lock_timeout = '3s'"))
     found = find_version(connection)
     if found is None:
         metadata.create_all(connection)

@@ -32,10 +32,19 @@ class _Calls(Protocol):
     def save(
         self, connection: Connection, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None
     ) -> Checkpoint: ...
-    def lookup(self, connection: Connection, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool: ...
+    def lookup(
+        self, connection: Connection, key: bytes, owner: str, lease_s: float, within_s: float | None
+    ) -> Checkpoint | bool: ...
     def publish(
-        self, connection: Connection, checkpoint: Checkpoint, owner: str, execution: StepExecution | None
+        self,
+        connection: Connection,
+        checkpoint: Checkpoint,
+        owner: str,
+        execution: StepExecution | None,
+        *,
+        replacing: bool,
     ) -> Checkpoint: ...
+    def forget(self, connection: Connection, key: bytes) -> bool: ...
     def disclaim(self, connection: Connection, key: bytes, owner: str) -> None: ...
     def extend(
         self, connection: Connection, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]]
@@ -104,21 +113,30 @@ class SQLStore:
         )
         return self._seal.open_saved(found, closed, checkpoint)
 
-    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+    def lookup(
+        self, key: bytes, owner: str, lease_s: float, within_s: float | None = None
+    ) -> Checkpoint | bool:
         """See `Store.lookup`."""
         found = self._call(
             "look the checkpoint up",
-            lambda connection: self._calls.lookup(connection, key, owner, lease_s),
+            lambda connection: self._calls.lookup(connection, key, owner, lease_s, within_s),
         )
         return found if isinstance(found, bool) else self._seal.open_checkpoint(found)
 
-    def publish(self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None) -> Checkpoint:
+    def publish(
+        self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None, *, replace: bool = False
+    ) -> Checkpoint:
         """See `Store.publish`."""
         closed, row = self._seal.close_checkpoint(checkpoint), self._seal.close_execution(execution)
         found = self._call(
-            "publish the checkpoint", lambda connection: self._calls.publish(connection, closed, owner, row)
+            "publish the checkpoint",
+            lambda connection: self._calls.publish(connection, closed, owner, row, replacing=replace),
         )
         return self._seal.open_saved(found, closed, checkpoint)
+
+    def forget(self, key: bytes) -> bool:
+        """See `Store.forget`; True may come back as False where an answer was lost and the call repeated."""
+        return self._call("forget the checkpoint", lambda connection: self._calls.forget(connection, key))
 
     def disclaim(self, key: bytes, owner: str) -> None:
         """See `Store.disclaim`."""

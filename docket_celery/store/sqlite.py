@@ -96,7 +96,10 @@ WHERE {_FENCE}
 """)
 
 _FIND_CHECKPOINT = text(f"SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = :cache_key")
-_FIND_LIVE = text(f"SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = :cache_key AND {_LIVE}")
+_FIND_LIVE = text(
+    f"SELECT {_COLUMNS}, claimed_at FROM docket_cache WHERE cache_key = :cache_key AND {_LIVE} "
+    f"AND (:within_s IS NULL OR claimed_at > {_after('-:within_s')})"
+)
 _FIND_OF_RUN = text(
     f"SELECT {_COLUMNS}, expires_at IS NOT NULL AS dated FROM docket_cache WHERE {_IS_RUN} AND item = ''"
 )
@@ -107,11 +110,12 @@ _UNDATE = text(
 _DATE = text(f"UPDATE docket_cache SET expires_at = {_after('ttl')} WHERE {_IS_RUN} AND ttl IS NOT NULL")
 _STORED = ", ".join(f":{name}" for name in CHECKPOINT_COLUMNS)
 _STORE = (
-    f"INTO docket_cache ({_COLUMNS}, output_json, created_at, expires_at) "
+    f"INTO docket_cache ({_COLUMNS}, output_json, created_at, expires_at, claimed_at) "
     f"VALUES ({_STORED}, :output_json, {_NOW}"
 )
-_INSERT_CHECKPOINT = text(f"INSERT {_STORE}, NULL)")
-_REPLACE_CHECKPOINT = text(f"INSERT OR REPLACE {_STORE}, {_after(':ttl')})")
+_INSERT_CHECKPOINT = text(f"INSERT {_STORE}, NULL, NULL)")
+_REPLACE_CHECKPOINT = text(f"INSERT OR REPLACE {_STORE}, {_after(':ttl')}, :claimed_at)")
+_FORGET = text("DELETE FROM docket_cache WHERE cache_key = :cache_key AND execution_id IS NULL")
 _ADD_EXECUTION = text(
     f"INSERT INTO docket_executions ({', '.join(EXECUTION_COLUMNS)}) "
     f"VALUES ({', '.join(f':{name}' for name in EXECUTION_COLUMNS)})"
@@ -122,10 +126,13 @@ _FIND_EXECUTION = text(
 )
 
 _CLAIM = text(f"""
-INSERT INTO docket_claims (cache_key, owner, lease_until) VALUES (:cache_key, :owner, {_after(":lease_s")})
-ON CONFLICT (cache_key) DO UPDATE SET owner = excluded.owner, lease_until = excluded.lease_until
+INSERT INTO docket_claims (cache_key, owner, lease_until, claimed_at)
+VALUES (:cache_key, :owner, {_after(":lease_s")}, {_NOW})
+ON CONFLICT (cache_key) DO UPDATE SET
+    owner = excluded.owner, lease_until = excluded.lease_until, claimed_at = excluded.claimed_at
 WHERE docket_claims.owner = excluded.owner OR docket_claims.lease_until <= {_NOW}
 """)
+_FIND_CLAIM = text("SELECT claimed_at FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner")
 _DISCLAIM = text("DELETE FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner")
 _EXTEND_CLAIM = text(
     f"UPDATE docket_claims SET lease_until = {_after(':lease_s')} "
@@ -199,9 +206,11 @@ def save(
     return check_owner(read_checkpoint(row), fence["graph"], fence["execution_id"])
 
 
-def lookup(connection: Connection, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+def lookup(
+    connection: Connection, key: bytes, owner: str, lease_s: float, within_s: float | None = None
+) -> Checkpoint | bool:
     """See `Store.lookup`; a hit takes no write lock."""
-    values = {"cache_key": key, "owner": clean_text(owner), "lease_s": lease_s}
+    values = {"cache_key": key, "owner": clean_text(owner), "lease_s": lease_s, "within_s": within_s}
     row = connection.execute(_FIND_LIVE, values).mappings().first()
     if row is None:
         with _writing(connection):
@@ -212,22 +221,37 @@ def lookup(connection: Connection, key: bytes, owner: str, lease_s: float) -> Ch
 
 
 def publish(
-    connection: Connection, checkpoint: Checkpoint, owner: str, execution: StepExecution | None
+    connection: Connection,
+    checkpoint: Checkpoint,
+    owner: str,
+    execution: StepExecution | None,
+    *,
+    replacing: bool = False,
 ) -> Checkpoint:
     """See `Store.publish`."""
     ours = clean_checkpoint(checkpoint)
-    values = checkpoint_values(ours) | {"owner": clean_text(owner)}
+    values = checkpoint_values(ours) | {"owner": clean_text(owner), "within_s": None}
     with _writing(connection):
+        values["claimed_at"] = claimed_at = connection.execute(_FIND_CLAIM, values).scalar()
         connection.execute(_DISCLAIM, values)
         if execution is not None:
             row = _execution_values(execution)
             if connection.execute(_FIND_EXECUTION, row).first() is None:
                 connection.execute(_ADD_EXECUTION, row)
         found = connection.execute(_FIND_LIVE, values).mappings().first()
-        if found is None:
+        older = found is not None and claimed_at is not None and (found["claimed_at"] or "") <= claimed_at
+        if found is None or (replacing and older):
             connection.execute(_REPLACE_CHECKPOINT, values)
             return replace(ours, output_json=None)
     return check_owner(read_checkpoint(found), "", None)
+
+
+def forget(connection: Connection, key: bytes) -> bool:
+    """See `Store.forget`."""
+    values = {"cache_key": key, "within_s": None}
+    with _writing(connection):
+        live = connection.execute(_FIND_LIVE, values).first() is not None
+        return connection.execute(_FORGET, values).rowcount > 0 and live
 
 
 def disclaim(connection: Connection, key: bytes, owner: str) -> None:

@@ -62,7 +62,9 @@ _TIMES = [
     ("docket_runs", "lease_until"),
     ("docket_runs", "expires_at"),
     ("docket_cache", "expires_at"),
+    ("docket_cache", "claimed_at"),
     ("docket_claims", "lease_until"),
+    ("docket_claims", "claimed_at"),
 ]
 
 
@@ -75,11 +77,14 @@ class SQLBench(Bench):
 
     def pass_time(self, seconds: float) -> None:
         """Move what is stored into the past: the clock is the database's."""
-        moved = f"strftime('%Y-%m-%d %H:%M:%f', {{0}}, '-{seconds} seconds') || '000'"
-        if self._sql.engine.dialect.name == "postgresql":
-            moved = f"{{0}} - interval '{seconds} seconds'"
         for table, column in _TIMES:
-            self.sql(f"UPDATE {table} SET {column} = {moved.format(column)}")  # noqa: S608 -- names from above
+            self.sql(f"UPDATE {table} SET {column} = {self.earlier(column, seconds)}")  # noqa: S608 -- names from above
+
+    def earlier(self, column: str, seconds: float) -> str:
+        """Return the SQL for that many seconds before the time in *column*."""
+        if self._sql.engine.dialect.name == "postgresql":
+            return f"{column} - interval '{seconds} seconds'"
+        return f"strftime('%Y-%m-%d %H:%M:%f', {column}, '-{seconds} seconds') || '000'"
 
     def executions(self) -> list[tuple[str, int]]:
         rows = self.sql("SELECT step_name, delivery FROM docket_executions ORDER BY id")

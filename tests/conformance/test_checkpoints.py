@@ -7,6 +7,7 @@ import pytest
 
 from docket_celery.checkpoint import Checkpoint, RunState, workflow_key
 from docket_celery.errors import CorruptCheckpoint, LeaseLost
+from docket_celery.store.rows import SCHEMA_VERSION
 from tests.conformance.samples import GRAPH, RUN, Bench, ending, execution, output, request, shared
 
 pytestmark = pytest.mark.leaves_lease
@@ -173,6 +174,87 @@ def test_an_expired_global_checkpoint_is_computed_again(bench: Bench) -> None:
     assert bench.store.lookup(shared().key, "c", 30.0) == new
 
 
+def test_a_look_up_may_ask_for_a_young_computation(bench: Bench) -> None:
+    """An older entry is as good as none then, but only for whoever asks so."""
+    key = shared().key
+    bench.store.lookup(key, "a", 30.0)
+    bench.store.publish(shared(), "a", None)
+    bench.pass_time(100)
+    assert bench.store.lookup(key, "b", 30.0, 1000.0) == shared()
+    assert bench.store.lookup(key, "b", 30.0, 50.0) is True
+    assert bench.store.lookup(key, "c", 30.0, 50.0) is False
+    assert bench.store.lookup(key, "c", 30.0) == shared()
+
+
+def test_a_computation_is_as_old_as_its_claim(bench: Bench) -> None:
+    """What it read may be as old, however late it was stored; nothing is younger than no time at all."""
+    key = shared().key
+    bench.store.lookup(key, "a", 300.0)
+    bench.pass_time(100)
+    bench.store.publish(shared(), "a", None)
+    assert bench.store.lookup(key, "b", 30.0, 50.0) is True
+    bench.store.publish(shared(data=b"new"), "b", None, replace=True)
+    assert bench.store.lookup(key, "c", 30.0, 50.0) == shared(data=b"new")
+    assert bench.store.lookup(key, "c", 30.0, 0.0) is True
+
+
+def test_a_live_entry_is_replaced_on_demand(bench: Bench) -> None:
+    """Until then everybody reads the old one; afterwards the new one, with its own ttl."""
+    key = shared().key
+    bench.store.publish(shared(data=b"old", ttl_s=60.0), "a", None)
+    assert bench.store.lookup(key, "b", 30.0, 0.0) is True
+    assert bench.store.lookup(key, "c", 30.0) == shared(data=b"old", ttl_s=60.0)
+    new = shared(data=b"new", ttl_s=600.0)
+    for _ in range(2):
+        assert bench.store.publish(new, "b", execution("infer"), replace=True) == new
+    bench.pass_time(100)
+    assert bench.store.lookup(key, "c", 30.0) == new
+    assert bench.executions() == [("infer", 1)]
+
+
+def test_only_who_claimed_last_replaces_a_live_entry(bench: Bench) -> None:
+    """A holder that was overtaken would put back what is older; a publisher that never claimed knows no age."""
+    key = shared().key
+    bench.store.publish(shared(data=b"old"), "a", None)
+    assert bench.store.lookup(key, "slow", 30.0, 0.0) is True
+    bench.pass_time(31)
+    assert bench.store.lookup(key, "next", 30.0, 0.0) is True
+    for owner in ("slow", "stranger"):
+        found = bench.store.publish(shared(data=b"late"), owner, None, replace=True)
+        assert found.output_data == b"old"
+    assert bench.store.publish(shared(data=b"new"), "next", None, replace=True).output_data == b"new"
+    assert bench.store.publish(shared(data=b"late"), "slow", None, replace=True).output_data == b"new"
+
+
+def test_a_forgotten_entry_is_computed_again(bench: Bench) -> None:
+    """It is gone for everybody, and there is nothing to forget a second time."""
+    key = shared().key
+    assert bench.store.forget(key) is False
+    bench.store.publish(shared(data=b"old"), "a", None)
+    assert bench.store.forget(key) is True
+    assert bench.store.forget(key) is False
+    assert bench.store.lookup(key, "b", 30.0) is True
+    assert bench.store.forget(key) is False
+    bench.store.publish(shared(data=b"new"), "b", None)
+    assert bench.store.lookup(key, "c", 30.0) == shared(data=b"new")
+
+
+def test_an_expired_entry_is_not_there_to_forget(bench: Bench) -> None:
+    """It counted no more."""
+    bench.store.publish(shared(ttl_s=60.0), "a", None)
+    bench.pass_time(61)
+    assert bench.store.forget(shared().key) is False
+    assert bench.store.lookup(shared().key, "b", 30.0) is True
+
+
+def test_a_runs_own_checkpoint_is_not_forgotten(bench: Bench) -> None:
+    """Whoever names its key by mistake would have an effect repeated."""
+    lease = bench.take()
+    bench.store.save(lease, output(), None)
+    assert bench.store.forget(output().key) is False
+    assert len(bench.store.restore(lease, [])) == 1
+
+
 def test_an_expired_claim_is_taken(bench: Bench) -> None:
     """A worker that died while computing blocks nobody for longer than its lease."""
     bench.store.lookup(shared().key, "a", 30.0)
@@ -267,7 +349,7 @@ def test_the_schema_is_of_this_release(bench: Bench) -> None:
     """Migrating again changes nothing, and what is stored stays."""
     lease = bench.take()
     bench.store.save(lease, output(), None)
-    assert bench.store.migrate() == 1
+    assert bench.store.migrate() == SCHEMA_VERSION
     bench.store.check_schema()
     assert len(bench.store.restore(lease, [])) == 1
 

@@ -330,15 +330,16 @@ class TestSchema:
         def fail(connection: Connection) -> None:
             connection.execute(text("SELECT 1 / 0"))
 
-        steps = {2: create("two", 2), 3: create("three", 3), 4: fail}
+        new = schema.VERSION + 1
+        steps = {new: create("one", new), new + 1: create("two", new + 1), new + 2: fail}
         engine = create_engine(make_url(empty_database_url))
         with engine.begin() as connection:
-            assert schema.upgrade(connection, steps, 3) == 3
-            assert schema.upgrade(connection, steps, 3) == 3
+            assert schema.upgrade(connection, steps, new + 1) == new + 1
+            assert schema.upgrade(connection, steps, new + 1) == new + 1
         with pytest.raises(Exception, match="division by zero"), engine.begin() as connection:
-            schema.upgrade(connection, steps, 4)
+            schema.upgrade(connection, steps, new + 2)
         with engine.connect() as connection:
-            assert (schema.find_version(connection), ran) == (3, [2, 3])
+            assert (schema.find_version(connection), ran) == (new + 1, [new, new + 1])
         engine.dispose()
         store.close()
 

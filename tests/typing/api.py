@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import assert_type
 
 from celery import Celery
+from google.protobuf.message import Message
 
 from docket_celery import (
     ExponentialBackoff,
@@ -129,6 +130,20 @@ assert_type(checkout.plan(Shipment, Order), Plan)
 assert_type(checkout.plan(Shipment).levels, tuple[tuple[str, ...], ...])
 assert_type(list(checkout.plan(Shipment)), list[str])
 checkout.validate(Order)
+
+# --- entries of a shared step ----------------------------------------------------------------------------------
+
+
+@checkout.step(persist=Scope.GLOBAL, cache="carriers", ttl=timedelta(hours=1))
+async def find_carrier(order: Order) -> Reservation:
+    """An async step: a refresh returns what it makes, not the coroutine."""
+    return Reservation()
+
+
+assert_type(checkout.forget(find_carrier, order), bool)
+assert_type(checkout.refresh(find_carrier, order, timeout=3), Reservation)
+assert_type(checkout.refresh(charge, order), ChargeResult)
+assert_type(checkout.refresh("find_carrier", order, context={"user": 7}), Message)
 
 # --- tasks: three typed declarations ---------------------------------------------------------------------------
 

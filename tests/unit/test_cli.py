@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from docket_celery.store.rows import SCHEMA_VERSION
+
 ROOT = Path(__file__).resolve().parents[2]
 PERSISTS = "tests.integration.apps.faulty"
 KEEPS_NOTHING = "tests.integration.apps.declared"
@@ -80,7 +82,7 @@ def test_check_and_migrate_tell_what_to_do_and_what_was_done(sqlite: dict[str, s
     for _ in range(2):
         migrated = run("-A", PERSISTS, "docket", "migrate", env=sqlite)
         assert migrated.returncode == 0, migrated.stderr
-        assert "docket tables of version 1" in migrated.stdout
+        assert f"docket tables of version {SCHEMA_VERSION}" in migrated.stdout
     after = run("-A", PERSISTS, "docket", "check", env=sqlite)
     assert after.returncode == 0, after.stderr
     assert "faulty.ship" in after.stdout

@@ -37,6 +37,7 @@ WITH_FIELDS: list[DocketError] = [
     errors.StoreUnavailable("answer", "timeout"),
     errors.SchemaMismatch(None, 1),
     errors.SchemaMismatch(2, 1),
+    errors.CacheMismatch("shop", "charge", "rates", "shop.Rate", "shop.Charge"),
     errors.CorruptCheckpoint("docket_cache", "cache_key=00", "checksum mismatch"),
     errors.CodecFailed("the job of run 'o-1'", "decode of Keys raised KeyError"),
     errors.PayloadTooLarge("shop.Order", 2048, 1024),

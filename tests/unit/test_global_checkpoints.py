@@ -25,17 +25,21 @@ class WatchedStore(MemoryStore):
         self.waited, self.disclaimed = threading.Event(), threading.Event()
         self.refusals = 0
 
-    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
-        found = super().lookup(key, owner, lease_s)
+    def lookup(
+        self, key: bytes, owner: str, lease_s: float, within_s: float | None = None
+    ) -> Checkpoint | bool:
+        found = super().lookup(key, owner, lease_s, within_s)
         if found is False:
             self.waited.set()
         return found
 
-    def publish(self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None) -> Checkpoint:
+    def publish(
+        self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None, *, replace: bool = False
+    ) -> Checkpoint:
         if self.refusals:
             self.refusals -= 1
             raise StoreUnavailable("answer", "gone for a moment")
-        return super().publish(checkpoint, owner, execution)
+        return super().publish(checkpoint, owner, execution, replace=replace)
 
     def disclaim(self, key: bytes, owner: str) -> None:
         super().disclaim(key, owner)

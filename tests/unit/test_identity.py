@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from docket_celery.checkpoint import (
+    cache_key,
     check_execution_id,
     digest,
     global_key,
@@ -19,6 +20,7 @@ GOLDEN = {
     "workflow": "4f6b8c1b8ae14a0a473898263b00cfa314fa3aeb55a6d43bedf9044f1afa7502",
     "item": "8b937b0b14fe612fbfbf26d8b20ee7ccefbc7590d013ef673f2ac9ff4ddc0ae2",
     "global": "0e821197388b209f51a4887e11ffbc52c3b56d6430a4fb1f4758ec1b73ca3840",
+    "cache": "cd91378fdbb6991791d8b7eb3be074c420e537877c1a9d8bae2a17ce6b8eced3",
     "inputs": "eca064456fda5884fa7943525b8eb823bb0b785886bf84e67a8cea7a53c055e9",
     "job": "3ae62ff095ea34110b1af8f4fa298091844eb9929114e335a6333cedd0fa9ede",
     "idempotency": "6d0041ba-bf0d-5890-9541-879235f97a9a",
@@ -39,6 +41,7 @@ def test_keys_stay_what_they_are() -> None:
         "workflow": workflow_key("checkout", "order-17", "charge_card").hex(),
         "item": workflow_key("checkout", "order-17", "charge_card", "7/3").hex(),
         "global": global_key("ml", "infer", "2", [("shop.Order", b"\x08\x11")]).hex(),
+        "cache": cache_key("rates", "2", [("shop.Order", b"\x08\x11")]).hex(),
         "inputs": input_digest([("shop.Order", b"\x08\x11")]),
         "job": job_digest([("shop.Order", b"\x08\x11")]).hex(),
         "idempotency": idempotency_key("checkout", "order-17", "charge_card"),

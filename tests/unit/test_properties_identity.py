@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from docket_celery.checkpoint import (
     Checkpoint,
+    cache_key,
     digest,
     global_key,
     idempotency_key,
@@ -69,6 +70,15 @@ def test_different_steps_have_different_workflow_keys(
     """Two graphs, runs, steps or items never meet, whatever their names."""
     assert (workflow_key(*first) == workflow_key(*second)) == (first == second)
     assert (idempotency_key(*first) == idempotency_key(*second)) == (first == second)
+
+
+@given(st.tuples(TEXT, TEXT, INPUTS), st.tuples(TEXT, TEXT, INPUTS))
+def test_different_caches_have_different_keys(
+    first: tuple[str, str, Inputs], second: tuple[str, str, Inputs]
+) -> None:
+    """Name, version, each input's type and bytes, and their order all count; a step's own entries lie apart."""
+    assert (cache_key(*first) == cache_key(*second)) == (first == second)
+    assert cache_key(*first) not in {global_key("", *second), global_key(first[0], *second)}
 
 
 @given(cuts(4))

@@ -15,18 +15,20 @@ from docket_celery import DocketError, StepFailed, StepTimedOut, WrongResult
 from docket_celery.errors import from_record, to_record
 
 SURFACE = """
-AbortError Codec CodecFailed CorruptCheckpoint DecodeFailed DocketError ExponentialBackoff FixedBackoff Graph
-GraphChanged GraphError GraphResult GraphTask InputMutated InputsChanged InvalidArguments InvalidDeclaration
-InvalidSettings LeaseLost MemoryStore Named PayloadTooLarge Plan RetryPolicy RunCancelled RunConflict RunNotFound
-RunQuarantined RunState RunTimedOut SQLStore SchemaMismatch Scope ServersUnavailable StartedRun StepContext
-StepFailed StepOptions StepTimedOut StoreMissing StoreUnavailable TooManyAbandoned UnknownMessageType WrongResult
-configure current_context graph_task settings shared_graph_task
+AbortError CacheMismatch Codec CodecFailed CorruptCheckpoint DecodeFailed DocketError ExponentialBackoff
+FixedBackoff Graph GraphChanged GraphError GraphResult GraphTask InputMutated InputsChanged InvalidArguments
+InvalidDeclaration InvalidSettings LeaseLost MemoryStore Named PayloadTooLarge Plan RetryPolicy RunCancelled
+RunConflict RunNotFound RunQuarantined RunState RunTimedOut SQLStore SchemaMismatch Scope ServersUnavailable
+StartedRun StepContext StepFailed StepOptions StepTimedOut StoreMissing StoreUnavailable TooManyAbandoned
+UnknownMessageType WrongResult configure current_context graph_task settings shared_graph_task
 """.split()  # noqa: SIM905 -- a page of names reads better than a column
 
 # One of each class, with values that JSON must carry.
 ERRORS: list[DocketError] = [
     docket_celery.AbortError("out of stock", "ValueError: none left"),
     docket_celery.AbortError("out of stock"),
+    docket_celery.CacheMismatch("shop", "charge", "rates", "shop.Rate", "shop.Charge"),
+    docket_celery.CacheMismatch("shop", "charge", None, "shop.Rate", "shop.Charge"),
     docket_celery.CodecFailed("the job of run 'order-1'", "decode of Keys raised KeyError"),
     docket_celery.CorruptCheckpoint("docket_cache", "ab12", "checksum differs"),
     docket_celery.DecodeFailed("shop.Order", "truncated"),

@@ -72,13 +72,17 @@ class FaultyStore(MemoryStore):
         self._meet_fault("save")
         return super().save(lease, checkpoint, execution)
 
-    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+    def lookup(
+        self, key: bytes, owner: str, lease_s: float, within_s: float | None = None
+    ) -> Checkpoint | bool:
         self._meet_fault("lookup")
-        return super().lookup(key, owner, lease_s)
+        return super().lookup(key, owner, lease_s, within_s)
 
-    def publish(self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None) -> Checkpoint:
+    def publish(
+        self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None, *, replace: bool = False
+    ) -> Checkpoint:
         self._meet_fault("publish")
-        return super().publish(checkpoint, owner, execution)
+        return super().publish(checkpoint, owner, execution, replace=replace)
 
     def end(self, lease: Lease, end: RunEnd) -> None:
         self._meet_fault("end")

@@ -248,6 +248,12 @@ def test_a_signature_that_cannot_be_read_is_refused(target: Any, text: str) -> N
     [
         ({"key": lambda order: order}, "key= names GLOBAL checkpoints"),
         ({"key": 5, "persist": Scope.GLOBAL}, "key= is a function"),
+        ({"cache": "rates"}, "cache= names where GLOBAL checkpoints are; add persist=Scope.GLOBAL"),
+        ({"cache": "rates", "persist": Scope.WORKFLOW}, "cache= names where GLOBAL checkpoints are"),
+        *(
+            ({"cache": name, "persist": Scope.GLOBAL}, "cache= is a name of 1 to 200 printable characters")
+            for name in ("", "a" * 201, "a\nb", "a\0b", True, b"rates")
+        ),
         ({"ttl": 5}, "ttl= without persist="),
         ({"ttl": -5, "persist": Scope.GLOBAL}, "ttl must not be negative"),
         ({"timeout": -1}, "timeout must not be negative"),

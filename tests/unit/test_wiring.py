@@ -118,6 +118,20 @@ def test_a_former_name_belongs_to_one_step(former: str) -> None:
     assert repr(former) in fault
 
 
+def test_steps_of_one_cache_return_one_type() -> None:
+    """Each would read the other's entries; values of one type that only names tell apart may share them."""
+    graph = Graph("shop")
+    graph.register(charge, persist=Scope.GLOBAL, cache="rates")
+    graph.register(label, persist=Scope.GLOBAL, cache="rates")
+    (fault,) = faults(graph, Order)
+    assert fault.startswith("DC119 shared cache: cache='rates' is named by step 'charge' (")
+    assert "Charge, and by step 'label' (" in fault
+    graph = Graph("shop")
+    for name in ("net", "gross"):
+        add_step(graph, name, [], total, persist=Scope.GLOBAL, cache="rates")
+    graph.validate()
+
+
 def test_all_faults_stand_in_one_report() -> None:
     """A duplicate, a second producer, a bad signature, a missing producer and a cycle at once."""
     graph = build({"a": ["b"], "b": ["a"]}, total)
