@@ -24,6 +24,7 @@ WITH_FIELDS: list[DocketError] = [
     ),
     errors.StepTimedOut("charge", 2, 0.5, True, ["step 'x' failed"]),
     errors.WrongResult("charge", 1, "shop.Charge", "None"),
+    errors.InputMutated("charge", 1, ["shop.Order"]),
     errors.RunCancelled("o-1", "by the operator"),
     errors.RunTimedOut("o-1", 2.5),
     errors.RunConflict("shop", "o-1", "job"),
