@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 
-from celery import Celery, Task, _state, shared_task
+from celery import Celery, _state, shared_task
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.result import AsyncResult, EagerResult
 from google.protobuf.message import Message
@@ -38,6 +38,7 @@ from docket_celery.errors import (
 )
 from docket_celery.graph import Graph
 from docket_celery.messages import brief, check_size, to_bytes, type_name
+from docket_celery.on_commit import PREPARED, OnCommitTask
 from docket_celery.outcome import RunOutcome, Submission
 from docket_celery.plan import Plan
 from docket_celery.retrying import Kinds, is_stored, park_s, with_causes
@@ -53,7 +54,6 @@ EXECUTION_ID, CONTEXT, DIGEST, ATTACHED, RELEASED, SKIPPED = (
     "docket_released",
     "docket_skipped",
 )
-_AGAIN = "docket_again"
 _BUSY_MOST_S = 15.0
 
 
@@ -83,7 +83,7 @@ class GraphResult(_TypedResult[R]):
         return cast("R", value.message if isinstance(value, wire.Result) else value)
 
 
-class GraphTask(Task[P, R]):
+class GraphTask(OnCommitTask[P, R]):
     """A Celery task whose body is a graph. Declare it with `graph_task`, as a class, or with ``base=GraphTask``.
 
     Class attributes besides Celery's own:
@@ -174,7 +174,7 @@ class GraphTask(Task[P, R]):
         """
         headers = dict(options.pop("headers", None) or {})
         # The job's own delivery comes again: it was checked, and its headers are ours.
-        again = options.pop(_AGAIN, False) or options.get("retries")
+        again = options.pop(PREPARED, False) or options.get("retries")
         if not again:
             args, kwargs = self._prepare(args, kwargs, headers, execution_id, context)
         args, kwargs = args or (), kwargs or {}
@@ -214,7 +214,6 @@ class GraphTask(Task[P, R]):
         execution_id: str | None,
         context: Mapping[str, Any] | None,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Check the job and write down, once, what names it."""
         messages = self.declaration.bind(args, kwargs)
         limit = lifecycle.app_settings(self.app).max_message_bytes
         self._check_sizes(messages, limit)
@@ -359,7 +358,7 @@ class GraphTask(Task[P, R]):
             request, countdown=countdown, retries=request.retries, headers=headers, expires=None
         )
         try:
-            again.apply_async(add_to_parent=False, **{_AGAIN: True})
+            again.apply_async(add_to_parent=False, **{PREPARED: True})
         except Exception as error:
             raise _keep(request.id, error) from error
         raise Ignore(f"another delivery advances this run; back in {countdown:.1f} s")

@@ -172,6 +172,8 @@ assert_type(process_order(order), Shipment)
 assert_type(process_order.delay(order), GraphResult[Shipment])
 assert_type(process_order.delay(order).get(), Shipment)
 assert_type(process_order.delay(order=order).get(timeout=3), Shipment)
+process_order.delay_on_commit(order)
+process_order.delay_on_commit(order=order)
 assert_type(process_order.apply_async((order,), execution_id="order-17", context={"a": 1}).get(), Shipment)
 assert_type(process_order.AsyncResult("id").get(), Shipment)
 

@@ -61,6 +61,8 @@ class Ship:
 process_order.delay()  # expect-error
 process_order.delay("17")  # expect-error
 process_order.delay(Shipment())  # expect-error
+process_order.delay_on_commit(Shipment())  # expect-error
+process_class.delay_on_commit()  # expect-error
 process_order.delay(order, order)  # expect-error
 process_order.delay(orders=order)  # expect-error
 process_order()  # expect-error

@@ -1,0 +1,1 @@
+"""A Django project with a Celery app, as its users write them; processes of their own import it."""
