@@ -18,6 +18,7 @@ from google.protobuf.message import Message
 from sqlalchemy import text
 
 from docket_celery.checkpoint import RunRow, RunState, StepExecution, Store
+from docket_celery.clock import Clock
 from docket_celery.configuration import Settings
 from docket_celery.context import StepContext
 from docket_celery.errors import AbortError, StoreUnavailable
@@ -59,9 +60,9 @@ class Deadlines:
         made: Timer = _timer_of(self, Timer)
         return made
 
-    def inline_timer(self) -> InlineTimer:
+    def inline_timer(self, clock: Clock) -> InlineTimer:
         """Return such a timer for runs without threads."""
-        made: InlineTimer = _timer_of(self, InlineTimer)
+        made: InlineTimer = _timer_of(self, InlineTimer, clock)
         return made
 
     def note(self, timer: Timer, delay_s: float, alarm: Alarm) -> None:
@@ -73,15 +74,21 @@ class Deadlines:
         timer, alarm = self._alarms[delay_s]
 
         def ring() -> None:
-            with timer._condition:
-                call, alarm.call = alarm.call, None
-            if call is not None:
-                call()
+            self._take(timer, alarm)()
 
         timer.after(0, ring)
 
+    def take(self, delay_s: float) -> Callable[[], None]:
+        """Take the attempt's alarm as its timer does when it is due; the test makes the call, however late."""
+        return self._take(*self._alarms[delay_s])
 
-def _timer_of(deadlines: Deadlines, kind: type[Any]) -> Any:
+    def _take(self, timer: Timer, alarm: Alarm) -> Callable[[], None]:
+        with timer._condition:
+            call, alarm.call = alarm.call, None
+        return call if call is not None else lambda: None
+
+
+def _timer_of(deadlines: Deadlines, kind: type[Any], *args: Any) -> Any:
     class ScriptedTimer(kind):  # type: ignore[misc] # either kind of timer
         def after(self, delay_s: float, call: Callable[[], None]) -> Alarm:
             if delay_s < _LONG_S:
@@ -90,7 +97,7 @@ def _timer_of(deadlines: Deadlines, kind: type[Any]) -> Any:
             deadlines.note(self, delay_s, alarm)
             return alarm
 
-    return ScriptedTimer()
+    return ScriptedTimer(*args)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -39,17 +39,16 @@ RANDOM = st.builds(Random, st.integers(0, 2**32))
 STEPS = st.integers(1, 16)
 THREADS = st.sampled_from([0, 1, 2, 8])
 LIMITS = st.sampled_from([None, None, 1, 3])
-MORE = int(os.environ.get("PROPERTY_EXAMPLES", "1"))
-"""How many times as many examples, for `make test-faults`."""
+MORE = float(os.environ.get("PROPERTY_EXAMPLES", "1"))
+"""How many times as many examples: more for `make test-faults`, fewer for each mutant of `tools/mutants.py`."""
 CRASHES = st.builds(Crash, at=st.integers(1, 12), on_event=st.booleans(), answered=st.booleans())
 
 
 def examples(count: int) -> settings:
     """Return settings for *count* examples, times what the environment asks for."""
     # The fixture holds the alarms of the run in progress and nothing that one example leaves for the next.
-    return settings(
-        max_examples=count * MORE, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-    )
+    fine = [HealthCheck.function_scoped_fixture]
+    return settings(max_examples=max(1, int(count * MORE)), deadline=None, suppress_health_check=fine)
 
 
 @pytest.fixture
@@ -330,7 +329,7 @@ def told(error: BaseException | None) -> tuple[object, ...]:
 @pytest.mark.parametrize("threads", [0, 1, 8])
 def test_graphs_of_hundreds_of_steps_agree_with_the_model(deadlines: Deadlines, threads: int) -> None:
     """The same at size, with crashes between."""
-    for seed in range(2 * MORE):
+    for seed in range(int(2 * MORE)):
         random = Random(f"{seed}/{threads}")
         trial = Trial(draw_scripts(random, 300, faults=0.05), deadlines)
         crash = Crash(at=random.randint(1, 200), on_event=random.random() < 0.5)
@@ -341,7 +340,7 @@ def test_graphs_of_hundreds_of_steps_agree_with_the_model(deadlines: Deadlines, 
 
 def test_the_same_holds_on_sqlite(deadlines: Deadlines, tmp_path: Path) -> None:
     """A sample of the above on a SQLite file."""
-    for seed in range(6 * MORE):
+    for seed in range(int(6 * MORE)):
         random = Random(seed)
         shelf = SQLiteShelf(f"sqlite:///{tmp_path / f'{seed}.sqlite'}")
         trial = Trial(draw_scripts(random, random.randint(1, 12), faults=0.1), deadlines, shelf)
