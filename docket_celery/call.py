@@ -123,6 +123,9 @@ class StepCall:
             lease = delivery.held.lease
             self._steps.abort(LeaseLost(lease.graph, lease.execution_id, lease.epoch))
             return
+        if self.planned.step.timeout_s is not None and not self.planned.step.is_async:
+            # Such an attempt may come to hold a thread for good, and so may each retry of it.
+            delivery.runtime.pool.check_abandoned()
         self._attempt_no += 1
         self._failure = None
         self._running = Attempt(

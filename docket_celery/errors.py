@@ -381,7 +381,7 @@ class InputsChanged(DocketError):
 
 
 class TooManyAbandoned(DocketError):
-    """Steps that ignored their timeout hold so many threads that no new run may start in this process."""
+    """Steps that ignored their timeout hold so many threads that no run and no step with a timeout may start here."""
 
     code = "DC308"
 

@@ -24,7 +24,6 @@ from docket_celery.errors import (
     RunConflict,
     RunTimedOut,
     StoreUnavailable,
-    TooManyAbandoned,
 )
 from docket_celery.events import EventKind
 from docket_celery.heartbeat import HeldLease
@@ -92,17 +91,6 @@ class Run:
         self._delivery = self._new_delivery(submission.number)
 
     # --- whoever waits -----------------------------------------------------------------------------------------
-
-    def check_abandoned(self) -> None:
-        """Refuse to begin where steps that did not stop hold too many threads.
-
-        Raises:
-            TooManyAbandoned: They hold twice as many as there may be.
-        """
-        held = self._runtime.pool.abandoned()
-        limit = 2 * self._settings.threads
-        if held and len(held) >= limit:
-            raise TooManyAbandoned(len(held), limit, sorted(set(held)))
 
     def start(self, report: Callable[[RunOutcome], None]) -> None:
         """Begin; *report* is called once, on any thread, with the outcome.

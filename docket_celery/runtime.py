@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from docket_celery.django_orm import close_connections
+from docket_celery.errors import TooManyAbandoned
 
 _logger = logging.getLogger("docket_celery.runtime")
 Work = Callable[[], None]
@@ -64,6 +65,7 @@ class Pool:
     """
 
     def __init__(self, size: int, idle_s: float | None = None) -> None:
+        self._most_abandoned = 2 * size
         self._size, self._idle_s = size, IDLE_S if idle_s is None else idle_s
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -151,6 +153,16 @@ class Pool:
         """Return the names of the steps that still hold an abandoned thread."""
         with self._lock:
             return sorted(self._abandoned.values())
+
+    def check_abandoned(self) -> None:
+        """Refuse what may come to hold another thread.
+
+        Raises:
+            TooManyAbandoned: Steps that do not stop hold twice as many threads as the pool has.
+        """
+        held = self.abandoned() if self._abandoned else []
+        if held and len(held) >= self._most_abandoned:
+            raise TooManyAbandoned(len(held), self._most_abandoned, sorted(set(held)))
 
     def close(self, timeout_s: float = 5.0) -> None:
         """End the idle threads and wait for them; abandoned ones are left alone.

@@ -36,7 +36,7 @@ def run_here(run: Run) -> RunOutcome:
             cancelled and its lease given up before.
         TooManyAbandoned: Too many threads are held by timed-out steps.
     """
-    run.check_abandoned()
+    run.pool.check_abandoned()
     outcomes: queue.SimpleQueue[RunOutcome] = queue.SimpleQueue()
     try:
         run.start(outcomes.put)
@@ -69,7 +69,7 @@ async def run_on_loop(run: Run, loop: CallerLoop) -> RunOutcome:
         TooManyAbandoned: Too many threads are held by timed-out steps.
     """
     _require_threads(run)
-    run.check_abandoned()
+    run.pool.check_abandoned()
     ended: asyncio.Future[RunOutcome] = asyncio.get_running_loop().create_future()
 
     def report(outcome: RunOutcome) -> None:
@@ -103,7 +103,7 @@ class StartedRun(Generic[T]):
         self._outcome: RunOutcome | None = None
         self._outcomes: queue.SimpleQueue[RunOutcome] = queue.SimpleQueue()
         _require_threads(run)
-        run.check_abandoned()
+        run.pool.check_abandoned()
         run.start(self._end)
         run.watch()
 
