@@ -18,6 +18,7 @@ from docket_celery.delivery import Delivery
 from docket_celery.errors import StepTimedOut
 from docket_celery.events import EventKind
 from docket_celery.factory import Factory
+from docket_celery.frames import fold
 from docket_celery.runtime import Alarm, Worker
 from docket_celery.slots import HeldCoroutine, Slot
 from docket_celery.step import Step
@@ -118,7 +119,7 @@ class Attempt:
         try:
             value = delivery.base.copy().run(self._invoke, context)
         except BaseException as error:  # noqa: BLE001 -- user code; every kind is judged by the caller
-            self._ended(None, error)
+            self._ended(None, fold(error))
         else:
             self._ended(value, None)
         return True
@@ -164,7 +165,7 @@ class Attempt:
         except BaseException as error:  # noqa: BLE001 -- the call may fail before its first await
             if self._slot is not None:
                 self._slot.cancel()
-            self._ended(None, error)
+            self._ended(None, fold(error))
             return
 
         def finished(future: Future[tuple[Any, BaseException | None]]) -> None:
@@ -211,7 +212,7 @@ class Attempt:
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001 -- user code; every kind is judged by the caller
-            return None, error
+            return None, fold(error)
 
     # --- ending ------------------------------------------------------------------------------------------------
 

@@ -325,7 +325,7 @@ class Execution:
             return Outcome(value=value)
         first, *others = self._failures
         if others:
-            first.add_others([str(other) for other in others])
+            first.add_others(others)
         return Outcome(error=first)
 
     def _end(self, outcome: Outcome) -> None:

@@ -41,8 +41,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
+from docket_celery.frames import fold, show
+
 MAX_CAUSE_CHARS = 4000
 """Most characters of a cause's text that a `StepFailed` or `AbortError` carries."""
+MAX_OTHER_TRACES = 5
+"""Most tracebacks of further steps that failed in the same run which a `StepFailed` shows."""
 
 
 def type_path(kind: type) -> str:
@@ -174,20 +178,27 @@ class StepFailed(DocketError):
 
     @classmethod
     def from_cause(cls, step: str, attempts: int, retriable: bool, cause: BaseException) -> StepFailed:
-        """Build the error for *cause* and chain it, so that local tracebacks show the user's own frames."""
+        """Build the error for *cause* and chain it; its traceback starts in the user's code."""
         names = [type_path(kind) for kind in type(cause).__mro__ if kind is not object]
         error = StepFailed(step, attempts, retriable, names, safe_text(cause, notes=True))
-        error.__cause__ = cause
+        error.__cause__ = fold(cause)
         return error
 
     def caused_by(self, kind: type[BaseException]) -> bool:
         """Tell whether the cause is a *kind*, also after transport, by importable name."""
         return isinstance(self.__cause__, kind) or type_path(kind) in self.cause_types
 
-    def add_others(self, lines: Sequence[str]) -> None:
-        """Mention the other steps that failed in the same run; part of the transported fields."""
-        self.others = (*self.others, *lines)
+    def add_others(self, failures: Sequence[StepFailed]) -> None:
+        """Mention the other steps that failed in the same run.
+
+        Their texts are part of the transported fields; the tracebacks of some of their causes are notes, so that
+        they stand in logs and in Celery's ``result.traceback`` below the first one's.
+        """
+        self.others = (*self.others, *map(str, failures))
         self.args = (*self.args[:-1], list(self.others))
+        for failure in failures[:MAX_OTHER_TRACES]:
+            if failure.__cause__ is not None:
+                self.add_note(f"step {failure.step!r} failed too:\n{show(failure.__cause__)}")
 
     def describe(self) -> str:
         cause = self.cause_types[0].rpartition(".")[2] if self.cause_types else "error"

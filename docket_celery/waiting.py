@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+from types import TracebackType
 from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
@@ -101,6 +102,7 @@ class StartedRun(Generic[T]):
         self.execution_id = run.submission.execution_id
         self._run, self._target = run, target
         self._outcome: RunOutcome | None = None
+        self._trace: TracebackType | None = None
         self._outcomes: queue.SimpleQueue[RunOutcome] = queue.SimpleQueue()
         _require_threads(run)
         run.pool.check_abandoned()
@@ -149,6 +151,8 @@ class StartedRun(Generic[T]):
         return True
 
     def _end(self, outcome: RunOutcome) -> None:
+        if outcome.error is not None:
+            self._trace = outcome.error.__traceback__
         self._outcome = outcome
         self._outcomes.put(outcome)
 
@@ -164,6 +168,9 @@ class StartedRun(Generic[T]):
                 continue
             # Back again for the next one who waits.
             self._outcomes.put(outcome)
+        if self._outcome.error is not None:
+            # Each raise adds frames: those of earlier calls are none of this one's.
+            self._outcome.error.__traceback__ = self._trace
         return self._outcome
 
 

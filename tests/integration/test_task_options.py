@@ -113,6 +113,34 @@ def test_throws_is_logged_as_expected(worker: WorkerProcess, journal: str) -> No
     assert "Traceback" in shown[2]
 
 
+def test_results_and_logs_show_the_step_and_not_the_engine(worker: WorkerProcess, journal: str) -> None:
+    """In the result's traceback and in the worker's log the cause starts in the step's function."""
+    result = submit(options.never, journal, failures=9)
+    with pytest.raises(StepFailed):
+        result.get(timeout=WAIT_S)
+    worker.wait_for_log(f"options.never[{result.id}] raised unexpected")
+    logged = worker.read_log().partition(f"options.never[{result.id}] raised unexpected")[2]
+    for text in (str(result.traceback), logged):
+        cause = text.partition("Traceback (most recent call last):\n")[2].partition("direct cause")[0]
+        first, *others = [line for line in cause.splitlines() if line.startswith("  File ")]
+        assert first.endswith("in call_once")
+        assert "options.py" in first
+        assert [line.rpartition(" in ")[2] for line in others] == ["fail_at_first"]
+
+
+def test_results_and_logs_show_every_branch_that_failed(worker: WorkerProcess, journal: str) -> None:
+    """Both tracebacks, one as the cause and one as a note."""
+    result = options.both.apply_async(JOB, execution_id=journal)
+    with pytest.raises(StepFailed):
+        result.get(timeout=WAIT_S)
+    worker.wait_for_log(f"options.both[{result.id}] raised unexpected")
+    logged = worker.read_log().partition(f"options.both[{result.id}] raised unexpected")[2]
+    for text in (str(result.traceback), logged):
+        for wanted in ("in break_one", "BusyError: one", "in break_two", "BusierError: two"):
+            assert wanted in text
+        assert "attempt.py" not in text
+
+
 @pytest.mark.parametrize(
     ("task", "deliveries"),
     [(options.limited, 3), (options.limited_by_kwargs, 2), (options.retried_kept, 3)],

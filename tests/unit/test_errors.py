@@ -124,11 +124,25 @@ def test_a_failure_knows_its_cause_before_and_after_transport() -> None:
     assert isinstance(error.__cause__, ConnectionResetError)
 
 
+def raised(error: Exception) -> Exception:
+    """Return *error* with a traceback."""
+    try:
+        raise error
+    except Exception as caught:  # noqa: BLE001 -- whatever it is
+        return caught
+
+
 def test_other_failures_travel_along() -> None:
     """What is added after the fact is part of the fields."""
     error = StepTimedOut("charge", 1, 0.5)
-    error.add_others(["step 'reserve' failed"])
-    assert "also failed:\n  - step 'reserve' failed" in str(through_json_backend(error))
+    other = StepFailed.from_cause("reserve", 1, False, raised(KeyError("shelf")))
+    error.add_others([other, StepTimedOut("ship", 1, 0.5)])
+    shown = str(through_json_backend(error))
+    assert "also failed:\n  - [DC201] step 'reserve' failed after 1 attempt" in shown
+    assert "  - [DC202] step 'ship' passed timeout" in shown
+    (note,) = error.__notes__
+    assert note.startswith("step 'reserve' failed too:\nTraceback (most recent call last):")
+    assert note.endswith("KeyError: 'shelf'")
 
 
 def test_an_abort_keeps_its_cause() -> None:

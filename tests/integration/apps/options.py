@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 import time
 from typing import Any
 
@@ -39,6 +41,36 @@ def fail_at_first(ctx: StepContext) -> Shipment:
 def call_once(order: Order, ctx: StepContext) -> Shipment:
     """One attempt in a delivery."""
     return fail_at_first(ctx)
+
+
+split = Graph("split")
+meeting = threading.Barrier(2)
+
+
+@split.step
+def break_one(order: Order) -> Label:
+    """Fail on a thread, once the other one has begun."""
+    meeting.wait(10)
+    raise BusyError("one")
+
+
+@split.step
+async def break_two(order: Order) -> Money:
+    """Fail on the loop, once the other one has begun."""
+    await asyncio.to_thread(meeting.wait, 10)
+    raise BusierError("two")
+
+
+@split.step
+def join(label: Label, money: Money) -> Shipment:
+    """Never reached."""
+    return Shipment()
+
+
+@graph_task(app, split)
+def both(order: Order) -> Shipment:
+    """Two branches fail."""
+    raise NotImplementedError
 
 
 kept = Graph("flaky_kept")
