@@ -28,7 +28,7 @@ from docket_celery.errors import (
 from docket_celery.events import EventKind
 from docket_celery.messages import type_name
 from docket_celery.plan import PlannedStep
-from docket_celery.policy import Scope, to_seconds
+from docket_celery.policy import RetryPolicy, Scope, to_seconds
 from docket_celery.record import StepRecord, read_value
 from docket_celery.slots import Slot, Slots
 from docket_celery.step import Step
@@ -169,9 +169,11 @@ class StepCall:
             self._steps.abort(error)
             return
         retriable, error = classify(step, error)
-        failure = self._failure = _failure(step, number, retriable, error)
+        delay_s = None
         if retriable and number < step.max_attempts and step.options.retry is not None:
-            delay_s = to_seconds(step.options.retry.backoff.delay_s(number), "the backoff's delay")
+            delay_s, retriable, error = _delay(step.options.retry, step, number, error)
+        failure = self._failure = _failure(step, number, retriable, error)
+        if delay_s is not None:
             self._delivery.tell(
                 EventKind.STEP_RETRYING, step.name, number, detail=f"again in {delay_s:.3g} s: {failure}"
             )
@@ -286,6 +288,17 @@ def classify(step: Step, error: Exception) -> tuple[bool, Exception]:
             broken.add_note(f"raised by retriable= of step {step.name!r} while judging {brief_error(error)}")
             return False, broken
     return isinstance(error, (StepTimedOut, StoreUnavailable)) or not isinstance(error, DocketError), error
+
+
+def _delay(
+    policy: RetryPolicy, step: Step, number: int, error: Exception
+) -> tuple[float | None, bool, Exception]:
+    """Return the wait before the next attempt, or None where the backoff has none: then that is the failure."""
+    try:
+        return to_seconds(policy.backoff.delay_s(number), "the backoff's delay"), True, error
+    except Exception as broken:  # noqa: BLE001 -- it may be user code; what it raised is the failure
+        broken.add_note(f"raised by the backoff of step {step.name!r} after {brief_error(error)}")
+        return None, False, broken
 
 
 def brief_error(error: BaseException) -> str:

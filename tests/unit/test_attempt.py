@@ -435,17 +435,52 @@ def test_a_listener_that_raises_does_not_break_the_run(caplog: pytest.LogCapture
     assert "failed on run-started" in caplog.text
 
 
-def test_a_backoff_that_cannot_be_used_fails_the_step() -> None:
-    """A negative wait, of somebody's own backoff, is the step's failure and no hang."""
+@pytest.mark.parametrize(
+    ("delay", "text"),
+    [
+        (lambda: -1.0, "ValueError: the backoff's delay must not be negative, got -1.0"),
+        (lambda: float("nan"), "ValueError: the backoff's delay must not be negative, got nan"),
+        (lambda: float("inf"), "ValueError: the backoff's delay must be at most"),
+        (lambda: "soon", "ValueError: the backoff's delay must be seconds or a timedelta, not 'soon'"),
+        (lambda: None, "ValueError: the backoff's delay must be seconds or a timedelta, not None"),
+        (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
+    ],
+    ids=["negative", "nan", "endless", "text", "nothing", "raises"],
+)
+def test_a_backoff_that_cannot_be_used_fails_the_step(delay: Callable[[], Any], text: str) -> None:
+    """It is the step's failure, with what it was asked about; what else is running finishes first."""
 
-    class Backwards:
-        def delay_s(self, *_: object) -> float:
-            return -1.0
+    class Odd:
+        def delay_s(self, *_: object) -> Any:
+            return delay()
 
-    graph, attempts = failing(lambda: ValueError("no"), retry=RetryPolicy(backoff=Backwards()))
-    with pytest.raises(StepFailed, match="backoff's delay must not be negative"):
-        within(lambda: graph.execute(Charge, Order()))
+    graph, attempts = failing(lambda: ValueError("no"), retry=RetryPolicy(backoff=Odd()))
+    begun, failed, finished = threading.Event(), threading.Event(), list[bool]()
+
+    @graph.step
+    def label(order: Order, ctx: StepContext) -> Label:
+        begun.set()
+        reached(failed)
+        finished.append(not ctx.cancelled.is_set())
+        return Label()
+
+    @graph.step
+    def ship(charge: Charge, label: Label) -> Shipment:
+        return Shipment()
+
+    def listen(event: Event) -> None:
+        if event.kind is EventKind.STEP_STARTED and event.step == "charge":
+            reached(begun)
+        if event.kind is EventKind.STEP_FAILED:
+            failed.set()
+
+    graph.listeners.append(listen)
+    with pytest.raises(StepFailed, match=r"'charge' failed after 1 attempt \(not retriable\)") as caught:
+        within(lambda: execute(graph, Shipment, Order(), helps=False))
+    assert text in str(caught.value)
+    assert "raised by the backoff of step 'charge' after ValueError: no" in str(caught.value)
     assert attempts == [1]
+    assert finished == [True]
 
 
 def test_exponential_waits_are_asked_of_the_policy() -> None:
