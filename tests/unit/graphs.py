@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -20,7 +21,7 @@ from tests.unit.protos.shop_pb2 import Money
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
-WAIT_S = 30.0
+WAIT_S = float(os.environ.get("TEST_WAIT_S", "30"))
 """How long a test waits for what must happen; passing it is a failure, never a measurement."""
 
 

@@ -371,12 +371,12 @@ class MortalStore:
         return self._inner.find_run(graph, execution_id)
 
     def __getattr__(self, name: str) -> Any:
-        def answer(*args: Any) -> Any:
+        def answer(*args: Any, **options: Any) -> Any:
             with self._lock:
                 dies = self._dies() if name != "extend" else False
             if self.dead and not (dies and self._crash.answered):
                 raise StoreUnavailable(name, "the process is dead")
-            found = getattr(self._inner, name)(*args)
+            found = getattr(self._inner, name)(*args, **options)
             if dies:
                 raise StoreUnavailable(name, "the process is dead")
             return found

@@ -48,11 +48,24 @@ def test_keys_stay_what_they_are() -> None:
     } == GOLDEN
 
 
-@pytest.mark.parametrize("value", ["", "a" * 256, "a\0b", "a\nb", "\ud800", 17, None, b"order-17"])
-def test_a_bad_execution_id_is_refused(value: object) -> None:
-    """Empty, too long, not printable, or no text."""
-    with pytest.raises(InvalidArguments, match="execution_id"):
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("", "must have 1 to 255 characters, has 0"),
+        ("a" * 256, "must have 1 to 255 characters, has 256"),
+        ("a\0b", "must be printable, got 'a\\x00b'"),
+        ("a\nb", "must be printable, got 'a\\nb'"),
+        ("\ud800", "must be printable, got '\\ud800'"),
+        (17, "must be a str, not int"),
+        (None, "must be a str, not NoneType"),
+        (b"order-17", "must be a str, not bytes"),
+    ],
+)
+def test_a_bad_execution_id_is_refused(value: object, problem: str) -> None:
+    """Empty, too long, not printable, or no text: the error says which."""
+    with pytest.raises(InvalidArguments) as caught:
         check_execution_id(value)
+    assert (caught.value.what, caught.value.problem) == ("execution_id", problem)
 
 
 @pytest.mark.parametrize("value", ["a", "order-17", "Größe 17", "a" * 255])

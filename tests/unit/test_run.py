@@ -282,9 +282,8 @@ def test_a_run_that_times_out_fails_and_resumes() -> None:
     hanging[0] = False
     assert within(lambda: graph.execute(Shipment, Order(), execution_id="o-1")) == Shipment()
     assert shop.calls == ["charge"]
-    assert [row.status for row in store.executions if row.step_name == "ship"] == ["CANCELLED"] * 5 + [
-        "SUCCEEDED"
-    ]
+    rows = [(r.status, r.attempts, r.error_code) for r in store.executions if r.step_name == "ship"]
+    assert rows == [("CANCELLED", 1, "DC301")] * 5 + [("SUCCEEDED", 1, None)]
 
 
 def test_a_run_whose_workers_were_lost_too_often_is_not_started_again() -> None:
@@ -369,9 +368,9 @@ def test_inputs_that_are_not_at_hand_are_not_computed_to_compare(policy: Literal
 @pytest.mark.parametrize("policy", ["reuse", "error"])
 def test_a_checkpoint_whose_given_inputs_differ(policy: str) -> None:
     """With the inputs at hand the difference is seen: a warning event, or `InputsChanged` before anything runs."""
-    store, heard = MemoryStore(), list[EventKind]()
+    store, heard = MemoryStore(), list[tuple[EventKind, str, str]]()
     shop = Shop(store, on_input_change=policy)
-    shop.graph.listeners.append(lambda event: heard.append(event.kind))
+    shop.graph.listeners.append(lambda event: heard.append((event.kind, event.step, event.detail)))
     digest = b"\1" * 32
     shop.broken = True
     with pytest.raises(StepFailed):
@@ -379,12 +378,16 @@ def test_a_checkpoint_whose_given_inputs_differ(policy: str) -> None:
     shop.broken = False
     again = lambda: execute(shop.graph, Shipment, Order(order_id="8"), job_digest=digest)  # noqa: E731
     if policy == "error":
-        with pytest.raises(InputsChanged, match="checkpoint of step 'charge' was made from other inputs"):
+        with pytest.raises(
+            InputsChanged, match="checkpoint of step 'charge' was made from other inputs"
+        ) as caught:
             within(again)
+        assert caught.value.execution_id == "run"
         assert shop.calls == ["charge", "ship"]
     else:
         assert within(again) == Shipment(tracking_id="7 1")
-    assert (EventKind.INPUTS_CHANGED in heard) is (policy == "reuse")
+    told = (EventKind.INPUTS_CHANGED, "charge", "checkpoint reused")
+    assert [event for event in heard if event[0] is told[0]] == ([told] if policy == "reuse" else [])
 
 
 def test_nothing_that_persists_means_no_store_call() -> None:

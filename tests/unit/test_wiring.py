@@ -84,7 +84,10 @@ def test_a_type_without_a_producer_is_named_with_who_needs_it() -> None:
     (fault,) = faults(graph, Order)
     assert fault.startswith("DC114 no producer: step 'reserve'")
     assert "needs docket.tests.unit.Charge" in fault
-    assert "given: docket.tests.unit.Order" in fault
+    assert "(given: docket.tests.unit.Order);" in fault
+    (fault,) = faults(graph, Order, Money)
+    given = fault.partition("(given: ")[2].partition(")")[0].split(", ")
+    assert sorted(given) == ["docket.tests.unit.Money", "docket.tests.unit.Order"]
 
 
 def test_two_producers_of_a_type_are_refused() -> None:
@@ -240,6 +243,32 @@ def test_a_plan_draws_itself() -> None:
         '    s0 -->|"Charge"| s2',
         '    s1 -->|"Reservation"| s2',
     ]
+
+
+def test_a_plan_draws_named_values_with_their_names() -> None:
+    """Two values of one type are told apart in the picture too."""
+    assert compiled(build({"a": [], "b": ["a"]}, total), "b").mermaid().splitlines() == [
+        "flowchart TD",
+        '    s0["a"]',
+        '    s1["b"]',
+        '    s0 -->|"Money a"| s1',
+    ]
+
+
+def test_a_plan_shows_itself_in_one_line() -> None:
+    """A log names the graph, what is given, the target and the first eight steps."""
+    assert repr(shop().plan(Shipment, Order)) == (
+        "<Plan shop: docket.tests.unit.Order -> docket.tests.unit.Shipment by charge, reserve, ship>"
+    )
+    chain = build({f"s{i}": [f"s{i - 1}"] if i else [] for i in range(9)}, total)
+    names = ", ".join(f"s{i}" for i in range(8))
+    for last, shown in ((7, names), (8, f"{names}, … 1 more")):
+        target = f"s{last}"
+        expected = f'<Plan shape:  -> docket.tests.unit.Money named "{target}" by {shown}>'
+        assert repr(compiled(chain, target)) == expected
+    two = shop().plan(Shipment, Order, Charge)
+    assert repr(two).startswith("<Plan shop: docket.tests.unit.Order, docket.tests.unit.Charge -> ")
+    assert repr(shop().plan(Order, Order)).endswith("-> docket.tests.unit.Order by nothing>")
 
 
 @pytest.mark.parametrize("shape", ["chain", "fan"])
