@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -99,6 +100,29 @@ def test_an_order_that_failed_after_paying_is_not_charged_again() -> None:
         "card: 1 call, 1 charge; reservations: 2; carrier: 4 calls",
     ]
     assert lines[again + 1 : again + 3] == lines[shipped + 1 : shipped + 3]
+
+
+def test_tracing_prints_one_trace_of_spans_in_steps() -> None:
+    """The users' spans lie below those of the hook, and these below the request's, for each attempt."""
+    offer, count, *lines = run_example("tracing")
+    assert (offer, count) == ("Offer: 870 cents", "8 spans in 1 trace:")
+    assert all(re.search(r", \d+ ms(  failed: .*)?$", line) for line in lines)
+    tree = [re.sub(r", \d+ ms.*", "", line)[2:] for line in lines]
+    assert tree[0] == "POST /offers"
+    assert tree[-1] == "  make_offer (attempt 1)"
+    pairs = list(batched_by_two(tree[1:-1]))
+    assert sorted(pairs) == [
+        ("  assess_duty (attempt 1)", "    GET customs /duties"),
+        ("  look_up_rate (attempt 1)", "    GET carrier /rates"),
+        ("  look_up_rate (attempt 2)", "    GET carrier /rates"),
+    ]
+    failed = [line.partition(",")[0].strip() for line in lines if "failed: TimeoutError" in line]
+    assert failed == ["look_up_rate (attempt 1)", "GET carrier /rates"]
+
+
+def batched_by_two(lines: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield the lines two by two."""
+    return zip(lines[::2], lines[1::2], strict=True)
 
 
 def sections(lines: list[str], head: str) -> list[list[str]]:

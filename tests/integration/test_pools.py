@@ -11,7 +11,7 @@ from celery import Celery
 
 from tests.conftest import StartWorker
 from tests.integration.apps.book import Book
-from tests.integration.apps.lease_app import app, fetch_all, look, process
+from tests.integration.apps.lease_app import app, fetch_all, look, meet_another, process
 from tests.unit.protos.shop_pb2 import Order
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(90)]
@@ -69,6 +69,22 @@ def test_a_worker_of_any_pool_runs_persisted_and_parallel_graphs(
     # One process serves both jobs with the same pool and the same database session.
     same = ("pid", "pool", "backend")
     assert [facts[name] for name in same] == [again[name] for name in same]
+
+
+@pytest.mark.parametrize("pool", ["threads", "gevent"])
+def test_async_steps_of_two_runs_see_their_own_task_while_they_take_turns(
+    start_worker: StartWorker, book: Book, pool: str
+) -> None:
+    """On one loop of one worker process: `current_task`, its request, and the task logger; none between the turns."""
+    worker = start_worker(pool, 2, app=APP)
+    jobs = [meet_another.delay(Order(order_id=name)) for name in ("first", "second")]
+    for job in jobs:
+        present, *seen = json.loads(job.get(timeout=WITHIN_S).text)
+        assert present == 2, "the steps did not run at the same time"
+        assert seen == [f"{job.id} lease.meet"]
+    log = worker.read_log()
+    for name, job in zip(("first", "second"), jobs, strict=True):
+        assert f"lease.meet[{job.id}]: order {name} has met" in log
 
 
 def _elapsed_s(result: Any) -> float:

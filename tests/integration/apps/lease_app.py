@@ -5,6 +5,7 @@ An order's ``stock`` gives each step's milliseconds (``reserve``) and what shall
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import json
 import os
@@ -177,6 +178,34 @@ def look(order: Order) -> Label:
     raise NotImplementedError
 
 
+meeting = Graph("lease-meeting")
+present: set[str] = set()
+
+
+@meeting.step
+async def meet(order: Order, ctx: StepContext) -> Label:
+    """Take turns with the step of another run until both have seen the other; return whose tasks were current."""
+    seen: set[str] = set()
+    between: list[str] = []
+    for _ in range(1000):
+        present.add(ctx.execution_id)
+        seen.add(f"{current_task.request.id} {current_task.name}")
+        asyncio.get_running_loop().call_soon(lambda: between.append(str(getattr(current_task, "name", None))))
+        await asyncio.sleep(0.002)
+        seen.add(f"{current_task.request.id} {current_task.name}")
+        if len(present) > 1:
+            break
+    seen.update(f"between: {name}" for name in between if name != "None")
+    logger.info("order %s has met", order.order_id)
+    return Label(text=json.dumps([len(present), *sorted(seen)]))
+
+
+@graph_task(app, meeting, name="lease.meet")
+def meet_another(order: Order) -> Label:
+    """Run at the same time as another one, in one process."""
+    raise NotImplementedError
+
+
 def backend_pid(store: object) -> int:
     """Return the process id of the Postgres backend behind the next connection of *store*."""
     assert isinstance(store, SQLStore)
@@ -201,4 +230,4 @@ if "LEASE_APP_BUSY_PARENT" in os.environ:
     # Again before each fork: what the worker's start closed is open once more.
     signals.worker_before_create_process.connect(run_graphs_here, weak=False)
 
-__all__ = ["Money", "app", "collect", "fetch_all", "look", "process", "process_again"]
+__all__ = ["Money", "app", "collect", "fetch_all", "look", "meet_another", "process", "process_again"]
