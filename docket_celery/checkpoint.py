@@ -285,6 +285,30 @@ class RunEnd:
     retention_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Purged:
+    """How many rows a purge deleted."""
+
+    runs: int = 0
+    checkpoints: int = 0
+    executions: int = 0
+    chunks: int = 0
+    claims: int = 0
+
+    def __bool__(self) -> bool:
+        """Tell whether anything was deleted."""
+        return self != Purged()
+
+    def __add__(self, other: Purged) -> Purged:
+        return Purged(
+            runs=self.runs + other.runs,
+            checkpoints=self.checkpoints + other.checkpoints,
+            executions=self.executions + other.executions,
+            chunks=self.chunks + other.chunks,
+            claims=self.claims + other.claims,
+        )
+
+
 class Store(Protocol):
     """Where checkpoints and runs live. Every method may be called from any thread and blocks.
 
@@ -417,6 +441,19 @@ class Store(Protocol):
 
     def find_job(self, graph: str, execution_id: str) -> bytes | None:
         """Return the job of a run as `RunRequest.job` had it, or None if there is no such run."""
+        ...
+
+    def purge(self, limit: int) -> Purged:
+        """Delete rows that are past their date, in a few short transactions; nothing is left once it is empty.
+
+        Ended runs whose retention is over, each with its checkpoints and step executions: the run is unknown then,
+        and submitting it again starts. Checkpoints whose ttl is over, but for those of runs that have not ended.
+        Claims that have been dead for a minute. Any number of processes may do it side by side; what another one is
+        deleting is left to it.
+
+        Args:
+            limit: Most rows of a table that go in one transaction; at least 1.
+        """
         ...
 
     def migrate(self) -> int:

@@ -14,6 +14,7 @@ _COMMANDS: Final = {
     "check": "docket_celery.cli.graphs",
     "migrate": "docket_celery.cli.database",
     "plan": "docket_celery.cli.graphs",
+    "purge": "docket_celery.cli.database",
 }
 
 

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from docket_celery.checkpoint import (
     Checkpoint,
     Lease,
+    Purged,
     RunEnd,
     RunRequest,
     RunRow,
@@ -67,6 +68,10 @@ class _Run:
     result: bytes | None = None
     result_checksum: bytes | None = None
     expires_at: float | None = None
+
+    def is_due(self, now: float) -> bool:
+        """Tell whether the run has ended and its retention is over."""
+        return self.state.ended and self.expires_at is not None and self.expires_at <= now
 
     def row(self, now: float) -> RunRow:
         """Return the run as others see it."""
@@ -251,6 +256,24 @@ class MemoryStore:
             run = self._runs.get((graph, execution_id))
             return None if run is None else run.request.job
 
+    def purge(self, limit: int) -> Purged:
+        """See `Store.purge`; one lock holds everybody off anyway, so *limit* bounds only how long."""
+        with self._lock:
+            now = self._clock()
+            due = [key for key, run in self._runs.items() if run.is_due(now)][:limit]
+            for key in due:
+                del self._runs[key]
+            gone = [key for key, stored in self._cache.items() if self._may_go(stored, now, due)]
+            for cache_key in gone:
+                del self._cache[cache_key]
+            kept = [row for row in self._executions if (row.graph, row.execution_id) not in due]
+            executions = len(self._executions) - len(kept)
+            self._executions = kept
+            dead = [key for key, claim in self._claims.items() if claim.lease_until <= now]
+            for cache_key in dead:
+                del self._claims[cache_key]
+        return Purged(runs=len(due), checkpoints=len(gone), executions=executions, claims=len(dead))
+
     def migrate(self) -> int:
         """Return the version of the rules; there are no tables."""
         return SCHEMA_VERSION
@@ -331,6 +354,17 @@ class MemoryStore:
         if execution is not None:
             self._executions.append(execution)
         return kept
+
+    def _may_go(self, stored: _Stored, now: float, purged: Collection[tuple[str, str]]) -> bool:
+        """Tell whether a checkpoint is of a purged run, or past its date and of no run that may still need it."""
+        checkpoint = stored.checkpoint
+        if checkpoint.execution_id is not None:
+            if (checkpoint.graph, checkpoint.execution_id) in purged:
+                return True
+            run = self._runs.get((checkpoint.graph, checkpoint.execution_id))
+            if run is not None and not run.state.ended:
+                return False
+        return stored.expires_at is not None and stored.expires_at <= now
 
     def _drop_claim(self, key: bytes, owner: str) -> float | None:
         """Drop *owner*'s claim; return when it was made, or None if another has it."""

@@ -12,10 +12,20 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from docket_celery.checkpoint import Checkpoint, Lease, RunEnd, RunRequest, RunRow, RunState, StepExecution
+from docket_celery.checkpoint import (
+    Checkpoint,
+    Lease,
+    Purged,
+    RunEnd,
+    RunRequest,
+    RunRow,
+    RunState,
+    StepExecution,
+)
 from docket_celery.errors import LeaseLost, StoreUnavailable
 from docket_celery.store import postgres_sql as sql
 from docket_celery.store import schema
+from docket_celery.store.purging import purge_postgres
 from docket_celery.store.rows import (
     EXECUTION_COLUMNS,
     check_owner,
@@ -182,6 +192,11 @@ def _execution_values(execution: StepExecution | None) -> dict[str, Any]:
     if execution is None:
         return {}
     return {f"x_{name}": value for name, value in execution_values(execution).items()}
+
+
+def purge(connection: Connection, limit: int) -> Purged:
+    """See `Store.purge`."""
+    return purge_postgres(connection, limit)
 
 
 def migrate(connection: Connection) -> int:

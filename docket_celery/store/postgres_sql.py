@@ -164,7 +164,7 @@ spent AS (
     WHERE cache_key = :cache_key AND owner = :owner AND lease_until > clock_timestamp()),
 swept AS (
     DELETE FROM docket_claims WHERE cache_key IN (
-        SELECT cache_key FROM docket_claims WHERE lease_until < clock_timestamp() - interval '1 minute'
+        SELECT cache_key FROM docket_claims WHERE lease_until < statement_timestamp() - interval '1 minute'
         LIMIT 2 FOR UPDATE SKIP LOCKED)){execution}
 SELECT count(*) AS saved FROM s
 """)

@@ -9,7 +9,7 @@ from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from docket_celery.checkpoint import Checkpoint, Lease, RunEnd, RunRequest, RunRow, StepExecution
+from docket_celery.checkpoint import Checkpoint, Lease, Purged, RunEnd, RunRequest, RunRow, StepExecution
 from docket_celery.codec import Codec
 from docket_celery.errors import CorruptCheckpoint, DocketError, SchemaMismatch, StoreUnavailable
 from docket_celery.store import postgres, schema, sqlite
@@ -51,6 +51,7 @@ class _Calls(Protocol):
     ) -> set[tuple[str, str]]: ...
     def end(self, connection: Connection, lease: Lease, ending: RunEnd) -> None: ...
     def find_run(self, connection: Connection, graph: str, execution_id: str) -> RunRow | None: ...
+    def purge(self, connection: Connection, limit: int) -> Purged: ...
     def find_job(self, connection: Connection, graph: str, execution_id: str) -> bytes | None: ...
     def migrate(self, connection: Connection) -> int: ...
 
@@ -168,6 +169,10 @@ class SQLStore:
             "find the job", lambda connection: self._calls.find_job(connection, graph, execution_id)
         )
         return None if job is None else self._seal.open_job(graph, execution_id, job)
+
+    def purge(self, limit: int) -> Purged:
+        """See `Store.purge`."""
+        return self._call("purge its tables", lambda connection: self._calls.purge(connection, limit))
 
     def migrate(self) -> int:
         """See `Store.migrate`."""

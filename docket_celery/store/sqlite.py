@@ -17,9 +17,19 @@ from typing import Any
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import OperationalError
 
-from docket_celery.checkpoint import Checkpoint, Lease, RunEnd, RunRequest, RunRow, RunState, StepExecution
+from docket_celery.checkpoint import (
+    Checkpoint,
+    Lease,
+    Purged,
+    RunEnd,
+    RunRequest,
+    RunRow,
+    RunState,
+    StepExecution,
+)
 from docket_celery.errors import LeaseLost
 from docket_celery.store import schema
+from docket_celery.store.purging import purge_sqlite
 from docket_celery.store.rows import (
     CHECKPOINT_COLUMNS,
     EXECUTION_COLUMNS,
@@ -305,6 +315,11 @@ def find_job(connection: Connection, graph: str, execution_id: str) -> bytes | N
     values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
     job = connection.execute(_FIND_JOB, values).scalar_one_or_none()
     return None if job is None else bytes(job)
+
+
+def purge(connection: Connection, limit: int) -> Purged:
+    """See `Store.purge`."""
+    return purge_sqlite(connection, limit, _writing)
 
 
 def migrate(connection: Connection) -> int:

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, create_engine, event, make_url
@@ -13,11 +10,10 @@ from sqlalchemy.pool import QueuePool
 from docket_celery.checkpoint import Checkpoint, Lease, RunState
 from docket_celery.errors import LeaseLost
 from docket_celery.store import SQLStore, postgres
+from tests.conformance.blocking import blocked
 from tests.conformance.samples import GRAPH, RUN, SQLBench, ending, execution, output, request, shared
 
 pytestmark = [pytest.mark.integration, pytest.mark.leaves_lease]
-
-T = TypeVar("T")
 
 
 @pytest.fixture
@@ -36,20 +32,6 @@ def rival(database_url: str) -> Generator[Connection]:
         yield connection
         connection.rollback()
     engine.dispose()
-
-
-@contextmanager
-def blocked(bench: SQLBench, work: Callable[[], T]) -> Generator[Future[T]]:
-    """Start *work* in a thread and go on when its statement waits for the rival's lock; join it at the end."""
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        outcome = pool.submit(work)
-        deadline = time.monotonic() + 10
-        while not bench.sql(waiting)[0][0]:
-            assert time.monotonic() < deadline, "nothing waits for a lock"
-            assert not outcome.done(), outcome.result()
-            time.sleep(0.005)
-        yield outcome
 
 
 class TestInterleaving:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from docket_celery.checkpoint import Lease
+from docket_celery.store import SQLStore
 from docket_celery.store.rows import SCHEMA_VERSION
+from tests.conformance.samples import ending, execution, output, request
 
 ROOT = Path(__file__).resolve().parents[2]
 PERSISTS = "tests.integration.apps.faulty"
@@ -50,7 +53,7 @@ def test_celery_lists_the_group_and_the_group_its_commands() -> None:
     """Installed through Celery's entry point."""
     assert "docket" in run("--help").stdout
     text = run("-A", PERSISTS, "docket", "--help").stdout
-    for command in ("check", "migrate", "plan"):
+    for command in ("check", "migrate", "plan", "purge"):
         assert command in text
 
 
@@ -104,7 +107,41 @@ def test_migrate_without_a_database_names_the_setting() -> None:
     assert "set docket_database_url (or DOCKET_CELERY_DATABASE_URL), or pass --url" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["check", "migrate"])
+def test_purge_deletes_what_is_due_and_says_so(sqlite: dict[str, str], tmp_path: Path) -> None:
+    """With an app or without one, in batches of any size; there is nothing left to purge afterwards."""
+    store = SQLStore(sqlite[DATABASE])
+    store.migrate()
+    for number in range(3):
+        lease = store.acquire(request(execution_id=f"order-{number}"))
+        assert isinstance(lease, Lease)
+        saved = output(execution_id=f"order-{number}")
+        store.save(lease, saved, execution(execution_id=f"order-{number}"))
+        store.end(lease, ending(retention_s=0.0 if number else 3600.0))
+    store.close()
+    named = f"SQLStore('sqlite+pysqlite:///{tmp_path}/shop.db')"
+    words = ("docket", "purge", "--url", sqlite[DATABASE], "--batch", "1")
+    assert run(*words).stdout == f"{named}: purged 2 runs, 2 checkpoints, 2 step executions\n"
+    again = run("-A", PERSISTS, "docket", "purge", env=sqlite)
+    assert (again.returncode, again.stdout) == (0, f"{named}: nothing to purge\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--batch", "0"), "0 is not in the range 1<=x<=100000"),
+        (("--url", "sqlite://"), "the database has no docket tables"),
+        ((), "set docket_database_url (or DOCKET_CELERY_DATABASE_URL), or pass --url"),
+    ],
+)
+def test_purge_refuses_what_cannot_work(words: tuple[str, ...], text: str) -> None:
+    """Exit status and text say so; nothing is deleted."""
+    done = run("-A", PERSISTS, "docket", "purge", *words)
+    assert done.returncode != 0
+    assert text in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "migrate", "purge"])
 def test_no_password_is_printed(command: str) -> None:
     """A database that does not answer is named without its secret."""
     done = run("-A", PERSISTS, "docket", command, env={DATABASE: SECRET})

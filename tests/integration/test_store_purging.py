@@ -1,0 +1,153 @@
+"""Purging on Postgres: through the indexes however much there is, and past the locks of others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator
+
+import pytest
+from sqlalchemy import Connection, TextClause, create_engine, make_url, text
+
+from docket_celery.checkpoint import Purged, RunState
+from docket_celery.store import SQLStore, postgres, purging
+from docket_celery.store import postgres_sql as sql
+from tests.conformance.blocking import blocked
+from tests.conformance.samples import RUN, SQLBench, ending, execution, output, request, shared
+
+pytestmark = [pytest.mark.integration, pytest.mark.leaves_lease]
+
+# 60,000 runs that are kept for another month, with what they have; a thousand of each kind are due.
+FILL = """
+INSERT INTO docket_runs (graph, execution_id, retries, target, job, job_digest, state, stage, epoch, lost, failures,
+    created_at, updated_at, expires_at)
+SELECT 'checkout', 'order-' || n, 0, 'shop.Shipment', '', decode(repeat('64', 32), 'hex'), 'SUCCEEDED', 0, 1, 0, 0,
+    now(), now(), now() + n * interval '1 second' - interval '1000 seconds'
+FROM generate_series(1, 60000) AS n;
+INSERT INTO docket_executions (graph, execution_id, step_name, item, delivery, attempts, cached, status, started_at,
+    duration_ms, worker)
+SELECT 'checkout', 'order-' || n % 60000, 'charge', '', 1, 1, false, 'SUCCEEDED', now(), 1, ''
+FROM generate_series(1, 120000) AS n;
+INSERT INTO docket_cache (cache_key, execution_id, graph, step_name, step_version, item, input_hash, output_type,
+    output_data, checksum, created_at, expires_at)
+SELECT sha256(n::text::bytea), CASE WHEN n % 2 = 0 THEN 'order-' || n END, 'checkout', 'charge', '', '', '', 'shop.X',
+    '', sha256(''), now(), now() + n * interval '1 second' - interval '1000 seconds'
+FROM generate_series(1, 60000) AS n;
+INSERT INTO docket_claims (cache_key, owner, lease_until)
+SELECT sha256(n::text::bytea), 'a', now() + n * interval '1 second' - interval '1000 seconds'
+FROM generate_series(1, 60000) AS n;
+INSERT INTO docket_chunks (graph, execution_id, stage, lo, hi, state, epoch)
+SELECT 'checkout', 'order-' || n, 1, 0, 1, 'SUCCEEDED', 1 FROM generate_series(1, 60000) AS n;
+ANALYZE docket_runs, docket_executions, docket_cache, docket_claims, docket_chunks;
+"""
+
+
+@pytest.fixture
+def bench(database_url: str) -> Generator[SQLBench]:
+    """A store on real Postgres, empty."""
+    store = SQLStore(database_url)
+    yield SQLBench(store)
+    store.close()
+
+
+@pytest.fixture
+def rival(database_url: str) -> Generator[Connection]:
+    """Another worker's connection, which commits when the test says so."""
+    engine = create_engine(make_url(database_url), isolation_level="READ COMMITTED")
+    with engine.connect() as connection:
+        yield connection
+        connection.rollback()
+    engine.dispose()
+
+
+def plan(bench: SQLBench, statement: TextClause) -> str:
+    """Return how Postgres would execute *statement*."""
+    values = {"rows": 1000, "runs": 100, "why": ""}
+    used = {name: value for name, value in values.items() if f":{name}" in statement.text}
+    return "\n".join(row[0] for row in bench.sql(f"EXPLAIN {statement.text}", **used))
+
+
+@pytest.mark.parametrize("name", ["_RUNS", "_DATED", "_EXPIRED", "_CLAIMS"])
+def test_no_statement_reads_a_whole_table(bench: SQLBench, name: str) -> None:
+    """With many rows that are not due, only those that are, and what belongs to them, are looked at."""
+    bench.sql(FILL)
+    shown = plan(bench, getattr(purging, name))
+    assert re.findall(r"Seq Scan on docket_\w+", shown) == [], shown
+    due = {"_RUNS": "ix_docket_runs_expired", "_CLAIMS": "ix_docket_claims_lease"}.get(
+        name, "ix_docket_cache_expired"
+    )
+    assert re.search(rf"Index Scan using {due} on .*\n\s+Index Cond: ", shown), shown
+
+
+def test_what_is_due_is_deleted_and_the_rest_stays(bench: SQLBench) -> None:
+    """A thousand of each, in passes that are bounded; the statement timeout of the store holds for each."""
+    bench.sql(FILL)
+    total, passes = Purged(), 0
+    while deleted := bench.store.purge(1000):
+        total += deleted
+        passes += 1
+    # Half of the checkpoints are shared; the clock has gone on while this ran.
+    assert 1000 <= total.runs < 1200
+    assert 1998 <= total.executions < 2400
+    assert 1000 <= total.checkpoints < 1200
+    assert 938 <= total.claims < 1200
+    assert total.chunks == total.runs
+    assert passes >= 10
+    left = bench.sql("SELECT count(*), min(expires_at) > now() - interval '10 seconds' FROM docket_runs")
+    assert left == [(60000 - total.runs, True)]
+
+
+def test_sweeping_claims_beside_publishing_uses_the_index(bench: SQLBench) -> None:
+    """Each result that is published takes two dead claims along, however many are alive."""
+    bench.sql(FILL)
+    swept = re.search(
+        r"SELECT cache_key FROM docket_claims WHERE lease_until.*?SKIP LOCKED", sql.PUBLISH.text, re.DOTALL
+    )
+    assert swept is not None
+    shown = plan(bench, text(swept[0]))
+    assert "Seq Scan" not in shown, shown
+
+
+def test_rows_that_another_one_holds_are_left_to_it(bench: SQLBench, rival: Connection) -> None:
+    """Nobody waits: what is skipped now is deleted next time."""
+    bench.store.end(bench.take(), ending(retention_s=60.0))
+    bench.store.publish(shared(ttl_s=60.0), "a", None)
+    bench.store.lookup(shared("claimed").key, "a", 30.0)
+    bench.pass_time(120)
+    for table in ("docket_runs", "docket_cache", "docket_claims"):
+        rival.execute(text(f"SELECT 1 FROM {table} FOR UPDATE"))  # noqa: S608 -- our own names
+    assert bench.store.purge(10) == Purged()
+    rival.rollback()
+    assert bench.store.purge(10) == Purged(runs=1, checkpoints=1, claims=1)
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_a_run_that_is_being_resumed_keeps_its_checkpoints(
+    bench: SQLBench, rival: Connection, commits: bool
+) -> None:
+    """Whoever takes the lease at this moment finds them; if it does not come to that, they go next time."""
+    lease = bench.take()
+    bench.store.save(lease, output(ttl_s=60.0), execution())
+    bench.store.end(lease, ending(RunState.FAILED, retention_s=60.0))
+    bench.pass_time(120)
+    postgres.acquire(rival, request("second"))
+    assert bench.store.purge(10) == Purged()
+    (rival.commit if commits else rival.rollback)()
+    if commits:
+        assert bench.store.purge(10) == Purged()
+        assert len(bench.store.restore(bench.take(owner="second"), [])) == 1
+    else:
+        assert bench.store.purge(10) == Purged(runs=1, checkpoints=1, executions=1)
+
+
+def test_a_submission_that_waits_for_the_purge_starts_anew(bench: SQLBench, rival: Connection) -> None:
+    """It comes to a row that goes away under it, and makes its own."""
+    lease = bench.take()
+    bench.store.save(lease, output(), execution())
+    bench.store.end(lease, ending(RunState.FAILED, retention_s=60.0))
+    bench.pass_time(120)
+    assert purging.purge_postgres(rival, 10).runs == 1
+    with blocked(bench, lambda: bench.take(owner="second")) as take:
+        rival.commit()
+    assert take.result().epoch == 1
+    assert bench.store.restore(take.result(), []) == []
+    assert bench.store.find_run("checkout", RUN) is not None
