@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from docket_celery.batch_result import BatchResult
 from docket_celery.checkpoint import RunState
 from docket_celery.codec import Codec
 from docket_celery.context import StepContext, current_context
 from docket_celery.defaults import process_defaults
 from docket_celery.errors import (
     AbortError,
+    BatchFailed,
     CacheMismatch,
     CodecFailed,
     CorruptCheckpoint,
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
 
 __all__ = [  # noqa: RUF022 -- grouped by what people look for
     # Declaring a graph
+    "BatchResult",
     "Graph",
     "Named",
     "Plan",
@@ -85,6 +88,7 @@ __all__ = [  # noqa: RUF022 -- grouped by what people look for
     "SQLStore",
     # Errors
     "AbortError",
+    "BatchFailed",
     "CacheMismatch",
     "CodecFailed",
     "CorruptCheckpoint",

@@ -10,8 +10,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from google.protobuf.message import Message
-
 from docket_celery.checkpoint import idempotency_key
 from docket_celery.context import StepContext, bind_context
 from docket_celery.delivery import Delivery
@@ -19,6 +17,7 @@ from docket_celery.errors import StepTimedOut
 from docket_celery.events import EventKind
 from docket_celery.factory import Factory
 from docket_celery.frames import fold
+from docket_celery.messages import Value
 from docket_celery.runtime import Alarm, Worker
 from docket_celery.slots import HeldCoroutine, Slot
 from docket_celery.step import Step
@@ -83,7 +82,7 @@ class Attempt:
         self,
         step: Step,
         number: int,
-        values: Sequence[Message],
+        values: Sequence[Value],
         delivery: Delivery,
         gate: Gate,
         caller: Caller,
@@ -265,7 +264,10 @@ def step_context(step: Step, delivery: Delivery, attempt: int) -> StepContext:
         graph=delivery.graph,
         execution_id=delivery.execution_id,
         step=step.name,
-        make_key=functools.partial(idempotency_key, delivery.graph, delivery.execution_id, step.identity),
+        item=delivery.item,
+        make_key=functools.partial(
+            idempotency_key, delivery.graph, delivery.execution_id, step.identity, delivery.item
+        ),
         attempt=attempt,
         delivery=delivery.number,
         values=delivery.values,

@@ -9,8 +9,6 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from google.protobuf.message import Message
-
 from docket_celery.attempt import Attempt
 from docket_celery.checkpoint import Checkpoint, StepExecution
 from docket_celery.delivery import Delivery
@@ -26,7 +24,7 @@ from docket_celery.errors import (
     safe_text,
 )
 from docket_celery.events import EventKind
-from docket_celery.messages import type_name
+from docket_celery.messages import Value
 from docket_celery.plan import PlannedStep
 from docket_celery.policy import RetryPolicy, Scope, to_seconds
 from docket_celery.record import StepRecord, read_value
@@ -49,8 +47,8 @@ class Steps(Protocol):
     closed: bool
     failing: bool
 
-    def inputs_of(self, planned: PlannedStep) -> list[Message]: ...
-    def complete(self, call: StepCall, value: Message) -> None: ...
+    def inputs_of(self, planned: PlannedStep) -> list[Value]: ...
+    def complete(self, call: StepCall, value: Value) -> None: ...
     def fail(self, call: StepCall, error: StepFailed) -> None: ...
     def withdraw(self, call: StepCall) -> None: ...
     def abort(self, error: BaseException) -> None: ...
@@ -79,7 +77,7 @@ class StepCall:
         self._running: Attempt | None = None
         self._failure: StepFailed | None = None
         self._record = StepRecord(planned.step, delivery)
-        self._values: list[Message] = []
+        self._values: list[Value] = []
 
     @property
     def in_flight(self) -> Attempt | None:
@@ -145,11 +143,10 @@ class StepCall:
     def returned(self, value: Any) -> None:
         """Take what an attempt returned."""
         step, self._running = self.planned.step, None
-        if type(value) is step.output.kind:
+        if (actual := step.wrong_result(value)) is None:
             self._succeeded(value)
         else:
-            actual = "None" if value is None else type(value).__name__
-            self.raised(WrongResult(step.name, self._attempt_no, type_name(step.output.kind), actual))
+            self.raised(WrongResult(step.name, self._attempt_no, step.result_name, actual))
 
     def raised(self, error: BaseException) -> None:
         """Judge what an attempt raised: try again later, fail, or stop the run."""
@@ -173,6 +170,8 @@ class StepCall:
         if retriable and number < step.max_attempts and step.options.retry is not None:
             delay_s, retriable, error = _delay(step.options.retry, step, number, error)
         failure = self._failure = _failure(step, number, retriable, error)
+        if self._delivery.item:
+            failure.place(self._delivery.item)
         if delay_s is not None:
             self._delivery.tell(
                 EventKind.STEP_RETRYING, step.name, number, detail=f"again in {delay_s:.3g} s: {failure}"
@@ -222,7 +221,7 @@ class StepCall:
         self._record.report("SUCCEEDED", attempts=0, cached=True)
         self._delivery.tell(EventKind.STEP_RESTORED, self.planned.step.name)
 
-    def _succeeded(self, value: Message) -> None:
+    def _succeeded(self, value: Value) -> None:
         if self.planned.step.persist is None:
             self._record.report("SUCCEEDED", attempts=self._attempt_no)
             self._done(value)
@@ -230,7 +229,7 @@ class StepCall:
             row = self._record.row("SUCCEEDED", attempts=self._attempt_no)
             self._save(value, self._record.checkpoint(value), row, tries=1)
 
-    def _save(self, value: Message, checkpoint: Checkpoint, row: StepExecution, tries: int) -> None:
+    def _save(self, value: Value, checkpoint: Checkpoint, row: StepExecution, tries: int) -> None:
         """Store the checkpoint; the first saver wins. Save before telling: listeners may read the row."""
         delivery = self._delivery
         try:
@@ -248,7 +247,7 @@ class StepCall:
             value = read_value(self.planned.step, winner, delivery)
         self._done(value)
 
-    def _done(self, value: Message) -> None:
+    def _done(self, value: Value) -> None:
         elapsed = self._record.elapsed_s
         self._delivery.tell(
             EventKind.STEP_SUCCEEDED, self.planned.step.name, self._attempt_no, elapsed_s=elapsed

@@ -242,7 +242,7 @@ class RunRow:
 
     Attributes:
         result: Deterministic bytes of the target message, once SUCCEEDED.
-        error: `errors.to_record` of what ended it.
+        error: `error_records.to_record` of what ended it.
         lease_left_s: Seconds until the lease expires, by the database's clock; not positive: expired.
     """
 
@@ -269,7 +269,7 @@ class RunEnd:
     Attributes:
         state: An ended state, or WAITING: parked for another delivery.
         result: The target's bytes when SUCCEEDED.
-        error: `errors.to_record` of what ended or parked it.
+        error: `error_records.to_record` of what ended or parked it.
         failed_once: Count an ordinary retry (``failures + 1``).
         wake_in_s: WAITING only: when the next delivery is due, in seconds from now.
         executions: Rows not yet written with a save.
@@ -346,8 +346,10 @@ class Store(Protocol):
         """
         ...
 
-    def restore(self, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]:
+    def restore(self, lease: Lease, keys: Sequence[bytes], *, items: bool = False) -> list[Checkpoint]:
         """Return the run's WORKFLOW checkpoints with item '' and any others stored under *keys*, verified.
+
+        With *items*, those of the items of its fan-outs too.
 
         A checkpoint counts as long as its row exists: ``ttl`` of a WORKFLOW row only says when a purge may
         delete it after the run's end, and resuming the run takes that date back.

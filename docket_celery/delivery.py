@@ -22,6 +22,7 @@ class Delivery:
 
     Attributes:
         number: From 1.
+        item: Path of the item that the steps work on, or ''.
         values: The caller's ``context=``.
         base: The caller's contextvars; each call gets a copy.
         held: The run's lease; None when nothing is persisted.
@@ -51,6 +52,7 @@ class Delivery:
     hooks: Sequence[StepHook] = ()
     worker: str = ""
     task_id: str | None = None
+    item: str = ""
     loop: StepLoop | None = None
     beats: Heartbeat | None = None
     refreshes: bool = False
@@ -73,6 +75,7 @@ class Delivery:
                 graph=self.graph,
                 execution_id=self.execution_id,
                 step=step,
+                item=self.item,
                 attempt=attempt,
                 delivery=self.number,
                 at=self.cancellation.now(),

@@ -15,15 +15,15 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-
-from google.protobuf.message import Message
+from typing import Any
 
 from docket_celery.call import StepCall
 from docket_celery.checkpoint import Checkpoint
 from docket_celery.delivery import Delivery
 from docket_celery.errors import DocketError, InputsChanged, StepFailed
 from docket_celery.events import EventKind
-from docket_celery.plan import Plan, PlannedStep
+from docket_celery.messages import Value
+from docket_celery.plan import Plan, PlannedStep, count_pending, find_needed
 from docket_celery.record import hash_inputs, read_value
 from docket_celery.runtime import Alarm, Worker
 from docket_celery.slots import Slot, Slots
@@ -34,9 +34,9 @@ _LATER_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an execution ended: a value, or an error."""
+    """How an execution ended: with the values of its outputs, or an error."""
 
-    value: Message | None = None
+    values: tuple[Any, ...] = ()
     error: BaseException | None = None
 
 
@@ -45,22 +45,24 @@ class Execution:
 
     Args:
         plan: What to do.
-        inputs: The given values, in the order of ``plan.given``.
+        inputs: The given values, in the order of ``plan.given``; None: only restored steps would use it.
         delivery: What the steps share.
         on_end: Called once with the outcome, on whichever thread ended it.
         checkpoints: Stored outputs by plan index; these steps do not run, nor do those that only they need.
         max_concurrency: Most steps at once; None: as many as there are threads.
+        outputs: The slots that are wanted; None: those of the plan.
     """
 
     def __init__(
         self,
         plan: Plan,
-        inputs: Sequence[Message],
+        inputs: Sequence[Value | None],
         delivery: Delivery,
         on_end: Callable[[Outcome], None],
         *,
         checkpoints: Mapping[int, Checkpoint] | None = None,
         max_concurrency: int | None = None,
+        outputs: Sequence[int] | None = None,
     ) -> None:
         self.lock = threading.Lock()
         self.closed = False
@@ -68,7 +70,9 @@ class Execution:
         self._plan, self._delivery, self._on_end = plan, delivery, on_end
         self._checkpoints = checkpoints or {}
         self._limit = max_concurrency if max_concurrency is not None else len(plan.steps) + 1
-        self._values: list[Message | None] = [*inputs, *([None] * len(plan.steps))]
+        self._outputs = plan.output_slots if outputs is None else tuple(outputs)
+        self._missing = 0
+        self._values: list[Value | None] = [*inputs, *([None] * len(plan.steps))]
         self._pending: list[int] = []
         self._ready: deque[PlannedStep] = deque()
         self._calls: set[StepCall] = set()
@@ -84,13 +88,22 @@ class Execution:
             InputsChanged: A checkpoint was made from other inputs and its step asks for an error then.
             GraphChanged: A checkpoint is of a type which its step no longer returns.
         """
-        needed = self._resolve()
-        if needed is None:
+        if not self._checkpoints and len(self._outputs) == len(self._plan.output_slots):
             self._pending = list(self._plan.pending)
             needed = set(range(len(self._plan.steps)))
+        else:
+            needed, restored = find_needed(self._plan, self._outputs, self._checkpoints)
+            for index in restored:
+                planned = self._plan.steps[index]
+                self._values[planned.slot] = read_value(
+                    planned.step, self._checkpoints[index], self._delivery
+                )
+            self._check_inputs(restored)
+            self._pending = count_pending(self._plan, needed)
         self._ready.extend(p for p in self._plan.steps if p.index in needed and not self._pending[p.index])
-        if not needed:
-            self._end(Outcome(value=self._values[self._plan.target_slot]))
+        self._missing = sum(self._values[slot] is None for slot in self._outputs)
+        if not self._missing:
+            self._end(self._outcome())
 
     def dispatch(self) -> None:
         """Hand all ready steps to the pool."""
@@ -133,11 +146,11 @@ class Execution:
 
     # --- what step calls use -----------------------------------------------------------------------------------
 
-    def inputs_of(self, planned: PlannedStep) -> list[Message]:
+    def inputs_of(self, planned: PlannedStep) -> list[Value]:
         """Return the values of a step's inputs."""
         return [value for slot in planned.sources if (value := self._values[slot]) is not None]
 
-    def complete(self, call: StepCall, value: Message) -> None:
+    def complete(self, call: StepCall, value: Value) -> None:
         """Take a step's value and make ready whoever waited for it."""
         fresh = 0
         with self.lock:
@@ -145,14 +158,14 @@ class Execution:
             if self.closed:
                 return
             self._values[call.planned.slot] = value
+            self._missing -= call.planned.slot in self._outputs
             if not self.failing:
                 for index in call.planned.consumers:
                     self._pending[index] -= 1
                     if self._pending[index] == 0:
                         self._make_ready(self._plan.steps[index])
                         fresh += 1
-            reached = self._values[self._plan.target_slot] is not None
-            over = reached or (self.failing and not self._calls)
+            over = not self._missing or (self.failing and not self._calls)
         if over:
             self._end(self._outcome())
             return
@@ -167,6 +180,13 @@ class Execution:
             if self.closed:
                 return
             self._failures.append(error)
+        self.hold()
+
+    def hold(self) -> None:
+        """Start nothing more; what is running finishes and is saved, then the execution ends."""
+        with self.lock:
+            if self.closed:
+                return
             self.failing = True
             self._ready.clear()
             parked, self._parked = self._parked, {}
@@ -276,33 +296,6 @@ class Execution:
         except BaseException as error:  # noqa: BLE001 -- whatever it is, the run must end
             self.abort(error)
 
-    def _resolve(self) -> set[int] | None:
-        """Fill in stored values; return the steps still to run, or None for all of them."""
-        if not self._checkpoints:
-            return None
-        first = len(self._plan.given)
-        needed: set[int] = set()
-        used: list[int] = []
-        todo = [self._plan.target_slot - first] if self._plan.target_slot >= first else []
-        while todo:
-            index = todo.pop()
-            if index in needed or self._values[first + index] is not None:
-                continue
-            planned = self._plan.steps[index]
-            checkpoint = self._checkpoints.get(index)
-            if checkpoint is not None:
-                self._values[planned.slot] = read_value(planned.step, checkpoint, self._delivery)
-                used.append(index)
-                continue
-            needed.add(index)
-            todo += [slot - first for slot in planned.sources if slot >= first]
-        self._check_inputs(used)
-        self._pending = [0] * len(self._plan.steps)
-        for index in needed:
-            sources = {slot for slot in self._plan.steps[index].sources if slot >= first}
-            self._pending[index] = sum(slot - first in needed for slot in sources)
-        return needed
-
     def _check_inputs(self, used: Sequence[int]) -> None:
         """Compare what restored steps were made from with what is at hand."""
         store = self._delivery.store
@@ -320,13 +313,9 @@ class Execution:
             StepCall(planned, self, self._delivery).report_restored()
 
     def _outcome(self) -> Outcome:
-        value = self._values[self._plan.target_slot]
-        if value is not None:
-            return Outcome(value=value)
-        first, *others = self._failures
-        if others:
-            first.add_others(others)
-        return Outcome(error=first)
+        if not self._missing:
+            return Outcome(values=tuple(self._values[slot] for slot in self._outputs))
+        return Outcome(error=join_failures(self._failures))
 
     def _end(self, outcome: Outcome) -> None:
         with self.lock:
@@ -334,6 +323,16 @@ class Execution:
                 return
             self.closed = True
         self._on_end(outcome)
+
+
+def join_failures(failures: Sequence[StepFailed]) -> StepFailed | None:
+    """Return the first failure with the others mentioned in it; None where there are none."""
+    if not failures:
+        return None
+    first, *others = failures
+    if others:
+        first.add_others(others)
+    return first
 
 
 def _drop_claims(calls: Sequence[StepCall]) -> None:

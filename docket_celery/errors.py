@@ -12,6 +12,7 @@
     │   ├── StepTimedOut            DC202   its last attempt passed ``timeout``
     │   ├── WrongResult             DC203   it returned None or another type than it declares
     │   └── InputMutated            DC204   it changed one of its inputs (``docket_check_mutation``)
+    ├── BatchFailed                 DC205   more items of a batch failed than ``max_failed`` allows
     ├── RunCancelled                DC300   someone outside stopped the run
     ├── RunTimedOut                 DC301   the run's own deadline passed
     ├── RunConflict                 DC302   the execution id already names another job
@@ -38,8 +39,8 @@ type, fields and text survive pickle and Celery's JSON result backend. A cause t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 from docket_celery.frames import fold, show
 
@@ -159,6 +160,7 @@ class StepFailed(DocketError):
         cause_types: Importable names of the cause's class and its bases, nearest first.
         cause_text: The cause's own text, with its notes.
         others: One line for each other step that failed in the same run.
+        item: Path of the item it worked on, in a batch or fan-out; else ''.
     """
 
     code = "DC201"
@@ -171,9 +173,10 @@ class StepFailed(DocketError):
         cause_types: Sequence[str],
         cause_text: str,
         others: Sequence[str] = (),
+        item: str = "",
     ) -> None:
-        super().__init__(step, attempts, retriable, list(cause_types), cause_text, list(others))
-        self.step, self.attempts, self.retriable = step, attempts, retriable
+        super().__init__(step, attempts, retriable, list(cause_types), cause_text, list(others), item)
+        self.step, self.attempts, self.retriable, self.item = step, attempts, retriable, item
         self.cause_types, self.cause_text, self.others = tuple(cause_types), cause_text, tuple(others)
 
     @classmethod
@@ -195,18 +198,24 @@ class StepFailed(DocketError):
         they stand in logs and in Celery's ``result.traceback`` below the first one's.
         """
         self.others = (*self.others, *map(str, failures))
-        self.args = (*self.args[:-1], list(self.others))
+        self.args = (*self.args[:-2], list(self.others), self.item)
         for failure in failures[:MAX_OTHER_TRACES]:
             if failure.__cause__ is not None:
                 self.add_note(f"step {failure.step!r} failed too:\n{show(failure.__cause__)}")
+
+    def place(self, item: str) -> None:
+        """Say on which item the step worked; part of the transported fields."""
+        self.item = item
+        self.args = (*self.args[:-1], item)
 
     def describe(self) -> str:
         cause = self.cause_types[0].rpartition(".")[2] if self.cause_types else "error"
         tries = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts"
         why = "attempts used up" if self.retriable else "not retriable"
-        return self._with_others(
-            f"step {self.step!r} failed after {tries} ({why}): {cause}: {self.cause_text}"
-        )
+        return self._with_others(f"{self._shown()} failed after {tries} ({why}): {cause}: {self.cause_text}")
+
+    def _shown(self) -> str:
+        return f"step {self.step!r} of item {self.item}" if self.item else f"step {self.step!r}"
 
     def _with_others(self, text: str) -> str:
         return (
@@ -220,15 +229,21 @@ class StepTimedOut(StepFailed):
     code = "DC202"
 
     def __init__(
-        self, step: str, attempts: int, timeout_s: float, retriable: bool = True, others: Sequence[str] = ()
+        self,
+        step: str,
+        attempts: int,
+        timeout_s: float,
+        retriable: bool = True,
+        others: Sequence[str] = (),
+        item: str = "",
     ) -> None:
-        super().__init__(step, attempts, retriable, [type_path(StepTimedOut)], "", others)
-        self.args = (step, attempts, timeout_s, retriable, list(others))
+        super().__init__(step, attempts, retriable, [type_path(StepTimedOut)], "", others, item)
+        self.args = (step, attempts, timeout_s, retriable, list(others), item)
         self.timeout_s = timeout_s
 
     def describe(self) -> str:
         return self._with_others(
-            f"step {self.step!r} passed timeout={self.timeout_s:g} s (attempt {self.attempts}); raise the timeout, "
+            f"{self._shown()} passed timeout={self.timeout_s:g} s (attempt {self.attempts}); raise the timeout, "
             "split the step, or watch ctx.cancelled in it"
         )
 
@@ -239,15 +254,21 @@ class WrongResult(StepFailed):
     code = "DC203"
 
     def __init__(
-        self, step: str, attempts: int, expected: str, actual: str, others: Sequence[str] = ()
+        self,
+        step: str,
+        attempts: int,
+        expected: str,
+        actual: str,
+        others: Sequence[str] = (),
+        item: str = "",
     ) -> None:
-        super().__init__(step, attempts, False, [type_path(WrongResult)], "", others)
-        self.args = (step, attempts, expected, actual, list(others))
+        super().__init__(step, attempts, False, [type_path(WrongResult)], "", others, item)
+        self.args = (step, attempts, expected, actual, list(others), item)
         self.expected, self.actual = expected, actual
 
     def describe(self) -> str:
         return self._with_others(
-            f"step {self.step!r} returned {self.actual}, but declares {self.expected}; return a {self.expected}"
+            f"{self._shown()} returned {self.actual}, but declares {self.expected}; return a {self.expected}"
         )
 
 
@@ -256,16 +277,42 @@ class InputMutated(StepFailed):
 
     code = "DC204"
 
-    def __init__(self, step: str, attempts: int, inputs: Sequence[str], others: Sequence[str] = ()) -> None:
-        super().__init__(step, attempts, False, [type_path(InputMutated)], "", others)
-        self.args = (step, attempts, list(inputs), list(others))
+    def __init__(
+        self, step: str, attempts: int, inputs: Sequence[str], others: Sequence[str] = (), item: str = ""
+    ) -> None:
+        super().__init__(step, attempts, False, [type_path(InputMutated)], "", others, item)
+        self.args = (step, attempts, list(inputs), list(others), item)
         self.inputs = tuple(inputs)
 
     def describe(self) -> str:
         return self._with_others(
-            f"step {self.step!r} changed its input {', '.join(self.inputs)}, which other steps share; copy it first: "
+            f"{self._shown()} changed its input {', '.join(self.inputs)}, which other steps share; copy it first: "
             "mine = type(message)(); mine.CopyFrom(message)"
         )
+
+
+class BatchFailed(DocketError):
+    """More items of a batch failed than ``max_failed`` allows.
+
+    Attributes:
+        failed: How many failed.
+        total: How many items there are.
+        allowed: How many might have failed.
+        lines: What the first of them failed with.
+    """
+
+    code = "DC205"
+
+    def __init__(self, failed: int, total: int, allowed: int, lines: Sequence[str] = ()) -> None:
+        super().__init__(failed, total, allowed, list(lines))
+        self.failed, self.total, self.allowed, self.lines = failed, total, allowed, tuple(lines)
+
+    def describe(self) -> str:
+        text = (
+            f"{self.failed} of {self.total} items failed, max_failed allows {self.allowed}; mend the cause and "
+            f"submit the batch again under its execution id: only what is missing runs"
+        )
+        return "\n".join([text, *(f"  - {line}" for line in self.lines)])
 
 
 class RunCancelled(DocketError):
@@ -568,27 +615,3 @@ def safe_text(error: BaseException, *, notes: bool = False) -> str:
     except Exception as broken:  # noqa: BLE001 -- user code; its failure must not hide the first one
         return f"<{type(error).__name__} whose text raised {type(broken).__name__}>"
     return text if len(text) <= MAX_CAUSE_CHARS else text[: MAX_CAUSE_CHARS - 1] + "…"
-
-
-def _family(kind: type[DocketError]) -> Iterable[type[DocketError]]:
-    yield kind
-    for child in kind.__subclasses__():
-        yield from _family(child)
-
-
-def to_record(error: DocketError) -> dict[str, Any]:
-    """Return *error* as a JSON object from which `from_record` builds it again."""
-    return {"code": error.code, "args": list(error.args)}
-
-
-def from_record(record: dict[str, Any]) -> DocketError:
-    """Build the error that `to_record` described; an unknown code gives a plain `DocketError`."""
-    code, args = record.get("code"), record.get("args", [])
-    for kind in _family(DocketError):
-        if kind.code == code and kind.__module__ == __name__:
-            try:
-                return kind(*args)
-            except TypeError:
-                # Written by a user's subclass with fields of its own, or by another release.
-                break
-    return DocketError(str(code), *args)

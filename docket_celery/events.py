@@ -33,6 +33,7 @@ class Event:
     Attributes:
         kind: What happened. STEP_SUCCEEDED comes after the checkpoint is visible to others.
         step: Name of the step; '' for events of the run.
+        item: Path of the item in a batch or fan-out: '', '7', '7/3'.
         attempt: From 1; 0 for events of the run and for restored steps.
         delivery: From 1.
         at: Seconds on `time.monotonic`'s clock.
@@ -44,6 +45,7 @@ class Event:
     graph: str
     execution_id: str
     step: str = ""
+    item: str = ""
     attempt: int = 0
     delivery: int = 1
     at: float

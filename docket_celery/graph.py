@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 from google.protobuf.message import Message
 
-from docket_celery.ambient import ambient
+from docket_celery.batch_result import BatchPolicy, BatchResult, OnError
 from docket_celery.cache import check_inputs, find_shared_step, forget
-from docket_celery.checkpoint import Store, check_execution_id
-from docket_celery.configuration import Settings
+from docket_celery.checkpoint import Store
 from docket_celery.defaults import process_defaults
-from docket_celery.errors import InvalidArguments, InvalidSettings, StoreMissing
-from docket_celery.events import Listener
-from docket_celery.mutation import checked
-from docket_celery.outcome import RunOutcome, Submission
-from docket_celery.plan import Plan
-from docket_celery.policy import Seconds, to_seconds
-from docket_celery.registry import Registry, value_key
-from docket_celery.run import Run
+from docket_celery.messages import Value
+from docket_celery.policy import Seconds
+from docket_celery.registry import value_key
+from docket_celery.runner import Runner, make_submission
 from docket_celery.runtime import CallerLoop
-from docket_celery.step import ValueKey
-from docket_celery.waiting import StartedRun, read_value, run_here, run_on_loop
+from docket_celery.waiting import StartedRun, read_outcome, read_value, run_on_loop
 
 T = TypeVar("T", bound=Message)
 
 
-class Graph(Registry):
+class Graph(Runner):
     """A set of typed steps; their types are the graph.
 
     Args:
@@ -38,16 +31,11 @@ class Graph(Registry):
         store: Where steps that persist keep their outputs; default: ``docket_database_url``.
     """
 
-    def __init__(self, name: str, *, store: Store | None = None) -> None:
-        super().__init__(name)
-        self.store = store
-        self.listeners: list[Listener] = []
-
     def execute(
         self,
         target: type[T],
         /,
-        *inputs: Message,
+        *inputs: Value,
         execution_id: str | None = None,
         context: Mapping[str, Any] | None = None,
         max_concurrency: int | None = None,
@@ -58,7 +46,7 @@ class Graph(Registry):
 
         Args:
             target: The message type to make.
-            *inputs: The job, at most one message of each type.
+            *inputs: The job, at most one message of each type; a list is a batch, for aggregates.
             execution_id: Names the run, so that submitting it again resumes or returns it; default: a new name.
             context: Values for ``ctx.values``.
             max_concurrency: Most steps at once; default: as many as there are threads.
@@ -73,7 +61,7 @@ class Graph(Registry):
             StoreMissing: A step persists and there is no store.
             RunTimedOut, RunConflict, RunCancelled, RunQuarantined, GraphChanged: As they say.
         """
-        submission = _submission(
+        submission = make_submission(
             self.listeners, execution_id, context, max_concurrency, timeout, process_defaults.may_help()
         )
         return read_value(self.deliver(value_key(target, "execute"), inputs, submission, store=store), target)
@@ -82,7 +70,7 @@ class Graph(Registry):
         self,
         target: type[T],
         /,
-        *inputs: Message,
+        *inputs: Value,
         execution_id: str | None = None,
         context: Mapping[str, Any] | None = None,
         max_concurrency: int | None = None,
@@ -101,16 +89,16 @@ class Graph(Registry):
             asyncio.CancelledError: The awaiting task was cancelled; the lease was given back before.
             DocketError: As from `execute`.
         """
-        submission = _submission(self.listeners, execution_id, context, max_concurrency, timeout)
+        submission = make_submission(self.listeners, execution_id, context, max_concurrency, timeout)
         loop = CallerLoop(asyncio.get_running_loop())
-        run = self._run(value_key(target, "aexecute"), inputs, submission, store=store, loop=loop)
+        run = self.prepare(value_key(target, "aexecute"), inputs, submission, store=store, loop=loop)
         return read_value(await run_on_loop(run, loop), target)
 
     def start(
         self,
         target: type[T],
         /,
-        *inputs: Message,
+        *inputs: Value,
         execution_id: str | None = None,
         context: Mapping[str, Any] | None = None,
         max_concurrency: int | None = None,
@@ -127,8 +115,82 @@ class Graph(Registry):
         Raises:
             InvalidArguments, GraphError, StoreMissing, TooManyAbandoned: Before anything ran.
         """
-        submission = _submission(self.listeners, execution_id, context, max_concurrency, timeout)
-        return StartedRun(self._run(value_key(target, "start"), inputs, submission, store=store), target)
+        submission = make_submission(self.listeners, execution_id, context, max_concurrency, timeout)
+        return StartedRun(self.prepare(value_key(target, "start"), inputs, submission, store=store), target)
+
+    @overload
+    def execute_batch(
+        self,
+        target: type[T],
+        items: Iterable[Message],
+        /,
+        *inputs: Message,
+        on_error: Literal["fail"] = "fail",
+        execution_id: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        max_concurrency: int | None = None,
+        timeout: Seconds | None = None,
+        store: Store | None = None,
+    ) -> list[T]: ...
+
+    @overload
+    def execute_batch(
+        self,
+        target: type[T],
+        items: Iterable[Message],
+        /,
+        *inputs: Message,
+        on_error: Literal["collect"],
+        max_failed: float | None = None,
+        execution_id: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        max_concurrency: int | None = None,
+        timeout: Seconds | None = None,
+        store: Store | None = None,
+    ) -> BatchResult[T]: ...
+
+    def execute_batch(
+        self,
+        target: type[T],
+        items: Iterable[Message],
+        /,
+        *inputs: Message,
+        on_error: OnError = "fail",
+        max_failed: float | None = None,
+        execution_id: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        max_concurrency: int | None = None,
+        timeout: Seconds | None = None,
+        store: Store | None = None,
+    ) -> list[T] | BatchResult[T]:
+        """Make *target* for each of *items*, here and now; aggregates see all of them.
+
+        Args:
+            target: The message type to make for each item.
+            items: Messages of one type; there may be none.
+            *inputs: What all items share, at most one message of each type.
+            on_error: ``fail``: the first item that fails fails the batch. ``collect``: the others go on.
+            max_failed: ``collect`` only: how many items may fail, as a count, or as a share (a float from 0 to 1).
+            execution_id: Names the run, so that submitting it again resumes or returns it; default: a new name.
+            context: Values for ``ctx.values``.
+            max_concurrency: Most items at once; default: as many as there are threads.
+            timeout: Seconds or timedelta for the whole batch.
+            store: Where to persist; default: the graph's, then ``docket_database_url``.
+
+        Returns:
+            The results in the order of *items*; with ``on_error="collect"`` a `BatchResult`.
+
+        Raises:
+            BatchFailed: More items failed than *max_failed* allows.
+            StepFailed, AbortError, GraphError, InvalidArguments: As from `execute`; an item is named by its index.
+        """
+        submission = replace(
+            make_submission(self.listeners, execution_id, context, max_concurrency, timeout),
+            policy=BatchPolicy(on_error, max_failed),
+        )
+        key = value_key(target, "execute_batch")
+        outcome = self.deliver(key, [*inputs, list(items)], submission, store=store, collects=True)
+        return cast("list[T] | BatchResult[T]", read_outcome(outcome))
 
     def forget(self, step: object, /, *inputs: Message, store: Store | None = None) -> bool:
         """Drop the entry of a GLOBAL step for these inputs: the next run that needs it computes it.
@@ -213,7 +275,7 @@ class Graph(Registry):
         """
         found = find_shared_step(self, step, "refresh")
         values = check_inputs(found, inputs, "refresh")
-        submission = _submission(self.listeners, None, context, None, timeout)
+        submission = make_submission(self.listeners, None, context, None, timeout)
         outcome = self.deliver(
             found.output,
             values,
@@ -222,101 +284,3 @@ class Graph(Registry):
             store=store,
         )
         return read_value(outcome, found.output.kind)
-
-    def deliver(
-        self,
-        target: ValueKey,
-        inputs: Sequence[Message],
-        submission: Submission,
-        *,
-        given: tuple[ValueKey, ...] | None = None,
-        settings: Settings | None = None,
-        store: Store | None = None,
-    ) -> RunOutcome:
-        """Run one delivery and return how it ended; for hosts such as `GraphTask`.
-
-        Raises:
-            InvalidArguments, GraphError, StoreMissing, TooManyAbandoned: Before anything ran.
-        """
-        return run_here(self._run(target, inputs, submission, given=given, settings=settings, store=store))
-
-    def _run(
-        self,
-        target: ValueKey,
-        inputs: Sequence[Message],
-        submission: Submission,
-        *,
-        given: tuple[ValueKey, ...] | None = None,
-        settings: Settings | None = None,
-        store: Store | None = None,
-        loop: CallerLoop | None = None,
-    ) -> Run:
-        plan = self.compiled(target, _given(inputs) if given is None else given)
-        self.freeze()
-        settings = process_defaults.settings() if settings is None else settings
-        around, clock = ambient(), None
-        if around is not None:
-            settings, clock = around.adjust(settings), around.clock
-            if around.listeners:
-                submission = replace(submission, listeners=(*submission.listeners, *around.listeners))
-        if settings.check_mutation:
-            plan = checked(plan)
-        chosen = self.find_store(plan, settings, store) if plan.persists else None
-        return Run(plan, inputs, submission, settings, chosen, loop, clock)
-
-    def find_store(self, plan: Plan, settings: Settings, store: Store | None = None) -> Store:
-        """Return the store in force: the call's, else the graph's, else ``docket_database_url``'s.
-
-        One that a test has put around this call comes before the graph's.
-
-        Raises:
-            StoreMissing: There is none.
-            InvalidSettings: ``docket_codec`` is set, and the store was given without a codec.
-        """
-        around = ambient()
-        candidates = (store, None if around is None else around.store, self.store)
-        given = next((candidate for candidate in candidates if candidate is not None), None)
-        if given is not None:
-            if settings.codec is not None and given.codec is None and given.persistent:
-                problem = (
-                    f"graph {self.name!r} was given a store without a codec; pass SQLStore(..., codec=...)"
-                )
-                raise InvalidSettings("docket_codec", problem)
-            return given
-        found = process_defaults.store(settings.database_url, settings.codec)
-        if found is None:
-            first = next(p.step.name for p in plan.steps if p.step.persist is not None)
-            raise StoreMissing(self.name, first)
-        return found
-
-
-def _given(inputs: Sequence[object]) -> tuple[ValueKey, ...]:
-    for value in inputs:
-        if not isinstance(value, Message):
-            shown = value.__name__ if isinstance(value, type) else type(value).__name__
-            raise InvalidArguments("execute", f"inputs are Protocol Buffers messages, got {shown}")
-    return tuple(ValueKey(type(value)) for value in inputs if isinstance(value, Message))
-
-
-def _submission(
-    listeners: Sequence[Listener],
-    execution_id: str | None,
-    context: Mapping[str, Any] | None,
-    max_concurrency: int | None,
-    timeout: Seconds | None,
-    may_help: bool = False,
-) -> Submission:
-    return Submission(
-        execution_id=str(uuid.uuid4()) if execution_id is None else check_execution_id(execution_id),
-        values=context or {},
-        timeout_s=None if timeout is None else to_seconds(timeout, "timeout"),
-        max_concurrency=_concurrency(max_concurrency),
-        may_help=may_help,
-        listeners=listeners,
-    )
-
-
-def _concurrency(value: int | None) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise InvalidArguments("execute", f"max_concurrency must be at least 1, got {value!r}")
-    return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 from google.protobuf import json_format
@@ -14,6 +15,8 @@ from google.protobuf.message_factory import GetMessageClass
 from docket_celery.errors import DecodeFailed, InvalidArguments, PayloadTooLarge, safe_text
 
 M = TypeVar("M", bound=Message)
+Value = Message | Sequence[Message]
+"""What a step takes or returns: a message, or all messages of a fan-out."""
 
 MAX_JSON_BYTES = 16 * 1024
 """Above this a message gets no ``output_json`` view: the view is for reading, not a second copy of the data."""
@@ -52,6 +55,57 @@ def from_bytes(kind: type[M], data: bytes) -> M:
         raise DecodeFailed(type_name(kind), str(error)) from error
 
 
+def value_name(value: Value) -> str:
+    """Return the type name of a message; 'list' for many."""
+    return type_name(value) if isinstance(value, Message) else "list"
+
+
+def value_bytes(value: Value) -> bytes:
+    """Return the deterministic encoding of a message, or of many: then each with its type name and both lengths."""
+    if isinstance(value, Message):
+        return to_bytes(value)
+    return frame(part for message in value for part in (type_name(message).encode(), to_bytes(message)))
+
+
+def frame(parts: Iterable[bytes]) -> bytes:
+    """Return *parts* as one value, each after its length as 8 bytes."""
+    framed = bytearray()
+    for part in parts:
+        framed += len(part).to_bytes(8, "big") + part
+    return bytes(framed)
+
+
+def unframe(data: bytes) -> list[bytes]:
+    """Return the parts that `frame` joined.
+
+    Raises:
+        DecodeFailed: A part is cut off.
+    """
+    parts: list[bytes] = []
+    at = 0
+    while at < len(data):
+        start = at + 8
+        at = start + int.from_bytes(data[at:start], "big")
+        if start > len(data) or at > len(data):
+            raise DecodeFailed("list", "a part is cut off")
+        parts.append(data[start:at])
+    return parts
+
+
+def many_from_bytes(kind: type[M], data: bytes) -> list[M]:
+    """Read the messages that `value_bytes` wrote, all of them of *kind*.
+
+    Raises:
+        DecodeFailed: The bytes are not such a list.
+    """
+    parts = unframe(data)
+    names = parts[::2]
+    expected = type_name(kind).encode()
+    if len(parts) % 2 or any(name != expected for name in names):
+        raise DecodeFailed(f"list[{type_name(kind)}]", "it holds messages of another type")
+    return [from_bytes(kind, part) for part in parts[1::2]]
+
+
 def from_json_object(kind: type[M], value: dict[str, Any]) -> M:
     """Read the JSON form of Protocol Buffers, as beat, ``celery call`` and Flower send it.
 
@@ -74,12 +128,17 @@ def check_size(what: str, size_bytes: int, limit_bytes: int) -> None:
         raise PayloadTooLarge(what, size_bytes, limit_bytes)
 
 
-def to_view(message: Message) -> str | None:
+def to_view(message: Value) -> str | None:
     """Return the JSON view for people who read the database, or None if there is none to be had.
 
     Fields marked ``debug_redact`` are left out. A view is a convenience: it is None above `MAX_JSON_BYTES`, when
     it cannot be rendered (an Any of an unknown type, say) and when it holds U+0000, which jsonb cannot store.
     """
+    if not isinstance(message, Message):
+        views = [to_view(each) for each in message[: MAX_JSON_BYTES // 2]]
+        known = [view for view in views if view is not None]
+        joined = f"[{', '.join(known)}]"
+        return joined if len(known) == len(message) and len(joined) <= MAX_JSON_BYTES else None
     if message.ByteSize() > MAX_JSON_BYTES:
         return None
     try:

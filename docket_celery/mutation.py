@@ -7,15 +7,15 @@ one that did it, whatever runs beside it; and what it changed is seen by nobody 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from google.protobuf.message import Message
 
 from docket_celery.context import current_context
 from docket_celery.errors import AbortError, InputMutated
-from docket_celery.messages import to_bytes
+from docket_celery.messages import Value, value_bytes
 from docket_celery.plan import Plan
 from docket_celery.step import Step
 
@@ -23,7 +23,8 @@ from docket_celery.step import Step
 def checked(plan: Plan) -> Plan:
     """Return *plan* with every step checked."""
     steps = tuple(replace(planned, step=_checked(planned.step)) for planned in plan.steps)
-    return replace(plan, steps=steps)
+    parts = tuple(replace(part, plan=checked(part.plan)) for part in plan.parts)
+    return replace(plan, steps=steps, parts=parts)
 
 
 def _checked(step: Step) -> Step:
@@ -66,17 +67,21 @@ class _Inputs:
     """The arguments of one call, messages copied, and what the messages were."""
 
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._before: list[tuple[Message, bytes]] = []
+        self._before: list[tuple[Value, bytes]] = []
         self.args = [self._copy(arg) for arg in args]
         self.kwargs = {name: self._copy(arg) for name, arg in kwargs.items()}
 
     def _copy(self, argument: Any) -> Any:
-        if not isinstance(argument, Message):
+        if isinstance(argument, Message):
+            copy = _copy_of(argument)
+            self._before.append((copy, value_bytes(copy)))
+            return copy
+        if not isinstance(argument, Iterable):
             return argument
-        copy = type(argument)()
-        copy.CopyFrom(argument)
-        self._before.append((copy, to_bytes(copy)))
-        return copy
+        # All items of a fan-out. The list is the step's own and may be sorted; the messages in it are not.
+        items = [_copy_of(item) for item in cast("Iterable[Message]", argument)]
+        self._before.append((items, value_bytes(items)))
+        return list(items) if isinstance(argument, list) else iter(items)
 
     def check(self, step: Step, error: Exception | None = None) -> None:
         """Compare; *error* is what the step raised meanwhile.
@@ -89,7 +94,13 @@ class _Inputs:
         changed = [
             str(step.inputs[source])
             for source, (copy, before) in zip(sources, self._before, strict=True)
-            if to_bytes(copy) != before
+            if value_bytes(copy) != before
         ]
         if changed and not isinstance(error, AbortError):
             raise InputMutated(step.name, current_context().attempt, changed) from error
+
+
+def _copy_of(message: Message) -> Message:
+    copy = type(message)()
+    copy.CopyFrom(message)
+    return copy

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from google.protobuf.message import Message
 
+from docket_celery.batch_result import ONE_FAILS, BatchPolicy, BatchResult
 from docket_celery.checkpoint import (
     Lease,
     RunEnd,
@@ -19,18 +21,29 @@ from docket_celery.checkpoint import (
     job_digest,
 )
 from docket_celery.configuration import Settings
+from docket_celery.error_records import from_record, to_record
 from docket_celery.errors import (
     DocketError,
     RunCancelled,
     RunQuarantined,
+    StepFailed,
     StoreUnavailable,
-    from_record,
-    to_record,
 )
 from docket_celery.events import Listener
-from docket_celery.messages import from_bytes, to_bytes, type_name
+from docket_celery.messages import (
+    Value,
+    frame,
+    from_bytes,
+    many_from_bytes,
+    unframe,
+    value_bytes,
+    value_name,
+)
 from docket_celery.plan import Plan
 from docket_celery.surroundings import MakeScope
+
+_COLLECTED = b"collected"
+"""Leads the stored result of a batch whose items may fail; no message type is called that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +55,8 @@ class Submission:
         number: Delivery number when there is no lease to count them.
         attached: This submission waits for the outcome of a run that somebody else advances.
         released: The task's delivery before this one ended in order.
+        max_concurrency: Most steps at once, or, of a plan that fans out, most items.
+        policy: How a fan-out treats its items.
         waits: Wait here while another holder advances the run; False: end with `Busy`.
         may_help: The calling thread may run steps itself.
         park_s: Asked with an error and the lease: seconds until the run is delivered again, or None to end it.
@@ -56,6 +71,7 @@ class Submission:
     job_digest: bytes | None = None
     timeout_s: float | None = None
     max_concurrency: int | None = None
+    policy: BatchPolicy = ONE_FAILS
     number: int = 1
     task_name: str | None = None
     task_id: str | None = None
@@ -78,7 +94,7 @@ class RunOutcome:
     """How a delivery ended.
 
     Attributes:
-        value: The target, or None.
+        value: The target: a message, of a batch a list or a `BatchResult`; None where there is none.
         error: What ended it, or None.
         busy_s: Another holder advances the run; its lease expires in so many seconds.
         park_s: The run is parked; deliver it again in so many seconds.
@@ -86,7 +102,7 @@ class RunOutcome:
         held: This delivery had the run's lease.
     """
 
-    value: Message | None = None
+    value: Any = None
     error: BaseException | None = None
     busy_s: float | None = None
     park_s: float | None = None
@@ -96,7 +112,7 @@ class RunOutcome:
 
 def run_request(
     plan: Plan,
-    inputs: Sequence[Message],
+    inputs: Sequence[Value],
     submission: Submission,
     settings: Settings,
     store: Store,
@@ -115,12 +131,12 @@ def run_request(
         owner: Who will hold the lease.
         attached: The submission has met another holder of the run before.
     """
-    job = [(type_name(value), to_bytes(value)) for value in inputs]
+    job = [(value_name(value), value_bytes(value)) for value in inputs]
     return RunRequest(
         graph=plan.graph,
         execution_id=submission.execution_id,
-        target=str(plan.target),
-        job=_frame_job(job),
+        target=f"list[{plan.target}]" if plan.collects else str(plan.target),
+        job=frame(part for name, data in job for part in (name.encode(), data)),
         job_digest=store.keyed(submission.job_digest or job_digest(job)),
         owner=owner,
         lease_s=settings.lease_seconds,
@@ -146,7 +162,7 @@ def run_end(
     """
     end = RunEnd(state=RunState.SUCCEEDED, executions=tuple(rows), retention_s=settings.retention)
     if outcome.value is not None:
-        return replace(end, result=to_bytes(outcome.value))
+        return replace(end, result=_result_bytes(outcome.value))
     error = outcome.error
     record = to_record(error) if isinstance(error, DocketError) else None
     if outcome.park_s is not None:
@@ -168,7 +184,7 @@ def read_outcome(row: RunRow, plan: Plan) -> RunOutcome:
     """Return the stored outcome of an ended run."""
     if row.state is RunState.SUCCEEDED:
         try:
-            return RunOutcome(value=from_bytes(plan.target.kind, row.result or b""), replayed=True)
+            return RunOutcome(value=_read_result(plan, row.result or b""), replayed=True)
         except DocketError as error:
             return RunOutcome(error=error)
     if row.state is RunState.QUARANTINED:
@@ -178,10 +194,25 @@ def read_outcome(row: RunRow, plan: Plan) -> RunOutcome:
     return RunOutcome(error=RunCancelled(row.execution_id, "cancelled earlier"), replayed=True)
 
 
-def _frame_job(job: Sequence[tuple[str, bytes]]) -> bytes:
-    """Return the inputs as one value: for each, length and text of the type name, length and bytes."""
-    framed = bytearray()
-    for name, data in job:
-        for part in (name.encode(), data):
-            framed += len(part).to_bytes(8, "big") + part
-    return bytes(framed)
+def _result_bytes(value: Any) -> bytes:
+    """Return a run's result as it is stored: of collected items, what failed first, then what there is."""
+    if not isinstance(value, BatchResult):
+        return value_bytes(value)
+    collected = cast("BatchResult[Message]", value)
+    errors = {str(index): to_record(error) for index, error in collected.errors.items()}
+    made = [each for _, each in collected.succeeded()]
+    return frame((_COLLECTED, json.dumps(errors).encode(), value_bytes(made)))
+
+
+def _read_result(plan: Plan, data: bytes) -> Any:
+    if not plan.collects:
+        return from_bytes(plan.target.kind, data)
+    parts = unframe(data)
+    if parts[:1] != [_COLLECTED]:
+        return many_from_bytes(plan.target.kind, data)
+    _, errors, made = parts
+    failures = {int(index): from_record(record) for index, record in json.loads(errors).items()}
+    values = iter(many_from_bytes(plan.target.kind, made))
+    total = len(failures) + len(unframe(made)) // 2
+    results = tuple(None if index in failures else next(values) for index in range(total))
+    return BatchResult(results, cast("dict[int, StepFailed]", failures))

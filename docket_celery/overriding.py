@@ -15,13 +15,13 @@ from google.protobuf.message import Message
 
 from docket_celery.errors import GraphError
 from docket_celery.messages import is_message_type, type_name
-from docket_celery.plan import Plan, compile_plan
+from docket_celery.plan import Plan
 from docket_celery.policy import StepOptions
+from docket_celery.stages import Asked, compile_asked
 from docket_celery.step import (
     Registration,
     SignatureFault,
     Step,
-    ValueKey,
     locate,
     read_annotation,
     read_step,
@@ -51,9 +51,9 @@ class Overriding:
         self.steps = dict(steps)
         self._source: Wiring | None = None
         self._wiring: Wiring | None = None
-        self._plans: dict[tuple[ValueKey, tuple[ValueKey, ...]], Plan] = {}
+        self._plans: dict[Asked, Plan] = {}
 
-    def compiled(self, wiring: Wiring, target: ValueKey, given: tuple[ValueKey, ...]) -> Plan:
+    def compiled(self, wiring: Wiring, asked: Asked) -> Plan:
         """Return the plan over *wiring* with the steps replaced, compiled once.
 
         Raises:
@@ -61,10 +61,9 @@ class Overriding:
         """
         if wiring is not self._source or self._wiring is None:
             self._source, self._wiring, self._plans = wiring, self._replace(wiring), {}
-        found = self._plans.get((target, given))
+        found = self._plans.get(asked)
         if found is None:
-            self._wiring.check(given)
-            found = self._plans[target, given] = compile_plan(self._wiring, target, given)
+            found = self._plans[asked] = compile_asked(self._wiring, asked)
         return found
 
     def _replace(self, wiring: Wiring) -> Wiring:
@@ -138,8 +137,10 @@ def stand_in(original: Step, substitute: object) -> Step:
         return _called_alike(original, cast("Callable[..., Any]", substitute))
     where = locate(substitute)
     step = _read(original, substitute, options, where)
-    if step.output.kind is not original.output.kind:
-        raise SignatureFault(f"it returns {step.output}, but the step returns {original.output} ({where})")
+    if step.result_name != original.result_name:
+        raise SignatureFault(
+            f"it returns {_result(step)}, but the step returns {_result(original)} ({where})"
+        )
     if options.key is not None and step.inputs != original.inputs:
         # key= speaks of the inputs of the step that is replaced.
         step = _read(original, substitute, options.override(key=None), where)
@@ -149,15 +150,20 @@ def stand_in(original: Step, substitute: object) -> Step:
 def _read(original: Step, substitute: object, options: StepOptions, where: str) -> Step:
     return read_step(
         Registration(
-            target=substitute, options=options, name=original.name, order=original.order, where=where
+            target=substitute,
+            options=options,
+            name=original.name,
+            order=original.order,
+            where=where,
+            aggregates=original.aggregates,
         )
     )
 
 
 def _constant(original: Step, value: Message) -> Step:
     """Return a step without inputs and options; each run gets a copy, as the value is the test's own."""
-    if type(value) is not original.output.kind:
-        raise SignatureFault(f"it is a {type_name(value)}, but the step returns {original.output}")
+    if original.wrong_result(value) is not None:
+        raise SignatureFault(f"it is a {type_name(value)}, but the step returns {_result(original)}")
 
     def give() -> Message:
         copy = type(value)()
@@ -168,6 +174,8 @@ def _constant(original: Step, value: Message) -> Step:
         original,
         call=give,
         inputs=(),
+        gathered=(),
+        aggregates=False,
         positional=(),
         keywords=(),
         is_async=False,
@@ -197,6 +205,10 @@ def _called_alike(original: Step, call: Callable[..., Any]) -> Step:
             ) from None
     is_async = inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
     return replace(original, call=call, is_async=is_async)
+
+
+def _result(step: Step) -> str:
+    return f"list[{step.output}]" if step.splits else str(step.output)
 
 
 def _arguments(step: Step) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from docket_celery.errors import GraphError, InvalidArguments
@@ -31,6 +31,23 @@ class PlannedStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What a plan with fan-outs does in one go.
+
+    Attributes:
+        plan: The steps, to be run once, or once for each item of *fan_out*.
+        outputs: What later parts need of it.
+        fan_out: The step whose parts the items are, '' for the batch itself; None: the steps run once.
+        each: Which of the plan's given values are the item's own; the others are the same for all items.
+    """
+
+    plan: Plan
+    outputs: tuple[ValueKey, ...]
+    fan_out: str | None = None
+    each: frozenset[ValueKey] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The minimal ordered steps from given values to a target. Iterating yields the steps' names.
 
@@ -39,20 +56,26 @@ class Plan:
         target: What the plan makes.
         given: What the caller hands in, in the order of their slots.
         steps: In an order that respects inputs; ties by registration.
-        target_slot: The slot that holds the result.
+        output_slots: The slots that must be filled, the target's first.
         pending: For each step, how many other steps it waits for.
         known_names: Every present or former step name of the whole graph.
+        parts: The same steps cut at the aggregates, in order; empty where nothing fans out.
+        batch: Which of the given values is a batch, one item after the other.
+        collects: The target is made for each item of a fan-out, and wanted as a list.
     """
 
     graph: str
     target: ValueKey
     given: tuple[ValueKey, ...]
     steps: tuple[PlannedStep, ...]
-    target_slot: int
+    output_slots: tuple[int, ...]
     pending: tuple[int, ...]
     known_names: frozenset[str]
     persists: bool
     keeps_run: bool
+    parts: tuple[Part, ...] = ()
+    batch: ValueKey | None = None
+    collects: bool = False
 
     def __iter__(self) -> Iterator[str]:
         return (planned.step.name for planned in self.steps)
@@ -78,12 +101,26 @@ class Plan:
         """Return the plan as a Mermaid flowchart."""
         lines = ["flowchart TD"]
         lines += [f'    in{slot}(["{_label(key)}"])' for slot, key in enumerate(self.given)]
-        lines += [f'    s{p.index}["{p.step.name}"]' for p in self.steps]
+        lines += self._mermaid_steps()
         for planned in self.steps:
             for key, slot in zip(planned.step.inputs, planned.sources, strict=True):
                 start = f"in{slot}" if slot < len(self.given) else f"s{slot - len(self.given)}"
                 lines.append(f'    {start} -->|"{_label(key)}"| s{planned.index}')
         return "\n".join(lines)
+
+    def _mermaid_steps(self) -> list[str]:
+        """Return the nodes; those that run for each item of a fan-out in a box of their own."""
+        number = {planned.step.name: planned.index for planned in self.steps}
+        lines: list[str] = []
+        inside: set[str] = set()
+        for index, part in enumerate(self.parts):
+            if part.fan_out is not None:
+                title = f"for each of {part.fan_out}" if part.fan_out else "for each item"
+                lines.append(f'    subgraph p{index}["{title}"]')
+                lines += [f'        s{number[name]}["{name}"]' for name in part.plan]
+                lines.append("    end")
+                inside.update(part.plan)
+        return [f'    s{p.index}["{p.step.name}"]' for p in self.steps if p.step.name not in inside] + lines
 
     def __repr__(self) -> str:
         names = list(self)
@@ -106,18 +143,35 @@ def compile_plan(wiring: Wiring, target: ValueKey, given: Sequence[ValueKey]) ->
         raise InvalidArguments(
             f"graph {wiring.graph!r}", f"{twice} is given twice; one value of a type is used once"
         )
-    needed = _needed(wiring, target, slots)
-    ordered = _order(wiring, needed, slots)
-    for index, step in enumerate(ordered):
-        slots[step.output] = len(given) + index
-    consumers: list[dict[int, None]] = [{} for _ in ordered]
-    pending = [0] * len(ordered)
-    for index, step in enumerate(ordered):
+    ordered = order_steps(wiring, slots, _needed(wiring, target, slots))
+    return assemble(wiring.graph, ordered, tuple(given), (target,), wiring.names())
+
+
+def assemble(
+    graph: str,
+    steps: Sequence[Step],
+    given: tuple[ValueKey, ...],
+    outputs: Sequence[ValueKey],
+    known_names: frozenset[str],
+) -> Plan:
+    """Return the plan of *steps*, which are in order and need nothing but *given*.
+
+    Args:
+        graph: The graph's name.
+        steps: In an order that respects inputs.
+        given: What the caller hands in.
+        outputs: What must be made, the target first.
+        known_names: Every present or former step name of the graph.
+    """
+    slots = {key: slot for slot, key in enumerate((*given, *(step.output for step in steps)))}
+    consumers: list[dict[int, None]] = [{} for _ in steps]
+    pending = [0] * len(steps)
+    for index, step in enumerate(steps):
         for slot in {slots[key] for key in step.inputs}:
             if slot >= len(given):
                 consumers[slot - len(given)][index] = None
                 pending[index] += 1
-    steps = tuple(
+    planned = tuple(
         PlannedStep(
             step=step,
             index=index,
@@ -125,19 +179,50 @@ def compile_plan(wiring: Wiring, target: ValueKey, given: Sequence[ValueKey]) ->
             slot=len(given) + index,
             consumers=tuple(consumers[index]),
         )
-        for index, step in enumerate(ordered)
+        for index, step in enumerate(steps)
     )
     return Plan(
-        graph=wiring.graph,
-        target=target,
-        given=tuple(given),
-        steps=steps,
-        target_slot=slots[target],
+        graph=graph,
+        target=outputs[0],
+        given=given,
+        steps=planned,
+        output_slots=tuple(slots[key] for key in outputs),
         pending=tuple(pending),
-        known_names=wiring.names(),
-        persists=any(step.persist is not None for step in ordered),
-        keeps_run=any(step.persist is Scope.WORKFLOW for step in ordered),
+        known_names=known_names,
+        persists=any(step.persist is not None for step in steps),
+        keeps_run=any(step.persist is Scope.WORKFLOW for step in steps),
     )
+
+
+def find_needed(plan: Plan, outputs: Iterable[int], stored: Container[int]) -> tuple[set[int], list[int]]:
+    """Return which steps have to run, from the wanted outputs down, and which stored values they use.
+
+    Args:
+        plan: The plan.
+        outputs: Slots that must be filled.
+        stored: Steps whose values are at hand: they do not run, nor do those that only they need.
+    """
+    first = len(plan.given)
+    needed: set[int] = set()
+    used: dict[int, None] = {}
+    todo = [slot - first for slot in outputs if slot >= first]
+    while todo:
+        index = todo.pop()
+        if index in stored:
+            used[index] = None
+        elif index not in needed:
+            needed.add(index)
+            todo += [slot - first for slot in plan.steps[index].sources if slot >= first]
+    return needed, list(used)
+
+
+def count_pending(plan: Plan, needed: Collection[int]) -> list[int]:
+    """Return for each step how many of the *needed* ones it waits for."""
+    first = len(plan.given)
+    pending = [0] * len(plan.steps)
+    for index in needed:
+        pending[index] = sum(slot - first in needed for slot in set(plan.steps[index].sources))
+    return pending
 
 
 def _needed(wiring: Wiring, target: ValueKey, given: dict[ValueKey, int]) -> dict[str, Step]:
@@ -161,7 +246,16 @@ def _needed(wiring: Wiring, target: ValueKey, given: dict[ValueKey, int]) -> dic
     return needed
 
 
-def _order(wiring: Wiring, needed: dict[str, Step], given: dict[ValueKey, int]) -> list[Step]:
+def order_steps(
+    wiring: Wiring, given: Collection[ValueKey], needed: Mapping[str, Step] | None = None
+) -> list[Step]:
+    """Return *needed* steps (None: all) in an order that respects their inputs; ties by registration.
+
+    Raises:
+        GraphError: Steps wait for each other.
+    """
+    if needed is None:
+        needed = {step.name: step for step in wiring.steps if step.output not in given}
     waiting: dict[str, int] = {}
     users: dict[str, list[Step]] = {name: [] for name in needed}
     for step in needed.values():

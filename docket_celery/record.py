@@ -20,7 +20,14 @@ from docket_celery.checkpoint import (
 )
 from docket_celery.delivery import Delivery
 from docket_celery.errors import CacheMismatch, DocketError, GraphChanged, InvalidArguments
-from docket_celery.messages import from_bytes, to_bytes, to_view, type_name
+from docket_celery.messages import (
+    Value,
+    from_bytes,
+    many_from_bytes,
+    to_view,
+    value_bytes,
+    value_name,
+)
 from docket_celery.plan import Plan
 from docket_celery.policy import Scope
 from docket_celery.step import Step
@@ -41,7 +48,7 @@ class StepRecord:
 
     def __init__(self, step: Step, delivery: Delivery) -> None:
         self._step, self._delivery = step, delivery
-        self._values: Sequence[Message] = ()
+        self._values: Sequence[Value] = ()
         self._claimed: bytes | None = None
         self._looked_up: bytes | None = None
         self._began = 0.0
@@ -57,7 +64,7 @@ class StepRecord:
         """Whether others wait for this step to compute a GLOBAL checkpoint."""
         return self._claimed is not None
 
-    def begin(self, values: Sequence[Message] = ()) -> None:
+    def begin(self, values: Sequence[Value] = ()) -> None:
         """Note the inputs and when the step began."""
         self._values, self._began = values, self._delivery.cancellation.now()
         if self._delivery.store is not None:
@@ -83,7 +90,7 @@ class StepRecord:
             self._claimed = key
         return found
 
-    def checkpoint(self, value: Message) -> Checkpoint:
+    def checkpoint(self, value: Value) -> Checkpoint:
         """Return the checkpoint to save for *value*."""
         step, delivery = self._step, self._delivery
         assert delivery.store is not None
@@ -94,8 +101,10 @@ class StepRecord:
             step_name=step.name,
             step_version=step.options.version,
             input_hash=hash_inputs(self._values, delivery.store),
-            output_type=type_name(value),
-            output_data=to_bytes(value),
+            item=delivery.item,
+            item_index=int(delivery.item.partition("/")[0]) if delivery.item else None,
+            output_type=step.result_name,
+            output_data=value_bytes(value),
             output_json=to_view(value) if delivery.store.codec is None else None,
             ttl_s=step.ttl_s,
         )
@@ -139,7 +148,7 @@ class StepRecord:
     def _key(self) -> bytes:
         step, delivery = self._step, self._delivery
         if step.persist is Scope.WORKFLOW:
-            return workflow_key(delivery.graph, delivery.execution_id, step.identity)
+            return workflow_key(delivery.graph, delivery.execution_id, step.identity, delivery.item)
         assert delivery.store is not None
         return shared_key(delivery.graph, step, self._values, delivery.store)
 
@@ -161,6 +170,7 @@ class StepRecord:
             graph=delivery.graph,
             execution_id=delivery.execution_id,
             step_name=self._step.name,
+            item=delivery.item,
             delivery=delivery.number,
             attempts=attempts,
             cached=cached,
@@ -174,7 +184,7 @@ class StepRecord:
         )
 
 
-def shared_key(graph: str, step: Step, values: Sequence[Message], store: Store) -> bytes:
+def shared_key(graph: str, step: Step, values: Sequence[Value], store: Store) -> bytes:
     """Return the key of a GLOBAL step's checkpoint for these inputs, as *store* keeps it.
 
     Raises:
@@ -187,35 +197,36 @@ def shared_key(graph: str, step: Step, values: Sequence[Message], store: Store) 
             problem = f"returned {type(named).__name__}; it must return the message to hash"
             raise InvalidArguments(f"key= of step {step.name!r}", problem)
         hashed = [named]
-    inputs = [(type_name(value), to_bytes(value)) for value in hashed]
+    inputs = [(value_name(value), value_bytes(value)) for value in hashed]
     if step.options.cache is not None:
         return store.keyed(cache_key(step.options.cache, step.options.version, inputs))
     return store.keyed(global_key(graph, step.name, step.options.version, inputs))
 
 
-def hash_inputs(values: Sequence[Message], store: Store) -> str:
+def hash_inputs(values: Sequence[Value], store: Store) -> str:
     """Return `input_digest` of a step's input values in hex, as *store* keeps it."""
-    plain = input_digest((type_name(value), to_bytes(value)) for value in values)
+    plain = input_digest((value_name(value), value_bytes(value)) for value in values)
     return store.keyed(bytes.fromhex(plain)).hex()
 
 
-def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> dict[int, Checkpoint]:
-    """Return the run's checkpoints, by plan index.
+def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> dict[tuple[str, str], Checkpoint]:
+    """Return the run's checkpoints, by step name and path of the item.
 
     Raises:
         GraphChanged: One is of a step that the graph no longer has.
     """
-    names: dict[bytes, int] = {}
+    names: dict[str, str] = {}
+    keys: list[bytes] = []
     for planned in plan.steps:
         if planned.step.persist is Scope.WORKFLOW:
             for name in (*planned.step.options.renamed_from, planned.step.name):
-                names.setdefault(workflow_key(lease.graph, lease.execution_id, name), planned.index)
-    found: dict[int, Checkpoint] = {}
+                names[name] = planned.step.name
+                keys.append(workflow_key(lease.graph, lease.execution_id, name))
+    found: dict[tuple[str, str], Checkpoint] = {}
     gone: list[str] = []
-    for checkpoint in store.restore(lease, list(names)):
-        index = names.get(checkpoint.key)
-        if index is not None:
-            found.setdefault(index, checkpoint)
+    for checkpoint in store.restore(lease, keys, items=bool(plan.parts)):
+        if (present := names.get(checkpoint.step_name)) is not None:
+            found.setdefault((present, checkpoint.item), checkpoint)
         elif checkpoint.step_name not in plan.known_names:
             gone.append(checkpoint.step_name)
     if gone:
@@ -223,7 +234,7 @@ def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> dict[int, Checkp
     return found
 
 
-def read_value(step: Step, checkpoint: Checkpoint, delivery: Delivery) -> Message:
+def read_value(step: Step, checkpoint: Checkpoint, delivery: Delivery) -> Value:
     """Return the stored output of *step*.
 
     Raises:
@@ -231,10 +242,11 @@ def read_value(step: Step, checkpoint: Checkpoint, delivery: Delivery) -> Messag
         GraphChanged: It is the run's own, and of another type than the step returns now.
         DecodeFailed: The bytes cannot be read.
     """
-    expected = type_name(step.output.kind)
+    expected = step.result_name
     if checkpoint.output_type != expected and checkpoint.execution_id is None:
         raise CacheMismatch(delivery.graph, step.name, step.options.cache, checkpoint.output_type, expected)
     if checkpoint.output_type != expected:
         change = f"{step.name} (returned {checkpoint.output_type}, now {expected})"
         raise GraphChanged(delivery.graph, delivery.execution_id, [change])
-    return from_bytes(step.output.kind, checkpoint.output_data)
+    read = many_from_bytes if step.splits else from_bytes
+    return read(step.output.kind, checkpoint.output_data)

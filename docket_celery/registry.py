@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, Unpack, overload
 
@@ -17,13 +17,23 @@ from docket_celery.factory import C, Factory, Makes
 from docket_celery.messages import is_message_type
 from docket_celery.overriding import Overriding, Substitute, find_step, read_overrides
 from docket_celery.perprocess import PerProcess
-from docket_celery.plan import Plan, compile_plan
+from docket_celery.plan import Plan
 from docket_celery.policy import StepOptionFields, StepOptions
 from docket_celery.slots import Slots
-from docket_celery.step import Registration, SignatureFault, Step, ValueKey, default_name, locate
+from docket_celery.stages import Asked, compile_asked, find_faults
+from docket_celery.step import (
+    Registration,
+    SignatureFault,
+    Step,
+    ValueKey,
+    default_name,
+    locate,
+    read_many,
+)
 from docket_celery.wiring import Wiring, read_wiring
 
 F = TypeVar("F", bound=Callable[..., Any])
+M = TypeVar("M", bound=Message)
 
 _ATTEMPTS = "retry=RetryPolicy(max_attempts=...)"
 # What Celery and others call it: spelling alone would lead from retries to retriable.
@@ -51,7 +61,7 @@ class Registry:
         self.name = name
         self._registrations: list[Registration] = []
         self._wiring: Wiring | None = None
-        self._plans: dict[tuple[ValueKey, tuple[ValueKey, ...]], Plan] = {}
+        self._plans: dict[Asked, Plan] = {}
         self._frozen = False
         self._lock = threading.Lock()
 
@@ -81,13 +91,40 @@ class Registry:
             TypeError: An option does not exist.
             GraphError: The graph is frozen because it has run, or the step needs ``name=``.
         """
+        return self._decorate(preset, options, aggregates=False)
+
+    @overload
+    def aggregate(self, function: F, /) -> F: ...
+
+    @overload
+    def aggregate(
+        self, preset: StepOptions | None = None, /, **options: Unpack[StepOptionFields]
+    ) -> Callable[[F], F]: ...
+
+    def aggregate(self, preset: Any = None, /, **options: Any) -> Any:
+        """Decorate a function as a step that sees all items of a fan-out at once; used like `step`.
+
+        It takes them as ``list[T]``, or as ``Iterable[T]`` where it looks at one after the other. The items are those
+        of a batch, or what a step returned as ``list[T]``.
+
+        Args:
+            preset: `StepOptions` to start from.
+            **options: The fields of `StepOptions`.
+
+        Raises:
+            TypeError: An option does not exist.
+            GraphError: The graph is frozen because it has run, or the step needs ``name=``.
+        """
+        return self._decorate(preset, options, aggregates=True)
+
+    def _decorate(self, preset: Any, options: dict[str, Any], *, aggregates: bool) -> Any:
         if callable(preset) and not isinstance(preset, StepOptions):
-            self._add(preset, _options(None, options))
+            self._add(preset, _options(None, options), aggregates=aggregates)
             return preset
         chosen = _options(preset, options)
 
         def decorate(function: F) -> F:
-            self._add(function, chosen)
+            self._add(function, chosen, aggregates=aggregates)
             return function
 
         return decorate
@@ -135,7 +172,18 @@ class Registry:
         made_by = None if factory is None else Factory(target, factory)
         self._add(target, _options(preset, {**options}), made_by)
 
-    def _add(self, target: Any, options: StepOptions, factory: Factory | None = None) -> None:
+    def register_aggregate(
+        self, target: object, preset: StepOptions | None = None, /, **options: Unpack[StepOptionFields]
+    ) -> None:
+        """Add an aggregate, as `aggregate` does, that is a function, a bound method or an object with ``compute``.
+
+        Arguments and errors as for `register`.
+        """
+        self._add(target, _options(preset, {**options}), aggregates=True)
+
+    def _add(
+        self, target: Any, options: StepOptions, factory: Factory | None = None, *, aggregates: bool = False
+    ) -> None:
         name = options.name if options.name is not None else default_name(target)
         if not name:
             where = locate(target)
@@ -162,6 +210,7 @@ class Registry:
                     where=locate(target),
                     slots=_slots(options.max_concurrent),
                     factory=factory,
+                    aggregates=aggregates,
                 )
             )
             self._wiring = None
@@ -169,19 +218,27 @@ class Registry:
 
     # --- checking and planning ---------------------------------------------------------------------------------
 
-    def validate(self, *given: type[Message]) -> None:
+    def validate(self, *given: type[Message | list[Any]]) -> None:
         """Check all signatures and the wiring.
 
         Args:
-            *given: The types callers hand in. Without any, each type that no step returns counts as handed in.
+            *given: The types callers hand in, a batch as ``list[T]``. Without any, each type that no step returns
+                counts as handed in.
 
         Raises:
             GraphError: With all faults in one report, each with its code, its place and the fix.
         """
-        self._read().check([value_key(kind, "validate") for kind in given], complete=bool(given))
+        keys, batch = given_keys(given, "validate")
+        wiring = self._read()
+        wiring.check(keys, complete=bool(given))
+        faults = find_faults(wiring, keys, batch)
+        if faults:
+            raise GraphError(self.name, faults)
 
-    def plan(self, target: type[Message], /, *given: type[Message]) -> Plan:
+    def plan(self, target: type[Message | list[M]], /, *given: type[Message | list[Any]]) -> Plan:
         """Return the minimal ordered steps from *given* to *target*.
+
+        A batch is given as ``list[T]``; what is made for each item is asked for as ``list[T]``.
 
         Args:
             target: The message type to make.
@@ -190,27 +247,55 @@ class Registry:
         Raises:
             GraphError: The graph has faults, or a needed value has no producer.
         """
-        wanted = value_key(target, "plan")
-        if given:
-            return self.compiled(wanted, tuple(value_key(kind, "plan") for kind in given))
-        wiring = self._read()
-        sources = dict.fromkeys(key for step in wiring.steps for key in step.inputs)
-        return self.compiled(wanted, tuple(key for key in sources if key not in wiring.producers))
+        (wanted,), collected = given_keys([target], "plan")
+        keys, batch = given_keys(given, "plan")
+        if not given:
+            wiring = self._read()
+            sources = dict.fromkeys(key for step in wiring.steps for key in step.inputs)
+            keys = tuple(key for key in sources if key not in wiring.producers)
+            batch = next((key for key in keys if key in wiring.gathered()), None)
+        return self.compiled(wanted, keys, batch, collects=collected is not None)
 
-    def compiled(self, target: ValueKey, given: tuple[ValueKey, ...]) -> Plan:
-        """Return the plan for these values, compiled once."""
+    def compiled(
+        self,
+        target: ValueKey,
+        given: tuple[ValueKey, ...],
+        batch: ValueKey | None = None,
+        *,
+        collects: bool = False,
+    ) -> Plan:
+        """Return the plan for these values, compiled once.
+
+        Args:
+            target: What to make.
+            given: What is handed in.
+            batch: Which of *given* comes as a list, item by item.
+            collects: The target is wanted for each item.
+        """
+        asked = Asked(target, given, batch, collects)
         around = ambient()
         if around is not None and (replaced := around.replaced.get(self)) is not None:
-            return replaced.compiled(self._read(), target, given)
-        found = self._plans.get((target, given))
+            return replaced.compiled(self._read(), asked)
+        found = self._plans.get(asked)
         if found is None:
             wiring = self._read()
-            wiring.check(given)
-            found = compile_plan(wiring, target, given)
+            found = compile_asked(wiring, asked)
             with self._lock:
                 if wiring is self._wiring:
-                    self._plans[target, given] = found
+                    self._plans[asked] = found
         return found
+
+    def missing(self, target: ValueKey, given: Collection[ValueKey]) -> list[ValueKey]:
+        """Return what the way to *target* needs besides *given* and no step returns."""
+        producers = self._read().producers
+        seen: dict[ValueKey, None] = {}
+        todo = [target]
+        while todo:
+            key = todo.pop()
+            if key not in seen and key not in given:
+                seen[key] = None
+                todo += producers[key].inputs if key in producers else ()
+        return [key for key in seen if key not in producers]
 
     # --- replacing ---------------------------------------------------------------------------------------------
 
@@ -282,6 +367,22 @@ def _nearest(name: str) -> str:
         return _ELSEWHERE[name]
     close = difflib.get_close_matches(name, StepOptions.__dataclass_fields__, n=1)
     return f"{close[0]}=" if close else ""
+
+
+def given_keys(kinds: Sequence[object], where: str) -> tuple[tuple[ValueKey, ...], ValueKey | None]:
+    """Return the values that *kinds* stand for, and which of them is a batch: the one written ``list[T]``.
+
+    Raises:
+        InvalidArguments: One is no message type, or two are lists.
+    """
+    items = [read_many(kind) for kind in kinds]
+    keys = tuple(
+        value_key(k if many is None else many[0], where) for k, many in zip(kinds, items, strict=True)
+    )
+    lists = [key for key, many in zip(keys, items, strict=True) if many is not None]
+    if len(lists) > 1:
+        raise InvalidArguments(where, f"{', '.join(map(str, lists))} are all lists; a run has one batch")
+    return keys, lists[0] if lists else None
 
 
 def value_key(kind: object, where: str) -> ValueKey:

@@ -9,9 +9,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from google.protobuf.message import Message
-
-from docket_celery.checkpoint import Checkpoint, Lease, RunRequest, RunRow, Store
+from docket_celery.checkpoint import Lease, RunRequest, RunRow, Store
 from docket_celery.clock import Clock, system_clock
 from docket_celery.configuration import Settings
 from docket_celery.context import Cancellation
@@ -26,9 +24,11 @@ from docket_celery.errors import (
     StoreUnavailable,
 )
 from docket_celery.events import EventKind
+from docket_celery.fan_out import StagedExecution, Stored, make_execution
 from docket_celery.heartbeat import HeldLease
 from docket_celery.hooks import load_hooks
 from docket_celery.inline import InlineCancellation, InlineHeartbeat, InlineRuntime
+from docket_celery.messages import Value
 from docket_celery.outcome import RunOutcome, Submission, read_outcome, run_end, run_request
 from docket_celery.plan import Plan
 from docket_celery.record import read_checkpoints
@@ -60,7 +60,7 @@ class Run:
     def __init__(
         self,
         plan: Plan,
-        inputs: Sequence[Message],
+        inputs: Sequence[Value],
         submission: Submission,
         settings: Settings,
         store: Store | None,
@@ -82,7 +82,7 @@ class Run:
             else None
         )
         self._held: HeldLease | None = None
-        self._execution: Execution | None = None
+        self._execution: Execution | StagedExecution | None = None
         self.concluded = False
         self._began = self._cancellation.now()
         self._until = None if submission.timeout_s is None else self._began + submission.timeout_s
@@ -187,23 +187,25 @@ class Run:
         assert self.store is not None
         self._delivery = self._new_delivery(lease.epoch)
         try:
-            checkpoints = read_checkpoints(self._plan, self.store, lease) if self._plan.keeps_run else {}
-            execution = self._begin(checkpoints)
+            stored = read_checkpoints(self._plan, self.store, lease) if self._plan.keeps_run else {}
+            execution = self._begin(stored)
             if execution is not None:
                 execution.dispatch()
         except Exception as error:  # noqa: BLE001 -- the lease is held: the run must end in order
             self._end(Outcome(error=error))
 
-    def _begin(self, checkpoints: dict[int, Checkpoint]) -> Execution | None:
+    def _begin(self, stored: Stored) -> Execution | StagedExecution | None:
         """Make and start the execution; None if it ended (or was stopped) while starting."""
         ended = self._end if self.store is None else self._end_on_pool
-        execution = Execution(
+        execution = make_execution(
             self._plan,
             self._inputs,
             self._delivery,
             ended,
-            checkpoints=checkpoints,
-            max_concurrency=self.submission.max_concurrency if self.inline is None else 1,
+            stored=stored,
+            policy=self.submission.policy,
+            max_concurrency=self.submission.max_concurrency,
+            threads=self._settings.threads,
         )
         execution.start()
         self._execution = execution
@@ -220,7 +222,7 @@ class Run:
 
     def _end(self, outcome: Outcome) -> None:
         """Close or park the run, then report."""
-        result = RunOutcome(value=outcome.value)
+        result = RunOutcome(value=outcome.values[0] if outcome.values else None)
         if outcome.error is not None:
             lease = self._held.lease if self._held is not None else None
             result = self.parked_or_failed(outcome.error, lease)

@@ -6,18 +6,20 @@ import contextlib
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, cast
 
 from google.protobuf.message import Message
 
 from docket_celery.context import StepContext
 from docket_celery.factory import Factory
-from docket_celery.messages import is_message_type, type_name
+from docket_celery.messages import Value, is_message_type, type_name
 from docket_celery.perprocess import PerProcess
 from docket_celery.policy import RetryPolicy, Scope, StepOptions, to_seconds
 from docket_celery.slots import Slots
+
+_LIKE_LISTS = (Iterable, Iterator, Sequence, Collection, tuple, set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Registration:
     where: str
     slots: PerProcess[Slots] | None = None
     factory: Factory | None = None
+    aggregates: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,9 @@ class Step:
 
     Attributes:
         call: The function or bound ``compute`` method.
+        gathered: For each input '', or how an aggregate takes all items at once: 'list' or 'Iterable'.
+        aggregates: It takes all items of a fan-out at once.
+        splits: It returns a list, whose messages are the items of a fan-out.
         positional: For each positional argument the index into `inputs`, or -1 for the StepContext.
         keywords: The same for keyword-only arguments.
         identity: The oldest name; names checkpoints and idempotency keys.
@@ -80,7 +86,10 @@ class Step:
     where: str
     call: Callable[..., Any]
     inputs: tuple[ValueKey, ...]
+    gathered: tuple[str, ...]
+    aggregates: bool
     output: ValueKey
+    splits: bool
     positional: tuple[int, ...]
     keywords: tuple[tuple[str, int], ...]
     is_async: bool
@@ -100,12 +109,40 @@ class Step:
     def persist(self) -> Scope | None:
         return self.options.persist
 
-    def invoke(self, values: Sequence[Message], context: StepContext) -> Any:
+    @property
+    def result_name(self) -> str:
+        """The full name of the type it returns."""
+        name = type_name(self.output.kind)
+        return f"list[{name}]" if self.splits else name
+
+    def _hand_over(self, values: Sequence[Any]) -> list[Any]:
+        # Lists and iterators of the step's own: an aggregate may sort the one, and the other is used up.
+        ways: dict[str, Callable[[Any], Any]] = {"list": list, "Iterable": iter}
+        pairs = zip(values, self.gathered, strict=True)
+        return [ways[many](value) if many else value for value, many in pairs]
+
+    def wrong_result(self, value: object) -> str | None:
+        """Return the name of what *value* is instead of the declared result, or None if it is that."""
+        if not self.splits:
+            return None if type(value) is self.output.kind else _kind_name(value)
+        if not isinstance(value, list):
+            return _kind_name(value)
+        held = cast("list[object]", value)
+        wrong = next((each for each in held if type(each) is not self.output.kind), self)
+        return None if wrong is self else f"a list that holds {_kind_name(wrong)}"
+
+    def invoke(self, values: Sequence[Value], context: StepContext) -> Any:
         """Call the function; for ``async def`` this returns the coroutine."""
+        if self.aggregates:
+            values = self._hand_over(values)
         args = [context if i < 0 else values[i] for i in self.positional]
         if not self.keywords:
             return self.call(*args)
         return self.call(*args, **{name: context if i < 0 else values[i] for name, i in self.keywords})
+
+
+def _kind_name(value: object) -> str:
+    return "None" if value is None else type(value).__name__
 
 
 def default_name(target: Any) -> str | None:
@@ -138,18 +175,22 @@ def read_step(registration: Registration) -> Step:
         SignatureFault: Something is missing, unsupported or contradictory.
     """
     code = _code(registration)
-    inputs, positional, keywords, output = _signature(code)
+    signature = _signature(code)
     options = registration.options
     _check_options(options)
+    _check_gathers(registration, signature)
     return Step(
         name=registration.name,
         order=registration.order,
         where=registration.where,
         call=code if registration.factory is None else registration.factory,
-        inputs=inputs,
-        output=output,
-        positional=positional,
-        keywords=keywords,
+        inputs=tuple(signature.inputs),
+        gathered=tuple(signature.gathered),
+        aggregates=registration.aggregates,
+        output=signature.output,
+        splits=signature.splits,
+        positional=tuple(signature.positional),
+        keywords=tuple(signature.keywords),
         is_async=_is_async(code),
         options=options,
         timeout_s=None if options.timeout is None else to_seconds(options.timeout, "timeout"),
@@ -176,14 +217,30 @@ def read_annotation(annotation: Any, what: str) -> ValueKey:
         name = names[0] if names else ""
     if is_message_type(kind):
         return ValueKey(kind, name)
-    shown = kind.__name__ if isinstance(kind, type) else str(kind)
-    if typing.get_origin(kind) in (list, Sequence) or shown.startswith(("list[", "typing.Iterable")):
+    shown = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+    if typing.get_origin(kind) in (list, *_LIKE_LISTS) or kind in (list, *_LIKE_LISTS):
         raise SignatureFault(
-            f"{what} is {shown}; lists belong to batches, which this graph call does not support"
+            f"{what} is {shown}; of many messages take list[...] or Iterable[...], return list[...]"
         )
     raise SignatureFault(
         f"{what} is {shown}, not a Protocol Buffers message; annotate it with a message type"
     )
+
+
+def read_many(annotation: Any) -> tuple[Any, str] | None:
+    """Return what a ``list[...]`` or ``Iterable[...]`` holds, and which of them it is; None for anything else.
+
+    ``Annotated[list[T], Named("x")]`` reads like ``list[Annotated[T, Named("x")]]``.
+    """
+    extras: tuple[Any, ...] = ()
+    if typing.get_origin(annotation) is Annotated:
+        annotation, *rest = typing.get_args(annotation)
+        extras = tuple(rest)
+    origin = typing.get_origin(annotation)
+    if origin not in (list, Iterable) or len(typing.get_args(annotation)) != 1:
+        return None
+    (item,) = typing.get_args(annotation)
+    return (Annotated[(item, *extras)] if extras else item), "list" if origin is list else "Iterable"
 
 
 def _code(registration: Registration) -> Callable[..., Any]:
@@ -222,9 +279,19 @@ def _compute_of(kind: Any, factory: Factory) -> Callable[..., Any]:
     return functools.partial(compute, None)
 
 
-def _signature(
-    call: Callable[..., Any],
-) -> tuple[tuple[ValueKey, ...], tuple[int, ...], tuple[tuple[str, int], ...], ValueKey]:
+@dataclass(slots=True)
+class _Signature:
+    """What a signature says; the fields are those of `Step`."""
+
+    output: ValueKey
+    splits: bool
+    inputs: list[ValueKey] = field(default_factory=list[ValueKey])
+    gathered: list[str] = field(default_factory=list[str])
+    positional: list[int] = field(default_factory=list[int])
+    keywords: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
+
+
+def _signature(call: Callable[..., Any]) -> _Signature:
     try:
         parameters = inspect.signature(call).parameters.values()
     except (TypeError, ValueError) as error:
@@ -232,24 +299,27 @@ def _signature(
             f"its signature cannot be read ({error}); wrap it in a plain function"
         ) from error
     hints = _hints(call)
-    inputs: list[ValueKey] = []
-    positional: list[int] = []
-    keywords: list[tuple[str, int]] = []
+    if "return" not in hints:
+        raise SignatureFault("its return annotation is missing; annotate it with the message type it returns")
+    many = read_many(hints["return"])
+    if many is not None and many[1] != "list":
+        raise SignatureFault("its result is an Iterable[...]; a step that splits a value returns list[...]")
+    found = _Signature(
+        read_annotation(hints["return"] if many is None else many[0], "its result"), many is not None
+    )
     for parameter in parameters:
-        index = _parameter(parameter, hints, inputs)
+        index = _parameter(parameter, hints, found)
         if index is None:
             continue
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            keywords.append((parameter.name, index))
+            found.keywords.append((parameter.name, index))
         else:
-            positional.append(index)
-    if "return" not in hints:
-        raise SignatureFault("its return annotation is missing; annotate it with the message type it returns")
-    return tuple(inputs), tuple(positional), tuple(keywords), read_annotation(hints["return"], "its result")
+            found.positional.append(index)
+    return found
 
 
-def _parameter(parameter: inspect.Parameter, hints: dict[str, Any], inputs: list[ValueKey]) -> int | None:
-    """Return the index of the parameter's value in *inputs*, -1 for the context, None for one left to its default."""
+def _parameter(parameter: inspect.Parameter, hints: dict[str, Any], found: _Signature) -> int | None:
+    """Return the index of the parameter's value, -1 for the context, None for one left to its default."""
     what = f"parameter {parameter.name!r}"
     if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
         raise SignatureFault(f"{what} is variadic; name each input and annotate it with its message type")
@@ -261,14 +331,16 @@ def _parameter(parameter: inspect.Parameter, hints: dict[str, Any], inputs: list
         if has_default:
             return None
         raise SignatureFault(f"{what} has no annotation; annotate it with its message type or StepContext")
+    many = read_many(annotation)
     try:
-        key = read_annotation(annotation, what)
+        key = read_annotation(annotation if many is None else many[0], what)
     except SignatureFault:
         if has_default:
             return None
         raise
-    inputs.append(key)
-    return len(inputs) - 1
+    found.inputs.append(key)
+    found.gathered.append("" if many is None else many[1])
+    return len(found.inputs) - 1
 
 
 def _hints(call: Callable[..., Any]) -> dict[str, Any]:
@@ -312,6 +384,15 @@ def _classifier(options: StepOptions) -> Callable[[BaseException], bool] | None:
         kinds = cast("tuple[type[BaseException], ...]", retriable)
         return lambda error: isinstance(error, kinds)
     return retriable
+
+
+def _check_gathers(registration: Registration, signature: _Signature) -> None:
+    if registration.aggregates and not any(signature.gathered):
+        raise SignatureFault("an aggregate takes all items of a fan-out; annotate a parameter with list[...]")
+    if not registration.aggregates and any(signature.gathered):
+        raise SignatureFault(
+            "it takes a list, so it is an aggregate; use graph.aggregate or register_aggregate"
+        )
 
 
 def _check_options(options: StepOptions) -> None:

@@ -187,6 +187,17 @@ def read_value(outcome: RunOutcome, target: type[T]) -> T:
     return outcome.value
 
 
+def read_outcome(outcome: RunOutcome) -> object:
+    """Return what a run ended with.
+
+    Raises:
+        BaseException: The error it ended with.
+    """
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.value
+
+
 def _wait(run: Run, outcomes: queue.SimpleQueue[RunOutcome]) -> RunOutcome:
     while True:
         wait_s = run.look_after()

@@ -30,6 +30,12 @@ class Wiring:
         """Return every name a step has or had."""
         return frozenset(name for step in self.steps for name in (step.name, *step.options.renamed_from))
 
+    def gathered(self) -> frozenset[ValueKey]:
+        """Return what aggregates take whole."""
+        return frozenset(
+            key for step in self.steps for key, many in zip(step.inputs, step.gathered, strict=True) if many
+        )
+
     def check(self, given: Iterable[ValueKey] = (), *, complete: bool = False) -> None:
         """Refuse the graph unless it is free of faults.
 

@@ -128,7 +128,7 @@ class MemoryStore:
                     return run.row(now)
             return self._take(run, request, now)
 
-    def restore(self, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]:
+    def restore(self, lease: Lease, keys: Sequence[bytes], *, items: bool = False) -> list[Checkpoint]:
         """See `Store.restore`."""
         wanted = frozenset(keys)
         with self._lock:
@@ -137,7 +137,7 @@ class MemoryStore:
                 for key, stored in self._cache.items()
                 if key in wanted
                 or (
-                    stored.checkpoint.item == ""
+                    (items or stored.checkpoint.item == "")
                     and stored.checkpoint.graph == lease.graph
                     and stored.checkpoint.execution_id == lease.execution_id
                 )

@@ -65,10 +65,13 @@ def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
     raise StoreUnavailable("acquire the run", "the run is being deleted")
 
 
-def restore(connection: Connection, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]:
+def restore(
+    connection: Connection, lease: Lease, keys: Sequence[bytes], items: bool = False
+) -> list[Checkpoint]:
     """See `Store.restore`."""
     fence = fence_values(lease)
-    rows = connection.execute(sql.RESTORE, {**fence, "keys": list(keys)}).mappings().all()
+    wanted = {**fence, "keys": list(keys), "items": items}
+    rows = connection.execute(sql.RESTORE, wanted).mappings().all()
     checkpoints = [check_owner(read_checkpoint(row), fence["graph"], fence["execution_id"]) for row in rows]
     if any(row["dated"] for row in rows):
         connection.execute(sql.UNDATE, fence)

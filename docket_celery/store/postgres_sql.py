@@ -68,7 +68,7 @@ FIND_LIVE = text(
 RESTORE = text(f"""
 SELECT {_COLUMNS}, expires_at IS NOT NULL AS dated FROM docket_cache
 WHERE cache_key = ANY(CAST(:keys AS bytea[]))
-    OR (graph = :graph AND execution_id = :execution_id AND item = '')
+    OR (graph = :graph AND execution_id = :execution_id AND (item = '' OR :items))
 """)
 UNDATE = text("""
 UPDATE docket_cache AS c SET expires_at = NULL

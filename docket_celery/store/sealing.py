@@ -18,7 +18,8 @@ from typing import Any, Final
 
 from docket_celery.checkpoint import Checkpoint, Lease, RunEnd, RunRequest, RunRow, StepExecution, digest
 from docket_celery.codec import Codec, find_fault, hash_key_of
-from docket_celery.errors import CodecFailed, InvalidArguments, StoreUnavailable, to_record
+from docket_celery.error_records import to_record
+from docket_celery.errors import CodecFailed, InvalidArguments, StoreUnavailable
 from docket_celery.store.rows import clean_text, dump_json
 
 MARK: Final = b"\x00docket\x01"

@@ -28,7 +28,9 @@ class _Calls(Protocol):
     """What a module of one dialect offers: the calls of `Store` on a given connection."""
 
     def acquire(self, connection: Connection, request: RunRequest) -> Lease | RunRow: ...
-    def restore(self, connection: Connection, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]: ...
+    def restore(
+        self, connection: Connection, lease: Lease, keys: Sequence[bytes], items: bool
+    ) -> list[Checkpoint]: ...
     def save(
         self, connection: Connection, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None
     ) -> Checkpoint: ...
@@ -101,9 +103,11 @@ class SQLStore:
         found = self._call("acquire the run", lambda connection: self._calls.acquire(connection, closed))
         return found if isinstance(found, Lease) else self._seal.open_run(found)
 
-    def restore(self, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]:
+    def restore(self, lease: Lease, keys: Sequence[bytes], *, items: bool = False) -> list[Checkpoint]:
         """See `Store.restore`."""
-        found = self._call("restore the run", lambda connection: self._calls.restore(connection, lease, keys))
+        found = self._call(
+            "restore the run", lambda connection: self._calls.restore(connection, lease, keys, items)
+        )
         return [self._seal.open_checkpoint(checkpoint) for checkpoint in found]
 
     def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:

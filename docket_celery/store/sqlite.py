@@ -111,7 +111,8 @@ _FIND_LIVE = text(
     f"AND (:within_s IS NULL OR claimed_at > {_after('-:within_s')})"
 )
 _FIND_OF_RUN = text(
-    f"SELECT {_COLUMNS}, expires_at IS NOT NULL AS dated FROM docket_cache WHERE {_IS_RUN} AND item = ''"
+    f"SELECT {_COLUMNS}, expires_at IS NOT NULL AS dated FROM docket_cache WHERE {_IS_RUN} "
+    "AND (item = '' OR :items)"
 )
 _UNDATE = text(
     f"UPDATE docket_cache SET expires_at = NULL WHERE {_IS_RUN} "
@@ -184,11 +185,13 @@ def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
     return lease_from(request, epoch=epoch, lost=lost, failures=failures)
 
 
-def restore(connection: Connection, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]:
+def restore(
+    connection: Connection, lease: Lease, keys: Sequence[bytes], items: bool = False
+) -> list[Checkpoint]:
     """See `Store.restore`."""
     fence = fence_values(lease)
     with _reading(connection):
-        rows = list(connection.execute(_FIND_OF_RUN, fence).mappings())
+        rows = list(connection.execute(_FIND_OF_RUN, {**fence, "items": items}).mappings())
         found = {bytes(row["cache_key"]) for row in rows}
         missing = [key for key in dict.fromkeys(keys) if key not in found]
         for start in range(0, len(missing), _KEYS_AT_ONCE):

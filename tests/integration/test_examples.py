@@ -81,6 +81,21 @@ def test_struct_step_injects_either_client() -> None:
     ]
 
 
+def test_movies_stand_beside_the_figures_of_all() -> None:
+    """The aggregate is made once over five movies; each is compared with it, in order."""
+    assert run_example("movies") == [
+        "plan: compute_stats -> enrich_movie",
+        "count:          5 movies",
+        "average rating: 9.10",
+        "total runtime:  767 min (12.8 hours)",
+        "+ The Shawshank Redemption (9.3 rating, percentile: 100%)",
+        "+ The Godfather (9.2 rating, percentile: 67%)",
+        "  The Dark Knight (9.0 rating, percentile: 0%)",
+        "  The Godfather Part II (9.0 rating, percentile: 0%)",
+        "  12 Angry Men (9.0 rating, percentile: 0%)",
+    ]
+
+
 def test_the_struct_step_is_tested_without_the_service() -> None:
     """A reader's own test: the double goes in through the constructor, nothing is patched."""
     graph = scoring_graph(WordScorer(client=FixedScores(scores={"test": 42}), prefix=""))

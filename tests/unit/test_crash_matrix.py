@@ -145,9 +145,9 @@ class Forgetful(SQLStore):
 class Muddled(SQLStore):
     """Gives back another value than was saved."""
 
-    def restore(self, lease: Any, keys: Any) -> list[Checkpoint]:
+    def restore(self, lease: Any, keys: Any, *, items: bool = False) -> list[Checkpoint]:
         value = Charge(charge_id="muddled").SerializeToString()
-        return [replace(c, output_data=value) for c in super().restore(lease, keys)]
+        return [replace(c, output_data=value) for c in super().restore(lease, keys, items=items)]
 
 
 class Deaf(SQLStore):

@@ -149,7 +149,7 @@ def test_all_failures_are_reported() -> None:
     assert isinstance(outcome.error, StepFailed)
     assert len(outcome.error.others) == 1
     assert {outcome.error.step, outcome.error.others[0].split("'")[1]} == {"a", "b"}
-    assert outcome.error.args[-1] == list(outcome.error.others)
+    assert outcome.error.args[-2] == list(outcome.error.others)
 
 
 def test_a_step_that_waits_to_be_retried_is_given_up_when_another_fails() -> None:

@@ -9,13 +9,15 @@ import pytest
 from celery import Celery
 
 from docket_celery import errors
-from docket_celery.errors import AbortError, DocketError, StepFailed, StepTimedOut, from_record, to_record
+from docket_celery.error_records import from_record, to_record
+from docket_celery.errors import AbortError, DocketError, StepFailed, StepTimedOut
 
 WITH_FIELDS: list[DocketError] = [
     errors.DocketError("something", 7),
     errors.GraphError("shop", ["DC112 duplicate name", "DC115 cycle"]),
     errors.InvalidArguments("execute", "no message"),
     errors.InvalidSettings("docket_threads", "must be a whole number"),
+    errors.BatchFailed(3, 100, 2, ["[DC201] step 'charge' of item 7 failed"]),
     errors.InvalidDeclaration("shop.process", "has a body"),
     errors.AbortError("fraud"),
     errors.AbortError("fraud", KeyError("card")),

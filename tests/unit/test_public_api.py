@@ -12,10 +12,11 @@ from celery import Celery
 
 import docket_celery
 from docket_celery import DocketError, StepFailed, StepTimedOut, WrongResult
-from docket_celery.errors import from_record, to_record
+from docket_celery.error_records import from_record, to_record
 
 SURFACE = """
-AbortError CacheMismatch Codec CodecFailed CorruptCheckpoint DecodeFailed DocketError ExponentialBackoff
+AbortError BatchFailed BatchResult
+CacheMismatch Codec CodecFailed CorruptCheckpoint DecodeFailed DocketError ExponentialBackoff
 FixedBackoff Graph GraphChanged GraphError GraphResult GraphTask InputMutated InputsChanged InvalidArguments
 InvalidDeclaration InvalidSettings LeaseLost MemoryStore Named PayloadTooLarge Plan RetryPolicy RunCancelled
 RunConflict RunNotFound RunQuarantined RunState RunTimedOut SQLStore SchemaMismatch Scope ServersUnavailable
@@ -52,6 +53,7 @@ ERRORS: list[DocketError] = [
     docket_celery.ServersUnavailable("Postgres", "no binaries"),
     StepFailed("ship", 3, True, ["app.BusyError", "builtins.Exception"], "busy ✓", ["reserve: no"]),
     StepTimedOut("ship", 2, 1.5, True, ["reserve: no"]),
+    docket_celery.BatchFailed(3, 100, 2, ["[DC201] step 'charge' of item 7 failed"]),
     docket_celery.StoreMissing("shop", "charge"),
     docket_celery.StoreUnavailable("save", "connection refused"),
     docket_celery.TooManyAbandoned(9, 8, ["ship"]),

@@ -64,9 +64,9 @@ class FaultyStore(MemoryStore):
         self._meet_fault("acquire")
         return super().acquire(request)
 
-    def restore(self, lease: Lease, keys: Sequence[bytes]) -> list[Checkpoint]:
+    def restore(self, lease: Lease, keys: Sequence[bytes], *, items: bool = False) -> list[Checkpoint]:
         self._meet_fault("restore")
-        return super().restore(lease, keys)
+        return super().restore(lease, keys, items=items)
 
     def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:
         self._meet_fault("save")

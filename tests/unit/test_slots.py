@@ -244,7 +244,7 @@ def test_a_failure_gives_the_slot_back_and_a_backoff_needs_none(is_async: bool) 
     graph.register(charge_on_loop if is_async else charge, name="charge", max_concurrent=1, retry=policy)
     run = graph.start(Charge, Order(order_id="bad"))
     wait_until(
-        lambda: bool(run._run._execution and run._run._execution._parked), within_s=WAIT_S, what="the backoff"
+        lambda: bool(getattr(run._run._execution, "_parked", None)), within_s=WAIT_S, what="the backoff"
     )
     assert within(lambda: execute(graph, Charge, Order(order_id="good"))) == Charge(charge_id="good")
     run.cancel()

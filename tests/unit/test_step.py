@@ -224,7 +224,7 @@ def optional(order: Order | None) -> Charge:  # noqa: D103
         (variadic, "orders"),
         (undefined, "names something that is not defined"),
         (missing_attribute, "its annotations cannot be read"),
-        (listed, "lists belong to batches"),
+        (listed, "it takes a list, so it is an aggregate"),
         (named_twice, "has 2 Named"),
         (optional, "not a Protocol Buffers message"),
         (Charger, "is a class; register an instance"),

@@ -1,0 +1,411 @@
+"""Runs a plan that fans out: its parts one after the other, the items of a part side by side."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from docket_celery.batch_result import ONE_FAILS, BatchPolicy, BatchResult
+from docket_celery.checkpoint import Checkpoint
+from docket_celery.delivery import Delivery
+from docket_celery.engine import Execution, Outcome, join_failures
+from docket_celery.errors import BatchFailed, StepFailed
+from docket_celery.messages import Value
+from docket_celery.plan import Part, Plan, PlannedStep
+from docket_celery.step import ValueKey
+
+Stored = Mapping[tuple[str, str], Checkpoint]
+"""Checkpoints by step name and item path."""
+_MOST_LINES = 10
+
+
+class Runs(Protocol):
+    """An execution of either kind."""
+
+    @property
+    def closed(self) -> bool: ...
+    def start(self) -> None: ...
+    def dispatch(self) -> None: ...
+    def hold(self) -> None: ...
+    def abort(self, error: BaseException) -> None: ...
+
+
+def make_execution(
+    plan: Plan,
+    inputs: Sequence[Value],
+    delivery: Delivery,
+    on_end: Callable[[Outcome], None],
+    *,
+    stored: Stored,
+    policy: BatchPolicy,
+    max_concurrency: int | None,
+    threads: int,
+) -> Execution | StagedExecution:
+    """Return what resolves *plan*.
+
+    Args:
+        plan: What to do.
+        inputs: The given values, in the order of ``plan.given``; a batch as a list.
+        delivery: What the steps share.
+        on_end: Called once with the outcome, on whichever thread ended it.
+        stored: The run's checkpoints.
+        policy: How a fan-out treats its items.
+        max_concurrency: Most steps (or items) at once; None: as many as there are threads.
+        threads: How many there are.
+    """
+    if delivery.runtime.inline:
+        max_concurrency = 1
+    if plan.parts:
+        limit = max(1, threads) if max_concurrency is None else max_concurrency
+        return StagedExecution(plan, inputs, delivery, on_end, stored=stored, policy=policy, limit=limit)
+    checkpoints = _by_index(plan, stored, delivery.item)
+    return Execution(plan, inputs, delivery, on_end, checkpoints=checkpoints, max_concurrency=max_concurrency)
+
+
+class Items:
+    """Executions of one part, one for each item, a limited number at once.
+
+    Args:
+        count: How many there are.
+        make: Returns the execution of an item, which tells how it ended.
+        on_end: Called once, on any thread, after the last one, or when one of them ended the run.
+        limit: Most at once.
+        allowed: How many may fail without stopping the others.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        make: Callable[[int, Callable[[Outcome], None]], Runs],
+        on_end: Callable[[Items], None],
+        *,
+        limit: int,
+        allowed: int,
+    ) -> None:
+        self.results: list[tuple[Any, ...] | None] = [None] * count
+        self.failures: dict[int, StepFailed] = {}
+        self.fatal: BaseException | None = None
+        self.failing = False
+        self._make, self._on_end, self._limit, self._allowed = make, on_end, limit, allowed
+        self._lock = threading.Lock()
+        self._running: dict[int, Runs] = {}
+        self._next = 0
+        self._asked = 0
+        self._over = False
+
+    def skip(self, failures: Mapping[int, StepFailed]) -> None:
+        """Leave out items that failed in an earlier part."""
+        self.failures = dict(failures)
+
+    def fill(self) -> None:
+        """Start items while there is room, and see whether all have ended. One thread at a time does it."""
+        with self._lock:
+            self._asked += 1
+            if self._asked > 1:
+                return  # whoever is at it looks again
+        while True:
+            while (begun := self._begin()) is not None:
+                self._start(*begun)
+            with self._lock:
+                over = not self._over and not self._running and (self._idle() or self.fatal is not None)
+                self._over = self._over or over
+                again, self._asked = self._asked > 1, 1
+                if not again:
+                    self._asked = 0
+            if over:
+                self._on_end(self)
+            if not again:
+                return
+
+    def hold(self) -> None:
+        """Start nothing more; what is running finishes and is saved."""
+        with self._lock:
+            self.failing = True
+            running = list(self._running.values())
+        for execution in running:
+            execution.hold()
+        self.fill()
+
+    def abort(self, error: BaseException) -> None:
+        """End at once with *error*; `on_end` is not called any more."""
+        with self._lock:
+            self._over = self.failing = True
+            running = list(self._running.values())
+        for execution in running:
+            execution.abort(error)
+
+    def _idle(self) -> bool:
+        return self.failing or self._next >= len(self.results)
+
+    def _begin(self) -> tuple[int, Runs] | None:
+        with self._lock:
+            while not self._idle() and self._next in self.failures:
+                self._next += 1
+            if self._idle() or len(self._running) >= self._limit:
+                return None
+            index, self._next = self._next, self._next + 1
+            execution = self._make(index, functools.partial(self._ended, index))
+            self._running[index] = execution
+            return index, execution
+
+    def _start(self, index: int, execution: Runs) -> None:
+        try:
+            execution.start()
+            execution.dispatch()
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the run must end
+            self._ended(index, Outcome(error=error))
+
+    def _ended(self, index: int, outcome: Outcome) -> None:
+        stopped: list[Runs] = []
+        with self._lock:
+            if self._running.pop(index, None) is None or self._over:
+                return
+            error = outcome.error
+            if error is None:
+                self.results[index] = outcome.values or None
+            elif isinstance(error, StepFailed):
+                self.failures[index] = error
+                if len(self.failures) > self._allowed and not self.failing:
+                    self.failing = True
+                    stopped = list(self._running.values())
+            elif self.fatal is None:
+                self.fatal, self.failing = error, True
+                stopped = list(self._running.values())
+        for execution in stopped:
+            if self.fatal is None:
+                execution.hold()
+            else:
+                execution.abort(self.fatal)
+        self.fill()
+
+
+class StagedExecution:
+    """One plan with fan-outs being resolved for one delivery; used like `Execution`.
+
+    Args:
+        plan: What to do; it has parts.
+        inputs: The given values, in the order of ``plan.given``; a batch as a list.
+        delivery: What the steps share.
+        on_end: Called once with the outcome, on whichever thread ended it.
+        stored: The run's checkpoints.
+        policy: How items are treated.
+        limit: Most items at once.
+        outputs: Which values are wanted; None: the target.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        inputs: Sequence[Value | None],
+        delivery: Delivery,
+        on_end: Callable[[Outcome], None],
+        *,
+        stored: Stored,
+        policy: BatchPolicy,
+        limit: int,
+        outputs: Sequence[ValueKey] | None = None,
+    ) -> None:
+        self.closed = False
+        self._plan, self._delivery, self._on_end = plan, delivery, on_end
+        self._stored, self._policy, self._limit = stored, policy, limit
+        self._outputs = (plan.target,) if outputs is None else tuple(outputs)
+        self._values: dict[ValueKey, Any] = dict(zip(plan.given, inputs, strict=True))
+        self._fan_outs: dict[ValueKey, str] = {} if plan.batch is None else {plan.batch: ""}
+        self._failures: dict[str, dict[int, StepFailed]] = {}
+        self._lock = threading.Lock()
+        self._wanted: frozenset[str] = frozenset()
+        self._next = 0
+        self._held = False
+        self._items: Items | None = None
+
+    def start(self) -> None:
+        """Find what is needed, from the target down."""
+        self._wanted = frozenset(self._find_wanted())
+
+    def dispatch(self) -> None:
+        """Begin with the first part."""
+        self._advance()
+
+    def help(self) -> None:
+        """Begin; the calling thread runs nothing itself."""
+        self._advance()
+
+    def hold(self) -> None:
+        """Start nothing more; what is running finishes and is saved, then the execution ends."""
+        with self._lock:
+            self._held, items = True, self._items
+        if items is not None:
+            items.hold()
+
+    def abort(self, error: BaseException) -> None:
+        """End at once with *error*: nothing new starts, contexts are cancelled, late results are discarded."""
+        with self._lock:
+            if self.closed:
+                return
+            self.closed, items = True, self._items
+        self._delivery.cancellation.cancel(error)
+        if items is not None:
+            items.abort(error)
+        self._on_end(Outcome(error=error))
+
+    # --- parts -------------------------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Begin the next part that is needed, or end."""
+        while True:
+            with self._lock:
+                if self.closed:
+                    return
+                if self._held or self._next == len(self._plan.parts):
+                    break
+                part = self._plan.parts[self._next]
+                self._next += 1
+                keys = [step.step.output for step in part.plan.steps if step.step.name in self._wanted]
+                outputs = [key for key in part.outputs if key in keys]
+                if not outputs:
+                    continue
+                items = self._items = self._make_items(part, outputs)
+            items.fill()
+            return
+        self._end(Outcome() if self._held else Outcome(values=tuple(map(self._result, self._outputs))))
+
+    def _make_items(self, part: Part, outputs: Sequence[ValueKey]) -> Items:
+        once = part.fan_out is None
+        count = 1 if once else len(self._values[next(iter(part.each))])
+        items = Items(
+            count,
+            functools.partial(self._make, part, outputs),
+            functools.partial(self._part_ended, part, outputs),
+            limit=self._limit,
+            allowed=0 if once else self._policy.allowed(count),
+        )
+        if part.fan_out is not None:
+            items.skip(self._failures.get(part.fan_out, {}))
+        return items
+
+    def _make(
+        self, part: Part, outputs: Sequence[ValueKey], index: int, on_end: Callable[[Outcome], None]
+    ) -> Runs:
+        """Return the execution of one item, or of the steps that run once."""
+        inputs: list[Value | None]
+        if part.fan_out is None:
+            path, delivery = self._delivery.item, self._delivery
+            inputs = [self._gather(key) for key in part.plan.given]
+        else:
+            path = self._path(index)
+            delivery = replace(self._delivery, item=path)
+            values = self._values
+            inputs = [values[k][index] if k in part.each else values.get(k) for k in part.plan.given]
+        if part.plan.parts:
+            return StagedExecution(
+                part.plan,
+                inputs,
+                delivery,
+                on_end,
+                stored=self._stored,
+                policy=ONE_FAILS,
+                limit=self._limit,
+                outputs=outputs,
+            )
+        slots = dict(zip(part.outputs, part.plan.output_slots, strict=True))
+        return Execution(
+            part.plan,
+            inputs,
+            delivery,
+            on_end,
+            checkpoints=_by_index(part.plan, self._stored, path),
+            max_concurrency=1 if self._delivery.runtime.inline else None,
+            outputs=[slots[key] for key in outputs],
+        )
+
+    def _part_ended(self, part: Part, outputs: Sequence[ValueKey], items: Items) -> None:
+        """Take what a part made, and go on."""
+        error = items.fatal or self._failure(part, items)
+        if error is not None:
+            self._end(Outcome(error=error))
+            return
+        if items.failing:
+            self._end(Outcome())
+            return
+        if part.fan_out is not None:
+            self._failures[part.fan_out] = items.failures
+        splits = {p.step.output: p.step.name for p in part.plan.steps if p.step.splits}
+        for position, key in enumerate(outputs):
+            made = [None if values is None else values[position] for values in items.results]
+            self._values[key] = made[0] if part.fan_out is None else made
+            fan_out = splits.get(key) if part.fan_out is None else part.fan_out
+            if fan_out is not None:
+                self._fan_outs[key] = fan_out
+        self._advance()
+
+    def _failure(self, part: Part, items: Items) -> BaseException | None:
+        """Return what fails the run, if too many items failed."""
+        allowed = 0 if part.fan_out is None else self._policy.allowed(len(items.results))
+        if len(items.failures) <= allowed:
+            return None
+        ordered = [items.failures[index] for index in sorted(items.failures)]
+        if part.fan_out is None or self._policy.on_error == "fail":
+            return join_failures(ordered)
+        lines = [str(failure) for failure in ordered[:_MOST_LINES]]
+        return BatchFailed(len(ordered), len(items.results), allowed, lines)
+
+    # --- values ------------------------------------------------------------------------------------------------
+
+    def _gather(self, key: ValueKey) -> Value | None:
+        """Return a value as a step that runs once sees it: of items, those that have one."""
+        value = self._values.get(key)
+        if value is None or not self._failures.get(self._fan_outs.get(key, ""), {}):
+            return value
+        return [each for each in value if each is not None]
+
+    def _result(self, key: ValueKey) -> Any:
+        value = self._values[key]
+        if not self._plan.collects or self._policy.on_error != "collect":
+            return value
+        return BatchResult(tuple(value), self._failures.get(self._fan_outs[key], {}))
+
+    def _path(self, index: int) -> str:
+        return f"{self._delivery.item}/{index}" if self._delivery.item else str(index)
+
+    def _find_wanted(self) -> set[str]:
+        """Return the steps that are needed, from the outputs down: none that only restored ones would use."""
+        makers = {
+            planned.step.output: (planned, part) for part in self._plan.parts for planned in part.plan.steps
+        }
+        wanted: set[str] = set()
+        todo = list(self._outputs)
+        while todo:
+            planned, part = makers.get(todo.pop(), (None, None))
+            if planned is None or part is None or planned.step.name in wanted:
+                continue
+            wanted.add(planned.step.name)
+            if not self._is_restored(planned, part):
+                todo += planned.step.inputs
+        return wanted
+
+    def _is_restored(self, planned: PlannedStep, part: Part) -> bool:
+        """Tell whether a step need not run at all."""
+        name = planned.step.name
+        if not self._stored or part.plan.parts:
+            return False
+        if part.fan_out is None:
+            return (name, self._delivery.item) in self._stored
+        items = next((self._values[key] for key in part.each if key in self._values), None)
+        return items is not None and all((name, self._path(i)) in self._stored for i in range(len(items)))
+
+    def _end(self, outcome: Outcome) -> None:
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
+        self._on_end(outcome)
+
+
+def _by_index(plan: Plan, stored: Stored, path: str) -> dict[int, Checkpoint]:
+    if not stored:
+        return {}
+    pairs = ((planned.index, stored.get((planned.step.name, path))) for planned in plan.steps)
+    return {index: checkpoint for index, checkpoint in pairs if checkpoint is not None}

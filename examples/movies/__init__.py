@@ -1,0 +1,1 @@
+"""A batch: figures over all movies, then each movie beside them."""
