@@ -9,55 +9,54 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from docket_celery.batch_result import BatchResult
-from docket_celery.checkpoint import RunState
-from docket_celery.codec import Codec
-from docket_celery.context import StepContext, current_context
 from docket_celery.defaults import process_defaults
-from docket_celery.errors import (
-    AbortError,
-    BatchFailed,
-    CacheMismatch,
-    CodecFailed,
-    CorruptCheckpoint,
-    DecodeFailed,
-    DocketError,
-    GraphChanged,
-    GraphError,
-    InputMutated,
-    InputsChanged,
-    InvalidArguments,
-    InvalidDeclaration,
-    InvalidSettings,
-    LeaseLost,
-    PayloadTooLarge,
-    RunCancelled,
-    RunConflict,
-    RunNotFound,
-    RunQuarantined,
-    RunTimedOut,
-    SchemaMismatch,
-    ServersUnavailable,
-    StepFailed,
-    StepTimedOut,
-    StoreMissing,
-    StoreUnavailable,
-    TooManyAbandoned,
-    UnknownMessageType,
-    WrongResult,
-)
-from docket_celery.graph import Graph
-from docket_celery.plan import Plan
-from docket_celery.policy import ExponentialBackoff, FixedBackoff, RetryPolicy, Scope, StepOptions
-from docket_celery.step import Named
-from docket_celery.waiting import StartedRun
 
 if TYPE_CHECKING:
     from docket_celery.appdefaults import configure
-    from docket_celery.checkpoint import Store
+    from docket_celery.batch_result import BatchResult
+    from docket_celery.checkpoint import RunState, Store
+    from docket_celery.codec import Codec
+    from docket_celery.context import StepContext, current_context
+    from docket_celery.errors import (
+        AbortError,
+        BatchFailed,
+        CacheMismatch,
+        CodecFailed,
+        CorruptCheckpoint,
+        DecodeFailed,
+        DocketError,
+        GraphChanged,
+        GraphError,
+        InputMutated,
+        InputsChanged,
+        InvalidArguments,
+        InvalidDeclaration,
+        InvalidSettings,
+        LeaseLost,
+        PayloadTooLarge,
+        RunCancelled,
+        RunConflict,
+        RunNotFound,
+        RunQuarantined,
+        RunTimedOut,
+        SchemaMismatch,
+        ServersUnavailable,
+        StepFailed,
+        StepTimedOut,
+        StoreMissing,
+        StoreUnavailable,
+        TooManyAbandoned,
+        UnknownMessageType,
+        WrongResult,
+    )
+    from docket_celery.graph import Graph
     from docket_celery.lifecycle import settings
+    from docket_celery.plan import Plan
+    from docket_celery.policy import ExponentialBackoff, FixedBackoff, RetryPolicy, Scope, StepOptions
+    from docket_celery.step import Named
     from docket_celery.store import MemoryStore, SQLStore
     from docket_celery.task import GraphResult, GraphTask, graph_task, shared_graph_task
+    from docket_celery.waiting import StartedRun
 
 __all__ = [  # noqa: RUF022 -- grouped by what people look for
     # Declaring a graph
@@ -120,23 +119,29 @@ __all__ = [  # noqa: RUF022 -- grouped by what people look for
 ]
 
 
-_LAZY = {
-    "GraphResult": "docket_celery.task",
-    "GraphTask": "docket_celery.task",
-    "MemoryStore": "docket_celery.store",
-    "SQLStore": "docket_celery.store",
-    "configure": "docket_celery.appdefaults",
-    "graph_task": "docket_celery.task",
-    "settings": "docket_celery.lifecycle",
-    "shared_graph_task": "docket_celery.task",
+_HOMES = {
+    **dict.fromkeys(("ExponentialBackoff", "FixedBackoff", "RetryPolicy", "Scope", "StepOptions"), "policy"),
+    **dict.fromkeys(("GraphResult", "GraphTask", "graph_task", "shared_graph_task"), "task"),
+    **dict.fromkeys(("MemoryStore", "SQLStore"), "store"),
+    **dict.fromkeys(("StepContext", "current_context"), "context"),
+    "BatchResult": "batch_result",
+    "Codec": "codec",
+    "Graph": "graph",
+    "Named": "step",
+    "Plan": "plan",
+    "RunState": "checkpoint",
+    "StartedRun": "waiting",
+    "configure": "appdefaults",
+    "settings": "lifecycle",
 }
-"""Imported on first use: a script that runs graphs in process pays for neither Celery nor SQLAlchemy."""
+"""Where each name is; all others are errors. Imported on first use: a script that runs graphs in process pays for
+neither Celery nor SQLAlchemy, and pytest, which loads our plugin everywhere, for nothing."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
     globals()[name] = value
     return value
 

@@ -98,10 +98,17 @@ class DevServers:
 
 @contextmanager
 def dev_servers(
-    *, data_dir: Path | None = None, durable: bool = False, postgres: bool = True, redis: bool = True
+    *,
+    data_dir: Path | None = None,
+    durable: bool = False,
+    postgres: bool = True,
+    redis: bool = True,
+    private: bool = False,
 ) -> Generator[DevServers]:
     """Run the servers for the length of a ``with`` block; see `start_dev_servers`."""
-    servers = start_dev_servers(data_dir=data_dir, durable=durable, postgres=postgres, redis=redis)
+    servers = start_dev_servers(
+        data_dir=data_dir, durable=durable, postgres=postgres, redis=redis, private=private
+    )
     try:
         yield servers
     finally:
@@ -109,7 +116,12 @@ def dev_servers(
 
 
 def start_dev_servers(
-    *, data_dir: Path | None = None, durable: bool = False, postgres: bool = True, redis: bool = True
+    *,
+    data_dir: Path | None = None,
+    durable: bool = False,
+    postgres: bool = True,
+    redis: bool = True,
+    private: bool = False,
 ) -> DevServers:
     """Start a private Postgres and a private Redis, or take those that the environment names.
 
@@ -121,13 +133,19 @@ def start_dev_servers(
         durable: Keep the data, and survive a power cut. Else it is temporary, faster, and removed at the end.
         postgres: Whether a database is wanted.
         redis: Whether a broker is wanted.
+        private: Start them whatever the environment names: for tests, which may not touch somebody's servers.
 
     Raises:
         InvalidArguments: *data_dir* without *durable*.
         ServersUnavailable: No server program was found, or one did not start; the text says what to do.
     """
     order, database_url, broker_url = resolve(
-        data_dir=data_dir, durable=durable, postgres=postgres, redis=redis, owner_pid=os.getpid()
+        data_dir=data_dir,
+        durable=durable,
+        postgres=postgres,
+        redis=redis,
+        owner_pid=os.getpid(),
+        private=private,
     )
     if not (order.postgres or order.redis):
         return DevServers(database_url=database_url, broker_url=broker_url, supervisor=None)
@@ -141,7 +159,13 @@ def start_dev_servers(
 
 
 def resolve(
-    *, data_dir: Path | None, durable: bool, postgres: bool, redis: bool, owner_pid: int | None
+    *,
+    data_dir: Path | None,
+    durable: bool,
+    postgres: bool,
+    redis: bool,
+    owner_pid: int | None,
+    private: bool = False,
 ) -> tuple[Order, str | None, str | None]:
     """Return what to start, and the database and broker URLs that the environment gives instead.
 
@@ -152,8 +176,8 @@ def resolve(
         raise InvalidArguments(
             "dev servers", "data_dir is for durable=True; temporary data has no fixed place"
         )
-    database_url = _first_set(*DATABASE_VARIABLES) if postgres else None
-    broker_url = _first_set(BROKER_VARIABLE) if redis else None
+    database_url = _first_set(*DATABASE_VARIABLES) if postgres and not private else None
+    broker_url = _first_set(BROKER_VARIABLE) if redis and not private else None
     order = Order(
         postgres=postgres and database_url is None,
         redis=redis and broker_url is None,

@@ -81,7 +81,7 @@ def eager(
     Raises:
         InvalidSettings: A setting is unknown or its value cannot be used.
     """
-    with inline(clock=clock, store=store, **settings) as bench, _conf_of(app, _EAGER):
+    with inline(clock=clock, store=store, **settings) as bench, conf_of(app, _EAGER):
         yield bench
 
 
@@ -99,7 +99,7 @@ def ambient_store() -> Store | None:
 
 
 @contextmanager
-def _conf_of(app: Celery, values: dict[str, Any]) -> Generator[None]:
+def conf_of(app: Celery, values: dict[str, Any]) -> Generator[None]:
     """Lay *values* over the app's configuration; nothing in it is written, so nothing has to be restored."""
     _ = app.conf.task_always_eager  # an app that has not read its configuration does so now
     conf: Any = app.conf
