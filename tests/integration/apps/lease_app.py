@@ -17,7 +17,7 @@ from typing import Any
 from celery import Celery, current_task, signals
 from celery.utils.log import get_task_logger
 
-from docket_celery import AbortError, Graph, Scope, StepContext, graph_task
+from docket_celery import AbortError, FixedBackoff, Graph, RetryPolicy, Scope, StepContext, graph_task
 from docket_celery.defaults import process_defaults
 from docket_celery.store import SQLStore
 from tests.integration.apps import book
@@ -26,7 +26,7 @@ from tests.unit.protos.shop_pb2 import Address, Charge, Label, Money, Order, Res
 app = Celery("lease_app")
 app.conf.broker_connection_retry_on_startup = True
 app.conf.worker_prefetch_multiplier = 1
-app.conf.worker_soft_shutdown_timeout = 0.0
+app.conf.worker_soft_shutdown_timeout = float(os.environ.get("LEASE_APP_SOFT_SHUTDOWN_S", "0"))
 if "LEASE_APP_VISIBILITY_S" in os.environ:
     app.conf.broker_transport_options = {
         "visibility_timeout": int(os.environ["LEASE_APP_VISIBILITY_S"]),
@@ -106,6 +106,40 @@ def collect(shipments: list[Any]) -> int:
             "INSERT INTO test_acts (execution_id, step, delivery, pid) VALUES ('chord', 'collect', 1, 0)"
         )
     return len(shipments)
+
+
+patient = Graph("lease-patient")
+
+
+@patient.step(persist=Scope.WORKFLOW)
+def pay(order: Order, ctx: StepContext) -> Charge:
+    """Charge the card."""
+    do(ctx, order)
+    return Charge(charge_id=order.order_id)
+
+
+@patient.step(timeout=0.5, retry=RetryPolicy(max_attempts=2, backoff=FixedBackoff(0)), persist=Scope.WORKFLOW)
+def stock(order: Order, charge: Charge, ctx: StepContext) -> Reservation:
+    """Hang as long as the first attempt may take, where the order says so; then answer at once."""
+    with book.act(ctx):
+        if ctx.attempt == 1 and order.stock.get("stock:hang", 0):
+            ctx.cancelled.wait(60)
+            return Reservation(reservation_id="late")
+    return Reservation(reservation_id=f"attempt {ctx.attempt}")
+
+
+@patient.step(timeout=0.5, retry=RetryPolicy(max_attempts=2, backoff=FixedBackoff(0)))
+async def send(order: Order, reservation: Reservation, ctx: StepContext) -> Shipment:
+    """The same, on the loop."""
+    if ctx.attempt == 1 and order.stock.get("send:hang", 0):
+        await asyncio.sleep(60)
+    return Shipment(tracking_id=f"{reservation.reservation_id}, sent at attempt {ctx.attempt}")
+
+
+@graph_task(app, patient, name="lease.process_patiently")
+def process_patiently(order: Order) -> Shipment:
+    """Steps with deadlines of their own."""
+    raise NotImplementedError
 
 
 fetching = Graph("lease-fetching")
