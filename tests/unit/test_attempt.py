@@ -3,10 +3,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -15,8 +15,10 @@ from docket_celery.errors import AbortError, InvalidArguments, StepFailed, StepT
 from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
 from docket_celery.policy import ErrorClassifier, ExponentialBackoff, FixedBackoff, RetryPolicy
+from docket_celery.runtime import LoopThread, process_runtime
 from tests.unit.graphs import WAIT_S, execute, reached, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Reservation, Shipment
+from tests.unit.stage import Deadlines
 
 AT_ONCE = RetryPolicy(max_attempts=4, backoff=FixedBackoff(0))
 caller: ContextVar[str] = ContextVar("caller", default="nobody")
@@ -113,6 +115,15 @@ def test_a_predicate_that_raises_is_the_failure() -> None:
     assert attempts == [1]
     assert caught.value.__cause__ is not None
     assert "ValueError: first" in caught.value.__cause__.__notes__[0]
+
+
+def test_a_note_quotes_two_hundred_characters_of_the_error() -> None:
+    """What a broken predicate was asked about may be long; the note is not."""
+    graph, _ = failing(lambda: ValueError("x" * 300), retry=AT_ONCE, retriable=lambda error: error.missing)
+    with pytest.raises(StepFailed) as caught:
+        within(lambda: graph.execute(Charge, Order()))
+    assert caught.value.__cause__ is not None
+    assert caught.value.__cause__.__notes__[0].endswith(f"while judging ValueError: {'x' * 200}")
 
 
 class Unprintable(Exception):
@@ -255,6 +266,41 @@ def test_a_coroutine_is_really_cancelled_at_its_timeout() -> None:
     reached(cancelled)
 
 
+def test_a_deadline_that_passes_while_a_coroutine_is_handed_over_cancels_it() -> None:
+    """A timeout that comes before the coroutine's future is known finds nothing to cancel; that is made up for."""
+    deadlines, cancelled = Deadlines(), threading.Event()
+    runtime = process_runtime(2)
+    runtime.timer = deadlines.timer()
+    loop = cast("LoopThread", runtime.loop)
+
+    class LateLoop(LoopThread):
+        def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+            future = loop.submit(coroutine)
+            reached(begun)
+            deadlines.take(3600)()
+            return future
+
+        def close(self) -> None:
+            super().close()
+            loop.close()
+
+    runtime._loop = LateLoop()
+    graph, begun = Graph("shop"), threading.Event()
+
+    @graph.step(timeout=3600)
+    async def charge(order: Order) -> Charge:
+        begun.set()
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            cancelled.set()
+        return Charge()
+
+    with pytest.raises(StepTimedOut):
+        within(lambda: execute(graph, Charge, Order(), threads=2))
+    reached(cancelled)
+
+
 def test_a_coroutine_is_really_cancelled_by_an_abort() -> None:
     """Nobody waits an hour for a step of a run that is over."""
     graph = Graph("shop")
@@ -294,8 +340,10 @@ def test_a_coroutine_that_cancels_itself_fails_its_step() -> None:
         await mine
         return Charge()
 
-    with pytest.raises(StepFailed, match="cancelled"):
+    with pytest.raises(StepFailed) as caught:
         within(lambda: graph.execute(Charge, Order()))
+    expected = "the step was cancelled from inside: CancelledError: the step cancelled itself"
+    assert caught.value.cause_text == expected
 
 
 def test_coroutines_overlap_on_one_pool_thread() -> None:

@@ -12,6 +12,7 @@ from docket_celery.errors import AbortError, InvalidArguments, StepFailed, Store
 from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
 from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
+from docket_celery.runtime import Alarm, Timer, process_runtime
 from docket_celery.store import MemoryStore
 from tests.unit.graphs import WAIT_S, execute, pass_on, reached, start, within
 from tests.unit.protos.shop_pb2 import Charge, Order, Reservation, Shipment
@@ -207,6 +208,53 @@ def test_a_run_aborted_beside_a_claim_gives_it_up() -> None:
     with pytest.raises(AbortError):
         aborted.result(WAIT_S)
     assert waiting.result(WAIT_S) == "7 2"
+
+
+def test_a_step_that_waits_for_a_claim_is_withdrawn_when_another_step_fails() -> None:
+    """The run does not sit out somebody else's computation for a result that nobody will use."""
+    rates = Rates()
+
+    @rates.graph.step
+    def reserve(order: Order) -> Reservation:
+        reached(rates.store.waited)
+        raise KeyError("sold out")
+
+    @rates.graph.step
+    def ship(charge: Charge, reservation: Reservation) -> Shipment:
+        return Shipment()
+
+    holding, go = threading.Event(), threading.Event()
+    rates.body = lambda _: pass_on(holding, go)
+    first = start(rates.ask)
+    reached(holding)
+    with pytest.raises(StepFailed, match="sold out") as caught:
+        within(lambda: execute(rates.graph, Shipment, Order(order_id="7")))
+    assert caught.value.others == ()
+    assert not first.done()
+    go.set()
+    assert first.result(WAIT_S) == "7 1"
+    assert rates.calls == ["7"]
+
+
+def test_waiting_for_a_claim_looks_ever_less_often() -> None:
+    """After 50 ms, then after twice as long each time, at last once a second."""
+    rates, waits = Rates(), list[float]()
+
+    class Patience(Timer):
+        def after(self, delay_s: float, call: Callable[[], None]) -> Alarm:
+            waits.append(delay_s)
+            if len(waits) == 8:
+                go.set()
+            return super().after(0.001, call)
+
+    holding, go = threading.Event(), threading.Event()
+    rates.body = lambda _: pass_on(holding, go)
+    first = start(rates.ask)
+    reached(holding)
+    process_runtime(2).timer = Patience()
+    second = start(lambda: execute(rates.graph, Charge, Order(order_id="7"), threads=2))
+    assert (first.result(WAIT_S), second.result(WAIT_S).charge_id) == ("7 1", "7 1")
+    assert waits[:8] == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0]
 
 
 def test_a_run_that_is_stopped_while_it_waits_for_a_claim_ends() -> None:
