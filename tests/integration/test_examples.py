@@ -96,6 +96,18 @@ def test_movies_stand_beside_the_figures_of_all() -> None:
     ]
 
 
+def test_documents_are_split_and_merged() -> None:
+    """Pages come together in their order; a document without pages has a summary too."""
+    assert run_example("documents") == [
+        "plan: split_pages -> summarize_page -> merge_pages",
+        "Tides: 2 pages, 10 words, longest 'rises'",
+        "all three:",
+        "Tides: 2 pages, 10 words, longest 'rises'",
+        "Blank: 0 pages, 0 words",
+        "Winds: 3 pages, 10 words, longest 'elsewhere'",
+    ]
+
+
 def test_the_struct_step_is_tested_without_the_service() -> None:
     """A reader's own test: the double goes in through the constructor, nothing is patched."""
     graph = scoring_graph(WordScorer(client=FixedScores(scores={"test": 42}), prefix=""))

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Annotated
 
 import pytest
+from celery import Celery
 
 from docket_celery import (
     AbortError,
@@ -23,6 +24,7 @@ from docket_celery import (
     Scope,
     StepContext,
     StepFailed,
+    graph_task,
     settings,
 )
 from docket_celery.events import Event, EventKind
@@ -389,6 +391,27 @@ def test_named_items_fan_out_too() -> None:
         return Money(cents=sum(part.cents for part in parts))
 
     assert graph.execute(Money, Order()) == Money(cents=6)
+
+
+def test_a_task_runs_a_graph_that_splits_a_value() -> None:
+    """Within one delivery, all of it in one worker."""
+    app = Celery("splitting", set_as_current=False)
+    app.conf.task_always_eager = True
+    graph = Graph("task")
+
+    @graph.step
+    def split(order: Order) -> list[Label]:
+        return [Label(text=letter) for letter in order.order_id]
+
+    @graph.aggregate
+    def merge(parts: list[Label]) -> Shipment:
+        return Shipment(tracking_id="".join(part.text.upper() for part in parts))
+
+    @graph_task(app, graph)
+    def ship(order: Order) -> Shipment:
+        raise NotImplementedError
+
+    assert ship.delay(Order(order_id="abc")).get() == Shipment(tracking_id="ABC")
 
 
 class TestFaults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from random import Random
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from docket_celery.batch_result import BatchPolicy
 from docket_celery.configuration import Settings
-from docket_celery.errors import GraphError
+from docket_celery.context import current_context
+from docket_celery.errors import GraphError, StepFailed
 from docket_celery.graph import Graph
 from docket_celery.outcome import Submission
 from docket_celery.policy import Scope
@@ -110,11 +112,31 @@ class Model:
         return self.known[name, at]
 
 
-def build(model: Model, random: Random) -> Graph:
-    """Return the graph of the model's steps; some persist."""
+class Calls:
+    """What the bodies were called for; some fail on their first call."""
+
+    def __init__(self, broken: Random | None = None) -> None:
+        self.done: list[tuple[str, str]] = []
+        self._broken, self._failed = broken, set[tuple[str, str]]()
+
+    def failed(self) -> int:
+        """Return how many calls failed."""
+        return len(self._failed)
+
+    def note(self, name: str, item: str) -> None:
+        """Fail, or count the call as done."""
+        call = (name, item)
+        if self._broken is not None and call not in self._failed and self._broken.random() < 0.3:
+            self._failed.add(call)
+            raise ConnectionError(f"{name} {item}")
+        self.done.append(call)
+
+
+def build(model: Model, random: Random, calls: Calls, *, persist: bool = False) -> Graph:
+    """Return the graph of the model's steps; some persist, or all."""
     graph = Graph("random")
     for made in model.steps.values():
-        body = _body(made)
+        body = _body(made, calls)
         names = [f"p{index}" for index in range(len(made.takes))]
         call: Any = eval(f"lambda {', '.join(names)}: body({', '.join(names)})", {"body": body})  # noqa: S307 -- a function of a wanted number of parameters
         kinds = [Annotated[Money, Named(name)] for name, _ in made.takes]
@@ -126,12 +148,15 @@ def build(model: Model, random: Random) -> Graph:
         annotations["return"] = list[result] if made.splits else result
         call.__annotations__ = annotations
         register = graph.register_aggregate if any(whole for _, whole in made.takes) else graph.register
-        register(call, name=made.name, persist=random.choice([None, None, Scope.WORKFLOW]))
+        register(
+            call, name=made.name, persist=Scope.WORKFLOW if persist else random.choice([None, Scope.WORKFLOW])
+        )
     return graph
 
 
-def _body(made: Made) -> Any:
+def _body(made: Made, calls: Calls) -> Any:
     def body(*inputs: Any) -> Any:
+        calls.note(made.name, current_context().item)
         values = [
             [money.cents for money in taken] if whole else taken.cents
             for taken, (_, whole) in zip(inputs, made.takes, strict=True)
@@ -179,7 +204,7 @@ def test_random_fan_outs_equal_plain_python(
     for _ in range(steps):
         model.add(random)
     target = random.choice(list(model.steps))
-    graph = build(model, random)
+    graph = build(model, random, Calls())
     path = model.paths[target]
     if len(path) > 1:
         with pytest.raises(GraphError, match="two fan-outs deep"):
@@ -193,3 +218,39 @@ def test_random_fan_outs_equal_plain_python(
     store = MemoryStore()
     assert run(graph, model, target, threads, limit, store) == expected
     assert run(graph, model, target, threads, limit, store) == expected
+
+
+@given(
+    random=RANDOM,
+    items=st.lists(st.integers(0, 1000), max_size=6),
+    steps=st.integers(1, 7),
+    threads=THREADS,
+    limit=LIMITS,
+)
+@examples(max_examples=120, deadline=None)
+def test_a_batch_that_fails_goes_on_with_what_is_missing(
+    random: Random, items: list[int], steps: int, threads: int, limit: int | None
+) -> None:
+    """However often it fails: no saved item is called again, and the results are those of a whole run."""
+    model = Model(items)
+    for _ in range(steps):
+        model.add(random)
+    target = random.choice(
+        [name for name, path in model.paths.items() if name in model.steps and len(path) < 2] or [""]
+    )
+    if not target:
+        return
+    path, calls, store = model.paths[target], Calls(random), MemoryStore()
+    graph = build(model, random, calls, persist=True)
+    found: Any = None
+    while found is None:
+        failed = calls.failed()
+        with contextlib.suppress(StepFailed):
+            found = run(graph, model, target, threads, limit, store)
+        assert found is not None or calls.failed() > failed, "it failed without a step of its own failing"
+    assert found == (
+        [model.value(target, (index,)) for index in range(model.count(path, ()))]
+        if path
+        else model.value(target, ())
+    )
+    assert len(calls.done) == len(set(calls.done))
