@@ -423,8 +423,9 @@ def _check_kinds(options: StepOptions) -> None:
         raise SignatureFault(f"persist= is Scope.GLOBAL or Scope.WORKFLOW, not {options.persist!r}")
     if options.retry is not None and not isinstance(options.retry, RetryPolicy):
         raise SignatureFault(f"retry= is a RetryPolicy(...), not {options.retry!r}")
-    if not isinstance(options.version, str):
-        raise SignatureFault(f"version= is text, not {options.version!r}")
+    version: object = options.version
+    if not isinstance(version, str) or not version.isprintable():
+        raise SignatureFault(f"version= is text of printable characters, not {version!r}")
     if options.key is not None and not callable(options.key):
         raise SignatureFault(f"key= is a function of the step's inputs, not {options.key!r}")
     cache: object = options.cache
@@ -443,5 +444,5 @@ def _check_kinds(options: StepOptions) -> None:
     former: Any = options.renamed_from
     if isinstance(former, str):
         raise SignatureFault("renamed_from= is a tuple of names, oldest first; write a comma: ('old',)")
-    if not all(isinstance(name, str) and name for name in options.renamed_from):
+    if not all(isinstance(name, str) and name and name.isprintable() for name in options.renamed_from):
         raise SignatureFault(f"renamed_from= is a tuple of names, oldest first, not {options.renamed_from!r}")
