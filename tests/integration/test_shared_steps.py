@@ -1,4 +1,4 @@
-"""GLOBAL steps over real processes and Postgres: one computes, whatever happens to it, and waiting holds up nobody."""
+"""GLOBAL steps over real processes and Postgres: one computes, whatever happens to it; waiting holds up nobody."""
 
 from __future__ import annotations
 

@@ -105,6 +105,24 @@ def test_a_shared_step_makes_two_statements_on_a_miss_and_one_on_a_hit(store: SQ
     assert len(hit) == around + 1, hit
 
 
+def test_a_refresh_makes_four_statements_and_forgetting_one(store: SQLStore) -> None:
+    """It is a run: acquire, look up and claim, publish, end. To forget is to delete."""
+    graph = Graph("rates", store=store)
+
+    @graph.step(persist=Scope.GLOBAL)
+    def find_rate(order: Order) -> Money:
+        return Money(cents=order.amount_cents)
+
+    order = Order(amount_cents=5)
+    for _ in range(2):
+        with counted(store) as statements:
+            assert graph.refresh(find_rate, order) == Money(cents=5)
+        assert len(statements) == 4, statements
+    with counted(store) as statements:
+        assert graph.forget(find_rate, order)
+    assert len(statements) == 1, statements
+
+
 def test_a_run_that_saves_nothing_does_not_even_connect(store: SQLStore, database_url: str) -> None:
     """With a store at hand, a graph without checkpoints leaves the database alone."""
     with connect(database_url) as watcher, counted(store) as statements:
