@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from docket_celery.call import StepCall
 from docket_celery.context import Cancellation, StepContext
 from docket_celery.delivery import Delivery
 from docket_celery.engine import Execution, Outcome
@@ -16,6 +17,7 @@ from docket_celery.policy import FixedBackoff, RetryPolicy
 from docket_celery.runtime import process_runtime
 from tests.unit.graphs import WAIT_S, build, deliver, execute, reached, start, total, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
+from tests.unit.stage import poll
 
 
 @pytest.mark.parametrize("helps", [True, False])
@@ -173,7 +175,45 @@ def test_a_step_that_waits_to_be_retried_is_given_up_when_another_fails() -> Non
     graph.listeners.append(lambda event: waiting.set() if event.kind is EventKind.STEP_RETRYING else None)
     with pytest.raises(StepFailed, match="sold out") as caught:
         within(lambda: graph.execute(Shipment, Order()))
-    assert ["try later" in other for other in caught.value.others] == [True]
+    assert [
+        "after 1 attempt (attempts used up): ValueError: try later" in o for o in caught.value.others
+    ] == [True]
+
+
+def test_a_step_that_fails_after_another_one_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the run is failing, no further attempt begins, be it allowed ever so many."""
+    fail = Execution.fail
+
+    def note(execution: Execution, call: StepCall, error: StepFailed) -> None:
+        fail(execution, call, error)
+        failed.set()
+
+    monkeypatch.setattr(Execution, "fail", note)
+    graph, calls = Graph("shop"), list[int]()
+    begun, failed = threading.Event(), threading.Event()
+
+    @graph.step(retry=RetryPolicy(max_attempts=5, backoff=FixedBackoff(0)))
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        calls.append(ctx.attempt)
+        begun.set()
+        reached(failed)
+        raise ValueError("try later")
+
+    @graph.step
+    def reserve(order: Order) -> Reservation:
+        reached(begun)
+        raise KeyError("sold out")
+
+    @graph.step
+    def ship(charge: Charge, reservation: Reservation) -> Shipment:
+        return Shipment()
+
+    pool = process_runtime(2).pool
+    with pytest.raises(StepFailed, match="sold out") as caught:
+        within(lambda: execute(graph, Shipment, Order(), threads=2))
+    assert len(caught.value.others) == 1
+    poll(lambda: pool._outstanding == 0)
+    assert calls == [1]
 
 
 class TimerLast:

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import docket_celery.inline
-from docket_celery.checkpoint import RunState
+from docket_celery.checkpoint import RunState, StepExecution
 from docket_celery.errors import AbortError, StepFailed, StepTimedOut, StoreUnavailable, WrongResult
-from docket_celery.events import EventKind
+from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
 from docket_celery.outcome import RunOutcome
 from docket_celery.policy import Scope
@@ -97,7 +97,7 @@ class Trial:
         else:
             check.end_follows_the_model(inline=threads == 0)
             check.events_agree(events)
-            check.rows_agree(self.shelf.rows()[first_row:]) if self.persists else None
+            check.rows_agree(self.shelf.rows()[first_row:], events) if self.persists else None
             if self.persists and not store.dead:
                 succeeded = RunState.SUCCEEDED if outcome.error is None else RunState.FAILED
                 assert state_of(self.shelf.store, run) == (succeeded, number)
@@ -205,7 +205,7 @@ class Check:
             reached = {i: fate.calls for i, fate in self.expected.fates.items() if i <= first}
             assert made == reached
 
-    def events_agree(self, events: Sequence[Any]) -> None:
+    def events_agree(self, events: Sequence[Event]) -> None:
         """Nothing starts after the end or after its own save; what ended well said so once."""
         # An attempt that passed its deadline is heard of once more when it returns, be it after the end.
         kinds = [event.kind for event in events if event.kind is not EventKind.STEP_LATE]
@@ -232,7 +232,7 @@ class Check:
         assert self.outcome.error is not None or found == self.expected.shared
         return found
 
-    def rows_agree(self, rows: Sequence[Any]) -> None:
+    def rows_agree(self, rows: Sequence[StepExecution], events: Sequence[Event]) -> None:
         """Each step execution has one row, which tells what the calls and the outcome tell."""
         if isinstance(self.outcome.error, AbortError):
             return
@@ -249,10 +249,20 @@ class Check:
         assert well >= completed | {self.scripts[index].name for index in self.expected.used}
         failed = {row.step_name for row in rows if row.status in {"FAILED", "TIMED_OUT"}}
         assert well | failed == set(names)
-        told: set[str] = set()
+        told = {(row.step_name, row.attempts, row.error_message) for row in rows if row.step_name in failed}
+        kind = EventKind.STEP_FAILED
+        assert told == {(event.step, event.attempt, event.detail) for event in events if event.kind is kind}
+        for row in rows:
+            start = f"[{row.error_code}] step {row.step_name!r} "
+            assert (
+                row.error_code is None
+                if row.step_name in well
+                else (row.error_message or "").startswith(start)
+            )
+        named: set[str] = set()
         if isinstance(self.outcome.error, StepFailed):
-            told = {self.outcome.error.step, *(other.split("'")[1] for other in self.outcome.error.others)}
-        assert failed == told
+            named = {self.outcome.error.step, *(other.split("'")[1] for other in self.outcome.error.others)}
+        assert failed == named
 
 
 def assert_is_failure(error: AbortError | StepFailed, fate: Fate) -> None:

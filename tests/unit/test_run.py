@@ -31,7 +31,7 @@ from docket_celery.errors import (
 )
 from docket_celery.events import EventKind
 from docket_celery.graph import Graph
-from docket_celery.policy import Scope
+from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore
 from tests.unit.graphs import WAIT_S, execute, pass_on, reached, start, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Shipment
@@ -441,6 +441,22 @@ def test_a_store_that_breaks_fails_the_run_instead_of_hanging_it(name: str) -> N
     """An error that no store should raise still reaches the caller."""
     with pytest.raises((StepFailed, ZeroDivisionError), match="broken store"):
         Shop(FaultyStore(**{name: ZeroDivisionError("broken store")})).run()
+
+
+def test_a_store_that_breaks_under_a_second_attempt_is_blamed_on_its_step() -> None:
+    """The failure names the step whose value could not be saved, whichever thread went on with it."""
+    shop = Shop(FaultyStore(save=ZeroDivisionError("broken store")))
+    graph = Graph("shop", store=shop.graph.store)
+
+    @graph.step(persist=Scope.WORKFLOW, retry=RetryPolicy(backoff=FixedBackoff(0)))
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        if ctx.attempt == 1:
+            raise ConnectionError("again")
+        return Charge()
+
+    with pytest.raises(StepFailed, match="ZeroDivisionError: broken store") as caught:
+        within(lambda: graph.execute(Charge, Order()))
+    assert caught.value.step == "charge"
 
 
 def test_a_lost_lease_ends_the_run_with_what_happened() -> None:
