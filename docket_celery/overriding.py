@@ -185,6 +185,7 @@ def _constant(original: Step, value: Message) -> Step:
         max_attempts=1,
         retriable=None,
         slots=None,
+        factory=None,
     )
 
 
@@ -204,7 +205,7 @@ def _called_alike(original: Step, call: Callable[..., Any]) -> Step:
                 f"{signature}: {error}; annotate its parameters, or take the same"
             ) from None
     is_async = inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(type(call).__call__)
-    return replace(original, call=call, is_async=is_async)
+    return replace(original, call=call, is_async=is_async, factory=None)
 
 
 def _result(step: Step) -> str:

@@ -248,3 +248,14 @@ def check_table(lines: list[str]) -> None:
     assert after[2] >= 0.6
     assert after[1] == pytest.approx(killed[0] + after[0], abs=0.02)
     assert after[3] == pytest.approx(killed[1] + after[2], abs=0.02)
+
+
+def test_a_users_tests_of_the_order_example_pass() -> None:
+    """Those of the example's test file, all of them, one after the other."""
+    lines = run_example("testing")
+    passed = [match[1] for line in lines if (match := re.search(r"::(test_\w+) PASSED", line))]
+    written = re.findall(
+        r"^def (test_\w+)", (ROOT / "examples/testing/test_order.py").read_text(), re.MULTILINE
+    )
+    assert sorted(passed) == sorted(written)
+    assert len(written) == 7

@@ -409,3 +409,25 @@ def test_the_bound_of_a_step_holds_for_what_stands_in() -> None:
         assert graph.find_step("label").slots is bound
     with graph.override({"label": Label()}):
         assert graph.find_step("label").slots is None
+
+
+def test_what_stands_in_for_a_built_step_has_nothing_built() -> None:
+    """The class names the step; its factory, which would connect to something, is not called."""
+
+    class Scorer:
+        async def compute(self, order: Order) -> Label:
+            raise AssertionError(order)
+
+    def make() -> Scorer:
+        raise AssertionError("nothing is to be built")
+
+    graph = Graph("built")
+    graph.register(Scorer, factory=make)
+    fakes: list[Any] = [
+        Label(),
+        AsyncMock(return_value=Label()),
+        lambda order: Label(text=order.order_id[:0]),
+    ]
+    for fake in fakes:
+        with graph.override({Scorer: fake}):
+            assert graph.execute(Label, ORDER) == Label()
