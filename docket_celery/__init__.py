@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         InvalidSettings,
         LeaseLost,
         PayloadTooLarge,
+        PayloadUnavailable,
         RunCancelled,
         RunConflict,
         RunNotFound,
@@ -53,9 +54,10 @@ if TYPE_CHECKING:
     from docket_celery.lifecycle import settings
     from docket_celery.plan import Plan
     from docket_celery.policy import ExponentialBackoff, FixedBackoff, RetryPolicy, Scope, StepOptions
+    from docket_celery.results import GraphResult, StoredResult
     from docket_celery.step import Named
     from docket_celery.store import MemoryStore, SQLStore
-    from docket_celery.task import GraphResult, GraphTask, graph_task, shared_graph_task
+    from docket_celery.task import GraphTask, graph_task, shared_graph_task
     from docket_celery.waiting import StartedRun
 
 __all__ = [  # noqa: RUF022 -- grouped by what people look for
@@ -76,6 +78,7 @@ __all__ = [  # noqa: RUF022 -- grouped by what people look for
     # Running it on Celery
     "GraphResult",
     "GraphTask",
+    "StoredResult",
     "configure",
     "graph_task",
     "settings",
@@ -102,6 +105,7 @@ __all__ = [  # noqa: RUF022 -- grouped by what people look for
     "InvalidSettings",
     "LeaseLost",
     "PayloadTooLarge",
+    "PayloadUnavailable",
     "RunCancelled",
     "RunConflict",
     "RunNotFound",
@@ -121,7 +125,8 @@ __all__ = [  # noqa: RUF022 -- grouped by what people look for
 
 _HOMES = {
     **dict.fromkeys(("ExponentialBackoff", "FixedBackoff", "RetryPolicy", "Scope", "StepOptions"), "policy"),
-    **dict.fromkeys(("GraphResult", "GraphTask", "graph_task", "shared_graph_task"), "task"),
+    **dict.fromkeys(("GraphResult", "StoredResult"), "results"),
+    **dict.fromkeys(("GraphTask", "graph_task", "shared_graph_task"), "task"),
     **dict.fromkeys(("MemoryStore", "SQLStore"), "store"),
     **dict.fromkeys(("StepContext", "current_context"), "context"),
     "BatchResult": "batch_result",

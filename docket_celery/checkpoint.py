@@ -333,6 +333,21 @@ class Store(Protocol):
         """
         ...
 
+    def enqueue(self, request: RunRequest, keep_s: float) -> RunRow | None:
+        """Write an unknown run as QUEUED, with its job, for a delivery to come.
+
+        A run of the same target and job digest stays as it is; if purging may delete it, it is kept for as long as a
+        new one. Owner, lease and deliveries of *request* are not looked at.
+
+        Args:
+            request: What the delivery will ask for.
+            keep_s: Seconds from now after which purging may delete a run that nobody has acquired.
+
+        Returns:
+            None; or the run as it stands, which is of another target or job digest.
+        """
+        ...
+
     def acquire(self, request: RunRequest) -> Lease | RunRow:
         """Take the run's lease, or return the run as it stands when it may not be taken.
 
@@ -448,10 +463,10 @@ class Store(Protocol):
     def purge(self, limit: int) -> Purged:
         """Delete rows that are past their date, in a few short transactions; nothing is left once it is empty.
 
-        Ended runs whose retention is over, each with its checkpoints and step executions: the run is unknown then,
-        and submitting it again starts. Checkpoints whose ttl is over, but for those of runs that have not ended.
-        Claims that have been dead for a minute. Any number of processes may do it side by side; what another one is
-        deleting is left to it.
+        Ended runs whose retention is over, and queued ones that nobody has acquired in time, each with its
+        checkpoints and step executions: the run is unknown then, and submitting it again starts. Checkpoints
+        whose ttl is over, but for those of runs that have not ended. Claims that have been dead for a minute.
+        Any number of processes may do it side by side; what another one is deleting is left to it.
 
         Args:
             limit: Most rows of a table that go in one transaction; at least 1.

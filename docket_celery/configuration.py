@@ -36,6 +36,7 @@ class Settings:
         lease_seconds: Seconds until another worker may take over a silent run.
         max_deliveries: Crashes after which a run is quarantined.
         max_message_bytes: Largest message accepted, checked before decoding.
+        max_stored_bytes: Largest job or result that is stored.
         retention: Seconds an ended run is kept.
         step_hooks: Callables that return a context manager, or their import paths; entered around each step call.
         codec: Encodes what is stored in the database, or None.
@@ -47,6 +48,7 @@ class Settings:
     lease_seconds: float = 30.0
     max_deliveries: int = 10
     max_message_bytes: int = 1024 * 1024
+    max_stored_bytes: int = 64 * 1024 * 1024
     retention: float = 30 * 86400.0
     step_hooks: tuple[MakeContext | str, ...] = ()
     # Not shown: whatever a codec's own repr says.
@@ -159,6 +161,7 @@ _CHECKS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "lease_seconds": _number(1, whole=False),
     "max_deliveries": _number(1, whole=True),
     "max_message_bytes": _number(1, whole=True),
+    "max_stored_bytes": _number(1, whole=True),
     "retention": _number(0, whole=False),
     "step_hooks": read_hooks,
     "codec": _codec,

@@ -28,9 +28,10 @@
     ├── CorruptCheckpoint           DC403   a stored row does not match its checksum
     ├── CodecFailed                 DC404   the codec failed on a value, or the value was stored with or without one
     ├── CacheMismatch               DC405   a shared entry is of another type than the step returns
-    ├── PayloadTooLarge             DC500   a message is over ``docket_max_message_bytes``
+    ├── PayloadTooLarge             DC500   a message, job or result is over its limit
     ├── UnknownMessageType          DC501   no declared task uses this message type
     ├── DecodeFailed                DC502   the bytes are not a valid message of their type
+    ├── PayloadUnavailable          DC503   a stored job or result cannot be had here
     └── ServersUnavailable          DC600   the development servers cannot be started
 
 Every class passes its fields positionally to ``Exception.__init__`` and every field is a JSON value, so that
@@ -76,6 +77,17 @@ class DocketError(Exception):
         return f"<{type(self).__name__} {self}>"
 
 
+class _About(Exception):
+    """Fields and text of errors that say of one thing what is wrong with it and what to do."""
+
+    def __init__(self, what: str, problem: str) -> None:
+        super().__init__(what, problem)
+        self.what, self.problem = what, problem
+
+    def describe(self) -> str:
+        return f"{self.what}: {self.problem}"
+
+
 class GraphError(DocketError):
     """A graph is wired wrongly, or a registration is refused. *faults* lists everything found."""
 
@@ -90,17 +102,10 @@ class GraphError(DocketError):
         return "\n".join([head + ":", *(f"  - {fault}" for fault in self.faults)])
 
 
-class InvalidArguments(DocketError, TypeError):
+class InvalidArguments(_About, DocketError, TypeError):
     """A call's arguments do not fit what it declares; nothing was sent and nothing ran."""
 
     code = "DC101"
-
-    def __init__(self, what: str, problem: str) -> None:
-        super().__init__(what, problem)
-        self.what, self.problem = what, problem
-
-    def describe(self) -> str:
-        return f"{self.what}: {self.problem}"
 
 
 class InvalidSettings(DocketError, ValueError):
@@ -513,17 +518,10 @@ class CorruptCheckpoint(DocketError):
         return f"row {self.row} of {self.table} is damaged ({self.problem}); restore it from a backup or delete it"
 
 
-class CodecFailed(DocketError):
+class CodecFailed(_About, DocketError):
     """A value cannot be encoded, or a stored one not decoded; such a row is never used and never overwritten."""
 
     code = "DC404"
-
-    def __init__(self, what: str, problem: str) -> None:
-        super().__init__(what, problem)
-        self.what, self.problem = what, problem
-
-    def describe(self) -> str:
-        return f"{self.what}: {self.problem}"
 
 
 class CacheMismatch(DocketError):
@@ -546,19 +544,27 @@ class CacheMismatch(DocketError):
 
 
 class PayloadTooLarge(DocketError):
-    """A message is larger than ``docket_max_message_bytes``."""
+    """A message is larger than ``docket_max_message_bytes``, or a job or result than ``docket_max_stored_bytes``.
+
+    Attributes:
+        setting: The limit's name.
+    """
 
     code = "DC500"
 
-    def __init__(self, what: str, size_bytes: int, limit_bytes: int) -> None:
-        super().__init__(what, size_bytes, limit_bytes)
-        self.what, self.size_bytes, self.limit_bytes = what, size_bytes, limit_bytes
+    def __init__(
+        self, what: str, size_bytes: int, limit_bytes: int, setting: str = "docket_max_message_bytes"
+    ) -> None:
+        super().__init__(what, size_bytes, limit_bytes, setting)
+        self.what, self.size_bytes, self.limit_bytes, self.setting = what, size_bytes, limit_bytes, setting
 
     def describe(self) -> str:
-        return (
-            f"{self.what} has {self.size_bytes} bytes, over the limit of {self.limit_bytes}; raise "
-            "docket_max_message_bytes, or store the data elsewhere and send its key"
-        )
+        advice = f"raise {self.setting}, or store the data elsewhere and send its key"
+        if self.setting == "docket_max_message_bytes":
+            advice += (
+                "; or let the store take it: a step that persists, and docket_database_url where it is sent"
+            )
+        return f"{self.what} has {self.size_bytes} bytes, over the limit of {self.limit_bytes}; {advice}"
 
 
 class UnknownMessageType(DocketError):
@@ -590,17 +596,19 @@ class DecodeFailed(DocketError):
         return f"a message of type {self.type_name!r} cannot be read: {self.problem}"
 
 
-class ServersUnavailable(DocketError):
+class PayloadUnavailable(_About, DocketError):
+    """A job or result that was too large for a message lies in the store, and cannot be had from there here."""
+
+    code = "DC503"
+
+    def describe(self) -> str:
+        return f"{self.what} lies in the store: {self.problem}"
+
+
+class ServersUnavailable(_About, DocketError):
     """The development servers cannot be found or started."""
 
     code = "DC600"
-
-    def __init__(self, what: str, problem: str) -> None:
-        super().__init__(what, problem)
-        self.what, self.problem = what, problem
-
-    def describe(self) -> str:
-        return f"{self.what}: {self.problem}"
 
 
 def safe_text(error: BaseException, *, notes: bool = False) -> str:

@@ -118,14 +118,16 @@ def from_json_object(kind: type[M], value: dict[str, Any]) -> M:
         raise InvalidArguments(f"JSON form of {type_name(kind)}", safe_text(error)) from error
 
 
-def check_size(what: str, size_bytes: int, limit_bytes: int) -> None:
-    """Refuse a message over the limit.
+def check_size(
+    what: str, size_bytes: int, limit_bytes: int, setting: str = "docket_max_message_bytes"
+) -> None:
+    """Refuse what is over the limit, which is called *setting*.
 
     Raises:
         PayloadTooLarge: *size_bytes* is over *limit_bytes*.
     """
     if size_bytes > limit_bytes:
-        raise PayloadTooLarge(what, size_bytes, limit_bytes)
+        raise PayloadTooLarge(what, size_bytes, limit_bytes, setting)
 
 
 def to_view(message: Value) -> str | None:

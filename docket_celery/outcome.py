@@ -32,6 +32,7 @@ from docket_celery.errors import (
 from docket_celery.events import Listener
 from docket_celery.messages import (
     Value,
+    check_size,
     frame,
     from_bytes,
     many_from_bytes,
@@ -44,6 +45,8 @@ from docket_celery.surroundings import MakeScope
 
 _COLLECTED = b"collected"
 """Leads the stored result of a batch whose items may fail; no message type is called that."""
+
+_STORED = "docket_max_stored_bytes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,13 +133,18 @@ def run_request(
         store: Keeps the job's digest in its own form.
         owner: Who will hold the lease.
         attached: The submission has met another holder of the run before.
+
+    Raises:
+        PayloadTooLarge: The job is too large to be stored.
     """
     job = [(value_name(value), value_bytes(value)) for value in inputs]
+    framed = frame(part for name, data in job for part in (name.encode(), data))
+    check_size(f"the job of run {submission.execution_id!r}", len(framed), settings.max_stored_bytes, _STORED)
     return RunRequest(
         graph=plan.graph,
         execution_id=submission.execution_id,
         target=f"list[{plan.target}]" if plan.collects else str(plan.target),
-        job=frame(part for name, data in job for part in (name.encode(), data)),
+        job=framed,
         job_digest=store.keyed(submission.job_digest or job_digest(job)),
         owner=owner,
         lease_s=settings.lease_seconds,
@@ -158,11 +166,17 @@ def run_end(
         outcome: How the delivery ended.
         submission: Whose delivery it was.
         rows: Step executions that no save has carried.
-        settings: For how long an ended run is kept.
+        settings: For how long an ended run is kept, and how large a result may be.
+
+    Raises:
+        PayloadTooLarge: The result is too large to be stored.
     """
     end = RunEnd(state=RunState.SUCCEEDED, executions=tuple(rows), retention_s=settings.retention)
     if outcome.value is not None:
-        return replace(end, result=_result_bytes(outcome.value))
+        result = _result_bytes(outcome.value)
+        what = f"the result of run {submission.execution_id!r}"
+        check_size(what, len(result), settings.max_stored_bytes, _STORED)
+        return replace(end, result=result)
     error = outcome.error
     record = to_record(error) if isinstance(error, DocketError) else None
     if outcome.park_s is not None:

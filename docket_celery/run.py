@@ -19,6 +19,7 @@ from docket_celery.engine import Execution, Outcome
 from docket_celery.errors import (
     CodecFailed,
     LeaseLost,
+    PayloadTooLarge,
     RunConflict,
     RunTimedOut,
     StoreUnavailable,
@@ -245,7 +246,7 @@ class Run:
                 return
             # What is saved stays saved; the next delivery restores it and writes the end.
             result = self.parked_or_failed(error, held.lease)
-        except CodecFailed as error:
+        except (CodecFailed, PayloadTooLarge) as error:
             if result.error is None:
                 # The result cannot be stored as it must be; the run ends all the same, with that as its error.
                 self._write_end(self.parked_or_failed(error, held.lease), held, tries)

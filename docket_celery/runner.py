@@ -143,6 +143,18 @@ class Runner(Registry):
             StoreMissing: There is none.
             InvalidSettings: ``docket_codec`` is set, and the store was given without a codec.
         """
+        found = self.choose_store(settings, store)
+        if found is None:
+            first = next(p.step.name for p in plan.steps if p.step.persist is not None)
+            raise StoreMissing(self.name, first)
+        return found
+
+    def choose_store(self, settings: Settings, store: Store | None = None) -> Store | None:
+        """Like `find_store`, or None if there is none.
+
+        Raises:
+            InvalidSettings: ``docket_codec`` is set, and the store was given without a codec.
+        """
         around = ambient()
         candidates = (store, None if around is None else around.store, self.store)
         given = next((candidate for candidate in candidates if candidate is not None), None)
@@ -153,11 +165,7 @@ class Runner(Registry):
                 )
                 raise InvalidSettings("docket_codec", problem)
             return given
-        found = process_defaults.store(settings.database_url, settings.codec)
-        if found is None:
-            first = next(p.step.name for p in plan.steps if p.step.persist is not None)
-            raise StoreMissing(self.name, first)
-        return found
+        return process_defaults.store(settings.database_url, settings.codec)
 
 
 def _kind(value: object) -> ValueKey:

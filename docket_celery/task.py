@@ -5,42 +5,42 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
-import json
 import logging
 import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
+from collections.abc import Callable, Generator, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar, cast
 
 from celery import Celery, _state, shared_task
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
-from celery.result import AsyncResult, EagerResult
+from celery.result import EagerResult
 from google.protobuf.message import Message
 
-from docket_celery import lifecycle, wire
+from docket_celery import lifecycle, payloads, results, wire
 from docket_celery.checkpoint import check_execution_id, job_digest
 from docket_celery.declaration import (
     Declaration,
     NameFunction,
     add_routing,
+    json_values,
     read_function,
     read_generic,
     take_routing,
 )
 from docket_celery.defaults import process_defaults
 from docket_celery.errors import (
-    InvalidArguments,
     InvalidDeclaration,
     RunTimedOut,
     StoreUnavailable,
 )
 from docket_celery.graph import Graph
-from docket_celery.messages import brief, check_size, to_bytes, type_name
+from docket_celery.messages import brief, to_bytes, type_name
 from docket_celery.on_commit import PREPARED, OnCommitTask
 from docket_celery.outcome import RunOutcome, Submission
 from docket_celery.plan import Plan
+from docket_celery.results import GraphResult, StoredResult
 from docket_celery.retrying import Kinds, is_stored, park_s, with_causes
 
 _logger = logging.getLogger("docket_celery.task")
@@ -55,32 +55,6 @@ EXECUTION_ID, CONTEXT, DIGEST, ATTACHED, RELEASED, SKIPPED = (
     "docket_skipped",
 )
 _BUSY_MOST_S = 15.0
-
-
-if TYPE_CHECKING:
-
-    class _TypedResult(AsyncResult[R]): ...
-
-else:
-    # Celery's class is generic in its stubs only.
-    class _TypedResult(AsyncResult, Generic[R]): ...
-
-
-class GraphResult(_TypedResult[R]):
-    """The promise of a GraphTask's message."""
-
-    def get(self, *args: Any, **kwargs: Any) -> R:
-        """Wait for the message, like `AsyncResult.get`.
-
-        Raises:
-            UnknownMessageType, DecodeFailed, PayloadTooLarge: The stored result cannot be read.
-            Exception: Whatever the task failed with.
-        """
-        lifecycle.app_settings(self.app)  # tells the decoder the size limit
-        value = cast("Any", super().get(*args, **kwargs))
-        if isinstance(value, wire.Undecodable):
-            raise value.error
-        return cast("R", value.message if isinstance(value, wire.Result) else value)
 
 
 class GraphTask(OnCommitTask[P, R]):
@@ -170,7 +144,8 @@ class GraphTask(OnCommitTask[P, R]):
 
         Raises:
             InvalidArguments: An argument is missing or of another type, or the name cannot be used.
-            PayloadTooLarge: The job is over ``docket_max_message_bytes``.
+            PayloadTooLarge: The job is too large for a message, and for the store or there is none.
+            RunConflict, StoreUnavailable: Of a job that is too large for a message and goes to the store.
         """
         headers = dict(options.pop("headers", None) or {})
         # The job's own delivery comes again: it was checked, and its headers are ours.
@@ -180,6 +155,9 @@ class GraphTask(OnCommitTask[P, R]):
         args, kwargs = args or (), kwargs or {}
         options.setdefault("argsrepr", f"({', '.join(map(_brief, args))})")
         options.setdefault("kwargsrepr", f"{{{', '.join(f'{k}={_brief(v)}' for k, v in kwargs.items())}}}")
+        if not options.get("retries"):
+            task_id = task_id or str(uuid.uuid4())
+            args, kwargs = payloads.send(self, args, kwargs, _queued_run(headers, task_id, options))
         submit = cast("Callable[..., GraphResult[R]]", super().apply_async)
         return submit(args, kwargs, task_id, *more, headers=headers, **add_routing(self.routing, options))
 
@@ -194,7 +172,7 @@ class GraphTask(OnCommitTask[P, R]):
     ) -> EagerResult[R]:
         """Run a job here and now, as a worker would; arguments as in `apply_async`."""
         headers = dict(options.pop("headers", None) or {})
-        if not options.get("retries"):
+        if not options.get("retries") and not payloads.holds_job(args, kwargs):
             args, kwargs = self._prepare(args, kwargs, headers, execution_id, context)
         run = cast("Callable[..., EagerResult[R]]", super().apply)
         if more:
@@ -214,9 +192,7 @@ class GraphTask(OnCommitTask[P, R]):
         execution_id: str | None,
         context: Mapping[str, Any] | None,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        messages = self.declaration.bind(args, kwargs)
-        limit = lifecycle.app_settings(self.app).max_message_bytes
-        self._check_sizes(messages, limit)
+        messages = self.declaration.bind(*results.read_results(args or (), kwargs or {}, self.app))
         job = [(type_name(message), to_bytes(message)) for message in messages]
         headers[DIGEST] = base64.b64encode(job_digest(job)).decode("ascii")
         for name in (ATTACHED, RELEASED, SKIPPED):
@@ -228,23 +204,23 @@ class GraphTask(OnCommitTask[P, R]):
         if named_run is not None:
             headers[EXECUTION_ID] = check_execution_id(named_run)
         if context is not None:
-            headers[CONTEXT] = _json_values(context)
-        # Positional and by name as the caller gave them, with dicts and results replaced by messages.
-        values = dict(zip(self.declaration.signature.parameters, messages, strict=True))
-        named = {name: values.pop(name) for name in cast("dict[str, Any]", kwargs or {})}
-        return tuple(values.values()), named
+            headers[CONTEXT] = json_values(context)
+        return payloads.arrange(self, messages, args or (), kwargs or {})
 
     # --- running -----------------------------------------------------------------------------------------------
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Resolve the graph for one delivery; Celery calls this."""
-        messages = self.declaration.bind(args, kwargs)
         request = self.request
         direct = bool(request.called_directly)
         settings = lifecycle.app_settings(self.app)
-        if not direct:
-            # Checked at submit too, but beat and `celery call` send the JSON form past it.
-            self._check_sizes(messages, settings.max_message_bytes)
+        queued = None if direct else _queued_run(request.headers or {}, request.id, {})
+        try:
+            travelled = not (direct or request.is_eager)
+            messages = payloads.receive(self, args, kwargs, queued, travelled=travelled)
+        except StoreUnavailable as error:
+            wait_s = park_s(self, error, None, retries=request.retries, skipped=_skipped(request))
+            self._raise(RunOutcome(error=error, park_s=None if direct else wait_s), error)
         submission = self._direct(messages) if direct else self._delivered(messages)
         outcome = self.graph.deliver(
             self.declaration.target, messages, submission, given=self.declaration.given, settings=settings
@@ -258,15 +234,10 @@ class GraphTask(OnCommitTask[P, R]):
             raise AssertionError(f"a run ended without a value: {outcome!r}")
         if direct or request.is_eager:
             return value
-        result = wire.Result(value)
-        self._check_sizes((value,), settings.max_message_bytes)
+        result = payloads.wrap(self, value, submission.execution_id)
         if outcome.replayed and is_stored(self.backend, request, result):
             raise Ignore("a copy of a delivery that ended before")
         return result
-
-    def _check_sizes(self, messages: Iterable[Message], limit_bytes: int) -> None:
-        for message in messages:
-            check_size(f"{type_name(message)} of task {self.name}", message.ByteSize(), limit_bytes)
 
     def _direct(self, messages: tuple[Message, ...]) -> Submission:
         named = None if self.execution_id is None else self.execution_id(*messages)
@@ -285,7 +256,7 @@ class GraphTask(OnCommitTask[P, R]):
         if execution_id is None and self.execution_id is not None:
             execution_id = self.execution_id(*messages)
         digest = headers.get(DIGEST)
-        skipped = int(headers.get(SKIPPED) or 0)
+        skipped = _skipped(request)
         return Submission(
             execution_id=check_execution_id(execution_id or request.id),
             values=headers.get(CONTEXT) or {},
@@ -309,7 +280,7 @@ class GraphTask(OnCommitTask[P, R]):
 
     # --- ending a delivery -------------------------------------------------------------------------------------
 
-    def _raise(self, outcome: RunOutcome, error: BaseException) -> None:
+    def _raise(self, outcome: RunOutcome, error: BaseException) -> NoReturn:
         """Fail the task, or have Celery deliver it again.
 
         Raises:
@@ -326,7 +297,7 @@ class GraphTask(OnCommitTask[P, R]):
             headers |= {RELEASED: request.retries + 1, ATTACHED: True}
         elif isinstance(error, StoreUnavailable):
             # Not a retry in the sense of leases: the holder may be well, and must not be taken for dead.
-            headers[SKIPPED] = int(headers.get(SKIPPED) or 0) + 1
+            headers[SKIPPED] = _skipped(request) + 1
         countdown = outcome.park_s
         if isinstance(error, StoreUnavailable):
             countdown = min(countdown, _visibility_s(self.app) / 3)
@@ -434,6 +405,18 @@ def _scope(task: GraphTask[Any, Any], request: Any) -> Callable[[], contextlib.A
     return scope
 
 
+def _queued_run(
+    headers: Mapping[str, Any], task_id: str | None, options: Mapping[str, Any]
+) -> payloads.QueuedRun:
+    """Return the run that a task with these headers asks for, where its job has been bound before."""
+    return payloads.QueuedRun(
+        execution_id=check_execution_id(headers.get(EXECUTION_ID) or task_id),
+        job_digest=base64.b64decode(headers.get(DIGEST) or ""),
+        task_id=task_id or "",
+        wait_s=payloads.wait_s(options),
+    )
+
+
 def _keep(task_id: str | None, problem: Any) -> Reject:
     """Return what has the broker keep a delivery that could not be published again; not in a hot loop."""
     _logger.warning("task %s could not be published again, the broker keeps it: %s", task_id, problem)
@@ -445,6 +428,12 @@ def _visibility_s(app: Celery) -> float:
     """Return for how long Redis leaves a waiting copy alone; a longer countdown would multiply it."""
     options = cast("dict[str, Any]", app.conf.broker_transport_options or {})
     return float(options.get("visibility_timeout", 3600))
+
+
+def _skipped(request: Any) -> int:
+    """Return how many deliveries of the task so far did not even get at the database."""
+    headers: Mapping[str, Any] = request.headers or {}
+    return int(headers.get(SKIPPED) or 0)
 
 
 def _is_function(value: object) -> bool:
@@ -480,26 +469,14 @@ def _declare(cls: type[GraphTask[Any, Any]], name: str) -> Declaration:
     return read_function(name, function)
 
 
-def _json_values(context: object) -> dict[str, Any]:
-    """Return *context* if it can travel.
-
-    Raises:
-        InvalidArguments: It is not a mapping with text keys and JSON values.
-    """
-    if not isinstance(context, Mapping):
-        raise InvalidArguments("context", f"must be a mapping of JSON values, not {type(context).__name__}")
-    values: dict[str, Any] = {str(key): value for key, value in cast("Any", context).items()}
-    try:
-        json.dumps(values)
-    except (TypeError, ValueError) as error:
-        raise InvalidArguments("context", f"must hold JSON values only: {error}") from None
-    return values
-
-
 def _brief(value: Any) -> str:
     value = value.message if isinstance(value, wire.Result) else value
+    if isinstance(value, payloads.StoredJob | StoredResult):
+        return repr(value)
     return brief(value) if isinstance(value, Message) else f"<{type(value).__name__}>"
 
 
 wire.install()
+results.install()
+payloads.install()
 lifecycle.install()

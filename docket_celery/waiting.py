@@ -7,22 +7,27 @@ waits, where a signal may interrupt it without leaving a lock or a transaction b
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
+from docket_celery.defaults import process_defaults
 from docket_celery.errors import InvalidSettings, RunCancelled
 from docket_celery.outcome import RunOutcome
 from docket_celery.run import Run
-from docket_celery.runtime import CallerLoop, Worker
+from docket_celery.runtime import CallerLoop, Worker, process_runtime
 
 T = TypeVar("T", bound=Message)
+R = TypeVar("R")
 
 _logger = logging.getLogger("docket_celery.run")
 _LEAVE_S = 5.0
@@ -172,6 +177,36 @@ class StartedRun(Generic[T]):
             # Each raise adds frames: those of earlier calls are none of this one's.
             self._outcome.error.__traceback__ = self._trace
         return self._outcome
+
+
+def call_aside(work: Callable[[], R], threads: int) -> R:
+    """Do *work*, such as SQL, where the host does not interrupt it: on this thread, else on the pool.
+
+    Args:
+        work: What to do.
+        threads: `Settings.threads`.
+
+    Raises:
+        BaseException: Whatever *work* raised, or whatever interrupted the waiting thread.
+    """
+    if threads == 0 or process_defaults.may_help():
+        return work()
+    done: Future[R] = Future()
+
+    def do() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001 -- it is for whoever waits
+            done.set_exception(error)
+        finally:
+            told.put(None)
+
+    told: queue.SimpleQueue[None] = queue.SimpleQueue()
+    process_runtime(threads).pool.submit(do)
+    while not done.done():
+        with contextlib.suppress(queue.Empty):
+            told.get(timeout=_LOOK_S)
+    return done.result()
 
 
 def read_value(outcome: RunOutcome, target: type[T]) -> T:

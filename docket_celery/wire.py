@@ -28,11 +28,11 @@ class Undecodable:
         error: What is wrong with it.
     """
 
-    def __init__(self, raw: Any, error: DocketError) -> None:
-        self.raw, self.error = raw, error
+    def __init__(self, raw: Any, error: DocketError, marker: str = MARKER) -> None:
+        self.raw, self.error, self._marker = raw, error, marker
 
     def __json__(self) -> dict[str, Any]:
-        return {"__type__": MARKER, "__value__": self.raw}
+        return {"__type__": self._marker, "__value__": self.raw}
 
     def __repr__(self) -> str:
         return f"<Undecodable: {self.error}>"

@@ -70,8 +70,9 @@ class _Run:
     expires_at: float | None = None
 
     def is_due(self, now: float) -> bool:
-        """Tell whether the run has ended and its retention is over."""
-        return self.state.ended and self.expires_at is not None and self.expires_at <= now
+        """Tell whether the run has ended, or its message may never come, and it has been kept for long enough."""
+        over = self.state.ended or self.state is RunState.QUEUED
+        return over and self.expires_at is not None and self.expires_at <= now
 
     def row(self, now: float) -> RunRow:
         """Return the run as others see it."""
@@ -110,6 +111,18 @@ class MemoryStore:
         self._runs: dict[tuple[str, str], _Run] = {}
         self._claims: dict[bytes, _Claim] = {}
         self._executions: list[StepExecution] = []
+
+    def enqueue(self, request: RunRequest, keep_s: float) -> RunRow | None:
+        """See `Store.enqueue`."""
+        with self._lock:
+            now = self._clock()
+            name = request.graph, request.execution_id
+            run = self._runs.setdefault(name, _Run(request, created_at=now, expires_at=now + keep_s))
+            if (run.request.target, run.request.job_digest) != (request.target, request.job_digest):
+                return run.row(now)
+            if run.expires_at is not None:
+                run.expires_at = max(run.expires_at, now + keep_s)
+            return None
 
     def acquire(self, request: RunRequest) -> Lease | RunRow:
         """See `Store.acquire`."""

@@ -44,6 +44,18 @@ from docket_celery.store.rows import (
 _TRIES = 3  # for a row that goes away between two statements: twice in a row is no accident
 
 
+def enqueue(connection: Connection, request: RunRequest, keep_s: float) -> RunRow | None:
+    """See `Store.enqueue`."""
+    values = request_values(request) | {"keep_s": keep_s}
+    for _ in range(_TRIES):
+        if connection.execute(sql.ENQUEUE, values).first() is not None:
+            return None
+        found = find_run(connection, request.graph, request.execution_id)
+        if found is not None:
+            return found
+    raise StoreUnavailable("queue the run", "the run is being deleted")
+
+
 def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
     """See `Store.acquire`."""
     values = request_values(request) | {

@@ -56,6 +56,21 @@ WHERE r.target = excluded.target AND r.job_digest = excluded.job_digest AND (
 RETURNING {_RUN}
 """)
 
+# Nothing of a run that is there changes but until when it is kept, and that only if it is to go at all.
+ENQUEUE = text(f"""
+INSERT INTO docket_runs AS r (
+    graph, execution_id, task_name, task_id, retries, target, job, job_digest, state, stage, epoch, lost, failures,
+    created_at, updated_at, expires_at)
+VALUES (
+    :graph, :execution_id, :task_name, :task_id, :retries, :target, :job, :job_digest, 'QUEUED', 0, 0, 0, 0,
+    clock_timestamp(), clock_timestamp(),
+    clock_timestamp() + CAST(:keep_s AS double precision) * {_SECOND})
+ON CONFLICT (graph, execution_id) DO UPDATE SET
+    expires_at = CASE WHEN r.expires_at IS NOT NULL THEN GREATEST(r.expires_at, excluded.expires_at) END
+WHERE r.target = excluded.target AND r.job_digest = excluded.job_digest
+RETURNING 1
+""")
+
 FIND_RUN = text(f"SELECT {_RUN} FROM docket_runs AS r WHERE graph = :graph AND execution_id = :execution_id")
 FIND_JOB = text("SELECT job FROM docket_runs WHERE graph = :graph AND execution_id = :execution_id")
 

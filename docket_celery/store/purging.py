@@ -28,12 +28,14 @@ CLAIM_KEPT_S = 60
 PURGING = "it was kept for as long as docket_retention says and is being deleted; submit it again"
 
 _ENDED = ", ".join(f"'{state.value}'" for state in RunState if state.ended)
+# A queued run has a date if its message may never come.
+_DUE = f"{_ENDED}, '{RunState.QUEUED.value}'"
 _OF_RUN = "t.execution_id = due.execution_id AND t.graph = due.graph"
 
 _RUNS = text(f"""
 WITH due AS (
     SELECT graph, execution_id, state FROM docket_runs
-    WHERE expires_at <= statement_timestamp() AND state IN ({_ENDED})
+    WHERE expires_at <= statement_timestamp() AND state IN ({_DUE})
     ORDER BY expires_at LIMIT :runs FOR UPDATE SKIP LOCKED),
 executions AS (
     DELETE FROM docket_executions WHERE id = ANY(ARRAY(
@@ -104,7 +106,7 @@ def purge_postgres(connection: Connection, limit: int) -> Purged:
 
 _NOW = "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
 _LITE_DUE = text(f"""
-SELECT graph, execution_id FROM docket_runs WHERE expires_at <= {_NOW} AND state IN ({_ENDED})
+SELECT graph, execution_id FROM docket_runs WHERE expires_at <= {_NOW} AND state IN ({_DUE})
 ORDER BY expires_at LIMIT :runs
 """)
 _LITE_OF_RUN = {

@@ -27,6 +27,7 @@ _MOST_CHARS = 300
 class _Calls(Protocol):
     """What a module of one dialect offers: the calls of `Store` on a given connection."""
 
+    def enqueue(self, connection: Connection, request: RunRequest, keep_s: float) -> RunRow | None: ...
     def acquire(self, connection: Connection, request: RunRequest) -> Lease | RunRow: ...
     def restore(
         self, connection: Connection, lease: Lease, keys: Sequence[bytes], items: bool
@@ -96,6 +97,14 @@ class SQLStore:
     def engine(self) -> Engine:
         """This process's engine; a forked child gets another one."""
         return self._engines.current()
+
+    def enqueue(self, request: RunRequest, keep_s: float) -> RunRow | None:
+        """See `Store.enqueue`."""
+        closed = self._seal.close_request(request)
+        found = self._call(
+            "queue the run", lambda connection: self._calls.enqueue(connection, closed, keep_s)
+        )
+        return None if found is None else self._seal.open_run(found)
 
     def acquire(self, request: RunRequest) -> Lease | RunRow:
         """See `Store.acquire`."""

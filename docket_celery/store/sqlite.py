@@ -80,6 +80,18 @@ VALUES (
     :graph, :execution_id, :task_name, :task_id, :retries, :target, :job, :job_digest, 'RUNNING', 0, 1,
     :owner, {_after(":lease_s")}, 0, 0, {_NOW}, {_NOW}, {_NOW})
 """)
+_ENQUEUE_RUN = text(f"""
+INSERT INTO docket_runs (
+    graph, execution_id, task_name, task_id, retries, target, job, job_digest, state, stage, epoch, lost, failures,
+    created_at, updated_at, expires_at)
+VALUES (
+    :graph, :execution_id, :task_name, :task_id, :retries, :target, :job, :job_digest, 'QUEUED', 0, 0, 0, 0,
+    {_NOW}, {_NOW}, {_after(":keep_s")})
+""")
+_KEEP_RUN = text(f"""
+UPDATE docket_runs SET expires_at = MAX(expires_at, {_after(":keep_s")})
+WHERE {_IS_RUN} AND expires_at IS NOT NULL
+""")
 _TAKE_RUN = text(f"""
 UPDATE docket_runs SET
     state = 'RUNNING', epoch = :epoch, lost = :lost, failures = :failures, owner = :owner,
@@ -149,6 +161,20 @@ _EXTEND_CLAIM = text(
     f"UPDATE docket_claims SET lease_until = {_after(':lease_s')} "
     f"WHERE cache_key = :cache_key AND owner = :owner AND lease_until > {_NOW}"
 )
+
+
+def enqueue(connection: Connection, request: RunRequest, keep_s: float) -> RunRow | None:
+    """See `Store.enqueue`."""
+    values: dict[str, Any] = request_values(request) | {"keep_s": keep_s}
+    with _writing(connection):
+        row = connection.execute(_FIND_RUN, values).mappings().first()
+        if row is None:
+            connection.execute(_ENQUEUE_RUN, values)
+            return None
+        if row["target"] == values["target"] and bytes(row["job_digest"]) == values["job_digest"]:
+            connection.execute(_KEEP_RUN, values)
+            return None
+    return read_run(row)
 
 
 def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:

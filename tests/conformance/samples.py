@@ -86,6 +86,11 @@ class SQLBench(Bench):
             return f"{column} - interval '{seconds} seconds'"
         return f"strftime('%Y-%m-%d %H:%M:%f', {column}, '-{seconds} seconds') || '000'"
 
+    @property
+    def dialect(self) -> str:
+        """SQLAlchemy's name of the database."""
+        return self._sql.engine.dialect.name
+
     def executions(self) -> list[tuple[str, int]]:
         rows = self.sql("SELECT step_name, delivery FROM docket_executions ORDER BY id")
         return [(row[0], row[1]) for row in rows]

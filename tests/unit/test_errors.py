@@ -44,6 +44,8 @@ WITH_FIELDS: list[DocketError] = [
     errors.CorruptCheckpoint("docket_cache", "cache_key=00", "checksum mismatch"),
     errors.CodecFailed("the job of run 'o-1'", "decode of Keys raised KeyError"),
     errors.PayloadTooLarge("shop.Order", 2048, 1024),
+    errors.PayloadTooLarge("the job of run 'o-1'", 2048, 1024, "docket_max_stored_bytes"),
+    errors.PayloadUnavailable("the job of run 'o-1'", "its row is gone"),
     errors.UnknownMessageType("shop.Order"),
     errors.DecodeFailed("shop.Order", "truncated"),
     errors.ServersUnavailable("Postgres", "not found"),

@@ -18,10 +18,11 @@ SURFACE = """
 AbortError BatchFailed BatchResult
 CacheMismatch Codec CodecFailed CorruptCheckpoint DecodeFailed DocketError ExponentialBackoff
 FixedBackoff Graph GraphChanged GraphError GraphResult GraphTask InputMutated InputsChanged InvalidArguments
-InvalidDeclaration InvalidSettings LeaseLost MemoryStore Named PayloadTooLarge Plan RetryPolicy RunCancelled
-RunConflict RunNotFound RunQuarantined RunState RunTimedOut SQLStore SchemaMismatch Scope ServersUnavailable
-StartedRun StepContext StepFailed StepOptions StepTimedOut StoreMissing StoreUnavailable TooManyAbandoned
-UnknownMessageType WrongResult configure current_context graph_task settings shared_graph_task
+InvalidDeclaration InvalidSettings LeaseLost MemoryStore Named PayloadTooLarge PayloadUnavailable Plan RetryPolicy
+RunCancelled RunConflict RunNotFound RunQuarantined RunState RunTimedOut SQLStore SchemaMismatch Scope
+ServersUnavailable StartedRun StepContext StepFailed StepOptions StepTimedOut StoreMissing StoreUnavailable
+StoredResult TooManyAbandoned UnknownMessageType WrongResult configure current_context graph_task settings
+shared_graph_task
 """.split()  # noqa: SIM905 -- a page of names reads better than a column
 
 # One of each class, with values that JSON must carry.
@@ -43,6 +44,8 @@ ERRORS: list[DocketError] = [
     docket_celery.InvalidSettings("docket_threads", "must be a number"),
     docket_celery.LeaseLost("shop", "order-1", 3),
     docket_celery.PayloadTooLarge("shop.Order", 2000, 1000),
+    docket_celery.PayloadTooLarge("shop.Order", 2000, 1000, "docket_max_stored_bytes"),
+    docket_celery.PayloadUnavailable("the job of run 'order-1'", "its row is gone"),
     docket_celery.RunCancelled("order-1", "by ann"),
     docket_celery.RunConflict("shop", "order-1", "job"),
     docket_celery.RunNotFound("shop", "order-1"),

@@ -1,0 +1,293 @@
+"""Jobs that are too large for a message: they lie in the run's row, and references travel in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final, Protocol, cast
+
+from celery import Celery
+from google.protobuf.message import Message
+from kombu.utils.json import register_type
+
+from docket_celery import lifecycle, results, wire
+from docket_celery.checkpoint import RunRequest, Store, job_digest
+from docket_celery.configuration import Settings
+from docket_celery.declaration import Declaration
+from docket_celery.errors import DecodeFailed, PayloadUnavailable, RunConflict
+from docket_celery.graph import Graph
+from docket_celery.messages import brief, check_size, frame, from_bytes, to_bytes, type_name, unframe
+from docket_celery.plan import Plan
+from docket_celery.waiting import call_aside
+
+JOB_MARKER: Final = "docket.job"
+_SHOWN_CHARS: Final = 200
+
+Travelling = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class TaskClass(Protocol):
+    """What is needed of a GraphTask here."""
+
+    name: str
+    graph: Graph
+    declaration: Declaration
+
+    @property
+    def app(self) -> Celery: ...
+
+    @classmethod
+    def plan(cls) -> Plan: ...
+
+
+class StoredJob:
+    """Stands in a task's message for an argument; the whole job lies in the row of the task's run.
+
+    Attributes:
+        shown: The message's text for logs and Flower: bounded, without secrets.
+    """
+
+    def __init__(self, shown: str) -> None:
+        self.shown = shown
+
+    def __json__(self) -> dict[str, Any]:
+        return {"__type__": JOB_MARKER, "__value__": {"shown": self.shown}}
+
+    def __repr__(self) -> str:
+        return self.shown
+
+
+# --- submitting --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueuedRun:
+    """The run that a submission will ask for.
+
+    Attributes:
+        job_digest: `checkpoint.job_digest` of the messages.
+        task_id: Of the task that will be published.
+        wait_s: Seconds until it may begin, from now.
+    """
+
+    execution_id: str
+    job_digest: bytes
+    task_id: str
+    wait_s: float
+
+
+def arrange(
+    task: TaskClass, messages: Sequence[Message], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Travelling:
+    """Return the job's arguments: positional and by name as they were given, dicts and results replaced by messages.
+
+    A large result of another task stays the reference that it is.
+
+    Raises:
+        PayloadTooLarge: Another message is too large to travel, and the graph persists nothing.
+    """
+    settings = lifecycle.app_settings(task.app)
+    names = list(task.declaration.signature.parameters)
+    values: dict[str, Any] = dict(zip(names, messages, strict=True))
+    for name, given in [*zip(names, args, strict=False), *kwargs.items()]:
+        if isinstance(given, results.StoredResult) and _is_large([values[name]], settings):
+            values[name] = given
+    travelling = [value for value in values.values() if isinstance(value, Message)]
+    if _is_large(travelling, settings) and not task.plan().persists:
+        check_messages(task, travelling)
+    named = {name: values.pop(name) for name in kwargs}
+    return tuple(values.values()), named
+
+
+def send(task: TaskClass, args: Sequence[Any], kwargs: Mapping[str, Any], run: QueuedRun) -> Travelling:
+    """Return the arguments to publish; a job that is too large for that is stored first, in its run's row.
+
+    Args:
+        task: The task.
+        args: Positional arguments, as `arrange` left them.
+        kwargs: The same by name.
+        run: The run that the task will ask for.
+
+    Raises:
+        PayloadTooLarge: The job is too large, for the store too or there is none for it.
+        RunConflict: The run exists with another job or target.
+        StoreUnavailable: The database does not answer.
+    """
+    settings = lifecycle.app_settings(task.app)
+    travelling = [value for value in (*args, *kwargs.values()) if isinstance(value, Message)]
+    if not _is_large(travelling, settings):
+        return tuple(args), dict(kwargs)
+    messages = task.declaration.bind(*results.read_results(args, kwargs, task.app))
+    _store_job(task, messages, run, settings)
+    shown = [StoredJob(brief(message)) for message in messages]
+    by_name = dict(zip(task.declaration.signature.parameters, shown, strict=True))
+    named = {name: by_name.pop(name) for name in kwargs}
+    return tuple(by_name.values()), named
+
+
+def check_messages(task: TaskClass, messages: Sequence[Message]) -> None:
+    """Refuse messages that are too large to travel.
+
+    Raises:
+        PayloadTooLarge: One is.
+    """
+    limit = lifecycle.app_settings(task.app).max_message_bytes
+    for message in messages:
+        check_size(f"{type_name(message)} of task {task.name}", message.ByteSize(), limit)
+
+
+def _is_large(messages: Sequence[Message], settings: Settings) -> bool:
+    return any(message.ByteSize() > settings.max_message_bytes for message in messages)
+
+
+def _store_job(task: TaskClass, messages: Sequence[Message], run: QueuedRun, settings: Settings) -> None:
+    """Write the run's row with its job, as QUEUED; repeating it changes nothing."""
+    store = _store_for(task, settings, eager=bool(task.app.conf.task_always_eager))
+    if store is None:
+        check_messages(task, messages)
+        return
+    job = frame(part for message in messages for part in (type_name(message).encode(), to_bytes(message)))
+    check_size(f"the job of task {task.name}", len(job), settings.max_stored_bytes, results.STORED_BYTES)
+    plan = task.plan()
+    request = RunRequest(
+        graph=plan.graph,
+        execution_id=run.execution_id,
+        target=str(plan.target),
+        job=job,
+        job_digest=store.keyed(run.job_digest),
+        owner="",
+        lease_s=0.0,
+        max_deliveries=0,
+        task_name=task.name,
+        task_id=run.task_id,
+    )
+    # A row whose message is never delivered is deleted like that of a run which ended when it was due.
+    keep_s = run.wait_s + settings.retention
+    other = call_aside(lambda: store.enqueue(request, keep_s), settings.threads)
+    if other is not None:
+        # Another codec keeps another digest of the same job; reading it tells the two cases apart.
+        call_aside(lambda: store.find_job(plan.graph, run.execution_id), settings.threads)
+        raise RunConflict(plan.graph, run.execution_id, "target" if other.target != request.target else "job")
+
+
+def wait_s(options: Mapping[str, Any]) -> float:
+    """Return in how many seconds a task submitted with these options of Celery's may begin."""
+    countdown, eta = options.get("countdown"), options.get("eta")
+    if countdown is not None:
+        return max(0.0, float(countdown))
+    if isinstance(eta, datetime):
+        aware = eta if eta.tzinfo is not None else eta.replace(tzinfo=UTC)
+        return max(0.0, (aware - datetime.now(UTC)).total_seconds())
+    return 0.0
+
+
+# --- running -----------------------------------------------------------------------------------------------------
+
+
+def holds_job(args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> bool:
+    """Tell whether a task's arguments stand for a stored job."""
+    return any(isinstance(value, StoredJob) for value in (*(args or ()), *(kwargs or {}).values()))
+
+
+def receive(
+    task: TaskClass, args: Sequence[Any], kwargs: Mapping[str, Any], run: QueuedRun | None, *, travelled: bool
+) -> tuple[Message, ...]:
+    """Return the messages that a task's arguments are or stand for, in the order of its parameters.
+
+    Args:
+        task: The task.
+        args: Positional arguments as they came.
+        kwargs: The same by name.
+        run: The run that the task asks for; None: of no use, since nobody submitted the task.
+        travelled: Whether the arguments came through a broker.
+
+    Raises:
+        InvalidArguments: They do not fit.
+        PayloadUnavailable: A stored job or result cannot be had here.
+        RunConflict: The row of the run holds another job.
+        StoreUnavailable: The database does not answer.
+        UnknownMessageType, DecodeFailed, CodecFailed, PayloadTooLarge: Something cannot be read here.
+    """
+    if run is not None and holds_job(args, kwargs):
+        return _find_job(task, run)
+    messages = task.declaration.bind(*results.read_results(args, kwargs, task.app))
+    if travelled and not results.holds_result(args, kwargs):
+        # Checked at submit too, but beat and `celery call` send the JSON form past it.
+        check_messages(task, messages)
+    return messages
+
+
+def wrap(task: TaskClass, value: Message, execution_id: str) -> wire.Result | results.StoredResult:
+    """Return what a task returns for its message: itself, or where it lies.
+
+    Raises:
+        PayloadTooLarge: It is too large, and its run is in no store.
+    """
+    settings = lifecycle.app_settings(task.app)
+    if not _is_large([value], settings):
+        return wire.Result(value)
+    if _store_for(task, settings) is None:
+        check_messages(task, [value])
+    return results.StoredResult.of(value, task.name, task.graph.name, execution_id)
+
+
+def _find_job(task: TaskClass, run: QueuedRun) -> tuple[Message, ...]:
+    """Return the messages of a stored job, in the order of the task's parameters."""
+    settings, graph = lifecycle.app_settings(task.app), task.graph.name
+    what = f"the job of run {run.execution_id!r} of graph {graph!r}"
+    store = task.graph.choose_store(settings)
+    if store is None:
+        raise PayloadUnavailable(what, results.NO_DATABASE)
+    job = call_aside(lambda: store.find_job(graph, run.execution_id), settings.threads)
+    if job is None:
+        raise PayloadUnavailable(what, results.GONE)
+    check_size(what, len(job), settings.max_stored_bytes, results.STORED_BYTES)
+    parts = _read_parts(job)
+    if job_digest(parts) != run.job_digest:
+        raise RunConflict(graph, run.execution_id, "job")
+    return _decode_parts(task.declaration, parts)
+
+
+def _store_for(task: TaskClass, settings: Settings, *, eager: bool = False) -> Store | None:
+    """Return the store that keeps the task's runs, for other processes too unless the task is eager; or None."""
+    if not task.plan().persists:
+        return None
+    store = task.graph.choose_store(settings)
+    return store if store is not None and (store.persistent or eager) else None
+
+
+def _read_parts(job: bytes) -> list[tuple[str, bytes]]:
+    """Return the type names and the bytes of a stored job's messages."""
+    parts = unframe(job)
+    if len(parts) % 2:
+        raise DecodeFailed("stored job", "it has a name without a message")
+    return [(name.decode(errors="replace"), data) for name, data in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _decode_parts(declaration: Declaration, parts: Sequence[tuple[str, bytes]]) -> tuple[Message, ...]:
+    """Return the declared messages; only declared types are decoded, whatever the row names."""
+    left, found = list(parts), list[Message]()
+    for key in declaration.given:
+        wanted = type_name(key.kind)
+        index = next((n for n, (name, _) in enumerate(left) if name == wanted), None)
+        if index is None:
+            names = ", ".join(name for name, _ in parts)
+            raise DecodeFailed(
+                wanted, f"the stored job of task {declaration.task} holds {names[:_SHOWN_CHARS]}"
+            )
+        found.append(from_bytes(key.kind, left.pop(index)[1]))
+    if left:
+        raise DecodeFailed(left[0][0][:_SHOWN_CHARS], f"task {declaration.task} does not take it any more")
+    return tuple(found)
+
+
+def _decode_job(value: Any) -> StoredJob:
+    """Decode a reference in a message; whatever it holds, the job is looked up by the run's name alone."""
+    shown = cast("dict[str, Any]", value).get("shown") if isinstance(value, dict) else None
+    return StoredJob(shown[:_SHOWN_CHARS] if isinstance(shown, str) else "<StoredJob>")
+
+
+def install() -> None:
+    """Teach kombu's JSON to carry references to jobs."""
+    register_type(StoredJob, JOB_MARKER, StoredJob.__json__, _decode_job)

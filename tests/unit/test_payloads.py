@@ -1,0 +1,228 @@
+"""References to stored jobs and results: on the wire, in eager tasks, and damaged."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Generator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from celery import Celery
+from kombu.utils.json import dumps, loads
+
+from docket_celery import (
+    DecodeFailed,
+    Graph,
+    InvalidArguments,
+    MemoryStore,
+    PayloadTooLarge,
+    PayloadUnavailable,
+    Scope,
+    SQLStore,
+    StoredResult,
+    graph_task,
+    settings,
+)
+from docket_celery.errors import UnknownMessageType
+from docket_celery.payloads import StoredJob, wait_s
+from docket_celery.wire import Undecodable
+from tests.unit.protos.shop_pb2 import Label, Money, Order
+
+SIZE = 2 * 1024 * 1024
+BIG = Label(text="x" * SIZE)
+app = Celery("payloads", broker="memory://", backend="cache+memory://")
+
+keeping = Graph("keeping")
+
+
+@keeping.step(persist=Scope.WORKFLOW)
+def measure(label: Label) -> Money:
+    """Tell a text's length."""
+    return Money(cents=len(label.text))
+
+
+@keeping.step
+def repeat(label: Label, money: Money) -> Order:
+    """Make something as long."""
+    return Order(order_id=label.text * 2, amount_cents=money.cents)
+
+
+@graph_task(app, keeping, name="payloads.repeat")
+def repeat_label(label: Label) -> Order:
+    """Large in, large out."""
+    raise NotImplementedError
+
+
+passing = Graph("passing")
+
+
+@passing.step
+def weigh(label: Label) -> Money:
+    """Tell a text's length."""
+    return Money(cents=len(label.text))
+
+
+@graph_task(app, passing, name="payloads.weigh")
+def weigh_label(label: Label) -> Money:
+    """Persist nothing."""
+    raise NotImplementedError
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Generator[str]:
+    """A SQLite database that this process's graphs use."""
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    store = SQLStore(url)
+    store.migrate()
+    store.close()
+    settings(database_url=url)
+    yield url
+    settings(database_url=None)
+
+
+def reference(**changes: Any) -> StoredResult:
+    """Return the reference to a result, as it comes back from JSON."""
+    made = StoredResult.of(Money(cents=7), "payloads.weigh", "passing", "o-1")
+    envelope = json.loads(dumps(made))
+    envelope["__value__"] |= changes
+    found = loads(json.dumps(envelope))
+    assert isinstance(found, StoredResult)
+    return found
+
+
+# --- eager -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_an_eager_task_takes_and_gives_what_is_large(database: str, always: bool) -> None:
+    """Nothing travels: no reference, and no limit where the store would take over."""
+    app.conf.task_always_eager = always
+    try:
+        result = repeat_label.delay(BIG) if always else repeat_label.apply((BIG,))
+        assert result.get() == Order(order_id=BIG.text * 2, amount_cents=SIZE)
+    finally:
+        app.conf.task_always_eager = False
+
+
+def test_an_eager_task_needs_no_database_for_what_is_large() -> None:
+    """A store in memory serves: sender and receiver are one process."""
+    graph = Graph("remembering", store=MemoryStore())
+    graph.register(measure)
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def scale(money: Money) -> Order:
+        return Order(amount_cents=money.cents)
+
+    @graph_task(app, graph, name="payloads.remember")
+    def remember(label: Label) -> Order:
+        raise NotImplementedError
+
+    app.conf.task_always_eager = True
+    try:
+        assert remember.delay(BIG).get() == Order(amount_cents=SIZE)
+    finally:
+        app.conf.task_always_eager = False
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_an_eager_task_refuses_what_could_not_be_sent(always: bool) -> None:
+    """A graph that persists nothing: the test fails as production would."""
+    app.conf.task_always_eager = always
+    try:
+        with pytest.raises(PayloadTooLarge, match="docket_max_message_bytes"):
+            (weigh_label.delay if always else weigh_label.apply)(*([BIG] if always else [(BIG,)]))
+    finally:
+        app.conf.task_always_eager = False
+
+
+def test_a_job_too_large_for_the_store_is_refused_in_process(database: str) -> None:
+    """The second limit holds for every run that is stored, and for its result."""
+    settings(max_stored_bytes=SIZE)
+    try:
+        with pytest.raises(PayloadTooLarge, match=r"the job of run 'o-1'.*raise docket_max_stored_bytes"):
+            keeping.execute(Money, BIG, execution_id="o-1")
+        settings(max_stored_bytes=1100)
+        with pytest.raises(PayloadTooLarge, match=r"the result of run 'o-2'"):
+            keeping.execute(Order, Label(text="x" * 1000), execution_id="o-2", timeout=20)
+    finally:
+        settings(max_stored_bytes=None)
+
+
+def test_a_task_called_directly_reads_a_reference(database: str) -> None:
+    """Here and now, as anywhere else."""
+    keeping.execute(Order, Label(text="abc"), execution_id="o-1")
+    made = StoredResult.of(Order(order_id="abcabc", amount_cents=3), "payloads.repeat", "keeping", "o-1")
+    copied: Any = pickle.loads(pickle.dumps(made))  # noqa: S301 -- our own bytes
+    assert repr(made) == "Order(order_id='abcabc', amount_cents=3)"
+    assert repr(copied).startswith("<StoredResult docket.tests.unit.Order of run 'o-1'")
+    assert copied.read(app) == Order(order_id="abcabc", amount_cents=3)
+    lost: Any = reference()
+    with pytest.raises(PayloadUnavailable, match="its row is gone"):
+        weigh_label(lost)
+
+
+# --- references --------------------------------------------------------------------------------------------------
+
+
+def test_a_reference_holds_no_message() -> None:
+    """Neither as JSON nor pickled, however large the message at hand."""
+    made = StoredResult.of(BIG, "t", "g", "o-1")
+    assert len(dumps(made)) < 1000
+    assert len(pickle.dumps(made)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"type": "docket.tests.unit.Reservation2"}, UnknownMessageType),
+        ({"bytes": 10**12}, PayloadTooLarge),
+        ({}, PayloadUnavailable),
+    ],
+)
+def test_a_reference_is_not_believed(changes: dict[str, Any], error: type[Exception]) -> None:
+    """Only declared types, only within the limit, and only what the store really has."""
+    with pytest.raises(error):
+        reference(**changes).read(app)
+
+
+@pytest.mark.parametrize(
+    "content", [None, 7, "x", [], {}, {"task": "t"}, {"task": "t", "graph": "g", "execution_id": "e",
+                                                     "type": "T", "bytes": "many", "sha256": ""}],
+)  # fmt: skip
+def test_a_damaged_reference_is_a_placeholder(content: object) -> None:
+    """Decoding never raises; whoever needs the value gets the typed error, and it is passed on as it came."""
+    found = loads(json.dumps({"__type__": "docket.result", "__value__": content}))
+    assert isinstance(found, Undecodable)
+    assert isinstance(found.error, DecodeFailed)
+    assert json.loads(dumps(found)) == {"__type__": "docket.result", "__value__": content}
+    with pytest.raises(DecodeFailed):
+        weigh_label.apply((found,))
+
+
+@pytest.mark.parametrize("content", [None, 7, [], {}, {"shown": 7}, {"shown": "x" * 10_000}])
+def test_a_damaged_job_reference_stays_one(content: object) -> None:
+    """It says nothing of where the job lies, so there is nothing to believe; its text is bounded."""
+    found = loads(json.dumps({"__type__": "docket.job", "__value__": content}))
+    assert isinstance(found, StoredJob)
+    assert len(repr(found)) <= 200
+
+
+def test_a_job_reference_is_no_argument() -> None:
+    """Whoever hands one on by hand is told so."""
+    stray: Any = StoredJob("Label()")
+    with pytest.raises(InvalidArguments, match="not a StoredJob"):
+        weigh_label.delay(stray)
+
+
+def test_a_delay_is_known_from_the_options() -> None:
+    """Countdown, eta with and without a time zone, and none."""
+    soon = datetime.now(UTC) + timedelta(seconds=60)
+    assert wait_s({}) == 0
+    assert wait_s({"countdown": 5}) == 5
+    assert wait_s({"countdown": -5}) == 0
+    assert wait_s({"eta": soon}) == pytest.approx(60, abs=5)
+    assert wait_s({"eta": soon.replace(tzinfo=None)}) == pytest.approx(60, abs=5)
+    assert wait_s({"eta": soon - timedelta(hours=1)}) == 0
