@@ -67,8 +67,7 @@ def app_settings(app: Celery) -> Settings:
         InvalidSettings: A value cannot be used.
     """
     found = process_defaults.settings(_app_values(app))
-    # A decoder is called without an app: the limit in force is the one that was read last.
-    wire.types.limit_bytes = found.max_message_bytes
+    wire.types.limit(app, found.max_message_bytes)
     return found
 
 

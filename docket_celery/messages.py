@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar, cast
 
 from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -22,6 +22,7 @@ MAX_JSON_BYTES = 16 * 1024
 """Above this a message gets no ``output_json`` view: the view is for reading, not a second copy of the data."""
 _MAX_FIELD_CHARS = 60
 _REDACTED = "***"
+_UNREADABLE = (json_format.ParseError, AttributeError, RecursionError, TypeError)
 _ANY = "google.protobuf.Any"
 
 
@@ -110,12 +111,38 @@ def from_json_object(kind: type[M], value: dict[str, Any]) -> M:
     """Read the JSON form of Protocol Buffers, as beat, ``celery call`` and Flower send it.
 
     Raises:
-        InvalidArguments: A field is unknown or has a wrong value; the field is named.
+        InvalidArguments: A field is unknown or has a wrong value; the field is named. What is or may be marked
+            ``debug_redact`` is not quoted.
     """
+    what = f"JSON form of {type_name(kind)}"
     try:
         return json_format.ParseDict(value, kind())
-    except (json_format.ParseError, AttributeError, RecursionError, TypeError) as error:
-        raise InvalidArguments(f"JSON form of {type_name(kind)}", safe_text(error)) from error
+    except _UNREADABLE as error:
+        if not _holds_secrets(kind.DESCRIPTOR):
+            raise InvalidArguments(what, safe_text(error)) from error
+    raise InvalidArguments(what, _find_json_fault(kind, value))
+
+
+def _find_json_fault(kind: type[Message], value: object) -> str:
+    """Return what is wrong with the JSON form of a message that holds secrets; the parser's text may quote them."""
+    names = (dict.fromkeys((field.json_name, field.name), field) for field in kind.DESCRIPTOR.fields)
+    fields: dict[str, Any] = {name: field for pair in names for name, field in pair.items()}
+    for name, item in cast("dict[Any, object]", value).items() if isinstance(value, dict) else ():
+        try:
+            json_format.ParseDict({name: item}, kind())
+        except _UNREADABLE as error:
+            field = fields.get(name) if isinstance(name, str) else None
+            if field is None:
+                return f"there is no such field in {type_name(kind)}; known: {', '.join(sorted(fields))}"
+            if field.GetOptions().debug_redact:
+                return f"field {name} does not fit its type; it is marked debug_redact, so its value is not shown"
+            inner = field.message_type
+            if inner is None or not _holds_secrets(inner):
+                return safe_text(error)
+            if not field.is_repeated and inner.full_name != _ANY:
+                return f"in field {name}: {_find_json_fault(GetMessageClass(inner), item)}"
+            return f"field {name} does not fit its type; it may hold what is marked debug_redact, so it is not shown"
+    return f"it is no {type_name(kind)}; it may hold what is marked debug_redact, so it is not shown"
 
 
 def check_size(

@@ -142,13 +142,16 @@ class GraphResult(_TypedResult[R]):
             PayloadUnavailable: It was too large for the result backend, and cannot be had from the store here.
             Exception: Whatever the task failed with.
         """
-        lifecycle.app_settings(self.app)  # tells the decoder the size limit
+        settings = lifecycle.app_settings(self.app)  # tells the decoder the size limit
         value = cast("Any", super().get(*args, **kwargs))
         if isinstance(value, wire.Undecodable):
             raise value.error
         if isinstance(value, StoredResult):
             return cast("R", value.read(self.app))
-        return cast("R", value.message if isinstance(value, wire.Result) else value)
+        message = value.message if isinstance(value, wire.Result) else value
+        if isinstance(message, Message):
+            check_size(f"result {type_name(message)}", message.ByteSize(), settings.max_message_bytes)
+        return cast("R", message)
 
 
 def holds_result(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

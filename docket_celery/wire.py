@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
+import threading
 from typing import Any, Final, TypeGuard, cast
+from weakref import WeakKeyDictionary
 
 from google.protobuf.message import Message
 from kombu.utils.json import register_type
@@ -66,11 +69,29 @@ class Result:
 
 
 class Types:
-    """The message types that may be decoded: those of declared tasks, and no others."""
+    """The message types that may be decoded: those of declared tasks, and no others.
+
+    Attributes:
+        limit_bytes: Largest message that is decoded. The decoder is called without an app, so it is the largest of
+            all apps' limits; each app checks its own again.
+    """
 
     def __init__(self) -> None:
         self._kinds: dict[str, type[Message]] = {}
+        self._limits: WeakKeyDictionary[object, int] = WeakKeyDictionary()
+        self._lock = threading.Lock()
         self.limit_bytes = 1024 * 1024
+
+    def limit(self, app: object, limit_bytes: int) -> None:
+        """Note the limit in force for *app*."""
+        if self._limits.get(app) != limit_bytes:
+            with self._lock:
+                self._limits[app] = limit_bytes
+                self.limit_bytes = max(self._limits.values())
+
+    def after_fork(self) -> None:
+        """Take a fresh lock: another thread of the parent may have held the old one at the fork."""
+        self._lock = threading.Lock()
 
     def allow(self, kind: type[Message]) -> None:
         """Let messages of *kind* be decoded in this process."""
@@ -89,6 +110,7 @@ class Types:
 
 
 types: Final = Types()
+os.register_at_fork(after_in_child=types.after_fork)
 
 
 def encode(message: Message) -> dict[str, str]:

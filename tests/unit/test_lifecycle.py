@@ -148,10 +148,16 @@ def test_settings_of_the_process_are_checked_before_they_hold() -> None:
     assert settings().threads == 3
 
 
-def test_reading_settings_tells_the_decoder_its_limit() -> None:
-    """It is called without an app."""
-    lifecycle.app_settings(make_app(docket_max_message_bytes=4321))
-    assert wire.types.limit_bytes == 4321
+def test_the_decoder_takes_what_the_most_generous_app_takes() -> None:
+    """It is called without an app: reading another app's settings must not refuse this one's messages."""
+    most = 2 * wire.types.limit_bytes
+    apps = [make_app(docket_max_message_bytes=limit) for limit in (4321, most, 8642)]
+    for app in apps:
+        lifecycle.app_settings(app)
+    assert wire.types.limit_bytes == most
+    apps[1].conf.docket_max_message_bytes = 2 * most
+    lifecycle.app_settings(apps[1])
+    assert wire.types.limit_bytes == 2 * most
 
 
 def test_a_task_without_a_store_is_a_fault_and_a_typed_error() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import traceback
 from typing import Any
 
 import pytest
@@ -119,6 +121,31 @@ def test_json_that_does_not_fit_is_refused_typed(value: Any) -> None:
     """The type is named, and what is wrong."""
     with pytest.raises(InvalidArguments, match=r"JSON form of docket\.tests\.unit\.Order"):
         from_json_object(Order, value)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ({"card_number": {"digits": SECRET}}, "field card_number does not fit its type; it is marked debug_redact"),
+        ({"cardNumber": [SECRET]}, "field cardNumber does not fit"),
+        ({"note": "n", "billing": {"street": "s", "phone": {"x": SECRET}}}, "in field billing: field phone does not"),
+        ({"billing": {"street": {"s": 1}}}, "street"),
+        ({"billing": SECRET}, "in field billing: it is no docket.tests.unit.Address"),
+        ({"earlier": [{"phone": [SECRET]}]}, "field earlier does not fit its type; it may hold"),
+        ({"earlier": SECRET}, "field earlier does not fit its type; it may hold"),
+        ({"known": {"a": {"phone": {"x": SECRET}}}}, "field known does not fit"),
+        ({"extra": {"@type": "x/docket.tests.unit.Payment", "cardNumber": [SECRET]}}, "field extra does not fit"),
+        ({"method": "CASH", "card_number": SECRET}, "CASH"),
+        ({"carNumber": SECRET}, "there is no such field in docket.tests.unit.Payment; known: billing, cardNumber"),
+        ({5: SECRET}, "there is no such field"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_json_fault_does_not_quote_what_is_redacted(value: Any, told: str) -> None:
+    """The field is named; neither the error nor its causes show the value, as tracebacks travel too."""
+    with pytest.raises(InvalidArguments, match=re.escape(told)) as refused:
+        from_json_object(Payment, value)
+    assert SECRET not in "".join(traceback.format_exception(refused.value))
 
 
 def test_the_json_form_of_protocol_buffers_is_read() -> None:
