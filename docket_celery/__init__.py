@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from docket_celery.defaults import process_defaults
 
 if TYPE_CHECKING:
+    from docket_celery.annotation import Named
     from docket_celery.appdefaults import configure
     from docket_celery.batch_result import BatchResult
     from docket_celery.checkpoint import RunState, Store
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from docket_celery.plan import Plan
     from docket_celery.policy import ExponentialBackoff, FixedBackoff, RetryPolicy, Scope, StepOptions
     from docket_celery.results import GraphResult, StoredResult
-    from docket_celery.step import Named
     from docket_celery.store import MemoryStore, SQLStore
     from docket_celery.task import GraphTask, graph_task, shared_graph_task
     from docket_celery.waiting import StartedRun
@@ -132,7 +132,7 @@ _HOMES = {
     "BatchResult": "batch_result",
     "Codec": "codec",
     "Graph": "graph",
-    "Named": "step",
+    "Named": "annotation",
     "Plan": "plan",
     "RunState": "checkpoint",
     "StartedRun": "waiting",

@@ -13,10 +13,10 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from docket_celery.annotation import SignatureFault, ValueKey, read_annotation
 from docket_celery.context import StepContext
 from docket_celery.errors import InvalidArguments, InvalidDeclaration
 from docket_celery.messages import from_json_object, type_name
-from docket_celery.step import SignatureFault, ValueKey, read_annotation
 from docket_celery.wire import Result, Undecodable
 
 NameFunction = (

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from docket_celery.annotation import ValueKey
 from docket_celery.batch_result import ONE_FAILS, BatchPolicy, BatchResult
 from docket_celery.checkpoint import Checkpoint
 from docket_celery.delivery import Delivery
@@ -15,7 +16,6 @@ from docket_celery.engine import Execution, Outcome, join_failures
 from docket_celery.errors import BatchFailed, StepFailed
 from docket_celery.messages import Value
 from docket_celery.plan import Part, Plan, PlannedStep
-from docket_celery.step import ValueKey
 
 Stored = Mapping[tuple[str, str], Checkpoint]
 """Checkpoints by step name and item path."""

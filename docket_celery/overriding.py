@@ -13,19 +13,13 @@ from typing import Any, Protocol, cast
 
 from google.protobuf.message import Message
 
+from docket_celery.annotation import SignatureFault, read_annotation
 from docket_celery.errors import GraphError
 from docket_celery.messages import is_message_type, type_name
 from docket_celery.plan import Plan
 from docket_celery.policy import StepOptions
 from docket_celery.stages import Asked, compile_asked
-from docket_celery.step import (
-    Registration,
-    SignatureFault,
-    Step,
-    locate,
-    read_annotation,
-    read_step,
-)
+from docket_celery.step import Registration, Step, locate, read_step
 from docket_celery.wiring import Wiring
 
 

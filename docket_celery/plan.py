@@ -6,9 +6,10 @@ import heapq
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from docket_celery.errors import GraphError, InvalidArguments
+from docket_celery.annotation import ValueKey
+from docket_celery.errors import InvalidArguments
 from docket_celery.policy import Scope
-from docket_celery.step import Step, ValueKey
+from docket_celery.step import Step
 from docket_celery.wiring import Wiring
 
 
@@ -123,18 +124,15 @@ class Plan:
         return [f'    s{p.index}["{p.step.name}"]' for p in self.steps if p.step.name not in inside] + lines
 
     def __repr__(self) -> str:
-        names = list(self)
-        shown = ", ".join(names[:8]) + (f", … {len(names) - 8} more" if len(names) > 8 else "")
-        return (
-            f"<Plan {self.graph}: {', '.join(map(str, self.given))} -> {self.target} by {shown or 'nothing'}>"
-        )
+        given, names = _brief([str(key) for key in self.given]), _brief(list(self))
+        return f"<Plan {_short(self.graph)}: {given} -> {_short(str(self.target))} by {names}>"
 
 
 def compile_plan(wiring: Wiring, target: ValueKey, given: Sequence[ValueKey]) -> Plan:
     """Find the steps that *target* needs, given values of the types *given*.
 
     Raises:
-        GraphError: No step makes a needed value, or steps wait for each other.
+        GraphError: The graph has faults; no step makes a needed value, or steps wait for each other.
         InvalidArguments: A type is given twice.
     """
     slots = {key: slot for slot, key in enumerate(given)}
@@ -143,7 +141,8 @@ def compile_plan(wiring: Wiring, target: ValueKey, given: Sequence[ValueKey]) ->
         raise InvalidArguments(
             f"graph {wiring.graph!r}", f"{twice} is given twice; one value of a type is used once"
         )
-    ordered = order_steps(wiring, slots, _needed(wiring, target, slots))
+    wiring.check(slots, target=target)
+    ordered = order_steps(wiring, slots, wiring.needed(target, slots))
     return assemble(wiring.graph, ordered, tuple(given), (target,), wiring.names())
 
 
@@ -225,27 +224,6 @@ def count_pending(plan: Plan, needed: Collection[int]) -> list[int]:
     return pending
 
 
-def _needed(wiring: Wiring, target: ValueKey, given: dict[ValueKey, int]) -> dict[str, Step]:
-    needed: dict[str, Step] = {}
-    todo: list[tuple[ValueKey, str]] = [(target, "the caller")]
-    while todo:
-        key, wanted_by = todo.pop()
-        if key in given:
-            continue
-        step = wiring.producers.get(key)
-        if step is None:
-            shown = ", ".join(map(str, given)) or "nothing"
-            fault = (
-                f"DC114 no producer: {wanted_by} needs {key}, which no step returns and the caller does not give "
-                f"(given: {shown}); register a step that returns it, or hand it in"
-            )
-            raise GraphError(wiring.graph, [fault])
-        if step.name not in needed:
-            needed[step.name] = step
-            todo += [(source, f"step {step.name!r} ({step.where})") for source in step.inputs]
-    return needed
-
-
 def order_steps(
     wiring: Wiring, given: Collection[ValueKey], needed: Mapping[str, Step] | None = None
 ) -> list[Step]:
@@ -281,3 +259,13 @@ def order_steps(
 def _label(key: ValueKey) -> str:
     label = key.kind.DESCRIPTOR.name
     return f"{label} {key.name}" if key.name else label
+
+
+def _brief(names: Sequence[str]) -> str:
+    """Return the first *names*, short enough for a line of a log."""
+    shown = [_short(name) for name in names[:8]]
+    return ", ".join(shown) + (f", … {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 60 else name[:59] + "…"

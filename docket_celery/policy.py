@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import enum
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Literal, Protocol, TypedDict, cast
 
 from google.protobuf.message import Message
 
@@ -204,3 +204,68 @@ class StepOptionFields(TypedDict, total=False):
     on_input_change: Literal["reuse", "error"]
     renamed_from: tuple[str, ...]
     max_concurrent: int | None
+
+
+def option_faults(options: StepOptions) -> list[str]:
+    """Return what in *options* would be misread later or contradicts itself, each with its fix."""
+    return [*_kind_faults(options), *_contradictions(options)]
+
+
+def _is_classifier(value: object) -> bool:
+    if not isinstance(value, (type, tuple)):
+        return callable(value)
+    kinds = cast("tuple[object, ...]", value) if isinstance(value, tuple) else (value,)
+    return all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds)
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and 1 <= len(value) <= 200 and value.isprintable()
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(name, str) and name and name.isprintable() for name in cast("tuple[object, ...]", value)
+    )
+
+
+_FORMS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("persist", lambda value: isinstance(value, Scope), "Scope.GLOBAL or Scope.WORKFLOW"),
+    ("retry", lambda value: isinstance(value, RetryPolicy), "a RetryPolicy(...)"),
+    ("version", lambda value: isinstance(value, str) and value.isprintable(), "text of printable characters"),
+    ("key", callable, "a function of the step's inputs"),
+    ("cache", _is_name, "a name of 1 to 200 printable characters"),
+    ("retriable", _is_classifier, "a predicate or exception types"),
+    (
+        "max_concurrent",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+        "a whole number from 1",
+    ),
+    ("renamed_from", _are_names, "a tuple of names, oldest first, as in ('old',)"),
+)
+
+
+def _kind_faults(options: StepOptions) -> Iterator[str]:
+    """Find values of other types than their annotations say, for callers without a type checker."""
+    defaults = StepOptions()
+    for name, is_right, wanted in _FORMS:
+        value = getattr(options, name)
+        if value is not getattr(defaults, name) and not is_right(value):
+            yield f"{name}= is {wanted}, not {value!r}"
+    for name in ("timeout", "ttl"):
+        try:
+            _ = None if getattr(options, name) is None else to_seconds(getattr(options, name), name)
+        except ValueError as error:
+            yield str(error)
+
+
+def _contradictions(options: StepOptions) -> Iterator[str]:
+    if options.key is not None and options.persist is not Scope.GLOBAL:
+        yield "key= names GLOBAL checkpoints; add persist=Scope.GLOBAL or drop it"
+    if options.cache is not None and options.persist is not Scope.GLOBAL:
+        yield "cache= names where GLOBAL checkpoints are; add persist=Scope.GLOBAL or drop it"
+    if options.ttl is not None and options.persist is None:
+        yield "ttl= without persist= keeps nothing; add persist= or drop it"
+    if options.on_input_change not in ("reuse", "error"):
+        yield f'on_input_change= is "reuse" or "error", not {options.on_input_change!r}'
+    elif options.on_input_change != "reuse" and options.persist is not Scope.WORKFLOW:
+        yield "on_input_change= concerns WORKFLOW checkpoints; add persist=Scope.WORKFLOW or drop it"

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, Unpack, overload
 from google.protobuf.message import Message
 
 from docket_celery.ambient import ambient, surrounded
+from docket_celery.annotation import SignatureFault, ValueKey, read_many
 from docket_celery.errors import GraphError, InvalidArguments
 from docket_celery.factory import C, Factory, Makes
 from docket_celery.messages import is_message_type
@@ -21,15 +22,7 @@ from docket_celery.plan import Plan
 from docket_celery.policy import StepOptionFields, StepOptions
 from docket_celery.slots import Slots
 from docket_celery.stages import Asked, compile_asked, find_faults
-from docket_celery.step import (
-    Registration,
-    SignatureFault,
-    Step,
-    ValueKey,
-    default_name,
-    locate,
-    read_many,
-)
+from docket_celery.step import Registration, Step, default_name, locate
 from docket_celery.wiring import Wiring, read_wiring
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -10,6 +10,7 @@ from typing import Any, cast
 from google.protobuf.message import Message
 
 from docket_celery.ambient import ambient
+from docket_celery.annotation import ValueKey
 from docket_celery.checkpoint import Store, check_execution_id
 from docket_celery.configuration import Settings
 from docket_celery.defaults import process_defaults
@@ -23,7 +24,6 @@ from docket_celery.policy import Seconds, to_seconds
 from docket_celery.registry import Registry
 from docket_celery.run import Run
 from docket_celery.runtime import CallerLoop
-from docket_celery.step import ValueKey
 from docket_celery.waiting import run_here
 
 

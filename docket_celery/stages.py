@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from docket_celery.annotation import ValueKey
 from docket_celery.errors import GraphError
 from docket_celery.plan import Part, Plan, assemble, compile_plan, order_steps
-from docket_celery.step import Step, ValueKey
+from docket_celery.step import Step
 from docket_celery.wiring import Wiring
 
 Path = tuple[str, ...]
@@ -44,7 +45,6 @@ def compile_asked(wiring: Wiring, asked: Asked) -> Plan:
         GraphError: The graph has faults, a needed value has no producer, or a step cannot be staged.
         InvalidArguments: A type is given twice.
     """
-    wiring.check(asked.given)
     plan = compile_plan(wiring, asked.target, asked.given)
     fans_out = any(planned.step.splits or planned.step.aggregates for planned in plan.steps)
     return _cut(plan, asked) if fans_out or asked.collects or asked.batch is not None else plan

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.message import Message
 
 from docket_celery.ambient import surrounded
+from docket_celery.annotation import ValueKey
 from docket_celery.checkpoint import Checkpoint, Lease, Store, check_execution_id
 from docket_celery.errors import InvalidArguments
 from docket_celery.graph import Graph
@@ -24,7 +25,7 @@ from docket_celery.outcome import Submission
 from docket_celery.overriding import Overriding
 from docket_celery.plan import Plan
 from docket_celery.registry import value_key
-from docket_celery.step import Step, ValueKey
+from docket_celery.step import Step
 from docket_celery.testing.forking import Ended, in_child
 from docket_celery.testing.watching import (
     BODY,

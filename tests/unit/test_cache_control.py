@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import pytest
 
 from docket_celery import settings
+from docket_celery.annotation import Named
 from docket_celery.checkpoint import Checkpoint, RunState
 from docket_celery.context import StepContext
 from docket_celery.errors import (
@@ -21,7 +22,6 @@ from docket_celery.errors import (
 )
 from docket_celery.graph import Graph
 from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
-from docket_celery.step import Named
 from docket_celery.store import MemoryStore
 from tests.unit.graphs import WAIT_S, pass_on, reached, start, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Shipment

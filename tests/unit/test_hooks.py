@@ -14,6 +14,7 @@ from celery import Celery
 from google.protobuf.message import Message
 
 from docket_celery import graph_task, lifecycle
+from docket_celery.annotation import ValueKey
 from docket_celery.checkpoint import Store
 from docket_celery.configuration import Settings
 from docket_celery.context import StepContext, current_context
@@ -21,7 +22,6 @@ from docket_celery.errors import InvalidSettings, StepFailed, StepTimedOut
 from docket_celery.graph import Graph
 from docket_celery.outcome import Submission
 from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
-from docket_celery.step import ValueKey
 from docket_celery.store import MemoryStore
 from tests.unit.graphs import WAIT_S, reached, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Shipment

@@ -3,15 +3,16 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Optional, Union
 
 import pytest
 
+from docket_celery.annotation import Named
 from docket_celery.context import StepContext
 from docket_celery.errors import GraphError
 from docket_celery.graph import Graph
 from docket_celery.policy import RetryPolicy, Scope, StepOptions
-from docket_celery.step import Named
 from tests.unit.protos import shop_pb2 as pb
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
 
@@ -214,19 +215,112 @@ def optional(order: Order | None) -> Charge:  # noqa: D103
     return Charge()
 
 
+def optional_by_name(order: Optional[Order]) -> Charge:  # noqa: D103, UP045
+    return Charge()
+
+
+def optional_with_default(order: Order, label: Label | None = None) -> Charge:  # noqa: D103
+    return Charge()
+
+
+def optional_context(order: Order, ctx: StepContext | None = None) -> Charge:  # noqa: D103
+    return Charge()
+
+
+def optional_result(order: Order) -> Charge | None:  # noqa: D103
+    return Charge()
+
+
+def one_of_two(order: Union[Order, Label]) -> Charge:  # noqa: D103, UP007
+    return Charge()
+
+
+def same_type_twice(order: Order, again: Order) -> Charge:  # noqa: D103
+    return Charge()
+
+
+def logged(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator without functools.wraps."""
+
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return inner
+
+
+def forgetful(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator that forgets the annotations of its own function as well."""
+
+    def inner(*args, **kwargs):  # type: ignore[no-untyped-def]
+        return function(*args, **kwargs)
+
+    return inner
+
+
+unwrapped = forgetful(charge)
+
+
+class Methods:
+    """Steps that were meant for an instance or a class."""
+
+    def charge(self, order: Order) -> Charge:
+        return Charge(charge_id=order.order_id)
+
+    @classmethod
+    def made(cls, order: Order) -> Charge:
+        return Charge(charge_id=order.order_id)
+
+
+def generating(order: Order) -> Charge:  # type: ignore[misc] # noqa: D103
+    yield Charge()
+
+
+async def generating_on_loop(order: Order) -> Charge:  # type: ignore[misc] # noqa: D103
+    yield Charge()
+
+
+def named_nothing(order: Annotated[Order, Named("")]) -> Charge:  # noqa: D103
+    return Charge()
+
+
 @pytest.mark.parametrize(
     ("target", "text"),
     [
         (no_annotation, "parameter 'order' has no annotation"),
         (no_result, "its return annotation is missing"),
-        (none_result, "its result is NoneType, not a Protocol Buffers message"),
+        (none_result, "its result is None, not a Protocol Buffers message"),
         (plain_type, "parameter 'count' is int, not a Protocol Buffers message"),
-        (variadic, "orders"),
+        (variadic, "parameter *orders is variadic"),
+        (logged(charge), "its inputs are hidden behind *args, **kwargs; if a decorator made it"),
         (undefined, "names something that is not defined"),
         (missing_attribute, "its annotations cannot be read"),
         (listed, "it takes a list, so it is an aggregate"),
         (named_twice, "has 2 Named"),
-        (optional, "not a Protocol Buffers message"),
+        (
+            optional,
+            "'order' is Order | None; a step runs when all its inputs are there: annotate it with Order",
+        ),
+        (optional_by_name, "'order' is Order | None; a step runs when"),
+        (optional_with_default, "'label' is Label | None; a step runs when"),
+        (
+            optional_context,
+            "'ctx' is StepContext | None; a step always gets one: annotate it with StepContext",
+        ),
+        (optional_result, "its result is Charge | None; a step returns a value or raises"),
+        (one_of_two, "'order' is Order | Label; a value has one type"),
+        (
+            same_type_twice,
+            "parameters 'order' and 'again' are both docket.tests.unit.Order, of which a run has one",
+        ),
+        (
+            unwrapped,
+            "its inputs are hidden behind *args, **kwargs; if a decorator made it, put @functools.wraps",
+        ),
+        (Methods.charge, "it is a method without an instance, for its self; register instance.charge"),
+        (Methods.__dict__["made"], "it is a classmethod that belongs to no class yet"),
+        (generating, "it is a generator"),
+        (generating_on_loop, "it is a generator"),
+        (named_nothing, "Named takes 1 to 200 printable characters, not ''"),
         (Charger, "is a class; register an instance"),
         (7, "neither a function nor an object with a compute method"),
     ],
@@ -279,7 +373,7 @@ def test_options_that_contradict_or_cannot_be_used_are_refused(options: dict[str
     """What would be misread at run time is a fault of the graph."""
     graph = Graph("shop")
     graph.register(charge, **options)
-    with pytest.raises(GraphError, match="DC111") as caught:
+    with pytest.raises(GraphError, match="DC121 options: step") as caught:
         graph.validate(Order)
     assert text in caught.value.faults[0]
 
@@ -336,3 +430,86 @@ def test_the_order_of_registration_does_not_matter(order: tuple[Callable[..., An
     for target in order:
         graph.register(target)
     assert graph.execute(Reservation, Order(order_id="1")) == Reservation(reservation_id="plain 1")
+
+
+def test_all_faults_of_one_step_are_reported_together() -> None:
+    """Two parameters, the result and two options: whoever mends one does not find the next one after that."""
+    graph = Graph("shop")
+
+    def broken(order, count: int):  # type: ignore[no-untyped-def]
+        return Charge()
+
+    graph.register(broken, ttl=-1, max_concurrent=0)
+    with pytest.raises(GraphError) as caught:
+        graph.validate()
+    texts = [(fault[:5], fault.partition("): ")[2].partition(";")[0]) for fault in caught.value.faults]
+    assert texts == [
+        ("DC111", "its return annotation is missing"),
+        ("DC111", "parameter 'order' has no annotation"),
+        ("DC111", "parameter 'count' is int, not a Protocol Buffers message"),
+        ("DC121", "max_concurrent= is a whole number from 1, not 0"),
+        ("DC121", "ttl must not be negative, got -1"),
+        ("DC121", "ttl= without persist= keeps nothing"),
+    ]
+
+
+CHECKED = """
+from __future__ import annotations
+import typing
+from typing import TYPE_CHECKING
+from tests.unit.protos.shop_pb2 import Charge
+if {condition}:
+    from tests.unit.protos.shop_pb2 import Label, Order
+
+def charge(order: Order) -> Charge:
+    return Charge()
+"""
+
+
+@pytest.mark.parametrize("condition", ["TYPE_CHECKING", "typing.TYPE_CHECKING"])
+def test_a_type_that_only_checkers_import_is_named_with_the_reason(tmp_path: Path, condition: str) -> None:
+    """The commonest way to have no type at run time has a text of its own."""
+    file = tmp_path / "checked.py"
+    file.write_text(CHECKED.format(condition=condition))
+    module: dict[str, Any] = {}
+    exec(compile(file.read_text(), file, "exec"), module)  # noqa: S102 -- a module of the test's own
+    graph = Graph("shop")
+    graph.register(module["charge"])
+    with pytest.raises(
+        GraphError, match=r"names Order, which is imported under TYPE_CHECKING alone.*outside of that"
+    ):
+        graph.validate()
+
+
+def test_a_context_may_be_annotated_too() -> None:
+    """``Annotated`` with somebody else's marks is read through."""
+    graph = Graph("shop")
+
+    @graph.step
+    def charge(order: Order, ctx: Annotated[StepContext, "theirs"]) -> Charge:
+        return Charge(charge_id=ctx.step)
+
+    assert graph.execute(Charge, Order()) == Charge(charge_id="charge")
+
+
+def test_a_staticmethod_is_a_step_inside_and_outside_of_its_class() -> None:
+    """Decorated in the class body it is not a function yet, with ``async def`` neither."""
+    graph = Graph("shop")
+
+    class Steps:
+        @graph.step(name="inside")
+        @staticmethod
+        def label(order: Order) -> Label:
+            return Label(text=order.order_id)
+
+        @staticmethod
+        def charge(label: Label) -> Charge:
+            return Charge(charge_id=label.text)
+
+        @graph.step(name="on loop")
+        @staticmethod
+        async def reserve(charge: Charge) -> Reservation:
+            return Reservation(reservation_id=charge.charge_id)
+
+    graph.register(Steps.charge)
+    assert graph.execute(Reservation, Order(order_id="7")) == Reservation(reservation_id="7")

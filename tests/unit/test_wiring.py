@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -144,7 +147,7 @@ def test_all_faults_stand_in_one_report() -> None:
     graph.register(lambda _order: Label(), name="untyped")
     add_step(graph, "lonely", ["nowhere"], total)
     codes = sorted(fault[:5] for fault in faults(graph, Order))
-    assert codes == ["DC111", "DC112", "DC113", "DC114", "DC115"]
+    assert codes == ["DC111", "DC111", "DC112", "DC113", "DC114", "DC115"]
 
 
 def test_a_graph_with_faults_does_not_run() -> None:
@@ -183,7 +186,7 @@ def test_a_type_is_given_once() -> None:
 
 def test_a_target_that_no_step_makes_is_refused() -> None:
     """The fault says who wants it and what was given."""
-    with pytest.raises(GraphError, match=r"DC114 no producer: the caller needs docket.tests.unit.Money"):
+    with pytest.raises(GraphError, match=r"DC122 no result: the caller asks for docket.tests.unit.Money"):
         shop().execute(Money, Order())
 
 
@@ -264,11 +267,97 @@ def test_a_plan_shows_itself_in_one_line() -> None:
     names = ", ".join(f"s{i}" for i in range(8))
     for last, shown in ((7, names), (8, f"{names}, … 1 more")):
         target = f"s{last}"
-        expected = f'<Plan shape:  -> docket.tests.unit.Money named "{target}" by {shown}>'
+        expected = f'<Plan shape: nothing -> docket.tests.unit.Money named "{target}" by {shown}>'
         assert repr(compiled(chain, target)) == expected
     two = shop().plan(Shipment, Order, Charge)
     assert repr(two).startswith("<Plan shop: docket.tests.unit.Order, docket.tests.unit.Charge -> ")
     assert repr(shop().plan(Order, Order)).endswith("-> docket.tests.unit.Order by nothing>")
+
+
+def test_a_plan_of_long_names_and_many_values_stays_short() -> None:
+    """Names of 200 characters, 50 given values and 50 steps are still one line of a log."""
+    sources = [f"{i}".zfill(200) for i in range(50)]
+    graph = build({f"{i}".zfill(199): sources for i in range(50)}, total, name="g" * 200)
+    add_step(graph, "end" * 66, [f"{i}".zfill(199) for i in range(50)], total)
+    shown = repr(graph.compiled(key("end" * 66), tuple(key(name) for name in sources)))
+    assert len(shown) < 1400
+    assert shown.count("… 42 more") == shown.count("… 43 more") + 0 == 1 or "… 43 more" in shown
+    assert "\n" not in shown
+
+
+def test_everything_that_is_missing_for_a_target_is_reported_at_once() -> None:
+    """Two missing inputs of two steps, beside a fault elsewhere: one report."""
+    graph = shop()
+    add_step(graph, "one", ["nowhere", "nothing"], total)
+    add_step(graph, "two", ["one", "never"], total)
+    graph.register(label, name="label_again")
+    with pytest.raises(GraphError) as caught:
+        graph.compiled(key("two"), ())
+    found = sorted(caught.value.faults)
+    assert [fault[:5] for fault in found] == ["DC113", "DC114", "DC114", "DC114"]
+    assert [name for name in ("nowhere", "nothing", "never") if f'named "{name}"' in "".join(found)] == [
+        "nowhere",
+        "nothing",
+        "never",
+    ]
+
+
+def test_a_step_that_cannot_be_read_does_not_make_others_look_wrong() -> None:
+    """What it returns is known all the same: nobody is told to register a step for it."""
+    graph = Graph("shop")
+
+    def charge(order) -> Charge:  # type: ignore[no-untyped-def]
+        return Charge()
+
+    graph.register(charge)
+    graph.register(reserve)
+    (fault,) = faults(graph, Order)
+    assert fault.startswith("DC111")
+
+
+def test_long_cycles_are_shown_by_their_ends() -> None:
+    """Nobody reads a path of a thousand names, and a thousand cycles of them are not built."""
+    count = 1000
+    edges = {f"s{i}": [f"s{(i + 1) % count}", *(["s0"] if i else [])] for i in range(count)}
+    found = faults(build(edges, total))
+    assert len(found) >= 1
+    assert max(map(len, found)) < 2500
+    assert any(" needs ... needs " in fault for fault in found)
+
+
+def lines_of_work(edges: dict[str, list[str]]) -> int:
+    """Count the lines of the engine that validating and planning executes."""
+    graph, count = build(edges, total), 0
+
+    def trace(frame: FrameType, event: str, _arg: object) -> Any:
+        nonlocal count
+        if "docket_celery" not in frame.f_code.co_filename:
+            return None
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        graph.validate()
+        compiled(graph, list(edges)[-1])
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("shape", ["chain", "fan", "lattice"])
+def test_work_grows_with_steps_and_edges_and_no_faster(shape: str) -> None:
+    """Four times the graph is four times the lines executed, whatever its shape."""
+
+    def edges(count: int) -> dict[str, list[str]]:
+        if shape == "chain":
+            return {f"s{i}": [f"s{i - 1}"] if i else [] for i in range(count)}
+        if shape == "fan":
+            return {f"s{i}": [] for i in range(count)} | {"end": [f"s{i}" for i in range(count)]}
+        return {f"s{i}": [f"s{j}" for j in range(max(0, i - 5), i)] for i in range(count)}
+
+    assert lines_of_work(edges(800)) / lines_of_work(edges(200)) < 4.2
 
 
 @pytest.mark.parametrize("shape", ["chain", "fan"])
