@@ -30,7 +30,7 @@ from docket_celery.policy import FixedBackoff, RetryPolicy
 from docket_celery.runtime import Alarm, Timer, process_runtime
 from docket_celery.store import MemoryStore, SQLStore
 from tests.unit.graphs import WAIT_S, within
-from tests.unit.protos.shop_pb2 import Label
+from tests.unit.protos.shop_pb2 import Label, Order
 from tests.unit.scripted import LATE_VALUE, Fault, Script
 
 GRAPH = "scripted"
@@ -161,7 +161,7 @@ class Cast:
         )
         settings = Settings(threads=threads)
         target = self.scripts[-1].key
-        outcome = within(lambda: graph.deliver(target, [], submission, settings=settings, store=store))
+        outcome = within(lambda: graph.deliver(target, [Order()], submission, settings=settings, store=store))
         self.settle(threads)
         return outcome
 
@@ -182,9 +182,10 @@ class Cast:
     def _function(self, script: Script) -> Any:
         names = [f"p{place}" for place in range(len(script.sources))]
         prefix, wait = ("async ", "await ") if script.is_async else ("", "")
-        source = (
-            f"{prefix}def step({', '.join([*names, 'ctx'])}): return {wait}body(ctx, [{', '.join(names)}])"
-        )
+        # Every other step takes what the caller hands in too: slots of steps then begin behind those of given values.
+        given = {} if script.index % 2 else {"order": Order}
+        parameters = ", ".join([*given, *names, "ctx"])
+        source = f"{prefix}def step({parameters}): return {wait}body(ctx, [{', '.join(names)}])"
         space: dict[str, Any] = {
             "body": lambda ctx, inputs: (self._play_async if script.is_async else self._play)(
                 script, ctx, inputs
@@ -193,6 +194,7 @@ class Cast:
         exec(source, space)  # noqa: S102 -- a function of a wanted number of parameters
         sources = [self.scripts[index].annotation for index in script.sources]
         space["step"].__annotations__ = {
+            **given,
             **dict(zip(names, sources, strict=True)),
             "ctx": StepContext,
             "return": script.annotation,

@@ -169,8 +169,11 @@ def test_steps_that_never_stop_hold_a_bounded_number_of_threads(caplog: pytest.L
     with caplog.at_level(logging.WARNING), pytest.raises(TooManyAbandoned, match=r"limit 4\): charge;"):
         within(lambda: execute(graph, Charge, Order(), threads=2))
     assert pool.abandoned() == ["charge"] * 4
-    assert [event.attempt for event in heard if event.kind is EventKind.STEP_ABANDONED] == [1, 2, 3, 4]
-    assert caplog.text.count("its thread goes on until the step returns") == 4
+    told = [(e.step, e.attempt, e.detail) for e in heard if e.kind is EventKind.STEP_ABANDONED]
+    texts = [StepTimedOut("charge", attempt, 0.01).describe() for attempt in (1, 2, 3, 4)]
+    assert told == [("charge", attempt, text) for attempt, text in enumerate(texts, 1)]
+    logged = [f"run 'run': [DC202] {text}; its thread goes on until the step returns" for text in texts]
+    assert [record.getMessage() for record in caplog.records if record.name.endswith("attempt")] == logged
     go.set()
     poll(lambda: pool.abandoned() == [])
     assert within(lambda: execute(graph, Label, Order(), threads=2)) == Label(text="free")
