@@ -133,7 +133,8 @@ def _find_json_fault(kind: type[Message], value: object) -> str:
         except _UNREADABLE as error:
             field = fields.get(name) if isinstance(name, str) else None
             if field is None:
-                return f"there is no such field in {type_name(kind)}; known: {', '.join(sorted(fields))}"
+                known = ", ".join(sorted(fields))
+                return f"there is no field {str(name)[:60]!r} in {type_name(kind)}; known: {known}"
             if field.GetOptions().debug_redact:
                 return f"field {name} does not fit its type; it is marked debug_redact, so its value is not shown"
             inner = field.message_type
