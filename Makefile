@@ -95,6 +95,10 @@ arch: $(READY) ## Check that modules import downward only
 proto: $(READY) ## Generate *_pb2.py and *_pb2.pyi beside each .proto
 	@$(BIN)/python tools/proto.py
 
+.PHONY: docs
+docs: $(READY) ## Write the generated parts of docs/errors.md
+	@$(BIN)/python -m tests.error_page
+
 .PHONY: proto-check
 proto-check: $(READY) ## Check that the committed generated code is what the .proto files give
 	@$(BIN)/python tools/proto.py --check

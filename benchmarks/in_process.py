@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import cast
+from typing import Annotated, cast
 
 from google.protobuf import wrappers_pb2 as w
 from google.protobuf.message import Message
 
 from benchmarks.measure import Figure, compare
-from docket_celery import Graph
+from docket_celery import Graph, Named
 from docket_celery.configuration import default_threads
 from examples.parallel.parallel_pb2 import EnrichedUser, UserActivity, UserID, UserPreferences, UserProfile
 
@@ -108,9 +110,30 @@ def _links() -> Iterator[Callable[[Message], Message]]:
         yield cast("Callable[[Message], Message]", link)
 
 
+def validate(steps: int) -> float:
+    """Return the seconds that reading and checking a graph of *steps* steps takes, each of three inputs."""
+    graph = Graph("bench-validate")
+    for number in range(steps):
+
+        def body(*values: w.Int64Value) -> w.Int64Value:
+            return values[0]
+
+        sources = [f"v{source}" for source in range(max(0, number - 3), number)]
+        body.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in sources]
+        )
+        kinds = {name: Annotated[w.Int64Value, Named(name)] for name in sources}
+        body.__annotations__ = {**kinds, "return": Annotated[w.Int64Value, Named(f"v{number}")]}
+        graph.register(body, name=f"v{number}")
+    began = time.perf_counter()
+    graph.validate()
+    return time.perf_counter() - began
+
+
 def main() -> None:
     """Print the figures."""
     print(fan_and_join())
     figure, over_us = chain()
     print(figure)
     print(f"{'':<38} {over_us:>21.1f} µs a step over direct calls")
+    print(f"{'validate 10,000 steps, 30,000 edges':<38} {validate(10_000):>23.2f} s   (budget: 1 s)")

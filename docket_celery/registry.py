@@ -180,7 +180,12 @@ class Registry:
         name = options.name if options.name is not None else default_name(target)
         if not name:
             where = locate(target)
-            raise GraphError(self.name, [f"DC110 no name: lambdas and partials need name=... ({where})"])
+            raise GraphError(
+                self.name,
+                [
+                    f"DC110 no name: lambdas and partials have none of their own; give this one name=... ({where})"
+                ],
+            )
         if not isinstance(name, str) or len(name) > 200 or not name.isprintable():
             raise GraphError(
                 self.name,
@@ -188,12 +193,8 @@ class Registry:
             )
         with self._lock:
             if self._frozen:
-                raise GraphError(
-                    self.name,
-                    [
-                        f"DC116 frozen: step {name!r} comes after the first run; register all steps before running"
-                    ],
-                )
+                late = f"step {name!r} ({locate(target)}) comes after the first run"
+                raise GraphError(self.name, [f"DC116 frozen: {late}; register all steps before running"])
             self._registrations.append(
                 Registration(
                     target=target,

@@ -117,6 +117,10 @@ class Step:
 
 
 def _kind_name(value: object) -> str:
+    if inspect.iscoroutine(value):
+        # Nobody will await it; closed, it does not complain about that as well.
+        value.close()
+        return "a coroutine (what decorates an async def step must be async def too)"
     return "None" if value is None else type(value).__name__
 
 
@@ -208,8 +212,9 @@ def _code(registration: Registration) -> Callable[..., Any]:
 def _compute_of(kind: Any, factory: Factory) -> Callable[..., Any]:
     """Return ``compute`` of a class as an instance of it will have it."""
     if not isinstance(kind, type):
+        shown = getattr(kind, "__qualname__", None) or f"a {type(kind).__name__} object"
         raise SignatureFault(
-            f"factory= builds instances of a class, and {kind!r} is none; register the class, or drop factory="
+            f"factory= builds instances of a class, and {shown} is none; register the class, or drop factory="
         )
     if not callable(factory.make):
         raise SignatureFault(f"factory= is a function without parameters, not {factory.make!r}")

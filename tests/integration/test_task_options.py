@@ -80,6 +80,18 @@ def test_autoretry_matches_the_steps_own_exception(task: Any, journals: Journals
     assert calls(journals, journal) == ["1/1", "2/1", "3/1"]
 
 
+def test_what_only_a_restored_step_needed_does_not_run_again(journals: Journals, journal: str) -> None:
+    """The second delivery goes from the target down, and meets what is kept before what that was made of."""
+    assert submit(options.narrowed, journal).get(timeout=WAIT_S) == Shipment(tracking_id="17")
+    assert calls(journals, journal) == ["prepare", "keep", "finish", "finish"]
+
+
+def test_a_task_that_asks_for_what_it_is_given_runs_nothing(journals: Journals, journal: str) -> None:
+    """The plan is empty and the job comes back."""
+    assert submit(options.unchanged, journal).get(timeout=WAIT_S) == JOB[0]
+    assert calls(journals, journal) == []
+
+
 def test_without_autoretry_a_failure_ends_the_run(journals: Journals, journal: str) -> None:
     """One call, and the step's failure."""
     with pytest.raises(StepFailed) as caught:

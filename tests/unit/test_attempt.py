@@ -175,6 +175,24 @@ def test_exceptions_that_end_programs_pass_through(
     assert within(lambda: execute(graph, Charge, Order(order_id="7"), helps=helps)) == Charge()
 
 
+def test_a_plain_decorator_around_a_coroutine_is_told_apart_from_other_wrong_results() -> None:
+    """It returns what nobody awaits: the failure says why, and no warning of Python's follows."""
+    graph = Graph("shop")
+
+    async def charge(order: Order) -> Charge:
+        return Charge()
+
+    @functools.wraps(charge)
+    def decorated(*args: Any, **kwargs: Any) -> Any:
+        return charge(*args, **kwargs)
+
+    graph.register(decorated)
+    with pytest.raises(
+        WrongResult, match=r"returned a coroutine \(what decorates an async def step must be async"
+    ):
+        within(lambda: graph.execute(Charge, Order()))
+
+
 @pytest.mark.parametrize(
     ("value", "shown"), [(None, "None"), (Label(), "Label"), (Charge, "MessageMeta"), ("charge", "str")]
 )

@@ -12,6 +12,7 @@ from docket_celery import appdefaults, errors
 from docket_celery.checkpoint import RunState
 from docket_celery.configuration import ENV_PREFIX, PREFIX, Settings
 from docket_celery.errors import DocketError
+from tests import error_page
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -51,6 +52,12 @@ def test_errors_page_has_every_fault_of_a_graph() -> None:
     used = set(re.findall(r"[\"']DC1[1-9]\d", sources()))
     listed = [row[0] for row in rows("errors.md") if len(row) == 3]
     assert listed == sorted({code[-5:] for code in used})
+
+
+def test_errors_page_shows_the_reports_and_texts_of_today() -> None:
+    """Each example is run, each error printed; ``make docs`` brings the page up to date."""
+    page = error_page.PAGE.read_text(encoding="utf-8")
+    assert page == error_page.render(page), "run: python -m tests.error_page"
 
 
 def test_every_error_is_public() -> None:

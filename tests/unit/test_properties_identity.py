@@ -8,7 +8,7 @@ from itertools import pairwise
 from random import Random
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from docket_celery.checkpoint import (
@@ -172,6 +172,7 @@ def test_maps_of_messages_in_any_order_are_one_value(known: dict[str, str]) -> N
     assert to_bytes(forward) == to_bytes(backward)
 
 
+@settings(deadline=None)
 @given(stock=STOCK)
 def test_the_order_of_a_map_changes_nothing_for_a_run(stock: dict[str, int]) -> None:
     """The same job in another order attaches to its run, hits the shared cache, and has the same key outside."""

@@ -43,6 +43,32 @@ def call_once(order: Order, ctx: StepContext) -> Shipment:
     return fail_at_first(ctx)
 
 
+narrow = Graph("narrow")
+
+
+@narrow.step
+def prepare(order: Order, ctx: StepContext) -> Label:
+    """Not kept, and needed by what is kept alone."""
+    note(ctx.values["journal"], f"{time.time()} prepare")
+    return Label(text=order.order_id)
+
+
+@narrow.step(persist=Scope.WORKFLOW)
+def keep(label: Label, ctx: StepContext) -> Money:
+    """Kept."""
+    note(ctx.values["journal"], f"{time.time()} keep")
+    return Money(cents=int(label.text))
+
+
+@narrow.step
+def finish(money: Money, ctx: StepContext) -> Shipment:
+    """Fail in the first delivery."""
+    note(ctx.values["journal"], f"{time.time()} finish")
+    if ctx.delivery == 1:
+        raise BusyError("not yet")
+    return Shipment(tracking_id=str(money.cents))
+
+
 split = Graph("split")
 meeting = threading.Barrier(2)
 
@@ -154,6 +180,8 @@ limited_by_kwargs = declare(
 backed_off = declare(
     "backed_off", flaky, Shipment, autoretry_for=(BusyError,), retry_backoff=True, retry_jitter=False
 )
+narrowed = declare("narrowed", narrow, Shipment, autoretry_for=(BusyError,), **AT_ONCE)
+unchanged = declare("unchanged", narrow, Order)
 redelivered = declare("redelivered", patient, Shipment, max_retries=1, **AT_ONCE)
 hard = declare("hard", slow, Money, time_limit=1)
 soft = declare("soft", slow, Money, soft_time_limit=1)
