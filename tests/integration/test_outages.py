@@ -137,12 +137,18 @@ def test_a_copy_that_cannot_reach_the_database_takes_no_lease_from_its_twin(
     """Celery counts its outages as retries of the task; the healthy holder is not taken for dead because of them."""
     visible = {"LEASE_APP_VISIBILITY_S": "2"}
     start_worker("prefork", 2, app=APP, env=visible)
-    result = process.apply_async((Order(order_id="twin", stock={"reserve": 4500}),), execution_id="twin")
+    order = Order(order_id="twin", stock={"reserve:gate": 1})
+    result = process.apply_async((order,), execution_id="twin")
     wait_until(lambda: bool(book.acts("twin", "reserve")), within_s=WITHIN_S, what="reserve begins")
     nowhere = {"DOCKET_CELERY_DATABASE_URL": "postgresql://docket@127.0.0.1:1/nowhere"}
     cut_off = start_worker("prefork", 1, app=APP, env=visible | nowhere)
+    wait_until(
+        lambda: "Retry in" in cut_off.read_log(),
+        within_s=WITHIN_S,
+        what="a copy comes to the worker without a database",
+    )
+    book.open_gate("twin")
     assert isinstance(result.get(timeout=WITHIN_S), Shipment)
-    assert "Retry in" in cut_off.read_log(), "no copy came to the worker without a database"
     run = book.run("twin")
     assert run is not None
     assert (run.state, run.epoch, run.lost) == ("SUCCEEDED", 1, 0)

@@ -16,7 +16,7 @@ from sqlalchemy import make_url
 from docket_celery import StepContext
 
 CREATE = """
-DROP TABLE IF EXISTS test_acts, test_ledger;
+DROP TABLE IF EXISTS test_acts, test_ledger, test_gates;
 CREATE TABLE test_acts (
     act bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     execution_id text NOT NULL,
@@ -31,6 +31,7 @@ CREATE TABLE test_ledger (
     order_id text NOT NULL,
     calls integer NOT NULL DEFAULT 1
 );
+CREATE TABLE test_gates (execution_id text PRIMARY KEY);
 """
 _BEGIN = """
 INSERT INTO test_acts (execution_id, step, delivery, pid)
@@ -110,6 +111,11 @@ class Book:
             )
             return cursor.fetchone()
 
+    def open_gate(self, execution_id: str) -> None:
+        """Let the steps of a run go on that wait at its gate."""
+        with open_database(self.url) as connection:
+            connection.execute("INSERT INTO test_gates VALUES (%s)", [execution_id])
+
     def charges(self) -> dict[str, int]:
         """Return how many charges the ledger holds for each order."""
         return dict(self.rows("SELECT order_id, count(*) FROM test_ledger GROUP BY order_id"))
@@ -141,6 +147,14 @@ def act(ctx: StepContext) -> Generator[None]:
     finally:
         with open_database() as connection:
             connection.execute("UPDATE test_acts SET ended_at = clock_timestamp() WHERE act = %s", number)
+
+
+def await_gate(ctx: StepContext) -> None:
+    """Wait until the test opens the run's gate, or the step is to stop."""
+    with open_database() as connection:
+        wanted = [ctx.execution_id]
+        while not connection.execute("SELECT 1 FROM test_gates WHERE execution_id = %s", wanted).fetchone():
+            ctx.sleep(0.05)
 
 
 def charge(ctx: StepContext, order_id: str) -> None:

@@ -48,6 +48,8 @@ def do(ctx: StepContext, order: Order) -> None:
             raise ConnectionError("the warehouse is closed")
         if order.stock.get(f"{ctx.step}:abort", 0):
             raise AbortError("sold out")
+        if order.stock.get(f"{ctx.step}:gate", 0):
+            book.await_gate(ctx)
         if order.stock.get(f"{ctx.step}:hog", 0):
             hog(spend_s)
         else:
