@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from docket_celery.testing.clocks import FakeClock
-    from docket_celery.testing.crashes import CrashMatrixFailed, CrashReport, crash_matrix
+    from docket_celery.testing.crashes import crash_matrix
+    from docket_celery.testing.matrix import CrashMatrixFailed, CrashReport
     from docket_celery.testing.modes import Bench, check_inputs, eager, inline
-    from docket_celery.testing.plugin import StartWorker
+    from docket_celery.testing.plugin import StartWorker, TaskCrashMatrix
     from docket_celery.testing.recording import Events, record_events
     from docket_celery.testing.steps import run_step, step_context
     from docket_celery.testing.workers import Servers, Worker
@@ -25,6 +26,7 @@ __all__ = [
     "FakeClock",
     "Servers",
     "StartWorker",
+    "TaskCrashMatrix",
     "Worker",
     "check_inputs",
     "crash_matrix",
@@ -37,12 +39,14 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("Bench", "check_inputs", "eager", "inline"), "modes"),
-    **dict.fromkeys(("CrashMatrixFailed", "CrashReport", "crash_matrix"), "crashes"),
+    **dict.fromkeys(("CrashMatrixFailed", "CrashReport"), "matrix"),
     **dict.fromkeys(("Events", "record_events"), "recording"),
     **dict.fromkeys(("Servers", "Worker"), "workers"),
     **dict.fromkeys(("run_step", "step_context"), "steps"),
+    "crash_matrix": "crashes",
     "FakeClock": "clocks",
     "StartWorker": "plugin",
+    "TaskCrashMatrix": "plugin",
 }
 
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
 if TYPE_CHECKING:
     from celery import Celery
+    from google.protobuf.message import Message
 
     from docket_celery.store import SQLStore
+    from docket_celery.task import GraphTask
     from docket_celery.testing.databases import Databases
+    from docket_celery.testing.matrix import CrashReport
     from docket_celery.testing.modes import Bench
     from docket_celery.testing.recording import Events
     from docket_celery.testing.workers import Servers, Worker
@@ -49,6 +52,34 @@ class StartWorker(Protocol):
             concurrency: Processes, threads or greenlets.
             env: More environment variables.
             args: More arguments of ``celery worker``.
+        """
+        ...
+
+
+class TaskCrashMatrix(Protocol):
+    """The type of the `docket_crash_matrix` fixture."""
+
+    def __call__(
+        self,
+        task: GraphTask[Any, Any],
+        /,
+        *inputs: Message,
+        effects: Sequence[Any] = (),
+        execution_id: str | None = None,
+        timeout_s: float = 60.0,
+    ) -> CrashReport:
+        """Kill the job at every boundary in a worker, have Celery deliver it again, and check as `crash_matrix` does.
+
+        Args:
+            task: The task; another process must be able to import its app.
+            *inputs: The job.
+            effects: As for `crash_matrix`.
+            execution_id: Names the run; default: a new name.
+            timeout_s: Seconds until a submission has its result.
+
+        Raises:
+            CrashMatrixFailed: A promise was broken, or a boundary was not reached again.
+            InvalidArguments: No step of the task persists.
         """
         ...
 
@@ -162,6 +193,46 @@ def docket_worker(
             return worker
 
         yield start
+
+
+@pytest.fixture
+def docket_crash_matrix(
+    request: pytest.FixtureRequest, tmp_path: Path, docket_servers: Servers, docket_store: SQLStore
+) -> Generator[TaskCrashMatrix]:
+    """The crash matrix of a GraphTask: killed at every boundary in a real worker, delivered again by Celery."""
+    from docket_celery.testing.task_crashes import task_crash_matrix
+    from docket_celery.testing.workers import Worker, find_path, pointed_at
+
+    with ExitStack() as stack:
+
+        def start(app: Celery, watched: dict[str, str]) -> Worker:
+            stack.enter_context(pointed_at(app, docket_servers))
+            argv = ["--pool=prefork", "--concurrency=1", "--loglevel=INFO"]
+            worker = Worker(find_path(app), docket_servers, directory=tmp_path, argv=argv, watched=watched)
+            stack.callback(worker.stop)
+            request.node.stash.setdefault(_LOGS, list[Path]()).append(worker.log)
+            return worker
+
+        def play(
+            task: GraphTask[Any, Any],
+            /,
+            *inputs: Message,
+            effects: Sequence[Any] = (),
+            execution_id: str | None = None,
+            timeout_s: float = 60.0,
+        ) -> CrashReport:
+            return task_crash_matrix(
+                task,
+                inputs,
+                start=start,
+                store=docket_store,
+                folder=tmp_path,
+                effects=effects,
+                execution_id=execution_id,
+                timeout_s=timeout_s,
+            )
+
+        yield play
 
 
 @pytest.fixture

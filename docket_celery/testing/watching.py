@@ -114,11 +114,15 @@ class Watch:
     def reach(self, kind: str, step: str = "", **facts: str) -> None:
         """Write down that a boundary is reached, and die there if it is the deadly one."""
         with self._lock:
+            self._look()
             self._counts[kind, step] += 1
             number = self._counts[kind, step]
             self._journal.add(Entry(process=self._process, kind=kind, step=step, number=number, **facts))
             if self._deadly == Boundary(kind=kind, step=step, number=number):
                 os.kill(os.getpid(), signal.SIGKILL)
+
+    def _look(self) -> None:
+        """Find out which process this is, where that may change."""
 
     def __call__(self, event: Event, /) -> None:
         """As a listener: the end of a run that keeps nothing."""
@@ -157,6 +161,47 @@ class Watch:
             return value
 
         return functools.wraps(call)(call_async if step.is_async else call_here)
+
+
+class Orders:
+    """What a watched worker is to do: a file that its test writes anew for each playing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def give(self, journal: Path, process: int, deadly: Boundary | None) -> None:
+        """Say which journal to write, as which process, and where to die."""
+        partial = self._path.with_suffix(".partial")
+        told = [os.fspath(journal), process, None if deadly is None else asdict(deadly)]
+        partial.write_text(json.dumps(told), encoding="utf-8")
+        partial.rename(self._path)
+
+    def read(self) -> tuple[Path, int, Boundary | None]:
+        """Return what was given last."""
+        journal, process, deadly = json.loads(self._path.read_text(encoding="utf-8"))
+        return Path(journal), process, None if deadly is None else Boundary(**deadly)
+
+
+class WorkerWatch(Watch):
+    """Follows whichever process of a worker has the job: what is to be done changes with each playing.
+
+    Args:
+        orders: Say what.
+    """
+
+    def __init__(self, orders: Orders) -> None:
+        super().__init__(Journal(Path(os.devnull)), 0)
+        self._orders = orders
+        self._present: tuple[Path, int] | None = None
+
+    def _look(self) -> None:
+        path, process, deadly = self._orders.read()
+        if self._present != (path, process):
+            self._present, self._journal = (path, process), Journal(path)
+            self._counts.clear()
+            died = any(entry.boundary == deadly for entry in self._journal.read(1))
+            # Told to be the first, but that one has died: this is the next delivery.
+            self._process, self._deadly = (2, None) if process == 1 and died else (process, deadly)
 
 
 class _WatchedStore:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+_LEASE_S = 5.0
 
 
 def main(order: dict[str, Any]) -> int:
@@ -32,8 +35,34 @@ def main(order: dict[str, Any]) -> int:
         Path(order["ready"]).touch()
 
     signals.worker_ready.connect(tell_ready, weak=False)
+    if order["watched"] is not None:
+        _watch(app, order["watched"], order["database_url"])
     app.worker_main(order["argv"])
     return 0
+
+
+def _watch(app: Any, watched: dict[str, str], database_url: str) -> None:
+    """Have each process of the pool tell what it does with one task, and die where it is told to."""
+    from celery import signals
+
+    from docket_celery.ambient import surrounded
+    from docket_celery.lifecycle import settings
+    from docket_celery.overriding import Overriding
+    from docket_celery.store import SQLStore
+    from docket_celery.testing.watching import Orders, WorkerWatch
+
+    # A dead process's claim on a shared result holds the next one up for so long.
+    settings(lease_seconds=_LEASE_S)
+    stack = ExitStack()
+
+    def surround(**_: Any) -> None:
+        task = app.tasks[watched["task"]]
+        watch = WorkerWatch(Orders(Path(watched["orders"])))
+        replaced = Overriding(watch.steps([planned.step for planned in task.plan().steps]))
+        store = watch.store(SQLStore(database_url))
+        stack.enter_context(surrounded(replaced={task.graph: replaced}, store=store))
+
+    signals.worker_process_init.connect(surround, weak=False)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ class Worker:
         directory: For its log.
         argv: Arguments of ``celery worker``.
         env: Variables that are added.
+        watched: For the crash matrix: the task's name, and the file with orders.
 
     Raises:
         RuntimeError: It ended instead of becoming ready; with the end of its output.
@@ -79,6 +80,7 @@ class Worker:
         directory: Path,
         argv: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        watched: Mapping[str, str] | None = None,
     ) -> None:
         name = f"docket-test-{os.getpid()}-{next(_numbers)}"
         self.log = directory / f"{name}.log"
@@ -91,6 +93,7 @@ class Worker:
             "argv": ["worker", "-n", f"{name}@localhost", "--without-mingle", "--without-gossip", *argv],
             "database_url": servers.database_url,
             "ready": os.fspath(self._ready),
+            "watched": watched,
         }
         self._process = self._start()
 

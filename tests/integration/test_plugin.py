@@ -20,6 +20,7 @@ from tests import readme
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
+MARK = "PLUGIN_TEST_FOLDER"
 HEAD = """
 import os
 import signal
@@ -49,7 +50,10 @@ def run_pytest(
     ini: Mapping[str, str] | None = None,
     env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run *tests* with the plugin, all warnings being errors, and nothing else of this environment."""
+    """Run *tests* with the plugin, all warnings being errors, and nothing else of this environment.
+
+    Nothing that the run started may be there after it.
+    """
     (folder / "test_user.py").write_text(HEAD + dedent(tests), encoding="utf-8")
     lines = "".join(f"{name} = {value}\n" for name, value in (ini or {}).items())
     (folder / "pytest.ini").write_text(f"[pytest]\nfilterwarnings = error\n{lines}", encoding="utf-8")
@@ -58,10 +62,11 @@ def run_pytest(
     given |= {
         "PYTHONPATH": os.pathsep.join([str(project), str(readme.ROOT)]),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        MARK: os.fspath(folder),
         **(env or {}),
     }
     plugin = ("-p", "docket_celery.testing.plugin")
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *plugin, "-p", "no:cacheprovider", *options],
         cwd=folder,
         env=given,
@@ -70,6 +75,16 @@ def run_pytest(
         timeout=280,
         check=False,
     )
+    assert [process for process in psutil.process_iter() if started_in(process) == os.fspath(folder)] == []
+    return done
+
+
+def started_in(process: psutil.Process) -> str | None:
+    """Return the folder of the run that *process* belongs to: servers' supervisors and workers inherit it."""
+    try:
+        return process.environ().get(MARK)
+    except (psutil.Error, OSError):  # ended meanwhile, or somebody else's
+        return None
 
 
 def assert_passed(done: subprocess.CompletedProcess[str], count: int) -> None:
@@ -97,12 +112,8 @@ def test_small_ones(docket_inline, docket_events):
 
 def test_each_test_has_a_store_of_its_own_and_nothing_stays(project: Path, tmp_path: Path) -> None:
     """Real Postgres, though the environment names another one; started once, stopped at the end."""
-    before = {process.pid for process in psutil.process_iter() if "postgres" in process.name()}
     env = {"DOCKET_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/production"}
     assert_passed(run_pytest(project, tmp_path, STORES, env=env), 3)
-    servers = (process for process in psutil.process_iter() if "postgres" in process.name())
-    mine = [p for p in servers if p.pid not in before and str(tmp_path) in " ".join(p.cmdline())]
-    assert mine == []
 
 
 WORKERS = """
@@ -161,8 +172,28 @@ def test_workers_are_real_and_the_environments_broker_is_left_alone(project: Pat
         "app.conf.docket_database_url is None", 'app.conf.get("docket_database_url") is None'
     )
     assert_passed(run_pytest(project, tmp_path, code, env=env), 6)
-    left = [p for p in psutil.process_iter() if "docket_celery.testing.worker_main" in " ".join(p.cmdline())]
-    assert left == []
+
+
+CRASHES = """
+from docket_celery.testing import CrashMatrixFailed
+
+def test_an_order_survives_in_a_worker(docket_crash_matrix, docket_store):
+    report = docket_crash_matrix(process_order, ORDER, effects=["charge_card"], execution_id="order-17")
+    assert len(report.boundaries) == 10
+    assert "after the run's end is written, before the ack" in report.boundaries
+    assert docket_store.find_run("checkout", "order-17") is None
+
+def test_an_effect_that_is_not_kept_is_found(docket_crash_matrix):
+    with pytest.raises(CrashMatrixFailed) as caught:
+        docket_crash_matrix(process_order, ORDER, effects=["reserve_inventory"])
+    assert "killed before the body of 'ship':\\n  - step 'reserve_inventory' has effects" in str(caught.value)
+    assert "next delivery: reserve_inventory body" in str(caught.value)
+"""
+
+
+def test_a_task_is_killed_at_every_boundary_in_a_real_worker(project: Path, tmp_path: Path) -> None:
+    """The child dies, Celery delivers the job again, and what is broken is found."""
+    assert_passed(run_pytest(project, tmp_path, CRASHES), 2)
 
 
 def test_a_failed_test_shows_its_workers_log(project: Path, tmp_path: Path) -> None:

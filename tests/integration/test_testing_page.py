@@ -12,7 +12,7 @@ import pytest
 
 from tests import readme
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
 # The plugin by its module: this checkout may be installed with an older entry point, or with none.
 OPTIONS = ("-p", "docket_celery.testing.plugin", "-p", "no:cacheprovider")
@@ -37,7 +37,7 @@ def test_every_snippet_runs(tmp_path: Path) -> None:
         env=env,
         capture_output=True,
         text=True,
-        timeout=160,
+        timeout=280,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

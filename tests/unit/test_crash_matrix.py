@@ -333,3 +333,20 @@ def test_a_store_in_memory_is_refused(ledger: Ledger, store: Any, words: str) ->
     """Other processes could not see it."""
     with pytest.raises(InvalidArguments, match=words):
         crash_matrix(make_shop(ledger), Shipment, ORDER, store=store)
+
+
+def test_items_are_refused() -> None:
+    """A step that splits a value opens a fan-out, whose checkpoints have items."""
+    graph = Graph("splitting")
+
+    @graph.step
+    def split(order: Order) -> list[Money]:
+        return [Money()]
+
+    @graph.aggregate
+    def add(moneys: list[Money]) -> Label:
+        return Label(text=str(len(moneys)))
+
+    assert graph.execute(Label, ORDER).text == "1"
+    with pytest.raises(InvalidArguments, match="only runs of single messages"):
+        crash_matrix(graph, Label, ORDER)
