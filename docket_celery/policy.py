@@ -160,7 +160,8 @@ class StepOptions:
         renamed_from: Earlier names of the step, oldest first; keeps checkpoints and idempotency keys.
         max_concurrent: Most calls of this step's code at once in the process, over all runs. Further ones wait in
             the order of asking, without a thread; backoffs and saves need no slot. A thread that was abandoned at
-            its timeout keeps its slot until the code really returns.
+            its timeout keeps its slot until the code really returns. A run that a call starts and waits for shares
+            its slot; two limited steps that each wait for a run of the other one need timeouts.
     """
 
     name: str | None = None

@@ -7,6 +7,7 @@ import contextvars
 import os
 import threading
 from collections.abc import Generator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +26,7 @@ from docket_celery.slots import Slots
 from docket_celery.store import MemoryStore
 from tests.infra.processes import wait_until
 from tests.unit.graphs import WAIT_S, add_step, execute, key, reached, start, total, value, within
-from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
+from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Shipment
 
 
 class Gauge:
@@ -354,32 +355,32 @@ def test_a_run_inside_a_step_shares_the_slot_of_that_step(threads: int) -> None:
 
 
 def test_a_context_that_outlives_its_call_shares_nothing_any_more() -> None:
-    """What a step has left running stands in the line like everybody else."""
-    graph, inside, leave = holding()
-    go, inner = threading.Event(), list[Any]()
+    """What a call has left running stands in the line like everybody else once the call has ended."""
+    graph, inside, leave, go = Graph("shop"), threading.Event(), threading.Event(), threading.Event()
+    left: list[Future[Charge]] = []
 
-    @graph.step
-    def label(order: Order) -> Label:
-        return Label()
+    @graph.step(max_concurrent=1)
+    def charge(order: Order) -> Charge:
+        if order.order_id == "starter":
+            context = contextvars.copy_context()
 
-    @graph.step(name="starter", max_concurrent=1)
-    def reserve(order: Order) -> Reservation:
-        context = contextvars.copy_context()
+            def later() -> Charge:
+                reached(go)
+                return execute(graph, Charge, Order(order_id="left"))
 
-        def later() -> Charge:
-            reached(go)
-            return execute(graph, Charge, Order(order_id="w"))
+            left.append(start(lambda: context.run(later)))
+        if order.order_id == "holder":
+            inside.set()
+            reached(leave)
+        return Charge(charge_id=order.order_id)
 
-        inner.append(start(lambda: context.run(later)))
-        return Reservation()
-
-    within(lambda: execute(graph, Reservation, Order()))
+    within(lambda: execute(graph, Charge, Order(order_id="starter")))
     holder = start(lambda: execute(graph, Charge, Order(order_id="holder")))
     reached(inside)
     go.set()
     in_line(graph, 1)
     leave.set()
-    assert inner[0].result(WAIT_S) == Charge(charge_id="w 1")
+    assert left[0].result(WAIT_S) == Charge(charge_id="left")
     holder.result(WAIT_S)
 
 
