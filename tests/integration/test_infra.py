@@ -17,6 +17,7 @@ from celery import Celery, chord
 from pytest_celery import CeleryTestSetup
 from pytest_celery.vendors.worker.tasks import add, xsum
 
+from docket_celery.store.schema import VERSION
 from tests.conftest import StartFlower, StartWorker
 from tests.infra import leaks, servers
 from tests.infra.nodes import NodeDatabase, PostgresNode
@@ -229,7 +230,7 @@ def test_a_postgres_node_keeps_its_data_over_a_restart(celery_postgres: Postgres
     celery_postgres.restart()
 
     with servers.connect(celery_postgres.config()["host_url"]) as connection:
-        assert connection.execute("SELECT version FROM docket_schema").fetchall() == [(1,)]
+        assert connection.execute("SELECT version FROM docket_schema").fetchall() == [(VERSION,)]
         assert connection.execute("SELECT current_user, current_database()").fetchone() == ("nodes", "nodes")
 
 
