@@ -225,7 +225,8 @@ def test_a_soft_limit_may_be_retried(task: Any, urls: Urls, journals: Journals, 
     with pytest.raises(SoftTimeLimitExceeded):
         submit(task, journal).get(timeout=WAIT_S)
     lines = journals.wait(journal, 4)
-    assert [line.split()[0] for line in lines] == ["started", "stopped", "started", "stopped"]
+    # The next delivery may begin, in the other child, before the step of this one has written that it was stopped.
+    assert sorted(line.split()[0] for line in lines) == ["started", "started", "stopped", "stopped"]
     if task is options.soft_retried_kept:
         assert run_row(urls, journal)[:3] == ("FAILED", 1, 0)
 
