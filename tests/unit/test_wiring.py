@@ -180,8 +180,24 @@ def test_asking_for_a_given_type_returns_it() -> None:
 
 def test_a_type_is_given_once() -> None:
     """Two orders would leave it open which one the steps get."""
-    with pytest.raises(InvalidArguments, match="Order is given twice"):
-        shop().execute(Charge, Order(), Order())
+    with pytest.raises(InvalidArguments) as caught:
+        shop().execute(Shipment, Charge(), Order(), Order())
+    assert caught.value.what == "graph 'shop'"
+    assert caught.value.problem.startswith("docket.tests.unit.Order is given twice;")
+
+
+def test_a_missing_input_is_named_with_what_was_given() -> None:
+    """A step's or the caller's wish that nothing fulfils stands in the fault of the right graph."""
+    for given, shown in (((), "nothing"), ((Money(),), "docket.tests.unit.Money")):
+        with pytest.raises(GraphError) as caught:
+            shop().execute(Charge, *given)
+        assert caught.value.graph == "shop"
+        (fault,) = caught.value.faults
+        assert fault.startswith("DC114 no producer: step 'charge' (")
+        assert (
+            f"needs docket.tests.unit.Order, which no step returns and the caller does not give (given: {shown});"
+            in fault
+        )
 
 
 def test_a_target_that_no_step_makes_is_refused() -> None:
