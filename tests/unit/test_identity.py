@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from docket_celery.checkpoint import (
+    Checkpoint,
     cache_key,
     check_execution_id,
     digest,
@@ -12,7 +15,7 @@ from docket_celery.checkpoint import (
     job_digest,
     workflow_key,
 )
-from docket_celery.errors import InvalidArguments
+from docket_celery.errors import CorruptCheckpoint, InvalidArguments
 
 # Changing one of these loses every checkpoint and renames every payment: raise the tag's number instead.
 GOLDEN = {
@@ -72,3 +75,29 @@ def test_a_bad_execution_id_is_refused(value: object, problem: str) -> None:
 def test_a_good_execution_id_is_kept(value: str) -> None:
     """1 to 255 printable characters."""
     assert check_execution_id(value) == value
+
+
+CHECKPOINT = Checkpoint(
+    key=b"k", graph="g", execution_id="e", step_name="s", step_version="v", item="7", item_index=7,
+    input_hash="h", output_type="t", output_data=b"d",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("execution_id", "checksum"),
+    [
+        ("e", "f32613292d2b797c59e58f011b30d0a0bc99ddbb5bf9ef7d51b4935c4e648c6b"),
+        (None, "c3cbb21cc492118b94f0c9ad887d42a40a0e129547470051e8422156ddc4a95d"),
+    ],
+)
+def test_checksums_stay_what_they_are(execution_id: str | None, checksum: str) -> None:
+    """A release that computed them otherwise would call every stored row damaged."""
+    assert replace(CHECKPOINT, execution_id=execution_id).checksum().hex() == checksum
+
+
+def test_a_damaged_row_is_named() -> None:
+    """An operator finds it by table and key."""
+    assert CHECKPOINT.verify(CHECKPOINT.checksum()) is CHECKPOINT
+    with pytest.raises(CorruptCheckpoint) as caught:
+        CHECKPOINT.verify(b"other")
+    assert caught.value.args == ("docket_cache", "cache_key=6b", "checksum mismatch")

@@ -27,6 +27,7 @@ from docket_celery.policy import Scope
 from docket_celery.store import MemoryStore
 from tests.unit.graphs import within
 from tests.unit.protos.shop_pb2 import Address, Charge, Order, Payment
+from tests.unit.test_identity import CHECKPOINT
 
 Inputs = list[tuple[str, bytes]]
 # Few letters, so that texts collide: with what separators, escapes, NULs and composed letters are made of.
@@ -36,10 +37,6 @@ PARTS = st.lists(BYTES, max_size=5)
 INPUTS = st.lists(st.tuples(TEXT, BYTES), max_size=3)
 NAMES = st.tuples(TEXT, TEXT, TEXT, TEXT)
 STOCK = st.dictionaries(st.text(max_size=5), st.integers(-(2**63), 2**63 - 1), max_size=8)
-CHECKPOINT = Checkpoint(
-    key=b"k", graph="g", execution_id="e", step_name="s", step_version="v", item="7", item_index=7,
-    input_hash="h", output_type="t", output_data=b"d",
-)  # fmt: skip
 
 
 @st.composite

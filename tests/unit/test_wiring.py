@@ -12,7 +12,7 @@ from docket_celery.graph import Graph
 from docket_celery.plan import Plan
 from docket_celery.policy import Scope
 from tests.unit.graphs import add_step, build, deliver, key, total
-from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
+from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Payment, Reservation, Shipment
 
 
 def charge(order: Order) -> Charge:
@@ -47,6 +47,7 @@ def faults(graph: Graph, *given: type) -> list[str]:
     """Return the faults that validating reports."""
     with pytest.raises(GraphError) as caught:
         graph.validate(*given)
+    assert caught.value.graph == graph.name
     return list(caught.value.faults)
 
 
@@ -71,6 +72,34 @@ def test_a_step_that_needs_its_own_result_is_a_cycle() -> None:
     """The shortest path there is."""
     (fault,) = faults(build({"a": ["a"]}, total))
     assert fault.startswith("DC115 cycle: 'a' needs 'a'")
+
+
+@pytest.mark.parametrize(
+    ("edges", "path"),
+    [
+        ({"b": ["a"], "a": [], "c": ["d"], "d": ["c"]}, "'c' needs 'd' needs 'c'"),
+        ({"x": ["c", "l"], "l": [], "c": ["x"]}, "'x' needs 'c' needs 'x'"),
+        ({"x": ["c", "l", "y"], "l": [], "y": ["l"], "c": ["x"]}, "'x' needs 'c' needs 'x'"),
+    ],
+    ids=["after steps that are fine", "beside a step that is fine", "beside a step that two need"],
+)
+def test_a_cycle_is_found_wherever_it_stands(edges: dict[str, list[str]], path: str) -> None:
+    """What was looked at before it does not end the search, and is no part of the path."""
+    (fault,) = faults(build(edges, total))
+    assert fault.startswith(f"DC115 cycle: {path} (")
+
+
+def test_a_part_that_a_run_does_not_need_may_lack_its_inputs() -> None:
+    """A caller hands in what its target needs, not what every step of the graph would."""
+    graph = Graph("shop")
+    graph.register(charge)
+    graph.register(label)
+
+    @graph.step
+    def pay(label: Label, money: Money) -> Payment:
+        return Payment()
+
+    assert graph.execute(Charge, Order()) == charge(Order())
 
 
 def test_a_cycle_is_broken_by_handing_one_value_in() -> None:
