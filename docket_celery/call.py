@@ -212,6 +212,7 @@ class StepCall:
         """Complete the step with a stored value."""
         value = read_value(self.planned.step, checkpoint, self._delivery)
         self.report_restored()
+        self._record.keep(value)
         self._steps.complete(self, value)
 
     def report_restored(self) -> None:
@@ -249,6 +250,7 @@ class StepCall:
 
     def _done(self, value: Value) -> None:
         elapsed = self._record.elapsed_s
+        self._record.keep(value)
         self._delivery.tell(
             EventKind.STEP_SUCCEEDED, self.planned.step.name, self._attempt_no, elapsed_s=elapsed
         )

@@ -35,6 +35,11 @@ def workflow_key(graph: str, execution_id: str, step: str, item: str = "") -> by
     return digest(b"docket.workflow.1", graph.encode(), execution_id.encode(), step.encode(), item.encode())
 
 
+def item_key(graph: str, execution_id: str, fan_out: str, item: str) -> bytes:
+    """Name what is stored of a run's items: of the fan-out of step *fan_out*, '' for the batch itself."""
+    return digest(b"docket.item.1", graph.encode(), execution_id.encode(), fan_out.encode(), item.encode())
+
+
 def global_key(graph: str, step: str, version: str, inputs: Iterable[tuple[str, bytes]]) -> bytes:
     """Name the checkpoint of *step* for these inputs, each a type name with its deterministic bytes."""
     parts = [part for name, data in inputs for part in (name.encode(), data)]
@@ -215,15 +220,31 @@ class RunRequest:
     released: bool = False
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Chunk:
+    """Items of one stage that one task handles.
+
+    Attributes:
+        stage: Counted from 1.
+        lo: Index of the first item.
+        hi: Index after the last item.
+    """
+
+    stage: int
+    lo: int
+    hi: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """The time-limited right to advance a run.
+    """The time-limited right to advance a run, or one chunk of it.
 
     Attributes:
         target: `RunRequest.target`; the checksum of the run's result covers it.
         epoch: The fencing token; grows with each owner. Also the number of the delivery, from 1.
         lost: Takeovers of leases that were never released: crashes.
         failures: Ordinary Celery retries so far.
+        chunk: What of the run it is for; None: the run itself.
     """
 
     graph: str
@@ -234,6 +255,13 @@ class Lease:
     lease_s: float
     lost: int = 0
     failures: int = 0
+    chunk: Chunk | None = None
+
+    @property
+    def name(self) -> tuple[str | int, ...]:
+        """What is leased: (graph, execution_id), of a chunk with its stage and first index."""
+        run = (self.graph, self.execution_id)
+        return run if self.chunk is None else (*run, self.chunk.stage, self.chunk.lo)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -431,11 +459,11 @@ class Store(Protocol):
 
     def extend(
         self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
-    ) -> set[tuple[str, str]]:
+    ) -> set[tuple[str | int, ...]]:
         """Extend leases by their own ``lease_s`` from now, and claims (key, owner, seconds), in one go.
 
         Returns:
-            (graph, execution_id) of each run still held under the given owner and epoch.
+            `Lease.name` of each run or chunk still held under the given owner and epoch.
         """
         ...
 

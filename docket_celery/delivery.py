@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from docket_celery.checkpoint import StepExecution, Store
+from docket_celery.checkpoint import Checkpoint, StepExecution, Store
 from docket_celery.context import Cancellation
 from docket_celery.events import Event, EventKind, Listener, emit
 from docket_celery.heartbeat import Heartbeat, HeldLease, process_heartbeat
@@ -33,6 +33,8 @@ class Delivery:
         beats: Keeps the lease and claims alive; None: the heartbeat of the process.
         refreshes: Compute GLOBAL outputs anew and replace those that are stored.
         rows: Step executions that no save has carried yet.
+        keeps: Steps whose outputs others need, whatever their ``persist`` says.
+        kept: Their outputs, not yet saved.
     """
 
     graph: str
@@ -57,6 +59,8 @@ class Delivery:
     beats: Heartbeat | None = None
     refreshes: bool = False
     rows: list[StepExecution] = field(default_factory=list[StepExecution])
+    keeps: frozenset[str] = frozenset()
+    kept: list[Checkpoint] = field(default_factory=list[Checkpoint])
 
     def step_loop(self) -> StepLoop:
         """Return where ``async def`` steps run."""

@@ -13,7 +13,7 @@ from docket_celery.batch_result import ONE_FAILS, BatchPolicy, BatchResult
 from docket_celery.checkpoint import Checkpoint
 from docket_celery.delivery import Delivery
 from docket_celery.engine import Execution, Outcome, join_failures
-from docket_celery.errors import BatchFailed, StepFailed
+from docket_celery.errors import BatchFailed, DocketError, StepFailed
 from docket_celery.messages import Value
 from docket_celery.plan import Part, Plan, PlannedStep
 
@@ -292,34 +292,13 @@ class StagedExecution:
         """Return the execution of one item, or of the steps that run once."""
         inputs: list[Value | None]
         if part.fan_out is None:
-            path, delivery = self._delivery.item, self._delivery
+            delivery = self._delivery
             inputs = [self._gather(key) for key in part.plan.given]
         else:
-            path = self._path(index)
-            delivery = replace(self._delivery, item=path)
+            delivery = replace(self._delivery, item=self._path(index))
             values = self._values
             inputs = [values[k][index] if k in part.each else values.get(k) for k in part.plan.given]
-        if part.plan.parts:
-            return StagedExecution(
-                part.plan,
-                inputs,
-                delivery,
-                on_end,
-                stored=self._stored,
-                policy=ONE_FAILS,
-                limit=self._limit,
-                outputs=outputs,
-            )
-        slots = dict(zip(part.outputs, part.plan.output_slots, strict=True))
-        return Execution(
-            part.plan,
-            inputs,
-            delivery,
-            on_end,
-            checkpoints=_by_index(part.plan, self._stored, path),
-            max_concurrency=1 if self._delivery.runtime.inline else None,
-            outputs=[slots[key] for key in outputs],
-        )
+        return make_item(part, outputs, inputs, delivery, on_end, stored=self._stored, limit=self._limit)
 
     def _part_ended(self, part: Part, outputs: Sequence[ValueKey], items: Items) -> None:
         """Take what a part made, and go on."""
@@ -343,14 +322,8 @@ class StagedExecution:
 
     def _failure(self, part: Part, items: Items) -> BaseException | None:
         """Return what fails the run, if too many items failed."""
-        allowed = 0 if part.fan_out is None else self._policy.allowed(len(items.results))
-        if len(items.failures) <= allowed:
-            return None
-        ordered = [items.failures[index] for index in sorted(items.failures)]
-        if part.fan_out is None or self._policy.on_error == "fail":
-            return join_failures(ordered)
-        lines = [str(failure) for failure in ordered[:_MOST_LINES]]
-        return BatchFailed(len(ordered), len(items.results), allowed, lines)
+        policy = ONE_FAILS if part.fan_out is None else self._policy
+        return too_many(policy, items.failures, len(items.results))
 
     # --- values ------------------------------------------------------------------------------------------------
 
@@ -402,6 +375,54 @@ class StagedExecution:
                 return
             self.closed = True
         self._on_end(outcome)
+
+
+def make_item(
+    part: Part,
+    outputs: Sequence[ValueKey],
+    inputs: Sequence[Value | None],
+    delivery: Delivery,
+    on_end: Callable[[Outcome], None],
+    *,
+    stored: Stored,
+    limit: int,
+) -> Runs:
+    """Return the execution of one item of *part*, or of its steps that run once.
+
+    Args:
+        part: What to do.
+        outputs: Which of its values are wanted.
+        inputs: The given values, in the order of ``part.plan.given``.
+        delivery: What the steps share; it names the item.
+        on_end: Called once with the outcome.
+        stored: The run's checkpoints.
+        limit: Most items at once, of a fan-out within the item.
+    """
+    if part.plan.parts:
+        return StagedExecution(
+            part.plan, inputs, delivery, on_end, stored=stored, policy=ONE_FAILS, limit=limit, outputs=outputs
+        )
+    slots = dict(zip(part.outputs, part.plan.output_slots, strict=True))
+    return Execution(
+        part.plan,
+        inputs,
+        delivery,
+        on_end,
+        checkpoints=_by_index(part.plan, stored, delivery.item),
+        max_concurrency=1 if delivery.runtime.inline else None,
+        outputs=[slots[key] for key in outputs],
+    )
+
+
+def too_many(policy: BatchPolicy, failures: Mapping[int, StepFailed], total: int) -> DocketError | None:
+    """Return what fails the run, if more of *total* items failed than *policy* allows."""
+    allowed = policy.allowed(total)
+    if len(failures) <= allowed:
+        return None
+    ordered = [failures[index] for index in sorted(failures)]
+    if policy.on_error == "fail":
+        return join_failures(ordered)
+    return BatchFailed(len(ordered), total, allowed, [str(failure) for failure in ordered[:_MOST_LINES]])
 
 
 def _by_index(plan: Plan, stored: Stored, path: str) -> dict[int, Checkpoint]:

@@ -117,14 +117,12 @@ class Heartbeat:
             # Without this thread every run of the process would lose its lease, not only these.
             _logger.exception("the heartbeat of %d runs failed", len(held))
             return
-        newest: dict[tuple[str, str], int] = {}
+        newest: dict[tuple[str | int, ...], int] = {}
         for one in held:
-            run = (one.lease.graph, one.lease.execution_id)
-            newest[run] = max(one.lease.epoch, newest.get(run, 0))
+            newest[one.lease.name] = max(one.lease.epoch, newest.get(one.lease.name, 0))
         for one in held:
-            run = (one.lease.graph, one.lease.execution_id)
             # The store names runs: where this process took a run over from itself, the older epoch is gone.
-            if run in kept and one.lease.epoch == newest[run]:
+            if one.lease.name in kept and one.lease.epoch == newest[one.lease.name]:
                 one.renew(asked_at)
             else:
                 one.lost = True

@@ -92,12 +92,23 @@ class StepRecord:
 
     def checkpoint(self, value: Value) -> Checkpoint:
         """Return the checkpoint to save for *value*."""
+        shared = self._step.persist is Scope.GLOBAL
+        return self._checkpoint(value, self._looked_up or self._key(), shared=shared)
+
+    def keep(self, value: Value) -> None:
+        """Note *value* for the delivery's next save, if others need it and it is not saved in this run by itself."""
+        step, delivery = self._step, self._delivery
+        if step.name in delivery.keeps and step.persist is not Scope.WORKFLOW:
+            key = workflow_key(delivery.graph, delivery.execution_id, step.identity, delivery.item)
+            delivery.kept.append(self._checkpoint(value, key, shared=False))
+
+    def _checkpoint(self, value: Value, key: bytes, *, shared: bool) -> Checkpoint:
         step, delivery = self._step, self._delivery
         assert delivery.store is not None
         return Checkpoint(
-            key=self._looked_up or self._key(),
+            key=key,
             graph=delivery.graph,
-            execution_id=None if step.persist is Scope.GLOBAL else delivery.execution_id,
+            execution_id=None if shared else delivery.execution_id,
             step_name=step.name,
             step_version=step.options.version,
             input_hash=hash_inputs(self._values, delivery.store),

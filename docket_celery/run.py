@@ -68,7 +68,7 @@ class Run:
         loop: StepLoop | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self.submission, self.store = submission, store if plan.persists else None
+        self.submission, self.store = submission, store
         self._plan, self._inputs, self._settings, self._loop = plan, inputs, settings, loop
         self.inline = InlineRuntime(clock or system_clock) if settings.threads == 0 else None
         self._runtime: Runtime = self.inline or process_runtime(settings.threads)
@@ -167,15 +167,7 @@ class Run:
             self._conclude(RunOutcome(error=self._cancellation.error))
             return None
         asked_at = self._cancellation.now()
-        request = run_request(
-            self._plan,
-            self._inputs,
-            self.submission,
-            self._settings,
-            self.store,
-            owner=self._owner,
-            attached=self._attached,
-        )
+        request = self._request(self.store)
         found = self.store.acquire(request)
         if isinstance(found, RunRow):
             self._meet(found, request)
@@ -183,6 +175,17 @@ class Run:
         self._held = HeldLease(found, asked_at, self._settings.trust_margin_s, self._cancellation.now)
         self._delivery.heartbeat().watch(self._held)
         return found
+
+    def _request(self, store: Store) -> RunRequest:
+        return run_request(
+            self._plan,
+            self._inputs,
+            self.submission,
+            self._settings,
+            store,
+            owner=self._owner,
+            attached=self._attached,
+        )
 
     def _advance(self, lease: Lease) -> None:
         assert self.store is not None
@@ -236,9 +239,7 @@ class Run:
         assert self.store is not None
         try:
             if not isinstance(result.error, LeaseLost):
-                self.store.end(
-                    held.lease, run_end(result, self.submission, self._delivery.rows, self._settings)
-                )
+                self._write(result, held.lease)
         except StoreUnavailable as error:
             if tries < _END_TRIES and held.trusted():
                 again = functools.partial(self._write_end, result, held, tries + 1)
@@ -256,6 +257,10 @@ class Run:
             result = RunOutcome(error=error)
         self._delivery.heartbeat().unwatch(held)
         self._conclude(result)
+
+    def _write(self, result: RunOutcome, lease: Lease) -> None:
+        assert self.store is not None
+        self.store.end(lease, run_end(result, self.submission, self._delivery.rows, self._settings))
 
     def _conclude(self, outcome: RunOutcome) -> None:
         """Report how it ended; the run's row tells the same by now."""

@@ -216,9 +216,9 @@ class MemoryStore:
 
     def extend(
         self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
-    ) -> set[tuple[str, str]]:
+    ) -> set[tuple[str | int, ...]]:
         """See `Store.extend`."""
-        held: set[tuple[str, str]] = set()
+        held: set[tuple[str | int, ...]] = set()
         with self._lock:
             now = self._clock()
             for lease in leases:

@@ -97,7 +97,7 @@ def save(
     ours = clean_checkpoint(checkpoint)
     fence = fence_values(lease)
     values = checkpoint_values(ours) | fence | _execution_values(execution)
-    statement = sql.SAVE if execution is None else sql.SAVE_EXECUTION
+    statement = sql.SAVE[lease.chunk is not None, execution is not None]
     for _ in range(_TRIES):
         fenced, saved = connection.execute(statement, values).one()
         if not fenced:
@@ -155,31 +155,38 @@ def disclaim(connection: Connection, key: bytes, owner: str) -> None:
 
 def extend(
     connection: Connection, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]]
-) -> set[tuple[str, str]]:
+) -> set[tuple[str | int, ...]]:
     """See `Store.extend`."""
     if not leases and not claims:
         return set()
-    values: dict[str, Any] = {
-        "graphs": [clean_text(lease.graph) for lease in leases],
-        "execution_ids": [clean_text(lease.execution_id) for lease in leases],
-        "owners": [clean_text(lease.owner) for lease in leases],
-        "epochs": [lease.epoch for lease in leases],
-        "leases_s": [float(lease.lease_s) for lease in leases],
-    }
+    chunks = [(lease, lease.chunk) for lease in leases if lease.chunk is not None]
+    values = _lease_arrays("", [lease for lease in leases if lease.chunk is None])
+    if chunks:
+        values |= _lease_arrays("c_", [lease for lease, _ in chunks])
+        values["c_stages"] = [chunk.stage for _, chunk in chunks]
+        values["c_los"] = [chunk.lo for _, chunk in chunks]
     if claims:
         values["keys"] = [key for key, _, _ in claims]
         values["claimants"] = [clean_text(owner) for _, owner, _ in claims]
         values["claims_s"] = [float(lease_s) for _, _, lease_s in claims]
-    rows = connection.execute(sql.EXTEND_CLAIMS if claims else sql.EXTEND, values)
-    return {(row.graph, row.execution_id) for row in rows}
+    rows = connection.execute(sql.EXTEND[bool(claims), bool(chunks)], values)
+    return {tuple(part for part in row if part is not None) for row in rows}
+
+
+def _lease_arrays(prefix: str, leases: Sequence[Lease]) -> dict[str, Any]:
+    return {
+        f"{prefix}graphs": [clean_text(lease.graph) for lease in leases],
+        f"{prefix}execution_ids": [clean_text(lease.execution_id) for lease in leases],
+        f"{prefix}owners": [clean_text(lease.owner) for lease in leases],
+        f"{prefix}epochs": [lease.epoch for lease in leases],
+        f"{prefix}leases_s": [float(lease.lease_s) for lease in leases],
+    }
 
 
 def end(connection: Connection, lease: Lease, ending: RunEnd) -> None:
     """See `Store.end`."""
     values = end_values(lease, ending) | {"wake_in_s": ending.wake_in_s, "retention_s": ending.retention_s}
-    if ending.executions:
-        listed = [execution_values(execution) for execution in ending.executions]
-        values |= {f"x_{name}": [row[name] for row in listed] for name in EXECUTION_COLUMNS}
+    values |= execution_arrays(ending.executions)
     statement = sql.END[ending.state.ended, bool(ending.executions)]
     if connection.execute(statement, values).scalar_one():
         return
@@ -201,6 +208,14 @@ def find_job(connection: Connection, graph: str, execution_id: str) -> bytes | N
     values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
     job = connection.execute(sql.FIND_JOB, values).scalar_one_or_none()
     return None if job is None else bytes(job)
+
+
+def execution_arrays(executions: Sequence[StepExecution]) -> dict[str, Any]:
+    """Return the columns of *executions* as arrays; nothing where there are none."""
+    if not executions:
+        return {}
+    listed = [execution_values(execution) for execution in executions]
+    return {f"x_{name}": [row[name] for row in listed] for name in EXECUTION_COLUMNS}
 
 
 def _execution_values(execution: StepExecution | None) -> dict[str, Any]:

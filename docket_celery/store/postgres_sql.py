@@ -120,12 +120,22 @@ _EXECUTION_ARRAYS = ", ".join(f"CAST(:x_{name} AS {_EXECUTION_TYPES[name]}[])" f
 _ADD_EXECUTION = f"INSERT INTO docket_executions ({_EXECUTION_NAMES})"
 
 
-def _save(execution: str) -> TextClause:
-    return text(f"""
-WITH f AS (
+_HOLDS_RUN = """
     SELECT 1 FROM docket_runs
     WHERE graph = :graph AND execution_id = :execution_id AND epoch = :epoch AND owner = :owner
-        AND state = 'RUNNING' FOR SHARE),
+        AND state = 'RUNNING' FOR SHARE"""
+IS_CHUNK = """
+    c.graph = :graph AND c.execution_id = :execution_id AND c.stage = :stage AND c.lo = :lo
+    AND c.epoch = :epoch AND c.owner = :owner AND c.state = 'RUNNING' AND EXISTS (
+        SELECT 1 FROM docket_runs AS r WHERE r.graph = c.graph AND r.execution_id = c.execution_id
+            AND r.stage = c.stage AND r.state IN ('RUNNING', 'WAITING'))"""
+FENCES = {False: _HOLDS_RUN, True: f"SELECT 1 FROM docket_chunks AS c WHERE {IS_CHUNK} FOR SHARE"}
+"""What finds the row of a lease that still holds: of a run, or of a chunk."""
+
+
+def _save(fence: str, execution: str) -> TextClause:
+    return text(f"""
+WITH f AS ({fence}),
 s AS (
     INSERT INTO docket_cache ({_COLUMNS}, output_json, created_at) SELECT {_STORED} FROM f
     ON CONFLICT (cache_key) DO NOTHING RETURNING 1){execution}
@@ -133,9 +143,15 @@ SELECT (SELECT count(*) FROM f) AS fenced, (SELECT count(*) FROM s) AS saved
 """)
 
 
-SAVE = _save("")
 # From s, not from f: a repeated save finds its own row and must not count the step twice.
-SAVE_EXECUTION = _save(f", e AS ({_ADD_EXECUTION} SELECT {_EXECUTION} FROM s)")
+SAVE = {
+    (chunk, execution): _save(
+        fence, f", e AS ({_ADD_EXECUTION} SELECT {_EXECUTION} FROM s)" if execution else ""
+    )
+    for chunk, fence in FENCES.items()
+    for execution in (False, True)
+}
+"""By whether a chunk saves, and whether a step's row comes with it."""
 
 # A published claim is spent, not deleted: a statement that looked before the result was there must not find
 # the claim gone and compute again. A dead claim is taken only if the statement's snapshot shows the same one.
@@ -203,7 +219,7 @@ DISCLAIM = text(
 )
 
 
-def _extend(claims: str) -> TextClause:
+def _extend(more: str) -> TextClause:
     return text(f"""
 WITH l AS (
     UPDATE docket_runs AS r SET lease_until = clock_timestamp() + u.lease_s * {_SECOND}
@@ -212,19 +228,38 @@ WITH l AS (
         AS u (graph, execution_id, owner, epoch, lease_s)
     WHERE r.graph = u.graph AND r.execution_id = u.execution_id AND r.owner = u.owner AND r.epoch = u.epoch
         AND r.state = 'RUNNING'
-    RETURNING r.graph, r.execution_id){claims}
-SELECT graph, execution_id FROM l
+    RETURNING r.graph, r.execution_id){more}
 """)
 
 
-EXTEND = _extend("")
+_HELD = "\nSELECT graph, execution_id, NULL AS stage, NULL AS lo FROM l"
 # A spent claim stays spent: only one that is alive is extended.
-EXTEND_CLAIMS = _extend(f""",
-c AS (
+_EXTEND_CLAIMS = f""",
+k AS (
     UPDATE docket_claims AS c SET lease_until = clock_timestamp() + u.lease_s * {_SECOND}
     FROM unnest(CAST(:keys AS bytea[]), CAST(:claimants AS text[]), CAST(:claims_s AS double precision[]))
         AS u (cache_key, owner, lease_s)
-    WHERE c.cache_key = u.cache_key AND c.owner = u.owner AND c.lease_until > clock_timestamp())""")
+    WHERE c.cache_key = u.cache_key AND c.owner = u.owner AND c.lease_until > clock_timestamp())"""
+_EXTEND_CHUNKS = f""",
+h AS (
+    UPDATE docket_chunks AS c SET lease_until = clock_timestamp() + u.lease_s * {_SECOND}
+    FROM unnest(CAST(:c_graphs AS text[]), CAST(:c_execution_ids AS text[]), CAST(:c_owners AS text[]),
+        CAST(:c_epochs AS bigint[]), CAST(:c_leases_s AS double precision[]), CAST(:c_stages AS integer[]),
+        CAST(:c_los AS bigint[])) AS u (graph, execution_id, owner, epoch, lease_s, stage, lo)
+    WHERE c.graph = u.graph AND c.execution_id = u.execution_id AND c.owner = u.owner AND c.epoch = u.epoch
+        AND c.stage = u.stage AND c.lo = u.lo AND c.state = 'RUNNING'
+    RETURNING c.graph, c.execution_id, c.stage, c.lo)"""
+EXTEND = {
+    (claims, chunks): _extend(
+        (_EXTEND_CLAIMS if claims else "")
+        + (_EXTEND_CHUNKS if chunks else "")
+        + _HELD
+        + (" UNION ALL SELECT graph, execution_id, stage, lo FROM h" if chunks else "")
+    )
+    for claims in (False, True)
+    for chunks in (False, True)
+}
+"""By whether claims are extended, and whether chunks are."""
 
 
 def _end(more: str) -> TextClause:
@@ -250,11 +285,16 @@ SELECT count(*) AS fenced FROM f
 _DATE_CHECKPOINTS = f""",
 t AS (
     UPDATE docket_cache SET expires_at = clock_timestamp() + ttl * {_SECOND} FROM f
-    WHERE graph = :graph AND execution_id = :execution_id AND ttl IS NOT NULL)"""
-_ADD_EXECUTIONS = f""",
+    WHERE graph = :graph AND execution_id = :execution_id AND ttl IS NOT NULL),
+c AS (
+    UPDATE docket_chunks SET state = 'QUEUED', failed = 0, lost = 0, errors = NULL FROM f
+    WHERE CAST(:state AS text) = 'FAILED' AND graph = :graph AND execution_id = :execution_id
+        AND (state <> 'SUCCEEDED' OR failed > 0))"""
+ADD_EXECUTIONS = f""",
 e AS ({_ADD_EXECUTION} SELECT u.* FROM unnest({_EXECUTION_ARRAYS}) AS u, f)"""
+"""Writes rows after a fence called f."""
 END = {
-    (ended, executions): _end((_DATE_CHECKPOINTS if ended else "") + (_ADD_EXECUTIONS if executions else ""))
+    (ended, executions): _end((_DATE_CHECKPOINTS if ended else "") + (ADD_EXECUTIONS if executions else ""))
     for ended in (False, True)
     for executions in (False, True)
 }

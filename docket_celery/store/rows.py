@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Protocol
 
 from docket_celery.checkpoint import (
     Checkpoint,
+    Chunk,
     Lease,
     RunEnd,
     RunRequest,
@@ -18,9 +19,10 @@ from docket_celery.checkpoint import (
     StepExecution,
     digest,
 )
+from docket_celery.chunks import ChunkRefusal, ChunkRequest, ChunkRow, ChunkStop
 from docket_celery.errors import CorruptCheckpoint
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """The version of the tables and rules that this release reads and writes."""
 
 CHECKPOINT_COLUMNS = (
@@ -154,13 +156,16 @@ def request_values(request: RunRequest) -> dict[str, Any]:
 
 
 def fence_values(lease: Lease) -> dict[str, Any]:
-    """Return what a statement compares to tell whether *lease* still holds its run."""
-    return {
+    """Return what a statement compares to tell whether *lease* still holds its run, or its chunk."""
+    values: dict[str, Any] = {
         "graph": clean_text(lease.graph),
         "execution_id": clean_text(lease.execution_id),
         "epoch": lease.epoch,
         "owner": clean_text(lease.owner),
     }
+    if lease.chunk is not None:
+        values |= {"stage": lease.chunk.stage, "lo": lease.chunk.lo}
+    return values
 
 
 def lease_from(request: RunRequest, *, epoch: int, lost: int, failures: int) -> Lease:
@@ -295,7 +300,7 @@ def may_take(
 
 
 def is_crash(
-    request: RunRequest, *, state: str, owner: str | None, task_id: str | None, retries: int
+    request: RunRequest | ChunkRequest, *, state: str, owner: str | None, task_id: str | None, retries: int
 ) -> bool:
     """Tell whether taking the run that stands so means that its holder died. Postgres decides the same in SQL."""
     # A delivery that comes again after it took the lease itself died with it, whatever came before it.
@@ -307,3 +312,67 @@ def known_retries(request: RunRequest, *, task_id: str | None, retries: int) -> 
     """Return the retries to record: an older copy of a task must not make its next retry look new."""
     same = request.task_id is not None and task_id == request.task_id
     return max(retries, request.retries) if same else request.retries
+
+
+def read_in_order(rows: Iterable[Row], graph: str, execution_id: str) -> list[Checkpoint]:
+    """Return the checkpoints of a run in *rows*, verified, its items in their order.
+
+    Raises:
+        CorruptCheckpoint: One does not match its checksum, or is of another run.
+    """
+    found = [check_owner(read_checkpoint(row), graph, execution_id) for row in rows]
+    return sorted(found, key=lambda one: -1 if one.item_index is None else one.item_index)
+
+
+def read_chunk(row: Row) -> ChunkRow:
+    """Return the chunk in *row*.
+
+    Raises:
+        CorruptCheckpoint: A column holds what is never written.
+    """
+    try:
+        return ChunkRow(
+            chunk=Chunk(row["stage"], row["lo"], row["hi"]),
+            state=RunState(row["state"]),
+            failed=row["failed"],
+            errors=json.loads(row["errors"] or "{}"),
+        )
+    except ValueError as problem:
+        name = f"stage={row['stage']}, lo={row['lo']}"
+        raise CorruptCheckpoint("docket_chunks", name, str(problem)) from problem
+
+
+def chunk_values(request: ChunkRequest) -> dict[str, Any]:
+    """Return what of *request* a statement needs, every text cleaned."""
+    values = {f.name: getattr(request, f.name) for f in fields(request)}
+    return {name: clean_text(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
+def chunk_lease(request: ChunkRequest, row: Row) -> Lease:
+    """Return the lease that *request* got; *row* has the chunk as it is now, and the run's target."""
+    return Lease(
+        graph=request.graph,
+        execution_id=request.execution_id,
+        target=row["target"],
+        owner=request.owner,
+        epoch=row["epoch"],
+        lease_s=request.lease_s,
+        lost=row["lost"],
+        chunk=Chunk(request.stage, request.lo, row["hi"]),
+    )
+
+
+def refusal(
+    state: str | None, *, is_open: bool | None, failing: bool | None, lease_left_s: object
+) -> ChunkRefusal:
+    """Return why a chunk that stands so was not taken."""
+    if state is None or not is_open:
+        return ChunkRefusal(reason=ChunkStop.STALE)
+    if state == RunState.QUARANTINED:
+        return ChunkRefusal(reason=ChunkStop.QUARANTINED)
+    if state in {RunState.SUCCEEDED, RunState.FAILED}:
+        return ChunkRefusal(reason=ChunkStop.DONE)
+    if failing:
+        return ChunkRefusal(reason=ChunkStop.FAILING)
+    left_s = 0.0 if lease_left_s is None else max(0.0, float(str(lease_left_s)))
+    return ChunkRefusal(reason=ChunkStop.BUSY, lease_left_s=left_s)

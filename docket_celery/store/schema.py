@@ -79,11 +79,13 @@ docket_cache = Table(
     _is_32_bytes("cache_key"),
     _is_32_bytes("checksum"),
 )
-# execution_id leads: people look for it alone, the store with graph beside it.
+# execution_id leads: people look for it alone, the store with graph beside it, a chunk with its items too.
 Index(
     "ix_docket_cache_run",
     docket_cache.c.execution_id,
     docket_cache.c.graph,
+    docket_cache.c.step_name,
+    docket_cache.c.item_index,
     postgresql_where=docket_cache.c.execution_id.is_not(None),
     sqlite_where=docket_cache.c.execution_id.is_not(None),
 )
@@ -145,6 +147,8 @@ docket_runs = Table(
     Column("ended_at", _TIME),
     Column("updated_at", _TIME, nullable=False),
     Column("expires_at", _TIME, comment="when purging may delete the run"),
+    Column("items_failed", _BIG, comment="of the open stage"),
+    Column("items_allowed", _BIG, comment="how many may fail; -1: nothing of it starts any more"),
     PrimaryKeyConstraint("graph", "execution_id"),
     CheckConstraint(f"state IN ({_STATES})", name="state"),
     CheckConstraint("length(execution_id) BETWEEN 1 AND 255", name="execution_id"),
@@ -189,6 +193,11 @@ docket_chunks = Table(
     Column("owner", Text),
     Column("epoch", _BIG, nullable=False),
     Column("lease_until", _TIME),
+    Column("task_id", Text),
+    Column("retries", Integer, nullable=False),
+    Column("lost", Integer, nullable=False, comment="takeovers of leases that were never released"),
+    Column("failed", _BIG, nullable=False, comment="items that failed"),
+    Column("errors", _JSON, comment="of failed items by index, and what stopped it as fatal"),
     PrimaryKeyConstraint("graph", "execution_id", "stage", "lo"),
     CheckConstraint(f"state IN ({_STATES})", name="state"),
     CheckConstraint("lo >= 0 AND hi >= lo", name="bounds"),
@@ -216,8 +225,49 @@ def _to_2(connection: Connection) -> None:
         )
 
 
+_CHUNKS_3 = """
+CREATE TABLE docket_chunks (
+    graph TEXT NOT NULL, execution_id TEXT NOT NULL, stage INTEGER NOT NULL, lo {big} NOT NULL, hi {big} NOT NULL,
+    state TEXT NOT NULL, owner TEXT, epoch {big} NOT NULL, lease_until {time}, task_id TEXT, retries INTEGER NOT NULL,
+    lost INTEGER NOT NULL, failed {big} NOT NULL, errors {json},
+    CONSTRAINT pk_docket_chunks PRIMARY KEY (graph, execution_id, stage, lo),
+    CONSTRAINT ck_docket_chunks_state CHECK (state IN ({states})),
+    CONSTRAINT ck_docket_chunks_bounds CHECK (lo >= 0 AND hi >= lo))"""
+_STATES_3 = "'QUEUED', 'RUNNING', 'WAITING', 'SUCCEEDED', 'FAILED', 'CANCELLED', 'QUARANTINED'"
+_COMMENTS_3 = {
+    "docket_chunks.lo": "first index",
+    "docket_chunks.hi": "last index + 1",
+    "docket_chunks.lost": "takeovers of leases that were never released",
+    "docket_chunks.failed": "items that failed",
+    "docket_chunks.errors": "of failed items by index, and what stopped it as fatal",
+    "docket_runs.items_failed": "of the open stage",
+    "docket_runs.items_allowed": "how many may fail; -1: nothing of it starts any more",
+}
+
+
+def _to_3(connection: Connection) -> None:
+    """Batches over several workers: chunks, which no release has written before, and items found by their index."""
+    lite = connection.dialect.name != "postgresql"
+    big, time, json = ("INTEGER", "DATETIME", "JSON") if lite else ("bigint", "timestamptz", "jsonb")
+    run = connection.exec_driver_sql
+    for column in ("items_failed", "items_allowed"):
+        run(f"ALTER TABLE docket_runs ADD COLUMN {column} {big}")
+    run("DROP TABLE docket_chunks")
+    run(_CHUNKS_3.format(big=big, time=time, json=json, states=_STATES_3))
+    run("CREATE INDEX ix_docket_chunks_lease ON docket_chunks (state, lease_until)")
+    run("DROP INDEX ix_docket_cache_run")
+    run(
+        "CREATE INDEX ix_docket_cache_run ON docket_cache (execution_id, graph, step_name, item_index) "
+        "WHERE execution_id IS NOT NULL"
+    )
+    if lite:
+        return
+    for column, comment in _COMMENTS_3.items():
+        run(f"COMMENT ON COLUMN {column} IS '{comment}'")
+
+
 # A migration is written in plain SQL and never changed: it starts from the tables as they were then.
-MIGRATIONS: Mapping[int, Migration] = {2: _to_2}
+MIGRATIONS: Mapping[int, Migration] = {2: _to_2, 3: _to_3}
 """How to reach a version from the one before, from 2 on; an empty database gets the newest tables at once."""
 
 _LOCK_ID = 0x646F636B6574  # "docket": one advisory lock for all who migrate

@@ -16,7 +16,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
-from docket_celery.checkpoint import Checkpoint, Lease, RunEnd, RunRequest, RunRow, StepExecution, digest
+from docket_celery.checkpoint import (
+    Checkpoint,
+    Chunk,
+    Lease,
+    RunEnd,
+    RunRequest,
+    RunRow,
+    StepExecution,
+    digest,
+)
+from docket_celery.chunks import ChunkEnd, ChunkRow
 from docket_celery.codec import Codec, find_fault, hash_key_of
 from docket_celery.error_records import to_record
 from docket_celery.errors import CodecFailed, InvalidArguments, StoreUnavailable
@@ -105,6 +115,23 @@ class Seal:
         executions = [one for row in end.executions if (one := self.close_execution(row)) is not None]
         return replace(end, result=result, error=error, executions=executions)
 
+    def close_chunk(self, lease: Lease, end: ChunkEnd) -> ChunkEnd:
+        """Return *end* with outputs and error texts encoded.
+
+        Raises:
+            CodecFailed: The codec failed on an output.
+        """
+        if self.codec is None:
+            return end
+        name = f"the errors of a chunk of run {lease.execution_id!r}"
+        place = _chunk_place(lease.graph, lease.execution_id, lease.chunk)
+        return replace(
+            end,
+            checkpoints=[self.close_checkpoint(checkpoint) for checkpoint in end.checkpoints],
+            executions=[one for row in end.executions if (one := self.close_execution(row)) is not None],
+            errors={key: self._encode_record(name, error, place) for key, error in end.errors.items()},
+        )
+
     # --- reading -----------------------------------------------------------------------------------------------
 
     def open_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -152,6 +179,17 @@ class Seal:
             CodecFailed: It cannot be decoded, or was stored with another codec or none.
         """
         return self._decode(_job_name(graph, execution_id), job, _place("job", graph, execution_id))
+
+    def open_chunk(self, graph: str, execution_id: str, row: ChunkRow) -> ChunkRow:
+        """Return a stored chunk's *row* with its error texts decoded.
+
+        Raises:
+            CodecFailed: They cannot be decoded, or were stored with another codec or none.
+        """
+        name = f"the errors of a chunk of run {execution_id!r}"
+        place = _chunk_place(graph, execution_id, row.chunk)
+        errors = {key: self._decode_record(name, error, place) for key, error in row.errors.items()}
+        return replace(row, errors=errors)
 
     def open_execution(self, execution: StepExecution) -> StepExecution:
         """Return a stored *execution* with its error's text decoded.
@@ -264,6 +302,11 @@ def _place(*parts: str | bytes) -> bytes:
 
 def _checkpoint_place(checkpoint: Checkpoint) -> bytes:
     return _place("output", checkpoint.key, checkpoint.output_type)
+
+
+def _chunk_place(graph: str, execution_id: str, chunk: Chunk | None) -> bytes:
+    shown = "" if chunk is None else f"{chunk.stage}/{chunk.lo}"
+    return _place("chunk errors", graph, execution_id, shown)
 
 
 def _execution_place(execution: StepExecution) -> bytes:

@@ -12,7 +12,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from docket_celery.checkpoint import Checkpoint, Lease, Purged, RunEnd, RunRequest, RunRow, StepExecution
 from docket_celery.codec import Codec
 from docket_celery.errors import CorruptCheckpoint, DocketError, SchemaMismatch, StoreUnavailable
-from docket_celery.store import postgres, schema, sqlite
+from docket_celery.store import postgres, postgres_batches, schema, sqlite, sqlite_batches
+from docket_celery.store.batches import BatchCalls
 from docket_celery.store.engines import Engines
 from docket_celery.store.sealing import Seal
 
@@ -51,7 +52,7 @@ class _Calls(Protocol):
     def disclaim(self, connection: Connection, key: bytes, owner: str) -> None: ...
     def extend(
         self, connection: Connection, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]]
-    ) -> set[tuple[str, str]]: ...
+    ) -> set[tuple[str | int, ...]]: ...
     def end(self, connection: Connection, lease: Lease, ending: RunEnd) -> None: ...
     def find_run(self, connection: Connection, graph: str, execution_id: str) -> RunRow | None: ...
     def purge(self, connection: Connection, limit: int) -> Purged: ...
@@ -59,7 +60,7 @@ class _Calls(Protocol):
     def migrate(self, connection: Connection) -> int: ...
 
 
-class SQLStore:
+class SQLStore(BatchCalls):
     """Keeps checkpoints and runs in a database; no connection is held between calls.
 
     Args:
@@ -77,7 +78,9 @@ class SQLStore:
     def __init__(self, source: str | URL | Engine, *, codec: Codec | None = None) -> None:
         self._seal = Seal(codec)
         self._engines = Engines(source)
-        self._calls: _Calls = postgres if self._engines.dialect == "postgresql" else sqlite
+        is_postgres = self._engines.dialect == "postgresql"
+        self._calls: _Calls = postgres if is_postgres else sqlite
+        self._batches = postgres_batches if is_postgres else sqlite_batches
         self.persistent = not self._engines.in_memory
         self._twins: list[SQLStore] = []
 
@@ -158,7 +161,7 @@ class SQLStore:
 
     def extend(
         self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
-    ) -> set[tuple[str, str]]:
+    ) -> set[tuple[str | int, ...]]:
         """See `Store.extend`."""
         return self._call(
             "extend the leases", lambda connection: self._calls.extend(connection, leases, claims)

@@ -49,16 +49,16 @@ from docket_celery.store.rows import (
     request_values,
 )
 
-_NOW = "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
+NOW = "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
 _COLUMNS = ", ".join(CHECKPOINT_COLUMNS)
 _IS_RUN = "graph = :graph AND execution_id = :execution_id"
 _FENCE = f"{_IS_RUN} AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'"
-_LIVE = f"(expires_at IS NULL OR expires_at > {_NOW})"
+_LIVE = f"(expires_at IS NULL OR expires_at > {NOW})"
 _WAL_WITHIN_S, _WAL_AGAIN_S = 5.0, 0.02
 _KEYS_AT_ONCE = 500  # SQLite before 3.32 binds at most 999 values
 
 
-def _after(seconds: str) -> str:
+def after(seconds: str) -> str:
     """Return the SQL for a moment that many seconds from now; NULL stays NULL."""
     # printf reads NULL as 0, so NULL is kept out of it.
     moment = f"strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%+.3f seconds', {seconds})) || '000'"
@@ -68,7 +68,7 @@ def _after(seconds: str) -> str:
 _FIND_RUN = text(f"""
 SELECT graph, execution_id, target, job_digest, state, epoch, owner, lost, failures, retries, task_name,
     task_id, result, result_checksum, error,
-    (julianday(lease_until) - julianday({_NOW})) * 86400.0 AS lease_left_s, lease_until <= {_NOW} AS expired
+    (julianday(lease_until) - julianday({NOW})) * 86400.0 AS lease_left_s, lease_until <= {NOW} AS expired
 FROM docket_runs WHERE {_IS_RUN}
 """)
 _FIND_JOB = text(f"SELECT job FROM docket_runs WHERE {_IS_RUN}")
@@ -78,7 +78,7 @@ INSERT INTO docket_runs (
     lease_until, lost, failures, created_at, started_at, updated_at)
 VALUES (
     :graph, :execution_id, :task_name, :task_id, :retries, :target, :job, :job_digest, 'RUNNING', 0, 1,
-    :owner, {_after(":lease_s")}, 0, 0, {_NOW}, {_NOW}, {_NOW})
+    :owner, {after(":lease_s")}, 0, 0, {NOW}, {NOW}, {NOW})
 """)
 _ENQUEUE_RUN = text(f"""
 INSERT INTO docket_runs (
@@ -95,32 +95,46 @@ WHERE {_IS_RUN} AND expires_at IS NOT NULL
 _TAKE_RUN = text(f"""
 UPDATE docket_runs SET
     state = 'RUNNING', epoch = :epoch, lost = :lost, failures = :failures, owner = :owner,
-    lease_until = {_after(":lease_s")}, task_name = :task_name, task_id = :task_id, retries = :retries,
-    started_at = COALESCE(started_at, {_NOW}), updated_at = {_NOW}, ended_at = NULL, error = NULL,
+    lease_until = {after(":lease_s")}, task_name = :task_name, task_id = :task_id, retries = :retries,
+    started_at = COALESCE(started_at, {NOW}), updated_at = {NOW}, ended_at = NULL, error = NULL,
     result = NULL, result_checksum = NULL, wake_at = NULL, expires_at = NULL
 WHERE {_IS_RUN}
 """)
 _QUARANTINE_RUN = text(f"""
 UPDATE docket_runs
-SET state = 'QUARANTINED', lost = :lost, lease_until = NULL, ended_at = {_NOW}, updated_at = {_NOW}
+SET state = 'QUARANTINED', lost = :lost, lease_until = NULL, ended_at = {NOW}, updated_at = {NOW}
 WHERE {_IS_RUN}
 """)
 _HOLDS = text(f"SELECT 1 FROM docket_runs WHERE {_FENCE}")
-_EXTEND_RUN = text(f"UPDATE docket_runs SET lease_until = {_after(':lease_s')} WHERE {_FENCE}")
+CHUNK_FENCE = f"""
+{_IS_RUN} AND stage = :stage AND lo = :lo AND epoch = :epoch AND owner = :owner AND state = 'RUNNING' AND EXISTS (
+    SELECT 1 FROM docket_runs AS r WHERE r.graph = docket_chunks.graph AND r.stage = docket_chunks.stage
+        AND r.execution_id = docket_chunks.execution_id AND r.state IN ('RUNNING', 'WAITING'))
+"""
+_HOLDS_CHUNK = text(f"SELECT 1 FROM docket_chunks WHERE {CHUNK_FENCE}")
+_EXTEND_CHUNK = text(
+    f"UPDATE docket_chunks SET lease_until = {after(':lease_s')} WHERE {_IS_RUN} AND stage = :stage AND lo = :lo "
+    "AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'"
+)
+_RESET_CHUNKS = text(f"""
+UPDATE docket_chunks SET state = 'QUEUED', failed = 0, lost = 0, errors = NULL
+WHERE {_IS_RUN} AND (state <> 'SUCCEEDED' OR failed > 0)
+""")
+_EXTEND_RUN = text(f"UPDATE docket_runs SET lease_until = {after(':lease_s')} WHERE {_FENCE}")
 _END_RUN = text(f"""
 UPDATE docket_runs SET
     state = :state, lease_until = NULL, failures = failures + :failed, result = :result,
-    result_checksum = :result_checksum, error = :error, wake_at = {_after(":wake_in_s")},
+    result_checksum = :result_checksum, error = :error, wake_at = {after(":wake_in_s")},
     retries = retries + (:wake_in_s IS NOT NULL),
-    ended_at = CASE WHEN :ended THEN {_NOW} END,
-    expires_at = CASE WHEN :ended THEN {_after(":retention_s")} END, updated_at = {_NOW}
+    ended_at = CASE WHEN :ended THEN {NOW} END,
+    expires_at = CASE WHEN :ended THEN {after(":retention_s")} END, updated_at = {NOW}
 WHERE {_FENCE}
 """)
 
 _FIND_CHECKPOINT = text(f"SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = :cache_key")
 _FIND_LIVE = text(
     f"SELECT {_COLUMNS}, claimed_at FROM docket_cache WHERE cache_key = :cache_key AND {_LIVE} "
-    f"AND (:within_s IS NULL OR claimed_at > {_after('-:within_s')})"
+    f"AND (:within_s IS NULL OR claimed_at > {after('-:within_s')})"
 )
 _FIND_OF_RUN = text(
     f"SELECT {_COLUMNS}, expires_at IS NOT NULL AS dated FROM docket_cache WHERE {_IS_RUN} "
@@ -130,14 +144,14 @@ _UNDATE = text(
     f"UPDATE docket_cache SET expires_at = NULL WHERE {_IS_RUN} "
     f"AND EXISTS (SELECT 1 FROM docket_runs WHERE {_FENCE})"
 )
-_DATE = text(f"UPDATE docket_cache SET expires_at = {_after('ttl')} WHERE {_IS_RUN} AND ttl IS NOT NULL")
+_DATE = text(f"UPDATE docket_cache SET expires_at = {after('ttl')} WHERE {_IS_RUN} AND ttl IS NOT NULL")
 _STORED = ", ".join(f":{name}" for name in CHECKPOINT_COLUMNS)
 _STORE = (
     f"INTO docket_cache ({_COLUMNS}, output_json, created_at, expires_at, claimed_at) "
-    f"VALUES ({_STORED}, :output_json, {_NOW}"
+    f"VALUES ({_STORED}, :output_json, {NOW}"
 )
 _INSERT_CHECKPOINT = text(f"INSERT {_STORE}, NULL, NULL)")
-_REPLACE_CHECKPOINT = text(f"INSERT OR REPLACE {_STORE}, {_after(':ttl')}, :claimed_at)")
+_REPLACE_CHECKPOINT = text(f"INSERT OR REPLACE {_STORE}, {after(':ttl')}, :claimed_at)")
 _FORGET = text("DELETE FROM docket_cache WHERE cache_key = :cache_key AND execution_id IS NULL")
 _ADD_EXECUTION = text(
     f"INSERT INTO docket_executions ({', '.join(EXECUTION_COLUMNS)}) "
@@ -150,16 +164,16 @@ _FIND_EXECUTION = text(
 
 _CLAIM = text(f"""
 INSERT INTO docket_claims (cache_key, owner, lease_until, claimed_at)
-VALUES (:cache_key, :owner, {_after(":lease_s")}, {_NOW})
+VALUES (:cache_key, :owner, {after(":lease_s")}, {NOW})
 ON CONFLICT (cache_key) DO UPDATE SET
     owner = excluded.owner, lease_until = excluded.lease_until, claimed_at = excluded.claimed_at
-WHERE docket_claims.owner = excluded.owner OR docket_claims.lease_until <= {_NOW}
+WHERE docket_claims.owner = excluded.owner OR docket_claims.lease_until <= {NOW}
 """)
 _FIND_CLAIM = text("SELECT claimed_at FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner")
 _DISCLAIM = text("DELETE FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner")
 _EXTEND_CLAIM = text(
-    f"UPDATE docket_claims SET lease_until = {_after(':lease_s')} "
-    f"WHERE cache_key = :cache_key AND owner = :owner AND lease_until > {_NOW}"
+    f"UPDATE docket_claims SET lease_until = {after(':lease_s')} "
+    f"WHERE cache_key = :cache_key AND owner = :owner AND lease_until > {NOW}"
 )
 
 
@@ -180,7 +194,7 @@ def enqueue(connection: Connection, request: RunRequest, keep_s: float) -> RunRo
 def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
     """See `Store.acquire`."""
     values: dict[str, Any] = request_values(request) | {"lease_s": request.lease_s}
-    with _writing(connection):
+    with writing(connection):
         row = connection.execute(_FIND_RUN, values).mappings().first()
         if row is None:
             connection.execute(_INSERT_RUN, values)
@@ -234,13 +248,12 @@ def save(
     """See `Store.save`."""
     ours = clean_checkpoint(checkpoint)
     fence = fence_values(lease)
-    with _writing(connection):
-        if connection.execute(_HOLDS, fence).first() is None:
-            raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+    with writing(connection):
+        check_held(connection, lease)
         row = connection.execute(_FIND_CHECKPOINT, {"cache_key": ours.key}).mappings().first()
         if row is None:
             connection.execute(_INSERT_CHECKPOINT, checkpoint_values(ours))
-            _add_executions(connection, [] if execution is None else [execution])
+            add_executions(connection, [] if execution is None else [execution])
             return replace(ours, output_json=None)
     return check_owner(read_checkpoint(row), fence["graph"], fence["execution_id"])
 
@@ -252,7 +265,7 @@ def lookup(
     values = {"cache_key": key, "owner": clean_text(owner), "lease_s": lease_s, "within_s": within_s}
     row = connection.execute(_FIND_LIVE, values).mappings().first()
     if row is None:
-        with _writing(connection):
+        with writing(connection):
             row = connection.execute(_FIND_LIVE, values).mappings().first()
             if row is None:
                 return connection.execute(_CLAIM, values).rowcount == 1
@@ -270,7 +283,7 @@ def publish(
     """See `Store.publish`."""
     ours = clean_checkpoint(checkpoint)
     values = checkpoint_values(ours) | {"owner": clean_text(owner), "within_s": None}
-    with _writing(connection):
+    with writing(connection):
         values["claimed_at"] = claimed_at = connection.execute(_FIND_CLAIM, values).scalar()
         connection.execute(_DISCLAIM, values)
         if execution is not None:
@@ -288,29 +301,30 @@ def publish(
 def forget(connection: Connection, key: bytes) -> bool:
     """See `Store.forget`."""
     values = {"cache_key": key, "within_s": None}
-    with _writing(connection):
+    with writing(connection):
         live = connection.execute(_FIND_LIVE, values).first() is not None
         return connection.execute(_FORGET, values).rowcount > 0 and live
 
 
 def disclaim(connection: Connection, key: bytes, owner: str) -> None:
     """See `Store.disclaim`."""
-    with _writing(connection):
+    with writing(connection):
         connection.execute(_DISCLAIM, {"cache_key": key, "owner": clean_text(owner)})
 
 
 def extend(
     connection: Connection, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]]
-) -> set[tuple[str, str]]:
+) -> set[tuple[str | int, ...]]:
     """See `Store.extend`."""
-    held: set[tuple[str, str]] = set()
+    held: set[tuple[str | int, ...]] = set()
     if not leases and not claims:
         return held
-    with _writing(connection):
+    with writing(connection):
         for lease in leases:
             values = fence_values(lease)
-            if connection.execute(_EXTEND_RUN, values | {"lease_s": lease.lease_s}).rowcount:
-                held.add((values["graph"], values["execution_id"]))
+            statement = _EXTEND_RUN if lease.chunk is None else _EXTEND_CHUNK
+            if connection.execute(statement, values | {"lease_s": lease.lease_s}).rowcount:
+                held.add(lease.name)
         for key, owner, lease_s in claims:
             values = {"cache_key": key, "owner": clean_text(owner), "lease_s": lease_s}
             connection.execute(_EXTEND_CLAIM, values)
@@ -320,11 +334,13 @@ def extend(
 def end(connection: Connection, lease: Lease, ending: RunEnd) -> None:
     """See `Store.end`."""
     values = end_values(lease, ending) | {"wake_in_s": ending.wake_in_s, "retention_s": ending.retention_s}
-    with _writing(connection):
+    with writing(connection):
         if connection.execute(_END_RUN, values).rowcount:
-            _add_executions(connection, ending.executions)
+            add_executions(connection, ending.executions)
             if ending.state.ended:
                 connection.execute(_DATE, values)
+            if ending.state is RunState.FAILED:
+                connection.execute(_RESET_CHUNKS, values)
             return
         row = connection.execute(_FIND_RUN, values).mappings().first()
     ours = (values["owner"], values["epoch"], values["state"])
@@ -348,13 +364,13 @@ def find_job(connection: Connection, graph: str, execution_id: str) -> bytes | N
 
 def purge(connection: Connection, limit: int) -> Purged:
     """See `Store.purge`."""
-    return purge_sqlite(connection, limit, _writing)
+    return purge_sqlite(connection, limit, writing)
 
 
 def migrate(connection: Connection) -> int:
     """See `Store.migrate`. Readers beside a writer need WAL, which the file itself remembers."""
     _use_wal(connection)
-    with _writing(connection):
+    with writing(connection):
         return schema.upgrade(connection)
 
 
@@ -373,7 +389,7 @@ def _use_wal(connection: Connection) -> None:
 
 
 @contextmanager
-def _writing(connection: Connection) -> Generator[None]:
+def writing(connection: Connection) -> Generator[None]:
     """Hold the write lock for a transaction; the driver itself is in autocommit and begins none."""
     with _transaction(connection, "BEGIN IMMEDIATE"):
         yield
@@ -408,7 +424,26 @@ def _find_keys(connection: Connection, keys: Sequence[bytes]) -> Iterable[Any]:
     return connection.execute(statement, {f"k{index}": key for index, key in enumerate(keys)}).mappings()
 
 
-def _add_executions(connection: Connection, executions: Sequence[StepExecution]) -> None:
+def check_held(connection: Connection, lease: Lease) -> None:
+    """Do nothing inside a transaction in which *lease* holds.
+
+    Raises:
+        LeaseLost: It does not.
+    """
+    statement = _HOLDS if lease.chunk is None else _HOLDS_CHUNK
+    if connection.execute(statement, fence_values(lease)).first() is None:
+        raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+
+
+def insert_checkpoint(connection: Connection, checkpoint: Checkpoint) -> None:
+    """Store a run's checkpoint unless it is there already."""
+    values = checkpoint_values(clean_checkpoint(checkpoint))
+    if connection.execute(_FIND_CHECKPOINT, values).first() is None:
+        connection.execute(_INSERT_CHECKPOINT, values)
+
+
+def add_executions(connection: Connection, executions: Sequence[StepExecution]) -> None:
+    """Write rows of step executions."""
     if executions:
         connection.execute(_ADD_EXECUTION, [_execution_values(execution) for execution in executions])
 

@@ -65,6 +65,7 @@ _TIMES = [
     ("docket_cache", "claimed_at"),
     ("docket_claims", "lease_until"),
     ("docket_claims", "claimed_at"),
+    ("docket_chunks", "lease_until"),
 ]
 
 

@@ -172,8 +172,8 @@ def test_chunks_of_a_batch_go_with_their_run(sql_bench: SQLBench) -> None:
     end_run(sql_bench, RUN)
     for lo in range(7):
         sql_bench.sql(
-            "INSERT INTO docket_chunks (graph, execution_id, stage, lo, hi, state, epoch) "
-            "VALUES (:graph, :run, 1, :lo, :lo + 1, 'SUCCEEDED', 1)",
+            "INSERT INTO docket_chunks (graph, execution_id, stage, lo, hi, state, epoch, retries, lost, failed) "
+            "VALUES (:graph, :run, 1, :lo, :lo + 1, 'SUCCEEDED', 1, 0, 0, 0)",
             graph=GRAPH, run=RUN, lo=lo,
         )  # fmt: skip
     sql_bench.pass_time(61)

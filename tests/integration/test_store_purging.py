@@ -35,8 +35,8 @@ FROM generate_series(1, 60000) AS n;
 INSERT INTO docket_claims (cache_key, owner, lease_until)
 SELECT sha256(n::text::bytea), 'a', now() + n * interval '1 second' - interval '1000 seconds'
 FROM generate_series(1, 60000) AS n;
-INSERT INTO docket_chunks (graph, execution_id, stage, lo, hi, state, epoch)
-SELECT 'checkout', 'order-' || n, 1, 0, 1, 'SUCCEEDED', 1 FROM generate_series(1, 60000) AS n;
+INSERT INTO docket_chunks (graph, execution_id, stage, lo, hi, state, epoch, retries, lost, failed)
+SELECT 'checkout', 'order-' || n, 1, 0, 1, 'SUCCEEDED', 1, 0, 0, 0 FROM generate_series(1, 60000) AS n;
 ANALYZE docket_runs, docket_executions, docket_cache, docket_claims, docket_chunks;
 """
 

@@ -1,0 +1,171 @@
+"""A stage's work in chunks: how it is stored, leased and ended, and the `BatchStore` protocol."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from docket_celery.checkpoint import Checkpoint, Chunk, Lease, RunState, StepExecution, Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkRow:
+    """A row of ``docket_chunks``.
+
+    Attributes:
+        state: QUEUED, RUNNING, SUCCEEDED (each item was worked on), FAILED (stopped before) or QUARANTINED.
+        failed: How many of its items failed.
+        errors: `error_records.to_record` of failed items by index, and under 'fatal' of what stopped the chunk.
+    """
+
+    chunk: Chunk
+    state: RunState
+    failed: int = 0
+    errors: Mapping[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkRequest:
+    """What somebody who wants to work on a chunk says of itself; the fields are those of `RunRequest`."""
+
+    graph: str
+    execution_id: str
+    stage: int
+    lo: int
+    owner: str
+    lease_s: float
+    max_deliveries: int
+    task_id: str | None = None
+    retries: int = 0
+    released: bool = False
+
+
+class ChunkStop(enum.StrEnum):
+    """Why a chunk is not to be worked on."""
+
+    DONE = "DONE"
+    STALE = "STALE"
+    FAILING = "FAILING"
+    QUARANTINED = "QUARANTINED"
+    BUSY = "BUSY"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkRefusal:
+    """A chunk that may not be taken.
+
+    Attributes:
+        reason: DONE: it has ended. STALE: the run is not at this stage any more, or there is no such chunk.
+            FAILING: more items of the stage failed than may. QUARANTINED: its workers died too often. BUSY:
+            another one has it.
+        lease_left_s: BUSY only: seconds until that one's lease expires.
+    """
+
+    reason: ChunkStop
+    lease_left_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkEnd:
+    """How a delivery leaves its chunk.
+
+    Attributes:
+        state: SUCCEEDED, FAILED, or QUEUED: for another delivery.
+        checkpoints: Outputs not yet saved.
+        executions: Rows not yet written with a save.
+        errors: As in `ChunkRow`.
+        stops: Nothing of the stage shall start any more.
+    """
+
+    state: RunState
+    checkpoints: Sequence[Checkpoint] = ()
+    executions: Sequence[StepExecution] = ()
+    errors: Mapping[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    stops: bool = False
+
+    @property
+    def failed(self) -> int:
+        """How many items failed."""
+        return sum(key != "fatal" for key in self.errors)
+
+
+@runtime_checkable
+class BatchStore(Store, Protocol):
+    """A store over which several workers can share the items of a run. Raises as `Store` does."""
+
+    def save_many(self, lease: Lease, checkpoints: Sequence[Checkpoint]) -> None:
+        """Store checkpoints of a run under the lease's fence; those that are there already stay.
+
+        Raises:
+            LeaseLost: The lease is no longer the run's, or the chunk's.
+        """
+        ...
+
+    def read_items(
+        self,
+        graph: str,
+        execution_id: str,
+        names: Sequence[str],
+        lo: int,
+        hi: int,
+        keys: Sequence[bytes] = (),
+    ) -> list[Checkpoint]:
+        """Return what is stored of steps *names* for the items from *lo* to before *hi*, and what is under *keys*.
+
+        Verified, the items in their order.
+
+        Raises:
+            CorruptCheckpoint: A row fails its checksum.
+        """
+        ...
+
+    def measure_items(self, graph: str, execution_id: str, name: str) -> tuple[int, int]:
+        """Return how many items of step *name* are stored, and their bytes together."""
+        ...
+
+    def open_stage(
+        self,
+        lease: Lease,
+        stage: int,
+        chunks: Sequence[Chunk],
+        allowed: int,
+        executions: Sequence[StepExecution] = (),
+    ) -> None:
+        """Leave the run WAITING at *stage*, with *chunks* to be worked on beside those that it has there.
+
+        Repeating it with the same lease does nothing more.
+
+        Args:
+            lease: The run's.
+            stage: Counted from 1.
+            chunks: New ones; those that are there already stay.
+            allowed: How many items of the stage may fail.
+            executions: Rows not yet written.
+
+        Raises:
+            LeaseLost: The run is no longer this lease's; nothing was written.
+        """
+        ...
+
+    def find_chunks(self, graph: str, execution_id: str) -> list[ChunkRow]:
+        """Return the chunks of all stages of a run, in order."""
+        ...
+
+    def lease_chunk(self, request: ChunkRequest) -> Lease | ChunkRefusal:
+        """Take a chunk's lease, or tell why not.
+
+        Taken: QUEUED; RUNNING when the lease expired, when *owner* is the holder itself, or when the same task id
+        comes with greater ``retries``. Taking over a lease that was never released counts as lost; at
+        ``max_deliveries`` the chunk becomes QUARANTINED instead.
+        """
+        ...
+
+    def end_chunk(self, lease: Lease, end: ChunkEnd) -> None:
+        """Leave the chunk: outputs, rows, errors and state in one statement. Repeating it does nothing.
+
+        Raises:
+            LeaseLost: The chunk is no longer this lease's; nothing was written.
+        """
+        ...

@@ -1,0 +1,227 @@
+"""The calls of `BatchStore` on Postgres: one statement each, for any number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+from docket_celery.checkpoint import Checkpoint, Chunk, Lease, RunState, StepExecution
+from docket_celery.chunks import ChunkEnd, ChunkRefusal, ChunkRequest, ChunkRow
+from docket_celery.errors import LeaseLost
+from docket_celery.store.postgres import execution_arrays
+from docket_celery.store.postgres_sql import ADD_EXECUTIONS, FENCES, IS_CHUNK
+from docket_celery.store.rows import (
+    CHECKPOINT_COLUMNS,
+    checkpoint_values,
+    chunk_lease,
+    chunk_values,
+    clean_checkpoint,
+    clean_text,
+    dump_json,
+    fence_values,
+    read_chunk,
+    read_in_order,
+    refusal,
+)
+
+_COLUMNS = ", ".join(CHECKPOINT_COLUMNS)
+_TYPES = {
+    "cache_key": "bytea",
+    "item_index": "bigint",
+    "output_data": "bytea",
+    "ttl": "double precision",
+    "checksum": "bytea",
+    "output_json": "text",
+}
+_STORED = (*CHECKPOINT_COLUMNS, "output_json")
+_ARRAYS = ", ".join(f"CAST(:k_{name} AS {_TYPES.get(name, 'text')}[])" for name in _STORED)
+_ADD_MANY = f""",
+s AS (
+    INSERT INTO docket_cache ({_COLUMNS}, output_json, created_at)
+    SELECT {", ".join(f"u.{name}" for name in CHECKPOINT_COLUMNS)}, CAST(u.output_json AS jsonb), clock_timestamp()
+    FROM unnest({_ARRAYS}) AS u ({", ".join(_STORED)}), f
+    ON CONFLICT (cache_key) DO NOTHING)"""
+_IS_RUN = "graph = :graph AND execution_id = :execution_id"
+_UNTIL = "clock_timestamp() + CAST(:lease_s AS double precision) * interval '1 second'"
+
+_SAVE_MANY = {
+    chunk: text(f"WITH f AS ({fence}){_ADD_MANY} SELECT count(*) FROM f") for chunk, fence in FENCES.items()
+}
+_READ_ITEMS = text(f"""
+SELECT {_COLUMNS} FROM docket_cache
+WHERE {_IS_RUN} AND step_name = ANY(CAST(:names AS text[])) AND item_index >= :lo AND item_index < :hi
+UNION ALL
+SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = ANY(CAST(:keys AS bytea[])) AND {_IS_RUN}
+""")
+_MEASURE = text(f"""
+SELECT count(*), COALESCE(sum(octet_length(output_data)), 0) FROM docket_cache
+WHERE {_IS_RUN} AND step_name = :name AND item_index IS NOT NULL AND item = item_index::text
+""")
+
+
+def _open_stage(executions: str) -> Any:
+    return text(f"""
+WITH f AS (
+    UPDATE docket_runs SET
+        state = 'WAITING', stage = :stage, lease_until = NULL, wake_at = NULL, updated_at = clock_timestamp(),
+        items_allowed = :allowed, items_failed = (
+            SELECT COALESCE(sum(failed), 0) FROM docket_chunks WHERE {_IS_RUN} AND stage = :stage)
+    WHERE {_IS_RUN} AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'
+    RETURNING 1),
+c AS (
+    INSERT INTO docket_chunks (graph, execution_id, stage, lo, hi, state, epoch, retries, lost, failed)
+    SELECT CAST(:graph AS text), CAST(:execution_id AS text), CAST(:stage AS integer), u.lo, u.hi, 'QUEUED',
+        0, 0, 0, 0
+    FROM unnest(CAST(:los AS bigint[]), CAST(:his AS bigint[])) AS u (lo, hi), f
+    ON CONFLICT (graph, execution_id, stage, lo) DO NOTHING){executions}
+SELECT count(*) FROM f
+""")
+
+
+_OPEN_STAGE = {False: _open_stage(""), True: _open_stage(ADD_EXECUTIONS)}
+_FIND_STATE = text(f"SELECT owner, epoch, state FROM docket_runs WHERE {_IS_RUN}")
+_FIND_CHUNKS = text(f"""
+SELECT stage, lo, hi, state, failed, CAST(errors AS text) AS errors FROM docket_chunks
+WHERE {_IS_RUN} ORDER BY stage, lo
+""")
+_NEWER = "(c.task_id = CAST(:task_id AS text) AND CAST(:retries AS integer) > c.retries)"
+_CRASH = f"""(c.state = 'RUNNING' AND c.owner <> :owner
+    AND NOT (CAST(:released AS boolean) AND COALESCE({_NEWER}, false)))"""
+_POISON = f"({_CRASH} AND c.lost + 1 >= CAST(:max_deliveries AS integer))"
+_LEASE_CHUNK = text(f"""
+WITH run AS (
+    SELECT target, state IN ('WAITING', 'RUNNING') AND stage = :stage AS open, items_failed > items_allowed AS failing
+    FROM docket_runs WHERE {_IS_RUN}),
+old AS (
+    SELECT state, EXTRACT(EPOCH FROM lease_until - clock_timestamp()) AS lease_left_s FROM docket_chunks
+    WHERE {_IS_RUN} AND stage = :stage AND lo = :lo),
+taken AS (
+    UPDATE docket_chunks AS c SET
+        state = CASE WHEN {_POISON} THEN 'QUARANTINED' ELSE 'RUNNING' END,
+        lease_until = CASE WHEN NOT {_POISON} THEN {_UNTIL} END,
+        lost = c.lost + CASE WHEN {_CRASH} THEN 1 ELSE 0 END,
+        epoch = c.epoch + CASE WHEN c.state = 'RUNNING' AND c.owner = :owner THEN 0 ELSE 1 END,
+        owner = :owner, task_id = CAST(:task_id AS text),
+        retries = CASE WHEN c.task_id = CAST(:task_id AS text) THEN GREATEST(c.retries, :retries) ELSE :retries END
+    FROM run
+    WHERE c.graph = :graph AND c.execution_id = :execution_id AND c.stage = :stage AND c.lo = :lo
+        AND run.open AND NOT run.failing AND (c.state = 'QUEUED' OR (c.state = 'RUNNING'
+            AND (c.lease_until <= clock_timestamp() OR c.owner = :owner OR {_NEWER})))
+    RETURNING c.state, c.epoch, c.hi, c.lost)
+SELECT run.target, run.open, run.failing, old.state AS was, old.lease_left_s,
+    taken.state, taken.epoch, taken.hi, taken.lost
+FROM (SELECT 1) AS one LEFT JOIN run ON true LEFT JOIN old ON true LEFT JOIN taken ON true
+""")
+
+
+def _end_chunk(checkpoints: str, executions: str) -> Any:
+    return text(f"""
+WITH f AS (
+    UPDATE docket_chunks AS c SET state = :state, lease_until = NULL, failed = :failed,
+        errors = CAST(:errors AS jsonb)
+    WHERE {IS_CHUNK} RETURNING 1),
+r AS (
+    UPDATE docket_runs SET items_failed = items_failed + CAST(:failed AS bigint),
+        items_allowed = CASE WHEN CAST(:stops AS boolean) THEN -1 ELSE items_allowed END
+    FROM f WHERE (CAST(:stops AS boolean) OR CAST(:failed AS bigint) > 0) AND {_IS_RUN} AND stage = :stage)
+{checkpoints}{executions}
+SELECT count(*) FROM f
+""")
+
+
+_END_CHUNK = {
+    (checkpoints, executions): _end_chunk(
+        _ADD_MANY if checkpoints else "", ADD_EXECUTIONS if executions else ""
+    )
+    for checkpoints in (False, True)
+    for executions in (False, True)
+}
+_FIND_CHUNK = text(
+    f"SELECT owner, epoch, state FROM docket_chunks WHERE {_IS_RUN} AND stage = :stage AND lo = :lo"
+)
+
+
+def save_many(connection: Connection, lease: Lease, checkpoints: Sequence[Checkpoint]) -> None:
+    """See `BatchStore.save_many`."""
+    values = fence_values(lease) | _checkpoint_arrays(checkpoints)
+    if not connection.execute(_SAVE_MANY[lease.chunk is not None], values).scalar_one():
+        raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+
+
+def read_items(
+    connection: Connection,
+    graph: str,
+    execution_id: str,
+    names: Sequence[str],
+    lo: int,
+    hi: int,
+    keys: Sequence[bytes],
+) -> list[Checkpoint]:
+    """See `BatchStore.read_items`."""
+    run = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
+    listed = [clean_text(name) for name in names]
+    values = {**run, "names": listed, "lo": lo, "hi": hi, "keys": list(keys)}
+    return read_in_order(connection.execute(_READ_ITEMS, values).mappings().all(), **run)
+
+
+def measure_items(connection: Connection, graph: str, execution_id: str, name: str) -> tuple[int, int]:
+    """See `BatchStore.measure_items`."""
+    values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id), "name": clean_text(name)}
+    count, size = connection.execute(_MEASURE, values).one()
+    return int(count), int(size)
+
+
+def open_stage(
+    connection: Connection,
+    lease: Lease,
+    stage: int,
+    chunks: Sequence[Chunk],
+    allowed: int,
+    executions: Sequence[StepExecution],
+) -> None:
+    """See `BatchStore.open_stage`."""
+    values = fence_values(lease) | execution_arrays(executions)
+    values |= {"stage": stage, "allowed": allowed}
+    values |= {"los": [chunk.lo for chunk in chunks], "his": [chunk.hi for chunk in chunks]}
+    if connection.execute(_OPEN_STAGE[bool(executions)], values).scalar_one():
+        return
+    row = connection.execute(_FIND_STATE, values).first()
+    if row is None or tuple(row) != (values["owner"], values["epoch"], RunState.WAITING):
+        raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+
+
+def find_chunks(connection: Connection, graph: str, execution_id: str) -> list[ChunkRow]:
+    """See `BatchStore.find_chunks`."""
+    values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
+    return [read_chunk(row) for row in connection.execute(_FIND_CHUNKS, values).mappings()]
+
+
+def lease_chunk(connection: Connection, request: ChunkRequest) -> Lease | ChunkRefusal:
+    """See `BatchStore.lease_chunk`."""
+    row = connection.execute(_LEASE_CHUNK, chunk_values(request)).mappings().one()
+    if row["state"] == RunState.RUNNING:
+        return chunk_lease(request, row)
+    state = row["state"] or row["was"]
+    return refusal(state, is_open=row["open"], failing=row["failing"], lease_left_s=row["lease_left_s"])
+
+
+def end_chunk(connection: Connection, lease: Lease, ending: ChunkEnd) -> None:
+    """See `BatchStore.end_chunk`."""
+    values = fence_values(lease) | execution_arrays(ending.executions)
+    if ending.checkpoints:
+        values |= _checkpoint_arrays(ending.checkpoints)
+    values |= {"state": ending.state.value, "failed": ending.failed, "stops": ending.stops}
+    values["errors"] = dump_json(dict(ending.errors)) if ending.errors else None
+    statement = _END_CHUNK[bool(ending.checkpoints), bool(ending.executions)]
+    if connection.execute(statement, values).scalar_one():
+        return
+    row = connection.execute(_FIND_CHUNK, values).first()
+    if row is None or tuple(row) != (values["owner"], values["epoch"], values["state"]):
+        raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+
+
+def _checkpoint_arrays(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    rows = [checkpoint_values(clean_checkpoint(checkpoint)) for checkpoint in checkpoints]
+    return {f"k_{name}": [row[name] for row in rows] for name in _STORED}

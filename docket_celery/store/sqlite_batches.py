@@ -1,0 +1,202 @@
+"""The calls of `BatchStore` on SQLite: one small transaction each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, text
+
+from docket_celery.checkpoint import Checkpoint, Chunk, Lease, RunState, StepExecution
+from docket_celery.chunks import ChunkEnd, ChunkRefusal, ChunkRequest, ChunkRow
+from docket_celery.errors import LeaseLost
+from docket_celery.store.rows import (
+    CHECKPOINT_COLUMNS,
+    chunk_lease,
+    chunk_values,
+    clean_text,
+    dump_json,
+    fence_values,
+    is_crash,
+    read_chunk,
+    read_in_order,
+    refusal,
+)
+from docket_celery.store.sqlite import (
+    CHUNK_FENCE,
+    NOW,
+    add_executions,
+    after,
+    check_held,
+    insert_checkpoint,
+    writing,
+)
+
+_COLUMNS = ", ".join(CHECKPOINT_COLUMNS)
+_IS_RUN = "graph = :graph AND execution_id = :execution_id"
+_IS_CHUNK = f"{_IS_RUN} AND stage = :stage AND lo = :lo"
+
+_OF_STEP = text(f"""
+SELECT {_COLUMNS} FROM docket_cache
+WHERE {_IS_RUN} AND step_name = :name AND item_index >= :lo AND item_index < :hi
+""")
+_OF_KEY = text(f"SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = :key AND {_IS_RUN}")
+_MEASURE = text(f"""
+SELECT count(*), COALESCE(sum(length(output_data)), 0) FROM docket_cache
+WHERE {_IS_RUN} AND step_name = :name AND item_index IS NOT NULL AND item = CAST(item_index AS text)
+""")
+_OPEN_STAGE = text(f"""
+UPDATE docket_runs SET
+    state = 'WAITING', stage = :stage, lease_until = NULL, wake_at = NULL, updated_at = {NOW},
+    items_allowed = :allowed, items_failed = (
+        SELECT COALESCE(sum(failed), 0) FROM docket_chunks WHERE {_IS_RUN} AND stage = :stage)
+WHERE {_IS_RUN} AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'
+""")
+_ADD_CHUNK = text("""
+INSERT OR IGNORE INTO docket_chunks (graph, execution_id, stage, lo, hi, state, epoch, retries, lost, failed)
+VALUES (:graph, :execution_id, :stage, :lo, :hi, 'QUEUED', 0, 0, 0, 0)
+""")
+_FIND_STATE = text(f"SELECT owner, epoch, state FROM docket_runs WHERE {_IS_RUN}")
+_FIND_CHUNKS = text(f"""
+SELECT stage, lo, hi, state, failed, errors FROM docket_chunks WHERE {_IS_RUN} ORDER BY stage, lo
+""")
+_FIND_CHUNK = text(f"""
+SELECT stage, lo, hi, state, failed, errors, owner, epoch, lost, task_id, retries,
+    (julianday(lease_until) - julianday({NOW})) * 86400.0 AS lease_left_s, lease_until <= {NOW} AS expired
+FROM docket_chunks WHERE {_IS_CHUNK}
+""")
+_FIND_RUN = text(f"""
+SELECT target, state IN ('WAITING', 'RUNNING') AND stage = :stage AS is_open, items_failed > items_allowed AS failing
+FROM docket_runs WHERE {_IS_RUN}
+""")
+_TAKE = text(f"""
+UPDATE docket_chunks SET state = :state, lease_until = {after(":lease_s")}, lost = :lost, epoch = :epoch,
+    owner = :owner, task_id = :task_id, retries = :retries
+WHERE {_IS_CHUNK}
+""")
+_END_CHUNK = text(f"""
+UPDATE docket_chunks SET state = :state, lease_until = NULL, failed = :failed, errors = :errors WHERE {CHUNK_FENCE}
+""")
+_NOTE_FAILED = text(f"""
+UPDATE docket_runs SET items_failed = items_failed + :failed,
+    items_allowed = CASE WHEN :stops THEN -1 ELSE items_allowed END
+WHERE {_IS_RUN} AND stage = :stage
+""")
+
+
+def save_many(connection: Connection, lease: Lease, checkpoints: Sequence[Checkpoint]) -> None:
+    """See `BatchStore.save_many`."""
+    with writing(connection):
+        check_held(connection, lease)
+        for checkpoint in checkpoints:
+            insert_checkpoint(connection, checkpoint)
+
+
+def read_items(
+    connection: Connection,
+    graph: str,
+    execution_id: str,
+    names: Sequence[str],
+    lo: int,
+    hi: int,
+    keys: Sequence[bytes],
+) -> list[Checkpoint]:
+    """See `BatchStore.read_items`."""
+    run = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
+    rows = [
+        row
+        for name in names
+        for row in connection.execute(
+            _OF_STEP, {**run, "name": clean_text(name), "lo": lo, "hi": hi}
+        ).mappings()
+    ]
+    rows += [row for key in keys for row in connection.execute(_OF_KEY, {**run, "key": key}).mappings()]
+    return read_in_order(rows, **run)
+
+
+def measure_items(connection: Connection, graph: str, execution_id: str, name: str) -> tuple[int, int]:
+    """See `BatchStore.measure_items`."""
+    values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id), "name": clean_text(name)}
+    count, size = connection.execute(_MEASURE, values).one()
+    return int(count), int(size)
+
+
+def open_stage(
+    connection: Connection,
+    lease: Lease,
+    stage: int,
+    chunks: Sequence[Chunk],
+    allowed: int,
+    executions: Sequence[StepExecution],
+) -> None:
+    """See `BatchStore.open_stage`."""
+    values = fence_values(lease) | {"stage": stage, "allowed": allowed}
+    with writing(connection):
+        if connection.execute(_OPEN_STAGE, values).rowcount:
+            for chunk in chunks:
+                connection.execute(_ADD_CHUNK, {**values, "lo": chunk.lo, "hi": chunk.hi})
+            add_executions(connection, executions)
+            return
+        row = connection.execute(_FIND_STATE, values).first()
+    if row is None or tuple(row) != (values["owner"], values["epoch"], RunState.WAITING):
+        raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+
+
+def find_chunks(connection: Connection, graph: str, execution_id: str) -> list[ChunkRow]:
+    """See `BatchStore.find_chunks`."""
+    values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
+    return [read_chunk(row) for row in connection.execute(_FIND_CHUNKS, values).mappings()]
+
+
+def lease_chunk(connection: Connection, request: ChunkRequest) -> Lease | ChunkRefusal:
+    """See `BatchStore.lease_chunk`."""
+    values = chunk_values(request)
+    with writing(connection):
+        run = connection.execute(_FIND_RUN, values).mappings().first()
+        row = connection.execute(_FIND_CHUNK, values).mappings().first()
+        if run is None or row is None:
+            return refusal(None, is_open=None, failing=None, lease_left_s=None)
+        state, task_id, retries = row["state"], row["task_id"], row["retries"]
+        same = request.task_id is not None and task_id == request.task_id
+        ours = row["owner"] == values["owner"]
+        free = state == RunState.QUEUED or (
+            state == RunState.RUNNING and (row["expired"] or ours or (same and request.retries > retries))
+        )
+        if not (free and run["is_open"] and not run["failing"]):
+            is_open, failing = bool(run["is_open"]), bool(run["failing"])
+            return refusal(state, is_open=is_open, failing=failing, lease_left_s=row["lease_left_s"])
+        crashed = is_crash(request, state=state, owner=row["owner"], task_id=task_id, retries=retries)
+        lost = row["lost"] + crashed
+        poison = crashed and lost >= request.max_deliveries
+        taken = {
+            "state": "QUARANTINED" if poison else "RUNNING",
+            "lease_s": None if poison else request.lease_s,
+            "lost": lost,
+            "epoch": row["epoch"] + (not (state == RunState.RUNNING and ours)),
+            "retries": max(retries, request.retries) if same else request.retries,
+        }
+        connection.execute(_TAKE, values | taken)
+    if poison:
+        return refusal("QUARANTINED", is_open=True, failing=False, lease_left_s=None)
+    return chunk_lease(request, {**row, **taken, "target": run["target"]})
+
+
+def end_chunk(connection: Connection, lease: Lease, ending: ChunkEnd) -> None:
+    """See `BatchStore.end_chunk`."""
+    values = fence_values(lease) | {
+        "state": ending.state.value,
+        "failed": ending.failed,
+        "stops": ending.stops,
+        "errors": dump_json(dict(ending.errors)) if ending.errors else None,
+    }
+    with writing(connection):
+        if connection.execute(_END_CHUNK, values).rowcount:
+            for checkpoint in ending.checkpoints:
+                insert_checkpoint(connection, checkpoint)
+            add_executions(connection, ending.executions)
+            if ending.stops or ending.failed:
+                connection.execute(_NOTE_FAILED, values)
+            return
+        row = connection.execute(_FIND_CHUNK, values).mappings().first()
+    ours = (values["owner"], values["epoch"], values["state"])
+    if row is None or (row["owner"], row["epoch"], row["state"]) != ours:
+        raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
