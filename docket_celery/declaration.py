@@ -7,17 +7,20 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from google.protobuf.message import Message
 
-from docket_celery.annotation import SignatureFault, ValueKey, read_annotation
+from docket_celery.annotation import SignatureFault, ValueKey, read_annotation, read_many
+from docket_celery.batch_result import BatchResult
 from docket_celery.context import StepContext
 from docket_celery.errors import InvalidArguments, InvalidDeclaration
-from docket_celery.messages import from_json_object, type_name
-from docket_celery.wire import Result, Undecodable
+from docket_celery.graph import Graph
+from docket_celery.messages import Value, from_json_object, type_name
+from docket_celery.plan import Plan
+from docket_celery.wire import Result, Results, Undecodable
 
 NameFunction = (
     Callable[[Any], str]
@@ -51,14 +54,36 @@ class Declaration:
         signature: Binds arguments; parameters in the order of `given`.
         given: What goes in, one for each parameter.
         target: What comes out.
+        batch: Which of `given` comes as a list.
+        form: How the target comes: 'one' message, a 'list' of them, or a 'BatchResult'.
     """
 
     task: str
     signature: inspect.Signature
     given: tuple[ValueKey, ...]
     target: ValueKey
+    batch: ValueKey | None = None
+    form: Literal["one", "list", "BatchResult"] = "one"
 
-    def bind(self, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> tuple[Message, ...]:
+    @property
+    def collects(self) -> bool:
+        """Whether the target is made for each item."""
+        return self.form != "one"
+
+    def compile(self, graph: Graph) -> Plan:
+        """Return what *graph* does for it.
+
+        Raises:
+            GraphError: The graph has faults.
+        """
+        return graph.compiled(self.target, self.given, self.batch, collects=self.collects)
+
+    def blank(self) -> tuple[tuple[None, ...], dict[str, None]]:
+        """Return arguments that fit in number only."""
+        named = [n for n, p in self.signature.parameters.items() if p.kind is p.KEYWORD_ONLY]
+        return (None,) * (len(self.given) - len(named)), dict.fromkeys(named)
+
+    def bind(self, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> tuple[Value, ...]:
         """Return the messages for a call's arguments, in the order of `given`.
 
         Args:
@@ -75,9 +100,23 @@ class Declaration:
             raise InvalidArguments(self._shown(), str(error)) from None
         names = list(self.signature.parameters)
         return tuple(
-            self._message(name, key, bound.arguments[name])
-            for name, key in zip(names, self.given, strict=True)
+            self._value(name, key, bound.arguments[name]) for name, key in zip(names, self.given, strict=True)
         )
+
+    def _value(self, name: str, key: ValueKey, value: Any) -> Value:
+        if key != self.batch:
+            return self._message(name, key, value)
+        if isinstance(value, Results):
+            value = value.value
+        if isinstance(value, BatchResult):
+            value = [each for _, each in typing.cast("BatchResult[Message]", value).succeeded()]
+        if isinstance(value, (str, bytes, dict, Message)) or not isinstance(value, Iterable):
+            raise InvalidArguments(
+                self._shown(),
+                f"argument {name!r} must be a list of {type_name(key.kind)}, not {value!r:.100}",
+            )
+        items: Iterable[Any] = value  # pyright: ignore[reportUnknownVariableType]  # of whatever it is
+        return [self._message(f"{name}[{index}]", key, item) for index, item in enumerate(items)]
 
     def _message(self, name: str, key: ValueKey, value: Any) -> Message:
         if isinstance(value, Undecodable):
@@ -97,7 +136,7 @@ class Declaration:
 
     def _shown(self) -> str:
         parameters = ", ".join(
-            f"{name}: {key.kind.__name__}"
+            f"{name}: list[{key.kind.__name__}]" if key == self.batch else f"{name}: {key.kind.__name__}"
             for name, key in zip(self.signature.parameters, self.given, strict=True)
         )
         return f"{self.task}({parameters})"
@@ -127,9 +166,8 @@ def read_function(task: str, function: Callable[..., Any]) -> Declaration:
             raise InvalidDeclaration(task, f"parameter {name!r} has a default; a job is always given whole")
         if hints.get(name) is StepContext:
             raise InvalidDeclaration(task, f"parameter {name!r} is a StepContext; only steps get one")
-        given.append(_key(task, hints, name, f"parameter {name!r}"))
-    target = _key(task, hints, "return", "its result")
-    return _declaration(task, signature, given, target)
+        given.append(_hint(task, hints, name, f"parameter {name!r}"))
+    return _declaration(task, signature, given, _hint(task, hints, "return", "its result"))
 
 
 def read_generic(task: str, arguments: tuple[Any, ...]) -> Declaration:
@@ -141,12 +179,10 @@ def read_generic(task: str, arguments: tuple[Any, ...]) -> Declaration:
     if len(arguments) != 2 or not isinstance(arguments[0], (list, tuple)):
         raise InvalidDeclaration(task, "write GraphTask[[InputType], OutputType]")
     kinds = typing.cast("Sequence[Any]", arguments[0])
-    given = [_annotation(task, kind, f"input {n}") for n, kind in enumerate(kinds, 1)]
-    target = _annotation(task, arguments[1], "its result")
     parameters = [
-        inspect.Parameter(f"input_{n}", inspect.Parameter.POSITIONAL_ONLY) for n, _ in enumerate(given, 1)
+        inspect.Parameter(f"input_{n}", inspect.Parameter.POSITIONAL_ONLY) for n, _ in enumerate(kinds, 1)
     ]
-    return _declaration(task, inspect.Signature(parameters), given, target)
+    return _declaration(task, inspect.Signature(parameters), list(kinds), arguments[1])
 
 
 def take_routing(cls: type) -> dict[str, Any]:
@@ -198,20 +234,42 @@ def is_empty(function: Callable[..., Any]) -> bool:
     return used <= _EMPTY_OPS and constants <= {None}
 
 
-def _declaration(
-    task: str, signature: inspect.Signature, given: list[ValueKey], target: ValueKey
-) -> Declaration:
+def _declaration(task: str, signature: inspect.Signature, hints: list[Any], result: Any) -> Declaration:
+    given: list[ValueKey] = []
+    batches: list[ValueKey] = []
+    for name, hint in zip(signature.parameters, hints, strict=True):
+        many = read_many(hint)
+        given.append(_annotation(task, hint if many is None else many[0], f"parameter {name!r}"))
+        if many is not None:
+            batches.append(given[-1])
+    if len(batches) > 1:
+        raise InvalidDeclaration(task, f"it takes {len(batches)} lists; a batch has one list of items")
     if not given:
         raise InvalidDeclaration(task, "it takes no message; a job is at least one")
     if len(set(given)) != len(given):
         raise InvalidDeclaration(task, 'it takes two messages of one type; tell them apart with Named("...")')
-    return Declaration(task=task, signature=signature, given=tuple(given), target=target)
+    target, form = _target(task, result)
+    batch = batches[0] if batches else None
+    return Declaration(
+        task=task, signature=signature, given=tuple(given), target=target, batch=batch, form=form
+    )
 
 
-def _key(task: str, hints: Mapping[str, Any], name: str, what: str) -> ValueKey:
+def _target(task: str, result: Any) -> tuple[ValueKey, Literal["one", "list", "BatchResult"]]:
+    if typing.get_origin(result) is BatchResult:
+        return _annotation(task, typing.get_args(result)[0], "its result"), "BatchResult"
+    many = read_many(result)
+    if many is None:
+        return _annotation(task, result, "its result"), "one"
+    if many[1] != "list":
+        raise InvalidDeclaration(task, "its result is an Iterable[...]; a batch returns list[...]")
+    return _annotation(task, many[0], "its result"), "list"
+
+
+def _hint(task: str, hints: Mapping[str, Any], name: str, what: str) -> Any:
     if name not in hints:
         raise InvalidDeclaration(task, f"{what} has no annotation; annotate it with its message type")
-    return _annotation(task, hints[name], what)
+    return hints[name]
 
 
 def _annotation(task: str, annotation: Any, what: str) -> ValueKey:

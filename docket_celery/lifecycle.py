@@ -9,6 +9,8 @@ from typing import Any, Final, Protocol, cast
 from weakref import WeakSet
 
 from celery import Celery, _state, signals
+from celery.backends.base import DisabledBackend
+from celery.backends.rpc import RPCBackend
 from celery.concurrency import get_implementation
 
 from docket_celery import wire
@@ -33,6 +35,8 @@ class TaskClass(Protocol):
     graph: Graph
     max_retries: int | None
 
+    @property
+    def backend(self) -> Any: ...
     @classmethod
     def plan(cls) -> Plan: ...
 
@@ -139,7 +143,10 @@ def find_faults(app: Celery, pool: str | None = None) -> list[str]:
     for task in graph_tasks(app):
         try:
             plan = task.plan()
-            store = task.graph.find_store(plan, found) if plan.persists else None
+            spread = task.graph.find_batch_store(plan, found)
+            store = task.graph.find_store(plan, found) if plan.persists and spread is None else spread
+            if spread is not None and (fault := _backend_fault(task)) is not None:
+                faults.append(fault)
         except DocketError as error:
             faults.append(f"task {task.name}: {error}")
             continue
@@ -161,6 +168,19 @@ _INLINE_FAULT: Final = (
     "0 is for calls in process and eager tasks: a worker's own thread must stay free for its signals and limits; "
     "set at least 1"
 )
+
+
+def _backend_fault(task: TaskClass) -> str | None:
+    """Return why no chord of *task* could end, or None."""
+    backend = task.backend
+    if not isinstance(backend, (DisabledBackend, RPCBackend)):
+        return None
+    kind = "no result backend" if isinstance(backend, DisabledBackend) else "the rpc result backend"
+    problem = (
+        f"its items are spread over the workers by chords, which {kind} cannot join; set result_backend to Redis "
+        f"or a database"
+    )
+    return str(InvalidDeclaration(task.name, problem))
 
 
 def _schema_faults(store: Store, *, starting: bool) -> list[str]:
@@ -228,7 +248,11 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
         faults = find_faults(sender.app, _process.pool)
         for task in () if faults else graph_tasks(sender.app):
             # Those that were declared after the app was finalized have not been looked at.
-            _leave_retries_to_row(task, task.plan())
+            plan = task.plan()
+            _leave_retries_to_row(task, plan)
+            if task.graph.find_batch_store(plan, app_settings(sender.app)) is not None:
+                # Parts of a batch outlast outages and dead workers for as long as their rows say.
+                type(task).max_retries = None
     except Exception as error:  # noqa: BLE001 -- Celery would log it and start the worker all the same
         faults = [f"the checks themselves failed: {type(error).__name__}: {error}"]
     if faults:

@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 
 from docket_celery.batch_result import ONE_FAILS, BatchPolicy, BatchResult
 from docket_celery.checkpoint import (
+    Chunk,
     Lease,
     RunEnd,
     RunRequest,
@@ -20,6 +21,7 @@ from docket_celery.checkpoint import (
     Store,
     job_digest,
 )
+from docket_celery.chunks import BatchStore
 from docket_celery.configuration import Settings
 from docket_celery.error_records import from_record, to_record
 from docket_celery.errors import (
@@ -41,8 +43,11 @@ from docket_celery.messages import (
     value_name,
 )
 from docket_celery.plan import Plan
+from docket_celery.stored_items import ItemPlace, StoredBatch, StoredItems
 from docket_celery.surroundings import MakeScope
 
+_PLACE = b"stored"
+"""Leads the stored result of a batch whose results lie in rows of their own; no message type is called that."""
 _COLLECTED = b"collected"
 """Leads the stored result of a batch whose items may fail; no message type is called that."""
 
@@ -93,6 +98,21 @@ class Submission:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OpenStage:
+    """A stage of a batch that other tasks are to work on.
+
+    Attributes:
+        stage: Counted from 1.
+        chunks: Those that are not done.
+        total: Items of the whole stage.
+    """
+
+    stage: int
+    chunks: tuple[Chunk, ...]
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunOutcome:
     """How a delivery ended.
 
@@ -103,6 +123,8 @@ class RunOutcome:
         park_s: The run is parked; deliver it again in so many seconds.
         replayed: The run had ended before; nothing ran here.
         held: This delivery had the run's lease.
+        opened: The run waits for this stage.
+        receipt: What a chunk's task tells of it, as JSON.
     """
 
     value: Any = None
@@ -111,6 +133,8 @@ class RunOutcome:
     park_s: float | None = None
     replayed: bool = False
     held: bool = False
+    opened: OpenStage | None = None
+    receipt: Mapping[str, Any] | None = None
 
 
 def run_request(
@@ -191,14 +215,15 @@ def run_end(
         # An interruption by the host, such as a soft time limit, is no error of ours; its text must do.
         record = to_record(RunCancelled(submission.execution_id, repr(error)))
     state = RunState.CANCELLED if isinstance(error, RunCancelled) else RunState.FAILED
+    state = RunState.QUARANTINED if isinstance(error, RunQuarantined) else state
     return replace(end, state=state, error=record)
 
 
-def read_outcome(row: RunRow, plan: Plan) -> RunOutcome:
+def read_outcome(row: RunRow, plan: Plan, store: Store) -> RunOutcome:
     """Return the stored outcome of an ended run."""
     if row.state is RunState.SUCCEEDED:
         try:
-            return RunOutcome(value=_read_result(plan, row.result or b""), replayed=True)
+            return RunOutcome(value=_read_result(plan, row, store), replayed=True)
         except DocketError as error:
             return RunOutcome(error=error)
     if row.state is RunState.QUARANTINED:
@@ -210,6 +235,8 @@ def read_outcome(row: RunRow, plan: Plan) -> RunOutcome:
 
 def _result_bytes(value: Any) -> bytes:
     """Return a run's result as it is stored: of collected items, what failed first, then what there is."""
+    if isinstance(value, StoredBatch):
+        return frame((_PLACE, json.dumps(_describe(value)).encode()))
     if not isinstance(value, BatchResult):
         return value_bytes(value)
     collected = cast("BatchResult[Message]", value)
@@ -218,10 +245,32 @@ def _result_bytes(value: Any) -> bytes:
     return frame((_COLLECTED, json.dumps(errors).encode(), value_bytes(made)))
 
 
-def _read_result(plan: Plan, data: bytes) -> Any:
+def _describe(batch: StoredBatch) -> dict[str, Any]:
+    place = batch.items.place
+    errors = {str(index): to_record(error) for index, error in batch.errors.items()}
+    return {"names": place.names, "total": place.total, "collects": batch.collects, "errors": errors}
+
+
+def _read_result(plan: Plan, row: RunRow, store: Store) -> Any:
+    data = row.result or b""
     if not plan.collects:
         return from_bytes(plan.target.kind, data)
     parts = unframe(data)
+    if parts[:1] == [_PLACE] and isinstance(store, BatchStore):
+        found = json.loads(parts[1])
+        place = ItemPlace(
+            graph=row.graph,
+            execution_id=row.execution_id,
+            names=tuple(found["names"]),
+            kind=plan.target.kind,
+            total=found["total"],
+        )
+        stored = {int(index): from_record(record) for index, record in found["errors"].items()}
+        return StoredBatch(
+            items=StoredItems(store, place),
+            collects=found["collects"],
+            errors=cast("dict[int, StepFailed]", stored),
+        )
     if parts[:1] != [_COLLECTED]:
         return many_from_bytes(plan.target.kind, data)
     _, errors, made = parts

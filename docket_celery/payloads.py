@@ -17,12 +17,14 @@ from docket_celery.configuration import Settings
 from docket_celery.declaration import Declaration
 from docket_celery.errors import DecodeFailed, PayloadUnavailable, RunConflict
 from docket_celery.graph import Graph
-from docket_celery.messages import brief, check_size, frame, from_bytes, to_bytes, type_name, unframe
+from docket_celery.messages import Value, brief, check_size, frame, from_bytes, to_bytes, type_name, unframe
 from docket_celery.plan import Plan
 from docket_celery.waiting import call_aside
 
 JOB_MARKER: Final = "docket.job"
 _SHOWN_CHARS: Final = 200
+_MESSAGES: Final = 64
+"""So many times ``docket_max_message_bytes`` may a list weigh that travels."""
 
 Travelling = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -78,7 +80,7 @@ class QueuedRun:
 
 
 def arrange(
-    task: TaskClass, messages: Sequence[Message], args: Sequence[Any], kwargs: Mapping[str, Any]
+    task: TaskClass, messages: Sequence[Value], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Travelling:
     """Return the job's arguments: positional and by name as they were given, dicts and results replaced by messages.
 
@@ -94,6 +96,10 @@ def arrange(
         if isinstance(given, results.StoredResult) and _is_large([values[name]], settings):
             values[name] = given
     travelling = [value for value in values.values() if isinstance(value, Message)]
+    if task.declaration.batch is not None:
+        # The items of a batch go to the store one by one, when a worker has it.
+        listed = cast("dict[str, Value]", values)
+        check_messages(task, [v for v in listed.values() if not isinstance(v, results.StoredResult)])
     if _is_large(travelling, settings) and not task.plan().persists:
         check_messages(task, travelling)
     named = {name: values.pop(name) for name in kwargs}
@@ -118,7 +124,9 @@ def send(task: TaskClass, args: Sequence[Any], kwargs: Mapping[str, Any], run: Q
     travelling = [value for value in (*args, *kwargs.values()) if isinstance(value, Message)]
     if not _is_large(travelling, settings):
         return tuple(args), dict(kwargs)
-    messages = task.declaration.bind(*results.read_results(args, kwargs, task.app))
+    bound = task.declaration.bind(*results.read_results(args, kwargs, task.app))
+    # A task with a list has been refused by `arrange`.
+    messages = [value for value in bound if isinstance(value, Message)]
     _store_job(task, messages, run, settings)
     shown = [StoredJob(brief(message)) for message in messages]
     by_name = dict(zip(task.declaration.signature.parameters, shown, strict=True))
@@ -126,15 +134,20 @@ def send(task: TaskClass, args: Sequence[Any], kwargs: Mapping[str, Any], run: Q
     return tuple(by_name.values()), named
 
 
-def check_messages(task: TaskClass, messages: Sequence[Message]) -> None:
+def check_messages(task: TaskClass, values: Sequence[Value]) -> None:
     """Refuse messages that are too large to travel.
 
     Raises:
         PayloadTooLarge: One is.
     """
     limit = lifecycle.app_settings(task.app).max_message_bytes
-    for message in messages:
-        check_size(f"{type_name(message)} of task {task.name}", message.ByteSize(), limit)
+    for value in values:
+        messages = [value] if isinstance(value, Message) else value
+        for message in messages:
+            check_size(f"{type_name(message)} of task {task.name}", message.ByteSize(), limit)
+        if not isinstance(value, Message):
+            whole = sum(message.ByteSize() for message in messages)
+            check_size(f"the list of task {task.name}", whole, limit * _MESSAGES)
 
 
 def _is_large(messages: Sequence[Message], settings: Settings) -> bool:
@@ -192,7 +205,7 @@ def holds_job(args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> b
 
 def receive(
     task: TaskClass, args: Sequence[Any], kwargs: Mapping[str, Any], run: QueuedRun | None, *, travelled: bool
-) -> tuple[Message, ...]:
+) -> tuple[Value, ...]:
     """Return the messages that a task's arguments are or stand for, in the order of its parameters.
 
     Args:

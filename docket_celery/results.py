@@ -13,6 +13,8 @@ from google.protobuf.message import Message
 from kombu.utils.json import register_type
 
 from docket_celery import lifecycle, wire
+from docket_celery.batch_result import BatchResult
+from docket_celery.batch_values import read_batch
 from docket_celery.checkpoint import RunState
 from docket_celery.configuration import Settings
 from docket_celery.defaults import process_defaults
@@ -21,7 +23,7 @@ from docket_celery.graph import Graph
 from docket_celery.messages import brief, check_size, from_bytes, to_bytes, type_name
 from docket_celery.waiting import call_aside
 
-R = TypeVar("R", bound=Message)
+R = TypeVar("R", bound=Message | Sequence[Message] | BatchResult[Any])
 RESULT_MARKER: Final = "docket.result"
 STORED_BYTES: Final = "docket_max_stored_bytes"
 GONE: Final = "its row is gone: purged after docket_retention, or deleted; submit the job again"
@@ -135,7 +137,7 @@ class GraphResult(_TypedResult[R]):
     """The promise of a GraphTask's message."""
 
     def get(self, *args: Any, **kwargs: Any) -> R:
-        """Wait for the message, like `AsyncResult.get`.
+        """Wait for the message, like `AsyncResult.get`; of a batch for all of them.
 
         Raises:
             UnknownMessageType, DecodeFailed, PayloadTooLarge, CodecFailed: The stored result cannot be read.
@@ -148,6 +150,7 @@ class GraphResult(_TypedResult[R]):
             raise value.error
         if isinstance(value, StoredResult):
             return cast("R", value.read(self.app))
+        value = read_batch(self.app, value)
         message = value.message if isinstance(value, wire.Result) else value
         if isinstance(message, Message):
             check_size(f"result {type_name(message)}", message.ByteSize(), settings.max_message_bytes)
@@ -156,7 +159,7 @@ class GraphResult(_TypedResult[R]):
 
 def holds_result(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Tell whether one of a task's arguments stands for another task's stored result."""
-    return any(isinstance(value, StoredResult) for value in (*args, *kwargs.values()))
+    return any(isinstance(value, StoredResult | wire.Reference) for value in (*args, *kwargs.values()))
 
 
 def read_results(args: Sequence[Any], kwargs: Mapping[str, Any], app: Celery) -> Arguments:
@@ -169,7 +172,7 @@ def read_results(args: Sequence[Any], kwargs: Mapping[str, Any], app: Celery) ->
         return args, kwargs
 
     def read(value: Any) -> Any:
-        return value.read(app) if isinstance(value, StoredResult) else value
+        return value.read(app) if isinstance(value, StoredResult) else read_batch(app, value)
 
     return [read(value) for value in args], {name: read(value) for name, value in kwargs.items()}
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from celery import states
+from celery import Celery, states
 from celery.backends.redis import RedisBackend
-from celery.exceptions import SoftTimeLimitExceeded, TaskPredicate
+from celery.exceptions import Reject, SoftTimeLimitExceeded, TaskPredicate
 from celery.utils.time import get_exponential_backoff_interval
 
 from docket_celery.checkpoint import Lease
@@ -138,3 +139,16 @@ def is_stored(backend: Any, request: Any, result: object) -> bool:
     if request.chord and isinstance(backend, RedisBackend):
         backend.on_chord_part_return(request, states.SUCCESS, result)
     return True
+
+
+def keep(task_id: str | None, problem: Any) -> Reject:
+    """Return what has the broker keep a delivery that could not be published again; not in a hot loop."""
+    _logger.warning("task %s could not be published again, the broker keeps it: %s", task_id, problem)
+    time.sleep(1.0)
+    return Reject(problem, requeue=True)
+
+
+def visibility_s(app: Celery) -> float:
+    """Return for how long Redis leaves a waiting copy alone; a longer countdown would multiply it."""
+    options = cast("dict[str, Any]", app.conf.broker_transport_options or {})
+    return float(options.get("visibility_timeout", 3600))

@@ -25,7 +25,7 @@ from docket_celery.errors import (
     StoreUnavailable,
 )
 from docket_celery.events import EventKind
-from docket_celery.fan_out import StagedExecution, Stored, make_execution
+from docket_celery.fan_out import Runs, StagedExecution, Stored, make_execution
 from docket_celery.heartbeat import HeldLease
 from docket_celery.hooks import load_hooks
 from docket_celery.inline import InlineCancellation, InlineHeartbeat, InlineRuntime
@@ -83,7 +83,7 @@ class Run:
             else None
         )
         self._held: HeldLease | None = None
-        self._execution: Execution | StagedExecution | None = None
+        self._execution: Runs | None = None
         self.concluded = False
         self._began = self._cancellation.now()
         self._until = None if submission.timeout_s is None else self._began + submission.timeout_s
@@ -294,7 +294,7 @@ class Run:
             self.store.find_job(row.graph, row.execution_id)
             self._conclude(RunOutcome(error=RunConflict(row.graph, row.execution_id, what)))
         elif row.state.ended:
-            self._conclude(read_outcome(row, self._plan))
+            self._conclude(read_outcome(row, self._plan, self.store))
         elif not self.submission.waits:
             self._conclude(RunOutcome(busy_s=max(0.0, row.lease_left_s or 0.0)))
         else:

@@ -11,7 +11,9 @@ from google.protobuf.message import Message
 
 from docket_celery.ambient import ambient
 from docket_celery.annotation import ValueKey
+from docket_celery.batch_plan import is_spread
 from docket_celery.checkpoint import Store, check_execution_id
+from docket_celery.chunks import BatchStore
 from docket_celery.configuration import Settings
 from docket_celery.defaults import process_defaults
 from docket_celery.errors import InvalidArguments, InvalidSettings, StoreMissing
@@ -133,6 +135,20 @@ class Runner(Registry):
         batch = kinds.pop()
         given = iter(shared)
         return tuple(batch if isinstance(value, (list, tuple)) else next(given) for value in inputs), batch
+
+    def find_batch_store(self, plan: Plan, settings: Settings) -> BatchStore | None:
+        """Return the store over which several workers can share a run of *plan*; None: one of them does it all.
+
+        Raises:
+            StoreMissing, InvalidSettings: As from `find_store`, if the plan persists.
+        """
+        if not is_spread(plan) or ambient() is not None:
+            return None
+        if plan.persists or self.store is not None:
+            found: Store | None = self.find_store(plan, settings)
+        else:
+            found = process_defaults.store(settings.database_url, settings.codec)
+        return found if isinstance(found, BatchStore) and found.persistent else None
 
     def find_store(self, plan: Plan, settings: Settings, store: Store | None = None) -> Store:
         """Return the store in force: the call's, else the graph's, else ``docket_database_url``'s.

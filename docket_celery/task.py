@@ -8,18 +8,29 @@ import functools
 import logging
 import os
 import random
-import time
 import uuid
-from collections.abc import Callable, Generator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar, cast
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, cast
 
 from celery import Celery, _state, shared_task
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from celery.result import EagerResult
 from google.protobuf.message import Message
 
-from docket_celery import lifecycle, payloads, results, wire
+from docket_celery import chords, lifecycle, payloads, results, wire
+from docket_celery.batch_result import BatchResult
 from docket_celery.checkpoint import check_execution_id, job_digest
+from docket_celery.chords import (
+    ATTACHED,
+    BATCH,
+    CONTEXT,
+    DIGEST,
+    EXECUTION_ID,
+    PART,
+    RELEASED,
+    RETRIES,
+    SKIPPED,
+)
 from docket_celery.declaration import (
     Declaration,
     NameFunction,
@@ -36,24 +47,15 @@ from docket_celery.errors import (
     StoreUnavailable,
 )
 from docket_celery.graph import Graph
-from docket_celery.messages import brief, to_bytes, type_name
+from docket_celery.messages import Value, brief, value_bytes, value_name
 from docket_celery.on_commit import PREPARED, OnCommitTask
 from docket_celery.outcome import RunOutcome, Submission
 from docket_celery.plan import Plan
-from docket_celery.results import GraphResult, StoredResult
-from docket_celery.retrying import Kinds, is_stored, park_s, with_causes
+from docket_celery.results import GraphResult, R, StoredResult
+from docket_celery.retrying import Kinds, is_stored, keep, park_s, visibility_s, with_causes
 
 _logger = logging.getLogger("docket_celery.task")
 P = ParamSpec("P")
-R = TypeVar("R", bound=Message)
-EXECUTION_ID, CONTEXT, DIGEST, ATTACHED, RELEASED, SKIPPED = (
-    "docket_execution_id",
-    "docket_context",
-    "docket_job_digest",
-    "docket_attached",
-    "docket_released",
-    "docket_skipped",
-)
 _BUSY_MOST_S = 15.0
 
 
@@ -63,11 +65,17 @@ class GraphTask(OnCommitTask[P, R]):
     Class attributes besides Celery's own:
         graph: The graph to run.
         execution_id: Optional function of the messages giving the name of the run.
+        on_error: Of a batch: ``fail`` with the first failed item, or ``collect``; default: as its result says.
+        max_failed: ``collect`` only: how many items may fail, as a count or as a share (a float from 0 to 1).
+        chunk_size: Items that one task works on; default: chosen from how many there are.
     """
 
     abstract = True
     graph: Graph
     execution_id: Callable[..., str] | None = None
+    on_error: str | None = None
+    max_failed: float | None = None
+    chunk_size: int | None = None
     declaration: Declaration
     declared: Callable[..., Any] | None = None
     declared_max_retries: int | None = 3
@@ -102,6 +110,7 @@ class GraphTask(OnCommitTask[P, R]):
         cls.declared_max_retries = cls.max_retries
         cls.routing = take_routing(cls)
         cls.throws = with_causes(cls.throws)
+        chords.read_order(cls)
         for key in (*cls.declaration.given, cls.declaration.target):
             wire.types.allow(key.kind)
 
@@ -129,6 +138,9 @@ class GraphTask(OnCommitTask[P, R]):
         *more: Any,
         execution_id: str | None = None,
         context: Mapping[str, Any] | None = None,
+        on_error: str | None = None,
+        max_failed: float | None = None,
+        chunk_size: int | None = None,
         **options: Any,
     ) -> GraphResult[R]:
         """Submit a job.
@@ -140,6 +152,9 @@ class GraphTask(OnCommitTask[P, R]):
             *more: Celery's further positional options.
             execution_id: Names the run; default: the task's ``execution_id`` function, else the task id.
             context: JSON values for ``ctx.values``.
+            on_error: This batch's, in place of the task's; so are the next two.
+            max_failed: How many items may fail.
+            chunk_size: Items that one task works on.
             **options: Celery's own.
 
         Raises:
@@ -152,10 +167,11 @@ class GraphTask(OnCommitTask[P, R]):
         again = options.pop(PREPARED, False) or options.get("retries")
         if not again:
             args, kwargs = self._prepare(args, kwargs, headers, execution_id, context)
+            chords.write_order(self, headers, (on_error, max_failed, chunk_size))
         args, kwargs = args or (), kwargs or {}
-        options.setdefault("argsrepr", f"({', '.join(map(_brief, args))})")
+        options.setdefault("argsrepr", chords.describe(headers) or f"({', '.join(map(_brief, args))})")
         options.setdefault("kwargsrepr", f"{{{', '.join(f'{k}={_brief(v)}' for k, v in kwargs.items())}}}")
-        if not options.get("retries"):
+        if not options.get("retries") and PART not in headers:
             task_id = task_id or str(uuid.uuid4())
             args, kwargs = payloads.send(self, args, kwargs, _queued_run(headers, task_id, options))
         submit = cast("Callable[..., GraphResult[R]]", super().apply_async)
@@ -193,9 +209,9 @@ class GraphTask(OnCommitTask[P, R]):
         context: Mapping[str, Any] | None,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         messages = self.declaration.bind(*results.read_results(args or (), kwargs or {}, self.app))
-        job = [(type_name(message), to_bytes(message)) for message in messages]
+        job = [(value_name(value), value_bytes(value)) for value in messages]
         headers[DIGEST] = base64.b64encode(job_digest(job)).decode("ascii")
-        for name in (ATTACHED, RELEASED, SKIPPED):
+        for name in (*chords.OF_ONE_DELIVERY, BATCH):
             # They speak of one delivery; whoever passes on the headers of a running task passes on these too.
             headers.pop(name, None)
         named_run = headers.get(EXECUTION_ID) if execution_id is None else execution_id
@@ -217,29 +233,30 @@ class GraphTask(OnCommitTask[P, R]):
         queued = None if direct else _queued_run(request.headers or {}, request.id, {})
         try:
             travelled = not (direct or request.is_eager)
-            messages = payloads.receive(self, args, kwargs, queued, travelled=travelled)
+            read = functools.partial(payloads.receive, self, args, kwargs, queued, travelled=travelled)
+            messages = None if chords.is_part(request) else read()
         except StoreUnavailable as error:
             wait_s = park_s(self, error, None, retries=request.retries, skipped=_skipped(request))
             self._raise(RunOutcome(error=error, park_s=None if direct else wait_s), error)
-        submission = self._direct(messages) if direct else self._delivered(messages)
-        outcome = self.graph.deliver(
-            self.declaration.target, messages, submission, given=self.declaration.given, settings=settings
-        )
+        submission = (self._direct if direct else self._delivered)(messages or ())
+        outcome = chords.deliver(self, messages, submission, settings)
         if outcome.busy_s is not None:
             self._send_again(outcome.busy_s)
         if outcome.error is not None:
             self._raise(outcome, outcome.error)
-        value = outcome.value
+        value: Any = outcome.value if outcome.receipt is None else dict(outcome.receipt)
         if value is None:
             raise AssertionError(f"a run ended without a value: {outcome!r}")
-        if direct or request.is_eager:
+        if direct or request.is_eager or outcome.receipt is not None:
             return value
-        result = payloads.wrap(self, value, submission.execution_id)
+        result: Any = wire.Results(value)
+        if isinstance(value, Message):
+            result = payloads.wrap(self, value, submission.execution_id)
         if outcome.replayed and is_stored(self.backend, request, result):
             raise Ignore("a copy of a delivery that ended before")
         return result
 
-    def _direct(self, messages: tuple[Message, ...]) -> Submission:
+    def _direct(self, messages: tuple[Value, ...]) -> Submission:
         named = None if self.execution_id is None else self.execution_id(*messages)
         execution_id = str(uuid.uuid4()) if named is None else check_execution_id(named)
         return Submission(
@@ -249,7 +266,7 @@ class GraphTask(OnCommitTask[P, R]):
             listeners=self.graph.listeners,
         )
 
-    def _delivered(self, messages: tuple[Message, ...]) -> Submission:
+    def _delivered(self, messages: tuple[Value, ...]) -> Submission:
         request = self.request
         headers: Mapping[str, Any] = request.headers or {}
         execution_id = headers.get(EXECUTION_ID)
@@ -265,7 +282,7 @@ class GraphTask(OnCommitTask[P, R]):
             number=request.retries + 1,
             task_name=self.name,
             task_id=request.id,
-            retries=request.retries - skipped,
+            retries=request.retries - skipped + int(headers.get(RETRIES) or 0),
             attached=bool(headers.get(ATTACHED)),
             released=headers.get(RELEASED) == request.retries,
             waits=bool(request.is_eager),
@@ -300,7 +317,7 @@ class GraphTask(OnCommitTask[P, R]):
             headers[SKIPPED] = _skipped(request) + 1
         countdown = outcome.park_s
         if isinstance(error, StoreUnavailable):
-            countdown = min(countdown, _visibility_s(self.app) / 3)
+            countdown = min(countdown, visibility_s(self.app) / 3)
         limit = None
         if self.max_retries is not None:
             # No lease counts the retries: Celery's own bound applies.
@@ -311,7 +328,7 @@ class GraphTask(OnCommitTask[P, R]):
         except Reject as refused:
             # Celery drops the message of a retry that it cannot publish; the run would be lost.
             rejected: Any = refused  # its reason is missing from the stubs
-            raise _keep(request.id, rejected.reason) from error
+            raise keep(request.id, rejected.reason) from error
 
     def _send_again(self, busy_s: float) -> None:
         """Another delivery advances this run: come back later, without using up a retry or writing a state.
@@ -321,7 +338,7 @@ class GraphTask(OnCommitTask[P, R]):
             Reject: It could not be; the broker keeps the original.
         """
         request = self.request
-        most_s = min(busy_s, _BUSY_MOST_S, _visibility_s(self.app) / 3)
+        most_s = min(busy_s, _BUSY_MOST_S, visibility_s(self.app) / 3)
         countdown = most_s * random.uniform(0.8, 1.0) + 0.1  # noqa: S311 -- spreads load, keeps no secret
         headers = {**(request.headers or {}), ATTACHED: True}
         # A worker took the job up in time: while it waits for its turn it does not expire.
@@ -331,7 +348,7 @@ class GraphTask(OnCommitTask[P, R]):
         try:
             again.apply_async(add_to_parent=False, **{PREPARED: True})
         except Exception as error:
-            raise _keep(request.id, error) from error
+            raise keep(request.id, error) from error
         raise Ignore(f"another delivery advances this run; back in {countdown:.1f} s")
 
     @classmethod
@@ -341,7 +358,7 @@ class GraphTask(OnCommitTask[P, R]):
         Raises:
             GraphError: The graph has faults.
         """
-        return cls.graph.compiled(cls.declaration.target, cls.declaration.given)
+        return cls.declaration.compile(cls.graph)
 
 
 def graph_task(
@@ -417,19 +434,6 @@ def _queued_run(
     )
 
 
-def _keep(task_id: str | None, problem: Any) -> Reject:
-    """Return what has the broker keep a delivery that could not be published again; not in a hot loop."""
-    _logger.warning("task %s could not be published again, the broker keeps it: %s", task_id, problem)
-    time.sleep(1.0)
-    return Reject(problem, requeue=True)
-
-
-def _visibility_s(app: Celery) -> float:
-    """Return for how long Redis leaves a waiting copy alone; a longer countdown would multiply it."""
-    options = cast("dict[str, Any]", app.conf.broker_transport_options or {})
-    return float(options.get("visibility_timeout", 3600))
-
-
 def _skipped(request: Any) -> int:
     """Return how many deliveries of the task so far did not even get at the database."""
     headers: Mapping[str, Any] = request.headers or {}
@@ -447,6 +451,7 @@ def _check(function: Callable[..., Any], graph: object, options: Mapping[str, An
         raise InvalidDeclaration(name, f"the graph must be a docket_celery.Graph, not {graph!r}")
     if options.get("bind"):
         raise InvalidDeclaration(name, "bind=True hands the task to a body that never runs; drop it")
+    chords.check_options(options)
     read_function(name, function)
 
 
@@ -473,6 +478,8 @@ def _brief(value: Any) -> str:
     value = value.message if isinstance(value, wire.Result) else value
     if isinstance(value, payloads.StoredJob | StoredResult):
         return repr(value)
+    if isinstance(value, (list, tuple, BatchResult)):
+        return f"<{len(cast('Sequence[Any]', value))} messages>"
     return brief(value) if isinstance(value, Message) else f"<{type(value).__name__}>"
 
 

@@ -25,6 +25,7 @@ from docket_celery.errors import InvalidSettings, RunCancelled
 from docket_celery.outcome import RunOutcome
 from docket_celery.run import Run
 from docket_celery.runtime import CallerLoop, Worker, process_runtime
+from docket_celery.stored_items import StoredBatch
 
 T = TypeVar("T", bound=Message)
 R = TypeVar("R")
@@ -230,7 +231,7 @@ def read_outcome(outcome: RunOutcome) -> object:
     """
     if outcome.error is not None:
         raise outcome.error
-    return outcome.value
+    return outcome.value.load() if isinstance(outcome.value, StoredBatch) else outcome.value
 
 
 def _wait(run: Run, outcomes: queue.SimpleQueue[RunOutcome]) -> RunOutcome:

@@ -11,16 +11,28 @@ import base64
 import binascii
 import os
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final, TypeGuard, cast
 from weakref import WeakKeyDictionary
 
 from google.protobuf.message import Message
 from kombu.utils.json import register_type
 
-from docket_celery.errors import DecodeFailed, DocketError, PayloadTooLarge, UnknownMessageType
+from docket_celery.batch_result import BatchResult
+from docket_celery.error_records import from_record, to_record
+from docket_celery.errors import (
+    DecodeFailed,
+    DocketError,
+    PayloadTooLarge,
+    StepFailed,
+    UnknownMessageType,
+)
 from docket_celery.messages import brief, from_bytes, to_bytes, type_name
+from docket_celery.stored_items import StoredBatch
 
 MARKER: Final = "docket.pb"
+BATCH_MARKER: Final = "docket.batch"
 
 
 class Undecodable:
@@ -66,6 +78,48 @@ class Result:
 
     def __repr__(self) -> str:
         return brief(self.message)
+
+
+class Results:
+    """Many results on their way out, with a text that is bounded.
+
+    Attributes:
+        value: A list of messages, a `BatchResult`, or a `StoredBatch`, of which only the place travels.
+    """
+
+    def __init__(self, value: list[Message] | BatchResult[Any] | StoredBatch) -> None:
+        self.value = value
+
+    def __json__(self) -> Any:
+        if isinstance(self.value, list):
+            return [Result(message).__json__() for message in self.value]
+        return {"__type__": BATCH_MARKER, "__value__": _encode_batch(self.value)}
+
+    def __eq__(self, other: object) -> bool:
+        return self.value == (other.value if isinstance(other, Results) else other)
+
+    __hash__ = None  # type: ignore[assignment]  # like the list
+
+    def __repr__(self) -> str:
+        items = self.value.items if isinstance(self.value, StoredBatch) else self.value
+        failed = f", {len(self.value.errors)} failed" if isinstance(self.value, BatchResult) else ""
+        return f"<{len(items)} results{failed}>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """A batch's result that lies in the store; the fields are those of `ItemPlace` and `StoredBatch`."""
+
+    graph: str
+    execution_id: str
+    names: tuple[str, ...]
+    type: str
+    total: int
+    collects: bool
+    errors: Mapping[int, StepFailed]
+
+    def __json__(self) -> dict[str, Any]:
+        return {"__type__": BATCH_MARKER, "__value__": {"stored": _describe(self)}}
 
 
 class Types:
@@ -152,7 +206,57 @@ def _is_content(value: object) -> TypeGuard[dict[str, str]]:
     )
 
 
+def _encode_batch(batch: BatchResult[Any] | StoredBatch) -> dict[str, Any]:
+    if isinstance(batch, BatchResult):
+        results = [None if each is None else Result(each).__json__() for each in batch.results]
+        return {"results": results, "errors": _records(batch.errors)}
+    place = batch.items.place
+    reference = Reference(
+        graph=place.graph,
+        execution_id=place.execution_id,
+        names=place.names,
+        type=type_name(place.kind),
+        total=place.total,
+        collects=batch.collects,
+        errors=batch.errors,
+    )
+    return {"stored": _describe(reference)}
+
+
+def _describe(reference: Reference) -> dict[str, Any]:
+    names = ("graph", "execution_id", "names", "type", "total", "collects")
+    return {name: getattr(reference, name) for name in names} | {"errors": _records(reference.errors)}
+
+
+def _records(errors: Mapping[int, StepFailed]) -> dict[str, Any]:
+    return {str(index): to_record(error) for index, error in errors.items()}
+
+
+def decode_batch(value: object) -> BatchResult[Any] | Reference | Undecodable:
+    """Return the batch in an envelope's content, or an `Undecodable`; never raises."""
+    try:
+        content = cast("dict[str, Any]", value)
+        found = content.get("stored") or content
+        errors = cast(
+            "dict[int, StepFailed]", {int(k): from_record(record) for k, record in found["errors"].items()}
+        )
+        if "stored" not in content:
+            return BatchResult(tuple(content["results"]), errors)
+        return Reference(
+            graph=str(found["graph"]),
+            execution_id=str(found["execution_id"]),
+            names=tuple(map(str, found["names"])),
+            type=str(found["type"]),
+            total=int(found["total"]),
+            collects=bool(found["collects"]),
+            errors=errors,
+        )
+    except Exception as error:  # noqa: BLE001 -- a decoder that raises loses the message and hangs its caller
+        return Undecodable(value, DecodeFailed("batch", f"{type(error).__name__}: {error}"))
+
+
 def install() -> None:
     """Teach kombu's JSON to carry messages; changes nothing for other values."""
+    register_type(Results, BATCH_MARKER, lambda results: results.__json__(), cast("Any", decode_batch))
     # kombu's annotation wants the decoder to return a Message; ours must not raise, hence the placeholder.
     register_type(Message, MARKER, encode, cast("Any", decode))

@@ -86,10 +86,10 @@ INSERT INTO docket_runs (
     created_at, updated_at, expires_at)
 VALUES (
     :graph, :execution_id, :task_name, :task_id, :retries, :target, :job, :job_digest, 'QUEUED', 0, 0, 0, 0,
-    {_NOW}, {_NOW}, {_after(":keep_s")})
+    {NOW}, {NOW}, {after(":keep_s")})
 """)
 _KEEP_RUN = text(f"""
-UPDATE docket_runs SET expires_at = MAX(expires_at, {_after(":keep_s")})
+UPDATE docket_runs SET expires_at = MAX(expires_at, {after(":keep_s")})
 WHERE {_IS_RUN} AND expires_at IS NOT NULL
 """)
 _TAKE_RUN = text(f"""
@@ -180,7 +180,7 @@ _EXTEND_CLAIM = text(
 def enqueue(connection: Connection, request: RunRequest, keep_s: float) -> RunRow | None:
     """See `Store.enqueue`."""
     values: dict[str, Any] = request_values(request) | {"keep_s": keep_s}
-    with _writing(connection):
+    with writing(connection):
         row = connection.execute(_FIND_RUN, values).mappings().first()
         if row is None:
             connection.execute(_ENQUEUE_RUN, values)

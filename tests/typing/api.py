@@ -11,6 +11,7 @@ from celery import Celery
 from google.protobuf.message import Message
 
 from docket_celery import (
+    BatchResult,
     ExponentialBackoff,
     FixedBackoff,
     Graph,
@@ -152,6 +153,25 @@ assert_type(checkout.refresh("find_carrier", order, context={"user": 7}), Messag
 def process_order(order: Order) -> Shipment:
     """On an app."""
     raise NotImplementedError
+
+
+@graph_task(app, checkout, chunk_size=10)
+def process_all(orders: list[Order]) -> list[Shipment]:
+    """A batch."""
+    raise NotImplementedError
+
+
+class ProcessSome(GraphTask[[list[Order]], BatchResult[Shipment]]):
+    """A batch whose items may fail, declared by its types."""
+
+    graph = checkout
+
+
+def batches(some: ProcessSome) -> None:
+    """What comes back of batches."""
+    assert_type(process_all.delay([order]), GraphResult[list[Shipment]])
+    assert_type(process_all.delay([order]).get(), list[Shipment])
+    assert_type(some.delay([order]).get(), BatchResult[Shipment])
 
 
 @shared_graph_task(checkout, max_retries=5)

@@ -1,0 +1,184 @@
+"""What a plan means once its items lie in a store: where values are, and who works on which items."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from docket_celery.annotation import ValueKey
+from docket_celery.batch_result import BatchPolicy
+from docket_celery.checkpoint import Checkpoint, Chunk, RunState, item_key, workflow_key
+from docket_celery.chunks import ChunkRow
+from docket_celery.error_records import from_record
+from docket_celery.errors import DocketError, InvalidArguments, StepFailed
+from docket_celery.messages import Value, type_name, value_bytes
+from docket_celery.plan import Part, Plan
+from docket_celery.step import Step
+
+CHUNKS = 64
+"""Without ``chunk_size`` a stage has about so many chunks: enough to spread, few enough to be cheap to join."""
+MOST_ITEMS = 500
+"""Without ``chunk_size``, most items of a chunk: what one statement reads and one task holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchOrder:
+    """How a batch is to be worked on.
+
+    Attributes:
+        policy: How items are treated.
+        chunk_size: Items of a chunk; None: chosen from their number.
+    """
+
+    policy: BatchPolicy = field(default_factory=BatchPolicy)
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        size: object = self.chunk_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise InvalidArguments("chunk_size", f"must be at least 1, not {size!r}")
+
+    def cut(self, stage: int, count: int) -> list[Chunk]:
+        """Return the chunks of a stage of *count* items."""
+        size = self.chunk_size or min(MOST_ITEMS, -(-count // CHUNKS))
+        return [Chunk(stage, lo, min(lo + size, count)) for lo in range(0, count, max(1, size))]
+
+
+def is_spread(plan: Plan) -> bool:
+    """Tell whether a part of *plan* runs for each item of a batch or fan-out."""
+    return any(part.fan_out is not None for part in plan.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the values of a run's plan lie.
+
+    Attributes:
+        plan: It has parts.
+    """
+
+    plan: Plan
+    graph: str
+    execution_id: str
+    makers: Mapping[ValueKey, Step]
+    fan_outs: Mapping[ValueKey, str]
+
+    @classmethod
+    def of(cls, plan: Plan, execution_id: str) -> Layout:
+        """Return the layout of *plan* for one run."""
+        makers = {planned.step.output: planned.step for planned in plan.steps}
+        fan_outs: dict[ValueKey, str] = {} if plan.batch is None else {plan.batch: ""}
+        for part in plan.parts:
+            for planned in part.plan.steps:
+                if part.fan_out is not None:
+                    fan_outs[planned.step.output] = part.fan_out
+                elif planned.step.splits:
+                    fan_outs[planned.step.output] = planned.step.name
+        return cls(plan, plan.graph, execution_id, makers, fan_outs)
+
+    def names(self, key: ValueKey) -> tuple[str, ...]:
+        """Return the step names under which a value's rows may lie."""
+        return step_names(self.makers[key]) if key in self.makers else ("",)
+
+    def once_key(self, key: ValueKey) -> bytes:
+        """Return the cache key of a value that is there once."""
+        if key in self.makers:
+            return workflow_key(self.graph, self.execution_id, self.makers[key].identity)
+        return item_key(self.graph, self.execution_id, "", f"@{key}")
+
+    def count_key(self, fan_out: str) -> bytes:
+        """Return the cache key of the row that says how many items a fan-out has."""
+        return item_key(self.graph, self.execution_id, fan_out, "@count")
+
+    def shared(self) -> list[ValueKey]:
+        """Return the values that are there once: handed in, or made by what runs once."""
+        given = [key for key in self.plan.given if key != self.plan.batch]
+        made = [p.step.output for part in self.plan.parts if part.fan_out is None for p in part.plan.steps]
+        return [key for key in (*given, *made) if key not in self.fan_outs]
+
+    def splitters(self) -> list[str]:
+        """Return the fan-outs whose items are cut from one value: of the batch, and of steps that run once."""
+        return sorted({part.fan_out for part in self.plan.parts if part.fan_out is not None})
+
+    def given_row(self, key: ValueKey, value: Value) -> Checkpoint:
+        """Return the row of a value that was handed in once."""
+        return self._row("", f"@{key}", None, self.once_key(key), type_name(key.kind), value_bytes(value))
+
+    def count_row(self, fan_out: str, count: int) -> Checkpoint:
+        """Return the row that says how many items a fan-out has; stored after them."""
+        key = self.count_key(fan_out)
+        return self._row(fan_out, "@count", None, key, "count", str(count).encode())
+
+    def item_rows(self, fan_out: str, messages: Sequence[Value], start: int) -> list[Checkpoint]:
+        """Return the rows of items that begin at index *start*."""
+        rows: list[Checkpoint] = []
+        for index, message in enumerate(messages, start):
+            key = item_key(self.graph, self.execution_id, fan_out, str(index))
+            kind = self._item_kind(fan_out)
+            rows.append(self._row(fan_out, str(index), index, key, kind, value_bytes(message)))
+        return rows
+
+    def _item_kind(self, fan_out: str) -> str:
+        key = next(key for key, name in self.fan_outs.items() if name == fan_out and self._opens(key, name))
+        return type_name(key.kind)
+
+    def _opens(self, key: ValueKey, fan_out: str) -> bool:
+        return key == self.plan.batch if not fan_out else self.makers[key].name == fan_out
+
+    def _row(
+        self, step: str, item: str, index: int | None, key: bytes, output_type: str, data: bytes
+    ) -> Checkpoint:
+        return Checkpoint(
+            key=key,
+            graph=self.graph,
+            execution_id=self.execution_id,
+            step_name=step,
+            item=item,
+            item_index=index,
+            input_hash="",
+            output_type=output_type,
+            output_data=data,
+        )
+
+
+def step_names(step: Step) -> tuple[str, ...]:
+    """Return the names under which a step's rows may lie."""
+    return tuple(dict.fromkeys((step.name, *step.options.renamed_from)))
+
+
+def is_undone(row: ChunkRow) -> bool:
+    """Tell whether a chunk has to be worked on."""
+    return row.state in {RunState.QUEUED, RunState.RUNNING}
+
+
+def stage_rows(rows: Iterable[ChunkRow], stage: int) -> list[ChunkRow]:
+    """Return the chunks of one stage."""
+    return [row for row in rows if row.chunk.stage == stage]
+
+
+def failures_of(rows: Iterable[ChunkRow]) -> dict[int, StepFailed]:
+    """Return why items failed, by index."""
+    found: dict[int, StepFailed] = {}
+    for row in rows:
+        for index, record in row.errors.items():
+            error = from_record(record)
+            if index != "fatal" and isinstance(error, StepFailed):
+                found[int(index)] = error
+    return found
+
+
+def fatal_of(rows: Iterable[ChunkRow]) -> DocketError | None:
+    """Return what stopped the whole batch, if anything did."""
+    return next((from_record(row.errors["fatal"]) for row in rows if "fatal" in row.errors), None)
+
+
+def earlier_stages(plan: Plan, stage: int) -> set[int]:
+    """Return the stages before *stage* over the same items."""
+    fan_out = plan.parts[stage - 1].fan_out
+    return {number for number, part in enumerate(plan.parts[: stage - 1], 1) if part.fan_out == fan_out}
+
+
+def find_part(plan: Plan, stage: int) -> Part | None:
+    """Return the part that a stage works on, or None if this plan has no such stage."""
+    part = plan.parts[stage - 1] if 0 < stage <= len(plan.parts) else None
+    return part if part is not None and part.fan_out is not None else None

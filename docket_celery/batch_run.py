@@ -1,0 +1,290 @@
+"""One delivery of a batch over several workers: of the run from stage to stage, or of one chunk of a stage.
+
+Everything that a delivery needs to know lies in the store, so any delivery of the run can carry on from there: the
+one that opened it, the body of a chord, a copy of either, or a later submission under the same execution id.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from google.protobuf.message import Message
+
+from docket_celery.annotation import ValueKey
+from docket_celery.batch_plan import (
+    BatchOrder,
+    Layout,
+    failures_of,
+    fatal_of,
+    is_undone,
+    stage_rows,
+    step_names,
+)
+from docket_celery.batch_result import BatchResult
+from docket_celery.checkpoint import Checkpoint, Lease, RunRequest, RunState, Store
+from docket_celery.chunks import BatchStore, ChunkRow
+from docket_celery.configuration import Settings
+from docket_celery.engine import Outcome
+from docket_celery.errors import DocketError, GraphChanged, RunNotFound, RunQuarantined, StepFailed
+from docket_celery.fan_out import Runs, make_item, too_many
+from docket_celery.messages import Value, frame, from_bytes, value_bytes, value_name
+from docket_celery.outcome import OpenStage, RunOutcome, Submission
+from docket_celery.plan import Part, Plan
+from docket_celery.record import read_value
+from docket_celery.run import Run
+from docket_celery.stored_items import PAGE, ItemPlace, StoredBatch, StoredItems
+
+INLINE_BYTES = 256 * 1024
+"""A result up to this size travels; a bigger one stays in the store, where `GraphResult.get` reads it."""
+
+
+class BatchRun(Run):
+    """Drives one delivery of a run whose stages other tasks work on.
+
+    Args:
+        plan: What to do; a part of it runs for each item.
+        inputs: The given values, in the order of ``plan.given``; None: they lie in the store.
+        submission: Who asks for it.
+        settings: Those in force.
+        store: Where everything lies.
+        order: How the batch is to be worked on.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        inputs: Sequence[Value] | None,
+        submission: Submission,
+        settings: Settings,
+        store: BatchStore,
+        order: BatchOrder,
+    ) -> None:
+        super().__init__(plan, inputs or (), submission, settings, store)
+        self._batches, self._order, self._is_first = store, order, inputs is not None
+        self._layout = Layout.of(plan, submission.execution_id)
+        self._values: dict[ValueKey, Any] = {}
+        self._counts: dict[str, int] = {}
+        self._chunks: list[ChunkRow] = []
+        self._stored: dict[tuple[str, str], Checkpoint] = {}
+        self._failures: dict[str, dict[int, StepFailed]] = {}
+
+    def _request(self, store: Store) -> RunRequest:
+        request = super()._request(store)
+        shared = [v for k, v in zip(self._plan.given, self._inputs, strict=False) if k != self._plan.batch]
+        job = frame(part for value in shared for part in (value_name(value).encode(), value_bytes(value)))
+        # The items lie in rows of their own.
+        return replace(request, job=job)
+
+    # --- what is stored ----------------------------------------------------------------------------------------
+
+    def _advance(self, lease: Lease) -> None:
+        self._delivery = self._new_delivery(lease.epoch)
+        self._delivery.keeps = frozenset(
+            planned.step.name
+            for part in self._plan.parts
+            for planned in part.plan.steps
+            if part.fan_out is None and planned.step.output in part.outputs and not planned.step.splits
+        )
+        try:
+            self._load(lease)
+            self._carry_on(0)
+        except Exception as error:  # noqa: BLE001 -- the lease is held: the run must end in order
+            self._end(Outcome(error=error))
+
+    def _load(self, lease: Lease) -> None:
+        """Read what earlier deliveries stored; the first one stores the job."""
+        if lease.epoch == 1 and not self._is_first:
+            raise RunNotFound(lease.graph, lease.execution_id)
+        stored: dict[bytes, Checkpoint] = {}
+        if lease.epoch > 1:
+            layout = self._layout
+            keys = [layout.once_key(key) for key in layout.shared()]
+            keys += [layout.count_key(fan_out) for fan_out in layout.splitters()]
+            stored = {one.key: one for one in self._batches.restore(lease, keys)}
+            self._note_stored(stored.values(), lease)
+            self._chunks = self._batches.find_chunks(lease.graph, lease.execution_id)
+        self._take(stored)
+        if self._is_first:
+            self._store_job(lease)
+
+    def _note_stored(self, stored: Iterable[Checkpoint], lease: Lease) -> None:
+        """Note what steps that run once have stored.
+
+        Raises:
+            GraphChanged: One of them is gone.
+        """
+        known = self._plan.known_names | {""}
+        names = {name: p.step.name for p in self._plan.steps for name in step_names(p.step)}
+        gone: set[str] = set()
+        for one in stored:
+            if one.step_name not in known:
+                gone.add(one.step_name)
+            elif one.item == "" and one.step_name in names:
+                self._stored.setdefault((names[one.step_name], ""), one)
+        if gone:
+            raise GraphChanged(lease.graph, lease.execution_id, sorted(gone))
+
+    def _take(self, stored: Mapping[bytes, Checkpoint]) -> None:
+        layout = self._layout
+        for fan_out in layout.splitters():
+            if (row := stored.get(layout.count_key(fan_out))) is not None:
+                self._counts[fan_out] = int(row.output_data)
+        for key in layout.shared():
+            if (row := stored.get(layout.once_key(key))) is not None:
+                step = layout.makers.get(key)
+                read = from_bytes(key.kind, row.output_data) if step is None else None
+                self._values[key] = read if step is None else read_value(step, row, self._delivery)
+
+    def _store_job(self, lease: Lease) -> None:
+        given = dict(zip(self._plan.given, self._inputs, strict=True))
+        batch = self._plan.batch
+        shared = {key: value for key, value in given.items() if key != batch}
+        missing = [key for key in shared if key not in self._values]
+        self._values |= shared
+        rows = [self._layout.given_row(key, shared[key]) for key in missing]
+        if rows:
+            self._batches.save_many(lease, rows)
+        if batch is not None and "" not in self._counts:
+            self._store_items(lease, "", cast("Sequence[Message]", given[batch]))
+
+    def _store_items(self, lease: Lease, fan_out: str, messages: Sequence[Any]) -> None:
+        rows: list[Checkpoint] = []
+        for lo in range(0, len(messages), PAGE):
+            if rows:
+                self._batches.save_many(lease, rows)
+            rows = self._layout.item_rows(fan_out, messages[lo : lo + PAGE], lo)
+        if rows:
+            self._batches.save_many(lease, rows)
+        # After the items: whoever finds how many there are finds them all.
+        self._batches.save_many(lease, [self._layout.count_row(fan_out, len(messages))])
+        self._counts[fan_out] = len(messages)
+
+    # --- part by part ------------------------------------------------------------------------------------------
+
+    def _carry_on(self, index: int) -> None:
+        """Go on with part *index*: run it, open it for others, or pass it if it is done."""
+        for number, part in enumerate(self._plan.parts[index:], index):
+            if self._cancellation.error is not None:
+                self._end(Outcome(error=self._cancellation.error))
+                return
+            if part.fan_out is None:
+                outputs = [key for key in part.outputs if not self._is_made(key)]
+                if outputs:
+                    self._run_once(number, part, outputs)
+                    return
+            elif not self._is_past(number + 1, part.fan_out):
+                return
+        self._end(Outcome(values=(self._result(),)))
+
+    def _is_made(self, key: ValueKey) -> bool:
+        fan_out = self._layout.fan_outs.get(key)
+        return key in self._values if fan_out is None else fan_out in self._counts
+
+    def _run_once(self, number: int, part: Part, outputs: Sequence[ValueKey]) -> None:
+        inputs = [self._gather(key, part) for key in part.plan.given]
+
+        def ended(outcome: Outcome) -> None:
+            self._runtime.pool.submit(functools.partial(self._once_ended, number, outputs, outcome))
+
+        execution: Runs = make_item(
+            part,
+            outputs,
+            inputs,
+            self._delivery,
+            ended,
+            stored=self._stored,
+            limit=max(1, self._settings.threads),
+        )
+        execution.start()
+        self._execution = execution
+        if self._cancellation.error is not None:
+            execution.abort(self._cancellation.error)
+        elif not execution.closed:
+            execution.dispatch()
+
+    def _once_ended(self, number: int, outputs: Sequence[ValueKey], outcome: Outcome) -> None:
+        self._execution = None
+        try:
+            if outcome.error is not None or self._held is None:
+                self._end(outcome)
+                return
+            lease = self._held.lease
+            values = dict(zip(outputs, outcome.values, strict=True))
+            if kept := list(self._delivery.kept):
+                self._batches.save_many(lease, kept)
+                self._delivery.kept.clear()
+            for key, value in values.items():
+                if key in self._layout.fan_outs:
+                    self._store_items(lease, self._layout.fan_outs[key], value)
+                else:
+                    self._values[key] = value
+            self._carry_on(number + 1)
+        except Exception as error:  # noqa: BLE001 -- the lease is held: the run must end in order
+            self._end(Outcome(error=error))
+
+    def _is_past(self, stage: int, fan_out: str) -> bool:
+        """Tell whether a stage is done; else open it for others, or fail."""
+        rows, total = stage_rows(self._chunks, stage), self._counts[fan_out]
+        failures = self._failures.setdefault(fan_out, {})
+        earlier = len(failures)
+        failures |= failures_of(rows)
+        error = fatal_of(rows) or self._quarantine(rows) or too_many(self._order.policy, failures, total)
+        if error is not None:
+            self._end(Outcome(error=error))
+            return False
+        chunks = [row.chunk for row in rows] or self._order.cut(stage, total)
+        undone = [row.chunk for row in rows if is_undone(row)] if rows else chunks
+        if not undone:
+            return True
+        assert self._held is not None
+        allowed = self._order.policy.allowed(total) - earlier
+        new = [] if rows else chunks
+        self._batches.open_stage(self._held.lease, stage, new, allowed, self._delivery.rows)
+        self._delivery.heartbeat().unwatch(self._held)
+        self._conclude(RunOutcome(opened=OpenStage(stage=stage, chunks=tuple(undone), total=total)))
+        return False
+
+    def _quarantine(self, rows: Sequence[ChunkRow]) -> DocketError | None:
+        if not any(row.state is RunState.QUARANTINED for row in rows):
+            return None
+        lease = self._layout
+        return RunQuarantined(lease.graph, lease.execution_id, self._settings.max_deliveries)
+
+    # --- values ------------------------------------------------------------------------------------------------
+
+    def _gather(self, key: ValueKey, part: Part) -> Any:
+        """Return a value as a step that runs once sees it; a list only where one is asked for."""
+        if key not in self._layout.fan_outs:
+            return self._values.get(key)
+        items = self._items(key)
+        steps = [planned.step for planned in part.plan.steps if key in planned.step.inputs]
+        # An async step would read the store on the loop.
+        lazy = all(not step.is_async and step.gathered[step.inputs.index(key)] != "list" for step in steps)
+        return items if lazy else list(items)
+
+    def _items(self, key: ValueKey) -> StoredItems:
+        layout = self._layout
+        place = ItemPlace(
+            graph=layout.graph,
+            execution_id=layout.execution_id,
+            names=layout.names(key),
+            kind=key.kind,
+            total=self._counts[layout.fan_outs[key]],
+        )
+        return StoredItems(self._batches, place)
+
+    def _result(self) -> Any:
+        target = self._plan.target
+        if not self._plan.collects:
+            return self._values[target]
+        items = self._items(target)
+        collects = self._order.policy.on_error == "collect"
+        errors = self._failures.get(self._layout.fan_outs[target], {})
+        batch = StoredBatch(items=items, collects=collects, errors=errors)
+        found: list[Any] | BatchResult[Any] | StoredBatch = batch
+        if items.measure()[1] <= INLINE_BYTES:
+            found = batch.load()
+        return found

@@ -1,0 +1,61 @@
+"""What a batch task's stored result stands for: its messages, those that lie in the database included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery
+
+from docket_celery import lifecycle, wire
+from docket_celery.batch_result import BatchResult
+from docket_celery.chunks import BatchStore
+from docket_celery.defaults import process_defaults
+from docket_celery.errors import InvalidSettings
+from docket_celery.stored_items import ItemPlace, StoredBatch, StoredItems
+from docket_celery.waiting import call_aside
+
+
+def read_batch(app: Celery, value: Any) -> Any:
+    """Return what *value* stands for if it is a batch's result; anything else as it is.
+
+    Raises:
+        UnknownMessageType, DecodeFailed, PayloadTooLarge: It cannot be read.
+        InvalidSettings: It lies in the store, and this process has no ``docket_database_url``.
+    """
+    if isinstance(value, wire.Results):
+        return value.value
+    if isinstance(value, wire.Reference):
+        return load_batch(app, value)
+    held: Any = value.results if isinstance(value, BatchResult) else value  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    for each in held if isinstance(held, (list, tuple)) else ():  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(each, wire.Undecodable):
+            raise each.error
+    return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def load_batch(app: Celery, reference: wire.Reference) -> Any:
+    """Read a batch's result that did not travel.
+
+    Raises:
+        InvalidSettings: This process has no database.
+    """
+    settings = lifecycle.app_settings(app)
+    graphs = [task.graph for task in lifecycle.graph_tasks(app) if task.graph.name == reference.graph]
+    own = next((graph.store for graph in graphs if graph.store is not None), None)
+    store = own if own is not None else process_defaults.store(settings.database_url, settings.codec)
+    if not isinstance(store, BatchStore):
+        problem = (
+            f"the result of batch {reference.execution_id!r} is too big to travel and lies in the database; "
+            f"set docket_database_url where it is asked for"
+        )
+        raise InvalidSettings("docket_database_url", problem)
+    place = ItemPlace(
+        graph=reference.graph,
+        execution_id=reference.execution_id,
+        names=reference.names,
+        kind=wire.types.find(reference.type),
+        total=reference.total,
+    )
+    items = StoredItems(store, place)
+    batch = StoredBatch(items=items, collects=reference.collects, errors=reference.errors)
+    return call_aside(batch.load, settings.threads)

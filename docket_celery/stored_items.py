@@ -1,0 +1,116 @@
+"""The items of a run that lie in a store, read page by page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+from google.protobuf.message import Message
+
+from docket_celery.batch_result import BatchResult
+from docket_celery.checkpoint import Checkpoint
+from docket_celery.chunks import BatchStore
+from docket_celery.errors import GraphChanged, StepFailed
+from docket_celery.messages import from_bytes, type_name
+
+PAGE = 1000
+"""So many items are in memory at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemPlace:
+    """Where the items of one value lie in a store.
+
+    Attributes:
+        names: The step that made them, by its present and former names; '' for the batch itself.
+        kind: Their message type.
+        total: How many there were to be made.
+    """
+
+    graph: str
+    execution_id: str
+    names: tuple[str, ...]
+    kind: type[Message]
+    total: int
+
+
+class StoredItems(Sequence[Message]):
+    """Items that are read from the store when they are looked at; those that failed are not among them.
+
+    Args:
+        store: Where they lie.
+        place: Which they are.
+    """
+
+    def __init__(self, store: BatchStore, place: ItemPlace) -> None:
+        self._store, self.place = store, place
+        self._length: int | None = None
+
+    def __len__(self) -> int:
+        if self._length is None:
+            self._length = self.measure()[0]
+        return self._length
+
+    def __iter__(self) -> Iterator[Message]:
+        return (message for _, message in self.numbered())
+
+    @overload
+    def __getitem__(self, index: int) -> Message: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Message]: ...
+    def __getitem__(self, index: int | slice) -> Message | list[Message]:
+        return list(self)[index]
+
+    def numbered(self) -> Iterator[tuple[int, Message]]:
+        """Yield index and message of each item that is there, in order."""
+        place = self.place
+        for lo in range(0, place.total, PAGE):
+            hi = min(lo + PAGE, place.total)
+            for row in self._store.read_items(place.graph, place.execution_id, place.names, lo, hi):
+                if row.item == str(row.item_index):
+                    yield int(row.item), read_item(place.kind, row)
+
+    def measure(self) -> tuple[int, int]:
+        """Return how many there are, and their bytes together."""
+        place = self.place
+        found = [self._store.measure_items(place.graph, place.execution_id, name) for name in place.names]
+        return sum(count for count, _ in found), sum(size for _, size in found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredBatch:
+    """A batch's result that is too big to travel.
+
+    Attributes:
+        items: The results.
+        collects: It is a `BatchResult`, with *errors*.
+        errors: Why items failed, by index.
+    """
+
+    items: StoredItems
+    collects: bool = False
+    errors: Mapping[int, StepFailed] = field(default_factory=dict[int, StepFailed])
+
+    def load(self) -> list[Message] | BatchResult[Any]:
+        """Return the whole result."""
+        if not self.collects:
+            return list(self.items)
+        found = dict(self.items.numbered())
+        results = tuple(
+            None if index in self.errors else found.get(index) for index in range(self.items.place.total)
+        )
+        return BatchResult(results, self.errors)
+
+
+def read_item(kind: type[Message], row: Checkpoint) -> Message:
+    """Return the message in *row*.
+
+    Raises:
+        GraphChanged: It is of another type.
+        DecodeFailed: The bytes cannot be read.
+    """
+    if row.output_type != type_name(kind):
+        change = f"{row.step_name or 'the batch'} (made {row.output_type}, now {type_name(kind)})"
+        raise GraphChanged(row.graph, row.execution_id or "", [change])
+    return from_bytes(kind, row.output_data)
