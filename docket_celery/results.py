@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
-from celery import Celery, current_app
+from celery import Celery, _state
 from celery.result import AsyncResult
 from google.protobuf.message import Message
 from kombu.utils.json import register_type
@@ -83,7 +83,8 @@ class StoredResult:
             UnknownMessageType, DecodeFailed, CodecFailed, PayloadTooLarge: The stored bytes cannot be read here.
         """
         if self._message is None:
-            app = current_app if app is None else app
+            # Not the proxy that stands for it: limits are kept by app.
+            app = _state.get_current_app() if app is None else app
             settings = lifecycle.app_settings(app)
             self._message = call_aside(lambda: self._read(app, settings), settings.threads)
         return self._message
