@@ -364,8 +364,9 @@ class Store(Protocol):
     def enqueue(self, request: RunRequest, keep_s: float) -> RunRow | None:
         """Write an unknown run as QUEUED, with its job, for a delivery to come.
 
-        A run of the same target and job digest stays as it is; if purging may delete it, it is kept for as long as a
-        new one. Owner, lease and deliveries of *request* are not looked at.
+        A run of the same target and job digest stays as it is. If purging may delete it and its delivery will need
+        it (QUEUED, FAILED, SUCCEEDED) it is kept for as long as a new one. Owner, lease and deliveries of *request*
+        are not looked at.
 
         Args:
             request: What the delivery will ask for.

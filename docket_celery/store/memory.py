@@ -22,6 +22,7 @@ from docket_celery.checkpoint import (
 from docket_celery.codec import Codec
 from docket_celery.errors import LeaseLost
 from docket_celery.store.rows import (
+    KEPT_FOR_DELIVERY,
     SCHEMA_VERSION,
     check_owner,
     dump_json,
@@ -120,7 +121,7 @@ class MemoryStore:
             run = self._runs.setdefault(name, _Run(request, created_at=now, expires_at=now + keep_s))
             if (run.request.target, run.request.job_digest) != (request.target, request.job_digest):
                 return run.row(now)
-            if run.expires_at is not None:
+            if run.expires_at is not None and run.state in KEPT_FOR_DELIVERY:
                 run.expires_at = max(run.expires_at, now + keep_s)
             return None
 

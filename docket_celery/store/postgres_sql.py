@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from sqlalchemy import TextClause, text
 
-from docket_celery.store.rows import CHECKPOINT_COLUMNS, EXECUTION_COLUMNS
+from docket_celery.store.rows import CHECKPOINT_COLUMNS, EXECUTION_COLUMNS, KEPT_FOR_DELIVERY
 
 _SECOND = "interval '1 second'"
 _RUN = """
@@ -56,7 +56,9 @@ WHERE r.target = excluded.target AND r.job_digest = excluded.job_digest AND (
 RETURNING {_RUN}
 """)
 
-# Nothing of a run that is there changes but until when it is kept, and that only if it is to go at all.
+# Nothing of a run that is there changes but until when it is kept, and that only if it is to go at all and its
+# delivery will need it.
+_KEPT = ", ".join(f"'{state.value}'" for state in KEPT_FOR_DELIVERY)
 ENQUEUE = text(f"""
 INSERT INTO docket_runs AS r (
     graph, execution_id, task_name, task_id, retries, target, job, job_digest, state, stage, epoch, lost, failures,
@@ -66,7 +68,8 @@ VALUES (
     clock_timestamp(), clock_timestamp(),
     clock_timestamp() + CAST(:keep_s AS double precision) * {_SECOND})
 ON CONFLICT (graph, execution_id) DO UPDATE SET
-    expires_at = CASE WHEN r.expires_at IS NOT NULL THEN GREATEST(r.expires_at, excluded.expires_at) END
+    expires_at = CASE WHEN r.state IN ({_KEPT}) AND r.expires_at IS NOT NULL
+        THEN GREATEST(r.expires_at, excluded.expires_at) ELSE r.expires_at END
 WHERE r.target = excluded.target AND r.job_digest = excluded.job_digest
 RETURNING 1
 """)

@@ -1,7 +1,7 @@
 """Deleting what nobody needs any more, a bounded number of rows in each short transaction.
 
-A run goes together with all that it has, or its name would mean half of it. Where it has more than one statement may
-delete, a FAILED run is CANCELLED first: nobody may resume it from a part of its checkpoints.
+A run goes together with all that it has, or its name would mean half of it. Where the runs of a batch have more than
+one statement may delete, the FAILED ones are CANCELLED first: nobody may resume one from a part of its checkpoints.
 
 Postgres: rows that another one holds are skipped, so any number of processes may purge side by side. The statements
 leave the planner no way but the indexes: ``= ANY(ARRAY(...))`` and lateral joins cannot become hash joins, and unlike

@@ -25,6 +25,9 @@ from docket_celery.errors import CorruptCheckpoint
 SCHEMA_VERSION = 3
 """The version of the tables and rules that this release reads and writes."""
 
+KEPT_FOR_DELIVERY = (RunState.QUEUED, RunState.FAILED, RunState.SUCCEEDED)
+"""What a delivery can use: queueing the run again keeps it until then. The others' names become free in time."""
+
 CHECKPOINT_COLUMNS = (
     "cache_key",
     "execution_id",

@@ -33,6 +33,7 @@ from docket_celery.store.purging import purge_sqlite
 from docket_celery.store.rows import (
     CHECKPOINT_COLUMNS,
     EXECUTION_COLUMNS,
+    KEPT_FOR_DELIVERY,
     check_owner,
     checkpoint_values,
     clean_checkpoint,
@@ -88,9 +89,10 @@ VALUES (
     :graph, :execution_id, :task_name, :task_id, :retries, :target, :job, :job_digest, 'QUEUED', 0, 0, 0, 0,
     {NOW}, {NOW}, {after(":keep_s")})
 """)
+_KEPT = ", ".join(f"'{state.value}'" for state in KEPT_FOR_DELIVERY)
 _KEEP_RUN = text(f"""
 UPDATE docket_runs SET expires_at = MAX(expires_at, {after(":keep_s")})
-WHERE {_IS_RUN} AND expires_at IS NOT NULL
+WHERE {_IS_RUN} AND expires_at IS NOT NULL AND state IN ({_KEPT})
 """)
 _TAKE_RUN = text(f"""
 UPDATE docket_runs SET

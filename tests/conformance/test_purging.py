@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from docket_celery.checkpoint import Purged, RunState
-from tests.conformance.samples import GRAPH, RUN, Bench, SQLBench, ending, execution, output, shared
+from tests.conformance.samples import GRAPH, RUN, Bench, SQLBench, ending, execution, output, request, shared
 
 pytestmark = pytest.mark.leaves_lease
 
@@ -165,6 +165,31 @@ def test_a_failed_run_is_not_resumed_from_half_of_its_checkpoints(sql_bench: SQL
     assert total(sql_bench, 5) == Purged(runs=1, checkpoints=7, executions=7)
     lease = sql_bench.take(owner="third")
     assert (lease.epoch, sql_bench.store.restore(lease, [])) == (1, [])
+
+
+def test_submitting_a_run_that_is_being_purged_does_not_keep_its_rest(sql_bench: SQLBench) -> None:
+    """It would be refused for as long as a new run is kept, by an error that says to submit it again."""
+    end_run(sql_bench, RUN, RunState.FAILED, steps=12)
+    sql_bench.pass_time(61)
+    assert sql_bench.store.purge(5)
+    assert sql_bench.store.enqueue(request(""), 1000.0) is None
+    assert total(sql_bench, 5) == Purged(runs=1, checkpoints=7, executions=7)
+    assert sql_bench.store.enqueue(request(""), 1000.0) is None
+    assert sql_bench.state() is RunState.QUEUED
+
+
+@pytest.mark.parametrize(
+    ("state", "stays"), [(RunState.FAILED, True), (RunState.SUCCEEDED, True), (RunState.CANCELLED, False)]
+)
+def test_queueing_a_run_again_keeps_it_if_its_delivery_needs_it(
+    bench: Bench, state: RunState, stays: bool
+) -> None:
+    """A FAILED one is resumed and a SUCCEEDED one has the result; of a CANCELLED one nothing comes any more."""
+    end_run(bench, RUN, state)
+    assert bench.store.enqueue(request(""), 1000.0) is None
+    bench.pass_time(61)
+    total(bench)
+    assert (bench.store.find_run(GRAPH, RUN) is not None) is stays
 
 
 def test_chunks_of_a_batch_go_with_their_run(sql_bench: SQLBench) -> None:
