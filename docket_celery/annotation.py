@@ -38,8 +38,11 @@ class ValueKey(NamedTuple):
     name: str = ""
 
     def __str__(self) -> str:
-        text = type_name(self.kind)
-        return f'{text} named "{self.name}"' if self.name else text
+        return self.label(type_name(self.kind))
+
+    def label(self, kind: str) -> str:
+        """Return *kind* with the `Named` name, where there is one; stored jobs call their values so."""
+        return f'{kind} named "{self.name}"' if self.name else kind
 
 
 class SignatureFault(Exception):

@@ -30,8 +30,8 @@ from docket_celery.configuration import Settings
 from docket_celery.engine import Outcome
 from docket_celery.errors import DocketError, GraphChanged, RunNotFound, RunQuarantined, StepFailed
 from docket_celery.fan_out import Runs, make_item, too_many
-from docket_celery.messages import Value, frame, from_bytes, value_bytes, value_name
-from docket_celery.outcome import OpenStage, RunOutcome, Submission
+from docket_celery.messages import Value, frame, from_bytes
+from docket_celery.outcome import OpenStage, RunOutcome, Submission, job_parts
 from docket_celery.plan import Part, Plan
 from docket_celery.record import read_value
 from docket_celery.run import Run
@@ -73,8 +73,11 @@ class BatchRun(Run):
 
     def _request(self, store: Store) -> RunRequest:
         request = super()._request(store)
-        shared = [v for k, v in zip(self._plan.given, self._inputs, strict=False) if k != self._plan.batch]
-        job = frame(part for value in shared for part in (value_name(value).encode(), value_bytes(value)))
+        given = zip(self._plan.given, self._inputs, strict=False)
+        shared = {key: value for key, value in given if key != self._plan.batch}
+        job = frame(
+            part for name, data in job_parts(shared, shared.values()) for part in (name.encode(), data)
+        )
         # The items lie in rows of their own.
         return replace(request, job=job)
 

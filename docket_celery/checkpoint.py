@@ -60,7 +60,7 @@ def input_digest(inputs: Iterable[tuple[str, bytes]]) -> str:
 
 
 def job_digest(inputs: Iterable[tuple[str, bytes]]) -> bytes:
-    """Return the digest of a run's job, taken once over the submitted bytes; inputs in any order."""
+    """Return the digest of a run's job, taken once over the submitted bytes; inputs in any order, `Named` in name."""
     return digest(b"docket.job.1", *(part for name, data in sorted(inputs) for part in (name.encode(), data)))
 
 

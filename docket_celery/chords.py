@@ -23,10 +23,10 @@ from docket_celery.configuration import Settings
 from docket_celery.declaration import Declaration
 from docket_celery.errors import StoreMissing
 from docket_celery.graph import Graph
-from docket_celery.messages import Value, value_bytes, value_name
+from docket_celery.messages import Value
 from docket_celery.mutation import checked
 from docket_celery.on_commit import PREPARED
-from docket_celery.outcome import OpenStage, RunOutcome, Submission
+from docket_celery.outcome import OpenStage, RunOutcome, Submission, job_parts
 from docket_celery.plan import Plan
 from docket_celery.retrying import keep
 from docket_celery.waiting import run_here
@@ -150,7 +150,7 @@ def deliver(
         return run_here(chunk)
     if values is not None and submission.job_digest is None:
         # Sent past `apply_async`: the parts to come must name the same job.
-        digest = job_digest([(value_name(value), value_bytes(value)) for value in values])
+        digest = job_digest(job_parts(declared.given, values))
         submission = replace(submission, job_digest=digest)
     outcome = run_here(BatchRun(plan, values, submission, settings, store, order))
     if outcome.opened is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from google.protobuf.message import Message
 
+from docket_celery.annotation import ValueKey
 from docket_celery.batch_result import ONE_FAILS, BatchPolicy, BatchResult
 from docket_celery.checkpoint import (
     Chunk,
@@ -137,6 +138,16 @@ class RunOutcome:
     receipt: Mapping[str, Any] | None = None
 
 
+def job_parts(given: Iterable[ValueKey], values: Iterable[Value]) -> list[tuple[str, bytes]]:
+    """Return the name and the bytes of each value of a job: of its type, and of `Named` where types do not tell.
+
+    Nothing of a job that lies in the store, whose *values* are none.
+    """
+    return [
+        (key.label(value_name(value)), value_bytes(value)) for key, value in zip(given, values, strict=False)
+    ]
+
+
 def run_request(
     plan: Plan,
     inputs: Sequence[Value],
@@ -161,7 +172,7 @@ def run_request(
     Raises:
         PayloadTooLarge: The job is too large to be stored.
     """
-    job = [(value_name(value), value_bytes(value)) for value in inputs]
+    job = job_parts(plan.given, inputs)
     framed = frame(part for name, data in job for part in (name.encode(), data))
     check_size(f"the job of run {submission.execution_id!r}", len(framed), settings.max_stored_bytes, _STORED)
     return RunRequest(

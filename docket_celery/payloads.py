@@ -17,7 +17,8 @@ from docket_celery.configuration import Settings
 from docket_celery.declaration import Declaration
 from docket_celery.errors import DecodeFailed, PayloadUnavailable, RunConflict
 from docket_celery.graph import Graph
-from docket_celery.messages import Value, brief, check_size, frame, from_bytes, to_bytes, type_name, unframe
+from docket_celery.messages import Value, brief, check_size, frame, from_bytes, type_name, unframe
+from docket_celery.outcome import job_parts
 from docket_celery.plan import Plan
 from docket_celery.waiting import call_aside
 
@@ -160,7 +161,8 @@ def _store_job(task: TaskClass, messages: Sequence[Message], run: QueuedRun, set
     if store is None:
         check_messages(task, messages)
         return
-    job = frame(part for message in messages for part in (type_name(message).encode(), to_bytes(message)))
+    parts = job_parts(task.declaration.given, messages)
+    job = frame(part for name, data in parts for part in (name.encode(), data))
     check_size(f"the job of task {task.name}", len(job), settings.max_stored_bytes, results.STORED_BYTES)
     plan = task.plan()
     request = RunRequest(
@@ -271,7 +273,7 @@ def _store_for(task: TaskClass, settings: Settings, *, eager: bool = False) -> S
 
 
 def _read_parts(job: bytes) -> list[tuple[str, bytes]]:
-    """Return the type names and the bytes of a stored job's messages."""
+    """Return the names and the bytes of a stored job's messages, as `job_parts` made them."""
     parts = unframe(job)
     if len(parts) % 2:
         raise DecodeFailed("stored job", "it has a name without a message")
@@ -282,7 +284,7 @@ def _decode_parts(declaration: Declaration, parts: Sequence[tuple[str, bytes]]) 
     """Return the declared messages; only declared types are decoded, whatever the row names."""
     left, found = list(parts), list[Message]()
     for key in declaration.given:
-        wanted = type_name(key.kind)
+        wanted = str(key)
         index = next((n for n, (name, _) in enumerate(left) if name == wanted), None)
         if index is None:
             names = ", ".join(name for name, _ in parts)

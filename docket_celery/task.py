@@ -47,9 +47,9 @@ from docket_celery.errors import (
     StoreUnavailable,
 )
 from docket_celery.graph import Graph
-from docket_celery.messages import Value, brief, value_bytes, value_name
+from docket_celery.messages import Value, brief
 from docket_celery.on_commit import PREPARED, OnCommitTask
-from docket_celery.outcome import RunOutcome, Submission
+from docket_celery.outcome import RunOutcome, Submission, job_parts
 from docket_celery.plan import Plan
 from docket_celery.results import GraphResult, R, StoredResult
 from docket_celery.retrying import Kinds, is_stored, keep, park_s, visibility_s, with_causes
@@ -209,8 +209,8 @@ class GraphTask(OnCommitTask[P, R]):
         context: Mapping[str, Any] | None,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         messages = self.declaration.bind(*results.read_results(args or (), kwargs or {}, self.app))
-        job = [(value_name(value), value_bytes(value)) for value in messages]
-        headers[DIGEST] = base64.b64encode(job_digest(job)).decode("ascii")
+        digest = job_digest(job_parts(self.declaration.given, messages))
+        headers[DIGEST] = base64.b64encode(digest).decode("ascii")
         for name in (*chords.OF_ONE_DELIVERY, BATCH):
             # They speak of one delivery; whoever passes on the headers of a running task passes on these too.
             headers.pop(name, None)

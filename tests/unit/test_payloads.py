@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Generator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import pytest
 from celery import Celery
@@ -18,16 +18,20 @@ from docket_celery import (
     Graph,
     InvalidArguments,
     MemoryStore,
+    Named,
     PayloadTooLarge,
     PayloadUnavailable,
+    RunConflict,
     Scope,
     SQLStore,
     StoredResult,
     graph_task,
     settings,
 )
+from docket_celery.checkpoint import job_digest
 from docket_celery.errors import UnknownMessageType
-from docket_celery.payloads import StoredJob, wait_s
+from docket_celery.outcome import job_parts
+from docket_celery.payloads import QueuedRun, StoredJob, receive, send, wait_s
 from docket_celery.wire import Undecodable
 from tests.unit.protos.shop_pb2 import Label, Money, Order
 
@@ -91,6 +95,54 @@ def reference(**changes: Any) -> StoredResult:
     found = loads(json.dumps(envelope))
     assert isinstance(found, StoredResult)
     return found
+
+
+# --- jobs of messages that `Named` tells apart --------------------------------------------------------------------
+
+Text: TypeAlias = Annotated[Label, Named("text")]
+Title: TypeAlias = Annotated[Label, Named("title")]
+printing = Graph("printing")
+
+
+@printing.step(persist=Scope.WORKFLOW)
+def print_page(text: Text, title: Title) -> Order:
+    """Show which is which by their ends."""
+    return Order(order_id=f"{title.text[-1]}: {text.text[-1]}")
+
+
+@graph_task(app, printing, name="payloads.print_page")
+def print_text(text: Text, title: Title) -> Order:
+    """Two messages of one type."""
+    raise NotImplementedError
+
+
+@graph_task(app, printing, name="payloads.print_page_turned")
+def print_title(title: Title, text: Text) -> Order:
+    """The same run after a deploy that turned the parameters round."""
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("size", [1, SIZE])
+def test_named_messages_changed_about_are_another_job(database: str, size: int) -> None:
+    """What was made of other values is not handed out as the outcome of these."""
+    one, other = Label(text="1" * size), Label(text="2" * size)
+    app.conf.task_always_eager = True
+    try:
+        assert print_text.apply_async((one, other), execution_id="page").get().order_id == "2: 1"
+        assert print_title.apply_async((other, one), execution_id="page").get().order_id == "2: 1"
+        with pytest.raises(RunConflict, match="another job"):
+            print_text.apply_async((other, one), execution_id="page").get()
+    finally:
+        app.conf.task_always_eager = False
+
+
+def test_a_stored_job_is_read_by_name(database: str) -> None:
+    """The receiver's parameters may stand in another order than the sender's."""
+    text, title = Label(text="x" * SIZE + "a"), Label(text="b")
+    job = job_parts(print_text.declaration.given, (text, title))
+    run = QueuedRun(execution_id="read", job_digest=job_digest(job), task_id="t", wait_s=0.0)
+    args, kwargs = send(print_text, (), {"text": text, "title": title}, run)
+    assert receive(print_title, args, kwargs, run, travelled=True) == (title, text)
 
 
 # --- eager -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
+from docket_celery.annotation import ValueKey
 from docket_celery.checkpoint import (
     Checkpoint,
     Lease,
@@ -31,6 +32,8 @@ from docket_celery.errors import (
 )
 from docket_celery.events import EventKind
 from docket_celery.graph import Graph
+from docket_celery.messages import to_bytes, value_bytes
+from docket_celery.outcome import job_parts
 from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore
 from tests.unit.graphs import WAIT_S, execute, pass_on, reached, start, within
@@ -207,6 +210,19 @@ def test_another_job_under_the_same_name_is_a_conflict(ended: bool) -> None:
         shop.run(order=Order(order_id="8"))
     with pytest.raises(RunConflict, match="exists with another target"):
         within(lambda: shop.graph.execute(Charge, Order(order_id="7"), execution_id="o-1"))
+
+
+def test_a_job_calls_its_values_by_type_and_name() -> None:
+    """Names tell values of one type apart; without one the text is the type's, as in every stored digest."""
+    net, tax = ValueKey(Charge, "net"), ValueKey(Charge, "tax")
+    charge, batch = Charge(amount_cents=5), [Order(order_id="1")]
+    assert job_parts((ValueKey(Charge), ValueKey(Order)), (charge, batch)) == [
+        ("docket.tests.unit.Charge", to_bytes(charge)),
+        ("list", value_bytes(batch)),
+    ]
+    names = [name for name, _ in job_parts((net, tax, ValueKey(Order, "new")), (charge, charge, batch))]
+    prefix = "docket.tests.unit.Charge named"
+    assert names == [f'{prefix} "net"', f'{prefix} "tax"', 'list named "new"']
 
 
 def test_runs_of_two_graphs_may_share_a_name() -> None:
