@@ -18,13 +18,14 @@ from docket_celery.batch_values import read_batch
 from docket_celery.checkpoint import RunState
 from docket_celery.configuration import Settings
 from docket_celery.defaults import process_defaults
-from docket_celery.errors import DecodeFailed, DocketError, PayloadUnavailable
+from docket_celery.errors import DecodeFailed, PayloadUnavailable
 from docket_celery.graph import Graph
 from docket_celery.messages import brief, check_size, from_bytes, to_bytes, type_name
 from docket_celery.waiting import call_aside
 
 R = TypeVar("R", bound=Message | Sequence[Message] | BatchResult[Any])
 RESULT_MARKER: Final = "docket.result"
+_MOST_CHARS: Final = 500
 STORED_BYTES: Final = "docket_max_stored_bytes"
 GONE: Final = "its row is gone: purged after docket_retention, or deleted; submit the job again"
 NO_DATABASE: Final = (
@@ -185,12 +186,30 @@ def _sha256(data: bytes) -> str:
 def _decode_result(value: Any) -> StoredResult | wire.Undecodable:
     """Decode a reference in a message; never raises, as `wire.decode`."""
     try:
-        return StoredResult(value)
-    except (KeyError, TypeError, ValueError) as error:
-        problem: DocketError = DecodeFailed(
-            "unknown", f"a reference to a result is damaged: {type(error).__name__}"
-        )
+        return StoredResult(_check_fields(value))
+    except Exception as error:  # noqa: BLE001 -- a decoder that raises loses the message and hangs its caller
+        problem = DecodeFailed("unknown", f"a reference to a result is damaged: {type(error).__name__}")
         return wire.Undecodable(value, problem, RESULT_MARKER)
+
+
+def _check_fields(value: Any) -> Mapping[str, Any]:
+    """Return a reference's fields, whose texts go into logs and errors.
+
+    Raises:
+        KeyError, TypeError, ValueError: One is missing, of another type, or too long.
+    """
+    for name in ("task", "graph", "execution_id", "type", "sha256"):
+        text = value[name]
+        if not isinstance(text, str):
+            raise TypeError(name)
+        if len(text) > _MOST_CHARS:
+            raise ValueError(name)
+    size_bytes = value["bytes"]
+    if type(size_bytes) is not int:
+        raise TypeError("bytes")
+    if not 0 <= size_bytes < 2**63:
+        raise ValueError("bytes")
+    return cast("Mapping[str, Any]", value)
 
 
 def install() -> None:

@@ -240,10 +240,18 @@ def test_a_reference_is_not_believed(changes: dict[str, Any], error: type[Except
         reference(**changes).read(app)
 
 
+FIELDS = {"task": "t", "graph": "g", "execution_id": "e", "type": "T", "bytes": 7, "sha256": "s"}
+
+
 @pytest.mark.parametrize(
-    "content", [None, 7, "x", [], {}, {"task": "t"}, {"task": "t", "graph": "g", "execution_id": "e",
-                                                     "type": "T", "bytes": "many", "sha256": ""}],
-)  # fmt: skip
+    "content",
+    [
+        *[None, 7, "x", [], {}, {"task": "t"}],
+        *[FIELDS | {"bytes": size} for size in ("many", "7", float("inf"), 7.0, -1, 10**100, True, None)],
+        *[FIELDS | {name: "x" * 501} for name in ("task", "graph", "execution_id", "type", "sha256")],
+        FIELDS | {"task": ["t"]},
+    ],
+)
 def test_a_damaged_reference_is_a_placeholder(content: object) -> None:
     """Decoding never raises; whoever needs the value gets the typed error, and it is passed on as it came."""
     found = loads(json.dumps({"__type__": "docket.result", "__value__": content}))
