@@ -3,19 +3,22 @@ from __future__ import annotations
 import contextvars
 import queue
 import threading
+from collections.abc import Callable
 
 import pytest
 
 from docket_celery.call import StepCall
+from docket_celery.configuration import Settings
 from docket_celery.context import Cancellation, StepContext
 from docket_celery.delivery import Delivery
 from docket_celery.engine import Execution, Outcome
 from docket_celery.errors import AbortError, StepFailed
 from docket_celery.events import EventKind
 from docket_celery.graph import Graph
+from docket_celery.outcome import Submission
 from docket_celery.policy import FixedBackoff, RetryPolicy
 from docket_celery.runtime import process_runtime
-from tests.unit.graphs import WAIT_S, build, deliver, execute, reached, start, total, within
+from tests.unit.graphs import WAIT_S, add_step, build, deliver, execute, key, reached, start, total, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
 from tests.unit.stage import poll
 
@@ -26,6 +29,57 @@ def test_one_thread_resolves_a_graph_of_depth_200(helps: bool) -> None:
     edges = {f"s{i}": [f"s{i - 1}"] if i else [] for i in range(200)}
     outcome = deliver(build(edges, total), "s199", threads=1, helps=helps)
     assert outcome.value == Money(cents=200)
+
+
+def test_the_caller_runs_only_steps_that_it_could_run_alone() -> None:
+    """No deadline could let go of its thread, and SQL and coroutines have theirs."""
+    threads: dict[str, int] = {}
+    graph = Graph("shape")
+
+    def body(name: str) -> Callable[..., Money]:
+        def note(*inputs: Money) -> Money:
+            threads[name] = threading.get_ident()
+            return total(*inputs)
+
+        return note
+
+    add_step(graph, "plain", [], body("plain"))
+    add_step(graph, "timed", ["plain"], body("timed"), timeout=3600)
+    add_step(graph, "end", ["timed"], body("end"))
+
+    def run(helps: bool) -> tuple[bool, ...]:
+        submission = Submission(execution_id="run", may_help=helps)
+        assert graph.deliver(key("end"), [], submission, given=(), settings=Settings(threads=4)).error is None
+        return tuple(threads[name] == threading.get_ident() for name in ("plain", "timed"))
+
+    assert within(lambda: run(helps=True)) == (True, False)
+    assert within(lambda: run(helps=False)) == (False, False)
+
+
+def test_a_step_that_no_thread_can_take_over_now_goes_on_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system refuses a thread between a coroutine's end and what follows, the run waits a moment."""
+    graph, refusals = Graph("shop"), list[str]()
+    pool = process_runtime(2).pool
+    submit = pool.submit
+
+    def refuse_once(work: Callable[[], None]) -> None:
+        if refusals == ["next"]:
+            refusals.append("refused")
+            raise RuntimeError("can't start new thread")
+        submit(work)
+
+    @graph.step
+    async def charge(order: Order) -> Charge:
+        refusals.append("next")
+        return Charge(charge_id="paid")
+
+    @graph.step
+    def label(charge: Charge) -> Label:
+        return Label(text=charge.charge_id)
+
+    monkeypatch.setattr(pool, "submit", refuse_once)
+    assert within(lambda: execute(graph, Label, Order(), threads=2)) == Label(text="paid")
+    assert refusals == ["next", "refused"]
 
 
 def test_a_value_that_two_steps_need_is_computed_once() -> None:

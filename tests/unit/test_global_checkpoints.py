@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from docket_celery.call import StepCall
 from docket_celery.checkpoint import Checkpoint, StepExecution
 from docket_celery.context import StepContext
+from docket_celery.engine import Execution
 from docket_celery.errors import AbortError, InvalidArguments, StepFailed, StoreUnavailable
 from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
@@ -15,7 +17,7 @@ from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
 from docket_celery.runtime import Alarm, Timer, process_runtime
 from docket_celery.store import MemoryStore
 from tests.unit.graphs import WAIT_S, execute, pass_on, reached, start, within
-from tests.unit.protos.shop_pb2 import Charge, Order, Reservation, Shipment
+from tests.unit.protos.shop_pb2 import Charge, Label, Order, Reservation, Shipment
 
 
 class WatchedStore(MemoryStore):
@@ -210,26 +212,48 @@ def test_a_run_aborted_beside_a_claim_gives_it_up() -> None:
     assert waiting.result(WAIT_S) == "7 2"
 
 
-def test_a_step_that_waits_for_a_claim_is_withdrawn_when_another_step_fails() -> None:
-    """The run does not sit out somebody else's computation for a result that nobody will use."""
+def test_a_step_that_waits_for_a_claim_is_withdrawn_when_another_step_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The run does not sit out somebody else's computation, but what it runs itself still ends and is saved."""
     rates = Rates()
+    withdrawn, finish, labelling = threading.Event(), threading.Event(), threading.Event()
+    withdraw = Execution.withdraw
 
     @rates.graph.step
     def reserve(order: Order) -> Reservation:
         reached(rates.store.waited)
+        reached(labelling)
         raise KeyError("sold out")
 
+    @rates.graph.step(persist=Scope.WORKFLOW)
+    def label(order: Order) -> Label:
+        pass_on(labelling, finish)
+        return Label()
+
     @rates.graph.step
-    def ship(charge: Charge, reservation: Reservation) -> Shipment:
+    def ship(charge: Charge, reservation: Reservation, label: Label) -> Shipment:
         return Shipment()
 
+    def note(execution: Execution, call: StepCall) -> None:
+        withdraw(execution, call)
+        withdrawn.set()
+
+    monkeypatch.setattr(Execution, "withdraw", note)
+    heard: list[tuple[EventKind, str]] = []
+    rates.graph.listeners.append(lambda event: heard.append((event.kind, event.step)))
     holding, go = threading.Event(), threading.Event()
     rates.body = lambda _: pass_on(holding, go)
     first = start(rates.ask)
     reached(holding)
+    run = start(lambda: execute(rates.graph, Shipment, Order(order_id="7")))
+    reached(withdrawn)
+    assert not run.done(), "the run ended before its running step"
+    finish.set()
     with pytest.raises(StepFailed, match="sold out") as caught:
-        within(lambda: execute(rates.graph, Shipment, Order(order_id="7")))
+        run.result(WAIT_S)
     assert caught.value.others == ()
+    assert (EventKind.STEP_SUCCEEDED, "label") in heard
     assert not first.done()
     go.set()
     assert first.result(WAIT_S) == "7 1"
