@@ -109,6 +109,20 @@ def test_ready_steps_overlap(helps: bool) -> None:
     assert outcome.value == Money(cents=4)
 
 
+def test_steps_that_one_step_makes_ready_overlap() -> None:
+    """Whoever finishes the tip takes one of its consumers itself and hands all others over."""
+    barrier = threading.Barrier(4, timeout=WAIT_S)
+
+    def meet(*inputs: Money) -> Money:
+        if len(inputs) == 1:
+            barrier.wait()
+        return total(*inputs)
+
+    sides = ["a", "b", "c", "d"]
+    graph = build({"tip": [], **{side: ["tip"] for side in sides}, "end": sides}, meet)
+    assert deliver(graph, "end", threads=4, helps=False).value == Money(cents=9)
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_no_more_steps_run_at_once_than_asked_for(limit: int) -> None:
     """With twelve ready steps and eight threads, `max_concurrency` bounds the steps in progress, and is used up."""

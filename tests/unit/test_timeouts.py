@@ -207,10 +207,8 @@ def test_runs_in_progress_are_refused_only_what_could_hold_another_thread() -> N
         reached(go)
         return Charge()
 
-    without, timed = (
-        start(partial(execute, shop(timeout_s), Charge, Order(), threads=3, helps=False))
-        for timeout_s in (None, DEADLINE_S)
-    )
+    graphs = [shop(None), shop(DEADLINE_S)]
+    without, timed = (start(partial(execute, g, Charge, Order(), threads=3, helps=False)) for g in graphs)
     for _ in range(2):
         assert begun.acquire(timeout=WAIT_S)
     with pytest.raises(StepTimedOut):
@@ -222,6 +220,8 @@ def test_runs_in_progress_are_refused_only_what_could_hold_another_thread() -> N
         timed.result(WAIT_S)
     go.set()
     poll(lambda: process_runtime(3).pool.abandoned() == [])
+    # With the threads back, it runs as any other.
+    assert within(lambda: execute(graphs[1], Charge, Order(), threads=3)) == Charge(charge_id="free")
 
 
 def test_a_step_without_threads_is_never_counted(caplog: pytest.LogCaptureFixture) -> None:

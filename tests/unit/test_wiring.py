@@ -140,6 +140,7 @@ def test_a_duplicate_name_is_refused() -> None:
     graph.register(label, name="same")
     (fault,) = faults(graph)
     assert fault.startswith("DC112 duplicate name: step 'same' is registered at")
+    assert fault.count("test_wiring.py:") == 2
 
 
 @pytest.mark.parametrize("former", ["label", "older", "charge"])
