@@ -71,7 +71,9 @@ def app_settings(app: Celery) -> Settings:
         InvalidSettings: A value cannot be used.
     """
     found = process_defaults.settings(_app_values(app))
-    wire.types.limit(app, found.max_message_bytes)
+    # `current_app` is a proxy, which cannot be remembered weakly; the app behind it can.
+    behind = getattr(app, "_get_current_object", None)
+    wire.types.limit(app if behind is None else behind(), found.max_message_bytes)
     return found
 
 

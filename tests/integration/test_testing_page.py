@@ -28,6 +28,8 @@ def test_every_snippet_runs(tmp_path: Path) -> None:
     """pytest, as strict as it can be, in a folder that holds the README's shop and the page's tests."""
     readme.make_project(tmp_path)
     (tmp_path / "test_page.py").write_text("\n\n".join(snippets()), encoding="utf-8")
+    # Its own: the folder may lie inside a checkout, whose configuration is not the reader's.
+    (tmp_path / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
     env = {name: value for name, value in os.environ.items() if not name.startswith(("DOCKET_", "CELERY_"))}
     env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(readme.ROOT)])
