@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
@@ -51,7 +52,10 @@ class BatchPolicy:
             return 0
         if self.max_failed is None:
             return total
-        return int(self.max_failed * total) if isinstance(self.max_failed, float) else self.max_failed
+        if isinstance(self.max_failed, int):
+            return self.max_failed
+        # 0.29 of 100 is 28.999999999999996 in binary.
+        return math.floor(round(self.max_failed * total, 9))
 
 
 ONE_FAILS = BatchPolicy()

@@ -29,7 +29,7 @@ from docket_celery.chunks import BatchStore, ChunkRow
 from docket_celery.configuration import Settings
 from docket_celery.engine import Outcome
 from docket_celery.errors import DocketError, GraphChanged, RunNotFound, RunQuarantined, StepFailed
-from docket_celery.fan_out import Runs, make_item, too_many
+from docket_celery.fan_out import Runs, make_item, policy_of, too_many
 from docket_celery.messages import Value, frame, from_bytes
 from docket_celery.outcome import OpenStage, RunOutcome, Submission, job_parts
 from docket_celery.plan import Part, Plan
@@ -178,7 +178,7 @@ class BatchRun(Run):
                 if outputs:
                     self._run_once(number, part, outputs)
                     return
-            elif not self._is_past(number + 1, part.fan_out):
+            elif not self._is_past(number + 1, part, part.fan_out):
                 return
         self._end(Outcome(values=(self._result(),)))
 
@@ -228,13 +228,14 @@ class BatchRun(Run):
         except Exception as error:  # noqa: BLE001 -- the lease is held: the run must end in order
             self._end(Outcome(error=error))
 
-    def _is_past(self, stage: int, fan_out: str) -> bool:
+    def _is_past(self, stage: int, part: Part, fan_out: str) -> bool:
         """Tell whether a stage is done; else open it for others, or fail."""
         rows, total = stage_rows(self._chunks, stage), self._counts[fan_out]
+        policy = policy_of(self._plan, part, self._order.policy)
         failures = self._failures.setdefault(fan_out, {})
         earlier = len(failures)
         failures |= failures_of(rows)
-        error = fatal_of(rows) or self._quarantine(rows) or too_many(self._order.policy, failures, total)
+        error = fatal_of(rows) or self._quarantine(rows) or too_many(policy, failures, total)
         if error is not None:
             self._end(Outcome(error=error))
             return False
@@ -243,7 +244,7 @@ class BatchRun(Run):
         if not undone:
             return True
         assert self._held is not None
-        allowed = self._order.policy.allowed(total) - earlier
+        allowed = policy.allowed(total) - earlier
         new = [] if rows else chunks
         self._batches.open_stage(self._held.lease, stage, new, allowed, self._delivery.rows)
         self._delivery.heartbeat().unwatch(self._held)

@@ -22,6 +22,7 @@ from docket_celery.errors import (
     StepFailed,
     StoreUnavailable,
 )
+from docket_celery.fan_out import policy_of
 from docket_celery.heartbeat import HeldLease
 from docket_celery.messages import Value, from_bytes
 from docket_celery.outcome import RunOutcome, Submission
@@ -56,6 +57,7 @@ class ChunkRun(Run):
     ) -> None:
         super().__init__(plan, (), submission, settings, store)
         self._batches, self._order, self._stage, self._lo = store, order, stage, lo
+        self._policy = order.policy
         self._layout = Layout.of(plan, submission.execution_id)
         self._work: ChunkExecution | None = None
         self._ending = ChunkEnd(state=RunState.QUEUED)
@@ -107,6 +109,7 @@ class ChunkRun(Run):
 
     def _make(self, part: Part, chunk: Chunk) -> ChunkExecution:
         layout, plan = self._layout, self._plan
+        self._policy = policy_of(plan, part, self._order.policy)
         steps = {name: planned.step for planned in part.plan.steps for name in step_names(planned.step)}
         made = {planned.step.name for planned in part.plan.steps if planned.step.output in part.outputs}
         self._delivery.keeps = frozenset(made)
@@ -129,7 +132,7 @@ class ChunkRun(Run):
             self._delivery,
             self._end_on_pool,
             stored={(steps[row.step_name].name, row.item): row for row in rows if row.step_name in steps},
-            policy=self._order.policy,
+            policy=self._policy,
             skips=skips & set(range(chunk.lo, chunk.hi)),
             limit=max(1, self._settings.threads),
         )
@@ -163,7 +166,7 @@ class ChunkRun(Run):
             state, errors = RunState.QUEUED, {}
         elif outcome.error is not None:
             state, errors["fatal"] = RunState.FAILED, self._fatal_record(outcome.error)
-        elif failures and self._order.policy.on_error == "fail":
+        elif failures and self._policy.on_error == "fail":
             state = RunState.FAILED
         self._ending = ChunkEnd(
             state=state,

@@ -59,8 +59,16 @@ def make_execution(
     if delivery.runtime.inline:
         max_concurrency = 1
     if plan.parts:
-        limit = max(1, threads) if max_concurrency is None else max_concurrency
-        return StagedExecution(plan, inputs, delivery, on_end, stored=stored, policy=policy, limit=limit)
+        return StagedExecution(
+            plan,
+            inputs,
+            delivery,
+            on_end,
+            stored=stored,
+            policy=policy,
+            limit=max(1, threads) if max_concurrency is None else max_concurrency,
+            max_concurrency=max_concurrency,
+        )
     checkpoints = _by_index(plan, stored, delivery.item)
     return Execution(plan, inputs, delivery, on_end, checkpoints=checkpoints, max_concurrency=max_concurrency)
 
@@ -191,8 +199,11 @@ class StagedExecution:
         delivery: What the steps share.
         on_end: Called once with the outcome, on whichever thread ended it.
         stored: The run's checkpoints.
-        policy: How items are treated.
+        policy: How the items of the batch are treated, or without one those that the target is made for. One failed
+            item of any other fan-out fails what it is a part of.
         limit: Most items at once.
+        max_concurrency: What the caller said: most steps at once of those that run once, too, and no further
+            items at once within an item.
         outputs: Which values are wanted; None: the target.
     """
 
@@ -206,11 +217,13 @@ class StagedExecution:
         stored: Stored,
         policy: BatchPolicy,
         limit: int,
+        max_concurrency: int | None = None,
         outputs: Sequence[ValueKey] | None = None,
     ) -> None:
         self.closed = False
         self._plan, self._delivery, self._on_end = plan, delivery, on_end
-        self._stored, self._policy, self._limit = stored, policy, limit
+        self._stored, self._policy = stored, policy
+        self._limit, self._max_concurrency = limit, max_concurrency
         self._outputs = (plan.target,) if outputs is None else tuple(outputs)
         self._values: dict[ValueKey, Any] = dict(zip(plan.given, inputs, strict=True))
         self._fan_outs: dict[ValueKey, str] = {} if plan.batch is None else {plan.batch: ""}
@@ -227,11 +240,11 @@ class StagedExecution:
 
     def dispatch(self) -> None:
         """Begin with the first part."""
-        self._advance()
+        self._guard(self._advance)
 
     def help(self) -> None:
         """Begin; the calling thread runs nothing itself."""
-        self._advance()
+        self._guard(self._advance)
 
     def hold(self) -> None:
         """Start nothing more; what is running finishes and is saved, then the execution ends."""
@@ -253,6 +266,13 @@ class StagedExecution:
 
     # --- parts -------------------------------------------------------------------------------------------------
 
+    def _guard(self, work: Callable[[], None]) -> None:
+        """Do *work* so that nothing it raises can leave the run hanging."""
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the run must end
+            self.abort(error)
+
     def _advance(self) -> None:
         """Begin the next part that is needed, or end."""
         while True:
@@ -273,14 +293,19 @@ class StagedExecution:
         self._end(Outcome() if self._held else Outcome(values=tuple(map(self._result, self._outputs))))
 
     def _make_items(self, part: Part, outputs: Sequence[ValueKey]) -> Items:
-        once = part.fan_out is None
-        count = 1 if once else len(self._values[next(iter(part.each))])
+        # What only restored items would use is not made: then one of the others tells how many there are.
+        made = (self._values.get(key) for key in part.each)
+        count = 1 if part.fan_out is None else next(len(values) for values in made if values is not None)
+
+        def ended(items: Items) -> None:
+            self._guard(lambda: self._part_ended(part, outputs, items))
+
         items = Items(
             count,
             functools.partial(self._make, part, outputs),
-            functools.partial(self._part_ended, part, outputs),
+            ended,
             limit=self._limit,
-            allowed=0 if once else self._policy.allowed(count),
+            allowed=policy_of(self._plan, part, self._policy).allowed(count),
         )
         if part.fan_out is not None:
             items.skip(self._failures.get(part.fan_out, {}))
@@ -296,9 +321,17 @@ class StagedExecution:
             inputs = [self._gather(key) for key in part.plan.given]
         else:
             delivery = replace(self._delivery, item=self._path(index))
-            values = self._values
-            inputs = [values[k][index] if k in part.each else values.get(k) for k in part.plan.given]
-        return make_item(part, outputs, inputs, delivery, on_end, stored=self._stored, limit=self._limit)
+            inputs = [self._value(key, index if key in part.each else None) for key in part.plan.given]
+        return make_item(
+            part,
+            outputs,
+            inputs,
+            delivery,
+            on_end,
+            stored=self._stored,
+            limit=self._limit,
+            max_concurrency=self._max_concurrency,
+        )
 
     def _part_ended(self, part: Part, outputs: Sequence[ValueKey], items: Items) -> None:
         """Take what a part made, and go on."""
@@ -322,10 +355,15 @@ class StagedExecution:
 
     def _failure(self, part: Part, items: Items) -> BaseException | None:
         """Return what fails the run, if too many items failed."""
-        policy = ONE_FAILS if part.fan_out is None else self._policy
+        policy = policy_of(self._plan, part, self._policy)
         return too_many(policy, items.failures, len(items.results))
 
     # --- values ------------------------------------------------------------------------------------------------
+
+    def _value(self, key: ValueKey, index: int | None) -> Value | None:
+        """Return a value as one item sees it; None if only restored steps would use it."""
+        value = self._values.get(key)
+        return value if index is None or value is None else value[index]
 
     def _gather(self, key: ValueKey) -> Value | None:
         """Return a value as a step that runs once sees it: of items, those that have one."""
@@ -338,7 +376,8 @@ class StagedExecution:
         value = self._values[key]
         if not self._plan.collects or self._policy.on_error != "collect":
             return value
-        return BatchResult(tuple(value), self._failures.get(self._fan_outs[key], {}))
+        failures = self._failures.get(self._fan_outs[key], {})
+        return BatchResult(tuple(value), {index: failures[index] for index in sorted(failures)})
 
     def _path(self, index: int) -> str:
         return f"{self._delivery.item}/{index}" if self._delivery.item else str(index)
@@ -386,6 +425,7 @@ def make_item(
     *,
     stored: Stored,
     limit: int,
+    max_concurrency: int | None = None,
 ) -> Runs:
     """Return the execution of one item of *part*, or of its steps that run once.
 
@@ -397,11 +437,22 @@ def make_item(
         on_end: Called once with the outcome.
         stored: The run's checkpoints.
         limit: Most items at once, of a fan-out within the item.
+        max_concurrency: What the caller said, if anything.
     """
     if part.plan.parts:
         return StagedExecution(
-            part.plan, inputs, delivery, on_end, stored=stored, policy=ONE_FAILS, limit=limit, outputs=outputs
+            part.plan,
+            inputs,
+            delivery,
+            on_end,
+            stored=stored,
+            policy=ONE_FAILS,
+            # Else each item under way would have as many parts under way itself.
+            limit=limit if max_concurrency is None else 1,
+            max_concurrency=None if max_concurrency is None else 1,
+            outputs=outputs,
         )
+    steps_at_once = max_concurrency if part.fan_out is None else None
     slots = dict(zip(part.outputs, part.plan.output_slots, strict=True))
     return Execution(
         part.plan,
@@ -409,9 +460,25 @@ def make_item(
         delivery,
         on_end,
         checkpoints=_by_index(part.plan, stored, delivery.item),
-        max_concurrency=1 if delivery.runtime.inline else None,
+        max_concurrency=1 if delivery.runtime.inline else steps_at_once,
         outputs=[slots[key] for key in outputs],
     )
+
+
+def policy_of(plan: Plan, part: Part, policy: BatchPolicy) -> BatchPolicy:
+    """Return how the items of *part* are treated: by the caller's *policy* only those that the call is about.
+
+    They are the batch's, or without a batch those that the target is made for. An item of any other fan-out is a part
+    of something, which would be wrong without it.
+    """
+    return policy if part.fan_out is not None and part.fan_out == tolerant_fan_out(plan) else ONE_FAILS
+
+
+def tolerant_fan_out(plan: Plan) -> str | None:
+    """Return the fan-out whose items the caller's policy is about."""
+    if plan.batch is not None:
+        return ""
+    return next((part.fan_out for part in reversed(plan.parts) if plan.target in part.outputs), None)
 
 
 def too_many(policy: BatchPolicy, failures: Mapping[int, StepFailed], total: int) -> DocketError | None:

@@ -49,7 +49,8 @@ class Graph(Runner):
             *inputs: The job, at most one message of each type; a list is a batch, for aggregates.
             execution_id: Names the run, so that submitting it again resumes or returns it; default: a new name.
             context: Values for ``ctx.values``.
-            max_concurrency: Most steps at once; default: as many as there are threads.
+            max_concurrency: Most steps at once, or, where the graph fans out, most items; default: as many as there
+                are threads.
             timeout: Seconds or timedelta for the whole run, waiting for another holder included.
             store: Where to persist; default: the graph's, then ``docket_database_url``.
 
@@ -173,7 +174,8 @@ class Graph(Runner):
             max_failed: ``collect`` only: how many items may fail, as a count, or as a share (a float from 0 to 1).
             execution_id: Names the run, so that submitting it again resumes or returns it; default: a new name.
             context: Values for ``ctx.values``.
-            max_concurrency: Most items at once; default: as many as there are threads.
+            max_concurrency: Most items at once; steps of one item may run together. Default: as many as there
+                are threads.
             timeout: Seconds or timedelta for the whole batch.
             store: Where to persist; default: the graph's, then ``docket_database_url``.
 

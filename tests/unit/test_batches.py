@@ -27,9 +27,10 @@ from docket_celery import (
     graph_task,
     settings,
 )
+from docket_celery.batch_result import BatchPolicy
 from docket_celery.events import Event, EventKind
 from docket_celery.policy import FixedBackoff
-from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
+from tests.unit.protos.shop_pb2 import Address, Charge, Label, Money, Order, Reservation, Shipment
 
 ORDERS = [Order(order_id=f"o{number}", amount_cents=100 * number) for number in range(1, 8)]
 SUM = sum(order.amount_cents for order in ORDERS)
@@ -218,6 +219,115 @@ def test_collected_failures_leave_the_other_items_alone() -> None:
     assert found.errors[2].item == "2"
     assert sorted(later) == [order.order_id for order in good]
     assert [index for index, _ in found.succeeded()] == [0, 1, 3, 4, 6]
+
+
+def test_a_failed_part_of_an_item_fails_the_item() -> None:
+    """Only the batch's own items are collected: nothing is lost in silence from what a step has split."""
+    graph = Graph("pages")
+
+    @graph.aggregate
+    def first(orders: list[Order]) -> Label:
+        return Label(text=orders[0].order_id)
+
+    @graph.step
+    def pages(label: Label) -> list[Reservation]:
+        return [Reservation(reservation_id=str(number)) for number in range(4)]
+
+    @graph.step
+    def rate(page: Reservation) -> Money:
+        if page.reservation_id == "2":
+            raise ValueError("unreadable")
+        return Money(cents=10)
+
+    @graph.aggregate
+    def total(rates: list[Money]) -> Charge:
+        return Charge(amount_cents=sum(rate.cents for rate in rates))
+
+    @graph.step
+    def price(order: Order, total: Charge) -> Shipment:
+        return Shipment(tracking_id=f"{order.order_id} {total.amount_cents}")
+
+    with pytest.raises(StepFailed, match="step 'rate' of item 2 failed"):
+        graph.execute_batch(Shipment, ORDERS, on_error="collect", max_failed=1)
+
+
+@pytest.mark.parametrize("max_concurrency", [1, 2])
+def test_nested_parts_keep_to_the_bound(max_concurrency: int) -> None:
+    """As many parts as items are allowed, not their product; a split alone keeps to it too."""
+    graph = Graph("bound")
+    lock, now, most = threading.Lock(), [0], [0]
+
+    @graph.step
+    def pages(order: Order) -> list[Label]:
+        return [Label(text=str(number)) for number in range(5)]
+
+    @graph.step
+    def rate(page: Label) -> Money:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        threading.Event().wait(0.002)
+        with lock:
+            now[0] -= 1
+        return Money(cents=1)
+
+    @graph.aggregate
+    def total(order: Order, rates: list[Money]) -> Charge:
+        return Charge(amount_cents=len(rates))
+
+    found = graph.execute_batch(Charge, ORDERS, max_concurrency=max_concurrency)
+    assert [charge.amount_cents for charge in found] == [5] * len(ORDERS)
+    assert graph.execute(Charge, ORDERS[0], max_concurrency=max_concurrency).amount_cents == 5
+    assert most[0] <= max_concurrency
+
+
+def test_restored_items_need_nothing_that_only_they_used() -> None:
+    """A stage whose items are all stored is not computed again, nor what came before it, and the run goes on."""
+    graph, calls, broken = Graph("stages", store=MemoryStore()), Counter[str](), [True]
+
+    @graph.step
+    def prepare(order: Order) -> Money:
+        calls["prepare"] += 1
+        return Money(cents=order.amount_cents)
+
+    @graph.aggregate
+    def total(amounts: list[Money]) -> Label:
+        calls["total"] += 1
+        return Label(text=str(sum(amount.cents for amount in amounts)))
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def share(order: Order, amount: Money, total: Label) -> Charge:
+        calls["share"] += 1
+        return Charge(amount_cents=100 * amount.cents // int(total.text))
+
+    @graph.step
+    def hint(address: Address) -> Reservation:
+        calls["hint"] += 1
+        return Reservation(reservation_id=address.street)
+
+    @graph.aggregate
+    def final(charges: list[Charge], hint: Reservation) -> Shipment:
+        if broken[0]:
+            raise ConnectionError
+        return Shipment(tracking_id=f"{hint.reservation_id} {sum(charge.amount_cents for charge in charges)}")
+
+    def ship() -> Shipment:
+        return graph.execute(Shipment, ORDERS, Address(street="x"), execution_id="again", timeout=30)
+
+    with pytest.raises(StepFailed):
+        ship()
+    broken[0] = False
+    once = dict(calls)
+    assert ship().tracking_id.startswith("x ")
+    assert calls == {**once, "hint": 2}
+
+
+@pytest.mark.parametrize(
+    ("share", "total", "allowed"), [(0.29, 100, 29), (0.57, 100, 57), (0.3, 7, 2), (1.0, 3, 3), (0.0, 9, 0)]
+)
+def test_a_share_is_counted_exactly(share: float, total: int, allowed: int) -> None:
+    """Binary fractions lose nobody."""
+    assert BatchPolicy("collect", share).allowed(total) == allowed
 
 
 @pytest.mark.parametrize(("max_failed", "passes"), [(2, True), (1, False), (0.3, True), (0.2, False)])
