@@ -13,6 +13,7 @@ from typing import Any, Final
 from docket_celery.codec import Codec, find_fault, import_codec
 from docket_celery.errors import InvalidSettings
 from docket_celery.hooks import MakeContext, read_hooks
+from docket_celery.policy import MAX_SECONDS
 
 PREFIX: Final = "docket_"
 ENV_PREFIX: Final = "DOCKET_CELERY_"
@@ -132,7 +133,7 @@ def _codec(key: str, value: Any) -> Codec:
     return codec
 
 
-def _number(least: float, *, whole: bool) -> Callable[[str, Any], Any]:
+def _number(least: float, most: float = math.inf, *, whole: bool) -> Callable[[str, Any], Any]:
     def check(key: str, value: Any) -> Any:
         kind = f"{'whole ' if whole else ''}number"
         try:
@@ -142,6 +143,8 @@ def _number(least: float, *, whole: bool) -> Callable[[str, Any], Any]:
             raise InvalidSettings(key, f"must be a {kind}, got {value!r}") from None
         if isinstance(value, bool) or not exact or not number >= least:
             raise InvalidSettings(key, f"must be a {kind} of at least {least:g}, got {value!r}")
+        if number > most:
+            raise InvalidSettings(key, f"must be a {kind} of at most {most:.0f}, got {value!r}")
         return number
 
     return check
@@ -158,11 +161,11 @@ def _switch(key: str, value: Any) -> bool:
 _CHECKS: Final[dict[str, Callable[[str, Any], Any]]] = {
     "database_url": _text,
     "threads": _number(0, whole=True),
-    "lease_seconds": _number(1, whole=False),
+    "lease_seconds": _number(1, MAX_SECONDS, whole=False),
     "max_deliveries": _number(1, whole=True),
     "max_message_bytes": _number(1, whole=True),
     "max_stored_bytes": _number(1, whole=True),
-    "retention": _number(0, whole=False),
+    "retention": _number(0, MAX_SECONDS, whole=False),
     "step_hooks": read_hooks,
     "codec": _codec,
     "check_mutation": _switch,

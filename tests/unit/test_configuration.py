@@ -64,6 +64,8 @@ def test_unknown_settings_are_refused_with_the_nearest(key: str, text: str) -> N
         ("docket_max_deliveries", -1),
         ("docket_max_message_bytes", [1]),
         ("docket_retention", 10**400),
+        ("docket_retention", 1e13),
+        ("docket_lease_seconds", 1e13),
         ("docket_database_url", ""),
         ("docket_database_url", 5),
     ],
