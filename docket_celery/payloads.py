@@ -15,14 +15,17 @@ from docket_celery import lifecycle, results, wire
 from docket_celery.checkpoint import RunRequest, Store, job_digest
 from docket_celery.configuration import Settings
 from docket_celery.declaration import Declaration
-from docket_celery.errors import DecodeFailed, PayloadUnavailable, RunConflict
+from docket_celery.errors import DecodeFailed, InvalidArguments, PayloadUnavailable, RunConflict
 from docket_celery.graph import Graph
 from docket_celery.messages import Value, brief, check_size, frame, from_bytes, type_name, unframe
 from docket_celery.outcome import job_parts
 from docket_celery.plan import Plan
+from docket_celery.policy import MAX_SECONDS
 from docket_celery.waiting import call_aside
 
 JOB_MARKER: Final = "docket.job"
+UNDELIVERED_KEPT_S: Final = 30 * 86400.0
+"""Least time that a queued run is kept from when it is due, whatever the retention: its job lies nowhere else."""
 _SHOWN_CHARS: Final = 200
 _MESSAGES: Final = 64
 """So many times ``docket_max_message_bytes`` may a list weigh that travels."""
@@ -177,8 +180,7 @@ def _store_job(task: TaskClass, messages: Sequence[Message], run: QueuedRun, set
         task_name=task.name,
         task_id=run.task_id,
     )
-    # A row whose message is never delivered is deleted like that of a run which ended when it was due.
-    keep_s = run.wait_s + settings.retention
+    keep_s = min(run.wait_s + max(settings.retention, UNDELIVERED_KEPT_S), MAX_SECONDS)
     other = call_aside(lambda: store.enqueue(request, keep_s), settings.threads)
     if other is not None:
         # Another codec keeps another digest of the same job; reading it tells the two cases apart.
@@ -187,9 +189,16 @@ def _store_job(task: TaskClass, messages: Sequence[Message], run: QueuedRun, set
 
 
 def wait_s(options: Mapping[str, Any]) -> float:
-    """Return in how many seconds a task submitted with these options of Celery's may begin."""
+    """Return in how many seconds a task submitted with these options of Celery's may begin.
+
+    Raises:
+        InvalidArguments: The countdown is over a century.
+    """
     countdown, eta = options.get("countdown"), options.get("eta")
     if countdown is not None:
+        if not float(countdown) <= MAX_SECONDS:
+            problem = f"must be at most {MAX_SECONDS:.0f} seconds (a century), got {countdown!r}"
+            raise InvalidArguments("countdown=", problem)
         return max(0.0, float(countdown))
     if isinstance(eta, datetime):
         aware = eta if eta.tzinfo is not None else eta.replace(tzinfo=UTC)

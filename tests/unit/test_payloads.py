@@ -28,10 +28,11 @@ from docket_celery import (
     graph_task,
     settings,
 )
-from docket_celery.checkpoint import job_digest
+from docket_celery.checkpoint import Purged, job_digest
 from docket_celery.errors import UnknownMessageType
 from docket_celery.outcome import job_parts
 from docket_celery.payloads import QueuedRun, StoredJob, receive, send, wait_s
+from docket_celery.policy import MAX_SECONDS
 from docket_celery.wire import Undecodable
 from tests.unit.protos.shop_pb2 import Label, Money, Order
 
@@ -286,3 +287,45 @@ def test_a_delay_is_known_from_the_options() -> None:
     assert wait_s({"eta": soon}) == pytest.approx(60, abs=5)
     assert wait_s({"eta": soon.replace(tzinfo=None)}) == pytest.approx(60, abs=5)
     assert wait_s({"eta": soon - timedelta(hours=1)}) == 0
+
+
+# --- how long a stored job is kept -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("retention", "options", "days"),
+    [
+        (0, {}, 30),
+        (0, {"countdown": 86400}, 31),
+        (60 * 86400, {}, 60),
+        (MAX_SECONDS, {"countdown": MAX_SECONDS}, 36600),
+    ],
+)
+def test_a_job_outlasts_any_purge_until_a_worker_takes_it(
+    database: str, retention: float, options: dict[str, Any], days: int
+) -> None:
+    """It lies in the run's row and nowhere else; the retention is for what has ended."""
+    settings(retention=retention)
+    store = SQLStore(database)
+    try:
+        sent = repeat_label.apply_async((BIG,), **options)
+        assert store.purge(10) == Purged()
+        assert store.find_job("keeping", sent.id) is not None
+        with store.engine.connect() as connection:
+            left = "SELECT julianday(expires_at) - julianday('now') FROM docket_runs"
+            assert connection.exec_driver_sql(left).scalar_one() == pytest.approx(days, abs=0.1)
+    finally:
+        settings(retention=None)
+        store.close()
+
+
+@pytest.mark.parametrize("countdown", [1e13, float("inf"), float("nan")])
+def test_a_countdown_over_a_century_is_refused_before_anything_is_stored(
+    database: str, countdown: float
+) -> None:
+    """By the library, not by the database's calendar; and Celery could not send it afterwards."""
+    with pytest.raises(InvalidArguments, match=r"countdown=.*a century"):
+        repeat_label.apply_async((BIG,), countdown=countdown, execution_id="o-1")
+    store = SQLStore(database)
+    assert store.find_run("keeping", "o-1") is None
+    store.close()
