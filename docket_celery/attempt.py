@@ -103,7 +103,6 @@ class Attempt:
         with self._gate.lock:
             if self._gate.closed:
                 return False
-            self.in_flight = True
             thread = threading.current_thread()
             held = not step.is_async or step.factory is not None
             self.worker = thread if held and isinstance(thread, Worker) else None
@@ -111,6 +110,7 @@ class Attempt:
                 ring = functools.partial(self._ring, context)
                 self._alarm = delivery.runtime.timer.after(step.timeout_s, ring)
                 self._unlink = functools.partial(delivery.cancellation.forget, context.cancelled.cancel)
+            self.in_flight = True
         delivery.tell(EventKind.STEP_STARTED, step.name, self._number)
         if step.is_async:
             self._spawn(context)

@@ -114,13 +114,23 @@ class StepCall:
 
     def attempt_in(self, slot: Slot | None) -> None:
         """Call the user's code once; *slot* is given back when that has ended."""
+        begun = False
+        try:
+            begun = self._begin_attempt(slot)
+        finally:
+            # An attempt that has begun sees to both itself, whenever it ends.
+            if not begun:
+                if slot is not None:
+                    slot.cancel()
+                self.drop_claim()
+
+    def _begin_attempt(self, slot: Slot | None) -> bool:
+        """Call the user's code, unless the execution is closed or the lease is lost: then return False."""
         delivery = self._delivery
         if delivery.held is not None and not delivery.held.trusted():
-            if slot is not None:
-                slot.cancel()
             lease = delivery.held.lease
             self._steps.abort(LeaseLost(lease.graph, lease.execution_id, lease.epoch))
-            return
+            return False
         if self.planned.step.timeout_s is not None and not self.planned.step.is_async:
             # Such an attempt may come to hold a thread for good, and so may each retry of it.
             delivery.runtime.pool.check_abandoned()
@@ -129,10 +139,7 @@ class StepCall:
         self._running = Attempt(
             self.planned.step, self._attempt_no, self._values, delivery, self._steps, self, slot
         )
-        if not self._running.start():
-            if slot is not None:
-                slot.cancel()
-            self.drop_claim()
+        return self._running.start()
 
     def carry_on(self, work: Callable[[], None]) -> None:
         """Go on with this step on the pool."""

@@ -10,9 +10,10 @@ from docket_celery.call import StepCall
 from docket_celery.checkpoint import Checkpoint, StepExecution
 from docket_celery.context import StepContext
 from docket_celery.engine import Execution
-from docket_celery.errors import AbortError, InvalidArguments, StepFailed, StoreUnavailable
+from docket_celery.errors import AbortError, InvalidArguments, LeaseLost, StepFailed, StoreUnavailable
 from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
+from docket_celery.heartbeat import process_heartbeat
 from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
 from docket_celery.runtime import Alarm, Timer, process_runtime
 from docket_celery.store import MemoryStore
@@ -210,6 +211,32 @@ def test_a_run_aborted_beside_a_claim_gives_it_up() -> None:
     with pytest.raises(AbortError):
         aborted.result(WAIT_S)
     assert waiting.result(WAIT_S) == "7 2"
+
+
+def test_a_claim_that_comes_after_the_lease_was_lost_is_given_up() -> None:
+    """The look-up answers when the run has ended: nobody may wait for a step that will never run."""
+    rates = Rates()
+    asked, answer = threading.Event(), threading.Event()
+    look_up = rates.store.lookup
+
+    def slow(*args: Any, **options: Any) -> Checkpoint | bool:
+        pass_on(asked, answer)
+        return look_up(*args, **options)
+
+    rates.store.lookup = slow  # type: ignore[method-assign]
+    run = rates.graph.start(Charge, Order(order_id="7"))
+    reached(asked)
+    held = run._run._held
+    assert held is not None
+    held.lost = True
+    with pytest.raises(LeaseLost):
+        run.result(WAIT_S)
+    rates.store.lookup = look_up  # type: ignore[method-assign]
+    answer.set()
+    reached(rates.store.disclaimed)
+    assert rates.store.claims == 0
+    assert not process_heartbeat(rates.store)._claims
+    assert within(rates.ask) == "7 1"
 
 
 def test_a_step_that_waits_for_a_claim_is_withdrawn_when_another_step_fails(

@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import os
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
@@ -18,15 +18,16 @@ from hypothesis import strategies as st
 from docket_celery.checkpoint import Checkpoint, Lease, StepExecution
 from docket_celery.configuration import Settings
 from docket_celery.context import StepContext
-from docket_celery.errors import AbortError, RunCancelled, StepFailed, StepTimedOut
+from docket_celery.errors import AbortError, RunCancelled, StepFailed, StepTimedOut, TooManyAbandoned
 from docket_celery.graph import Graph
 from docket_celery.outcome import Submission
 from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
+from docket_celery.runtime import Alarm, Timer, process_runtime
 from docket_celery.slots import Slots
 from docket_celery.store import MemoryStore
 from tests.infra.processes import wait_until
 from tests.unit.graphs import WAIT_S, add_step, execute, key, reached, start, total, value, within
-from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Shipment
+from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
 
 
 class Gauge:
@@ -179,6 +180,57 @@ def test_an_abandoned_thread_keeps_its_slot_until_it_returns() -> None:
     leave.set()
     assert run.result(WAIT_S) == Charge(charge_id="2")
     assert gauge.most == 1
+
+
+def test_a_call_that_is_refused_gives_its_slot_back() -> None:
+    """Too many threads are stuck when it is its turn: the run fails, the slot is free for whoever comes later."""
+    stuck, leave, go, waits = Graph("stuck"), threading.Event(), threading.Event(), threading.Event()
+    graph = Graph("shop")
+
+    @stuck.step(timeout=0.02)
+    def hang(order: Order) -> Label:
+        reached(leave)
+        return Label()
+
+    @graph.step
+    async def reserve(order: Order) -> Reservation:
+        waits.set()
+        while not go.is_set():  # noqa: ASYNC110 -- set by a thread
+            await asyncio.sleep(0.001)
+        return Reservation()
+
+    @graph.step(max_concurrent=1, timeout=WAIT_S)
+    def charge(reservation: Reservation) -> Charge:
+        return Charge()
+
+    run = start(lambda: execute(graph, Charge, Order(), threads=1))
+    reached(waits)
+    for _ in range(2):
+        with pytest.raises(StepTimedOut):
+            within(lambda: execute(stuck, Label, Order(), threads=1))
+    go.set()
+    with pytest.raises(TooManyAbandoned):
+        run.result(WAIT_S)
+    assert slots_of(graph).free == 1
+    leave.set()
+
+
+def test_a_call_whose_deadline_cannot_be_watched_gives_its_slot_back() -> None:
+    """There is no thread for the timer: the code is not called, and the slot is free again."""
+    graph = Graph("shop")
+
+    @graph.step(max_concurrent=1, timeout=WAIT_S)
+    def charge(order: Order) -> Charge:
+        raise AssertionError("called without its deadline")
+
+    class Broken(Timer):
+        def after(self, delay_s: float, call: Callable[[], None]) -> Alarm:
+            raise RuntimeError(f"can't start new thread for {call} in {delay_s} s")
+
+    process_runtime(1).timer = Broken()
+    with pytest.raises(StepFailed, match="can't start new thread"):
+        within(lambda: execute(graph, Charge, Order(), threads=1))
+    assert slots_of(graph).free == 1
 
 
 def test_a_cancelled_coroutine_keeps_its_slot_until_it_has_cleaned_up() -> None:
