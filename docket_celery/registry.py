@@ -56,7 +56,7 @@ class Registry:
         self._wiring: Wiring | None = None
         self._plans: dict[Asked, Plan] = {}
         self._frozen = False
-        self._lock = threading.Lock()
+        self._lock = PerProcess(threading.Lock)
 
     def __repr__(self) -> str:
         return f"<Graph {self.name!r}: {len(self._registrations)} steps>"
@@ -191,7 +191,7 @@ class Registry:
                 self.name,
                 [f"DC110 bad name: name= is 1 to 200 printable characters, got {name!r} ({locate(target)})"],
             )
-        with self._lock:
+        with self._lock.get():
             if self._frozen:
                 late = f"step {name!r} ({locate(target)}) comes after the first run"
                 raise GraphError(self.name, [f"DC116 frozen: {late}; register all steps before running"])
@@ -274,7 +274,7 @@ class Registry:
         if found is None:
             wiring = self._read()
             found = compile_asked(wiring, asked)
-            with self._lock:
+            with self._lock.get():
                 if wiring is self._wiring:
                     self._plans[asked] = found
         return found
@@ -330,7 +330,7 @@ class Registry:
         return found if replaced is None else replaced.steps.get(found.name, found)
 
     def _read(self) -> Wiring:
-        with self._lock:
+        with self._lock.get():
             if self._wiring is None:
                 self._wiring = read_wiring(self.name, self._registrations)
             return self._wiring
