@@ -422,7 +422,7 @@ class Store(Protocol):
 
         Args:
             key: `global_key` or `cache_key`.
-            owner: Random text, new for each delivery; repeating a look-up with it is idempotent.
+            owner: Names one step call of one delivery; repeating a look-up with it is idempotent.
             lease_s: Seconds until others may take the claim over unless it is extended.
             within_s: Only a checkpoint counts whose computation began less than so many seconds ago; None: any.
 

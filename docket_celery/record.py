@@ -64,6 +64,11 @@ class StepRecord:
         """Whether others wait for this step to compute a GLOBAL checkpoint."""
         return self._claimed is not None
 
+    @property
+    def _claimant(self) -> str:
+        """Who claims: of steps and items of one delivery that need one checkpoint, one computes."""
+        return f"{self._delivery.owner}/{self._delivery.item}/{self._step.name}"
+
     def begin(self, values: Sequence[Value] = ()) -> None:
         """Note the inputs and when the step began."""
         self._values, self._began = values, self._delivery.cancellation.now()
@@ -83,10 +88,10 @@ class StepRecord:
         if delivery.refreshes:
             within_s = 0.0 if self._looked_up is None else self.elapsed_s
         self._looked_up = key = self._looked_up or self._key()
-        found = delivery.store.lookup(key, delivery.owner, delivery.lease_s, within_s)
+        found = delivery.store.lookup(key, self._claimant, delivery.lease_s, within_s)
         if found is True:
             # Watched before it is known: whoever aborts drops the claims that it finds, watch included.
-            delivery.heartbeat().watch_claim(key, delivery.owner, delivery.lease_s)
+            delivery.heartbeat().watch_claim(key, self._claimant, delivery.lease_s)
             self._claimed = key
         return found
 
@@ -132,7 +137,7 @@ class StepRecord:
         assert delivery.store is not None
         assert delivery.held is not None
         if checkpoint.execution_id is None:
-            winner = delivery.store.publish(checkpoint, delivery.owner, row, replace=delivery.refreshes)
+            winner = delivery.store.publish(checkpoint, self._claimant, row, replace=delivery.refreshes)
             if delivery.refreshes:
                 # Whoever may have overtaken this one computes anew too; what was stored before is not asked for.
                 winner = checkpoint
@@ -147,14 +152,14 @@ class StepRecord:
         self._release_claim()
         if key is not None and store is not None:
             try:
-                store.disclaim(key, self._delivery.owner)
+                store.disclaim(key, self._claimant)
             except DocketError as error:
                 _logger.warning("a claim stays until it expires: %s", error)
 
     def _release_claim(self) -> None:
         key, self._claimed = self._claimed, None
         if key is not None and self._delivery.store is not None:
-            self._delivery.heartbeat().unwatch_claim(key, self._delivery.owner)
+            self._delivery.heartbeat().unwatch_claim(key, self._claimant)
 
     def _key(self) -> bytes:
         step, delivery = self._step, self._delivery

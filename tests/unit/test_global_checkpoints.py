@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 
+from docket_celery.annotation import Named
 from docket_celery.call import StepCall
 from docket_celery.checkpoint import Checkpoint, StepExecution
 from docket_celery.context import StepContext
@@ -337,3 +338,60 @@ def test_a_claim_outlives_the_attempts_of_its_step() -> None:
     runs = [start(rates.ask) for _ in range(2)]
     assert [run.result(WAIT_S) for run in runs] == ["7 2"] * 2
     assert [event.kind for event in heard].count(EventKind.STEP_RESTORED) == 1
+
+
+def test_of_equal_items_one_computes() -> None:
+    """The other items of the batch wait for its claim as other runs do."""
+    rates = Rates()
+    rates.body = lambda _ctx: reached(rates.store.waited)
+    orders = [Order(order_id="7")] * 4
+    made = within(lambda: rates.graph.execute_batch(Charge, orders, max_concurrency=4))
+    assert [charge.charge_id for charge in made] == ["7 1"] * 4
+    assert rates.calls == ["7"]
+    assert rates.store.claims == 0
+
+
+def test_an_item_that_fails_drops_its_own_claim_alone() -> None:
+    """The next one computes under a claim of its own, which nobody else gives up."""
+    rates = Rates()
+    claims: list[int] = []
+
+    def body(_ctx: StepContext) -> None:
+        if len(rates.calls) == 1:
+            reached(rates.store.waited)
+            raise ValueError("first")
+        reached(rates.store.disclaimed)
+        claims.append(rates.store.claims)
+
+    rates.body = body
+    orders = [Order(order_id="7")] * 3
+    done = within(lambda: rates.graph.execute_batch(Charge, orders, max_concurrency=3, on_error="collect"))
+    assert len(done.errors) == 1
+    assert {charge.charge_id for _, charge in done.succeeded()} == {"7 2"}
+    assert (rates.calls, claims, rates.store.claims) == (["7", "7"], [1], 0)
+
+
+def test_of_two_steps_with_one_cache_one_computes() -> None:
+    """Steps of one run that share entries wait for each other too."""
+    store, calls = WatchedStore(lambda: 1000.0), list[str]()
+    graph = Graph("twins", store=store)
+
+    def compute(order: Order) -> Charge:
+        calls.append(order.order_id)
+        reached(store.waited)
+        return Charge(charge_id=f"{order.order_id} {len(calls)}")
+
+    @graph.step(persist=Scope.GLOBAL, cache="twins")
+    def first(order: Order) -> Annotated[Charge, Named("first")]:
+        return compute(order)
+
+    @graph.step(persist=Scope.GLOBAL, cache="twins")
+    def second(order: Order) -> Annotated[Charge, Named("second")]:
+        return compute(order)
+
+    @graph.step
+    def join(one: Annotated[Charge, Named("first")], other: Annotated[Charge, Named("second")]) -> Shipment:
+        return Shipment(tracking_id=f"{one.charge_id}, {other.charge_id}")
+
+    assert within(lambda: graph.execute(Shipment, Order(order_id="7"))).tracking_id == "7 1, 7 1"
+    assert calls == ["7"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Generator
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from celery import Celery, current_task
 
-from docket_celery import GraphTask, SQLStore, graph_task
+from docket_celery import GraphTask, Named, SQLStore, graph_task
 from docket_celery.context import StepContext
 from docket_celery.errors import StepFailed
 from docket_celery.graph import Graph
@@ -165,3 +165,31 @@ def test_two_callers_of_one_run_get_one_outcome() -> None:
     go_on.set()
     assert first.result(WAIT_S) == second.result(WAIT_S) == Charge(charge_id="once")
     assert called == ["charge"]
+
+
+def test_equal_items_and_steps_with_one_cache_wait_for_no_thread() -> None:
+    """Where the first one fails and waits for its retry, the others look again until it has ended."""
+    graph, calls = Graph("inline", store=MemoryStore()), list[str]()
+    retry = RetryPolicy(backoff=FixedBackoff(0.2))
+
+    def compute(order: Order) -> Charge:
+        calls.append(order.order_id)
+        if len(calls) == 1:
+            raise ConnectionError("again")
+        return Charge(charge_id=f"{len(calls)}")
+
+    @graph.step(persist=Scope.GLOBAL, cache="twins", retry=retry)
+    def first(order: Order) -> Annotated[Charge, Named("first")]:
+        return compute(order)
+
+    @graph.step(persist=Scope.GLOBAL, cache="twins", retry=retry)
+    def second(order: Order) -> Annotated[Charge, Named("second")]:
+        return compute(order)
+
+    @graph.step
+    def ship(one: Annotated[Charge, Named("first")], other: Annotated[Charge, Named("second")]) -> Shipment:
+        return Shipment(tracking_id=f"{one.charge_id}, {other.charge_id}")
+
+    made = start(lambda: graph.execute_batch(Shipment, [Order(order_id="1")] * 3)).result(WAIT_S)
+    assert made == [Shipment(tracking_id="2, 2")] * 3
+    assert calls == ["1", "1"]
