@@ -432,7 +432,12 @@ class Store(Protocol):
         ...
 
     def publish(
-        self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None, *, replace: bool = False
+        self,
+        checkpoint: Checkpoint,
+        owner: str,
+        execution: StepExecution | None,
+        *,
+        asked_s: float | None = None,
     ) -> Checkpoint:
         """Store a GLOBAL checkpoint, replace an expired one, drop *owner*'s claim.
 
@@ -440,7 +445,8 @@ class Store(Protocol):
             checkpoint: What was computed.
             owner: Who claimed it.
             execution: The step's row, or None.
-            replace: Replace a live one too, unless another has taken the claim from *owner*.
+            asked_s: Seconds since a refresh asked for it. It replaces a live one too, unless that was begun after
+                *owner* claimed, or, where that claim is gone, after the refresh; None: a live one stays.
 
         Returns:
             The checkpoint that counts, verified: this one, or a live one that was there before.

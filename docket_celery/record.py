@@ -137,7 +137,8 @@ class StepRecord:
         assert delivery.store is not None
         assert delivery.held is not None
         if checkpoint.execution_id is None:
-            winner = delivery.store.publish(checkpoint, self._claimant, row, replace=delivery.refreshes)
+            asked_s = self.elapsed_s if delivery.refreshes else None
+            winner = delivery.store.publish(checkpoint, self._claimant, row, asked_s=asked_s)
             if delivery.refreshes:
                 # Whoever may have overtaken this one computes anew too; what was stored before is not asked for.
                 winner = checkpoint

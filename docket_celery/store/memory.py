@@ -187,14 +187,21 @@ class MemoryStore:
             return True
 
     def publish(
-        self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None, *, replace: bool = False
+        self,
+        checkpoint: Checkpoint,
+        owner: str,
+        execution: StepExecution | None,
+        *,
+        asked_s: float | None = None,
     ) -> Checkpoint:
         """See `Store.publish`."""
         with self._lock:
             now = self._clock()
-            claimed_at = self._drop_claim(checkpoint.key, owner)
+            claimed_at = _drop_claim(self._claims, checkpoint.key, owner)
+            if claimed_at is None and asked_s is not None:
+                claimed_at = now - asked_s  # the claim is gone; it was asked for before
             stored = self._live(checkpoint.key, now)
-            if stored is not None and not (replace and _may_replace(stored, claimed_at)):
+            if stored is not None and not (asked_s is not None and _may_replace(stored, claimed_at)):
                 if execution is not None and execution not in self._executions:
                     self._executions.append(execution)
                 return check_owner(stored.read(), "", None)
@@ -213,7 +220,7 @@ class MemoryStore:
     def disclaim(self, key: bytes, owner: str) -> None:
         """See `Store.disclaim`."""
         with self._lock:
-            self._drop_claim(key, owner)
+            _drop_claim(self._claims, key, owner)
 
     def extend(
         self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
@@ -380,14 +387,6 @@ class MemoryStore:
                 return False
         return stored.expires_at is not None and stored.expires_at <= now
 
-    def _drop_claim(self, key: bytes, owner: str) -> float | None:
-        """Drop *owner*'s claim; return when it was made, or None if another has it."""
-        claim = self._claims.get(key)
-        if claim is None or claim.owner != owner:
-            return None
-        del self._claims[key]
-        return claim.claimed_at
-
     def _date_checkpoints(self, lease: Lease, ended_at: float | None) -> None:
         for stored in self._cache.values():
             checkpoint = stored.checkpoint
@@ -403,3 +402,12 @@ def _began_within(stored: _Stored, within_s: float | None, now: float) -> bool:
 
 def _may_replace(stored: _Stored, claimed_at: float | None) -> bool:
     return claimed_at is not None and (stored.claimed_at is None or stored.claimed_at <= claimed_at)
+
+
+def _drop_claim(claims: dict[bytes, _Claim], key: bytes, owner: str) -> float | None:
+    """Drop *owner*'s claim; return when it was made, or None if another has it."""
+    claim = claims.get(key)
+    if claim is None or claim.owner != owner:
+        return None
+    del claims[key]
+    return claim.claimed_at

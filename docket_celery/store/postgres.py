@@ -127,12 +127,12 @@ def publish(
     owner: str,
     execution: StepExecution | None,
     *,
-    replacing: bool = False,
+    asked_s: float | None = None,
 ) -> Checkpoint:
     """See `Store.publish`."""
     ours = clean_checkpoint(checkpoint)
     values = checkpoint_values(ours) | _execution_values(execution)
-    values |= {"owner": clean_text(owner), "replacing": replacing}
+    values |= {"owner": clean_text(owner), "asked_s": asked_s}
     statement = sql.PUBLISH if execution is None else sql.PUBLISH_EXECUTION
     for _ in range(_TRIES):
         if connection.execute(statement, values).scalar_one():

@@ -179,18 +179,20 @@ SELECT claims.won, live.* FROM (SELECT count(*) AS won FROM claimed) AS claims L
 """)
 
 
+# A claim that is gone cannot say its age; the refresh that made it was asked for before it.
 def _publish(execution: str) -> TextClause:
     return text(f"""
 WITH s AS (
     INSERT INTO docket_cache AS c ({_COLUMNS}, output_json, created_at, expires_at, claimed_at)
     SELECT {_STORED}, clock_timestamp() + CAST(:ttl AS double precision) * {_SECOND},
-        (SELECT claimed_at FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner)
+        COALESCE((SELECT claimed_at FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner),
+            clock_timestamp() - CAST(:asked_s AS double precision) * {_SECOND})
     ON CONFLICT (cache_key) DO UPDATE SET
         {", ".join(f"{name} = excluded.{name}" for name in CHECKPOINT_COLUMNS if name != "cache_key")},
         output_json = excluded.output_json, created_at = excluded.created_at,
         expires_at = excluded.expires_at, claimed_at = excluded.claimed_at
     WHERE c.expires_at <= clock_timestamp() OR (
-        CAST(:replacing AS boolean) AND excluded.claimed_at IS NOT NULL
+        CAST(:asked_s AS double precision) IS NOT NULL
         AND (c.claimed_at IS NULL OR c.claimed_at <= excluded.claimed_at))
     RETURNING 1),
 spent AS (

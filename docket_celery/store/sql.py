@@ -46,7 +46,7 @@ class _Calls(Protocol):
         owner: str,
         execution: StepExecution | None,
         *,
-        replacing: bool,
+        asked_s: float | None,
     ) -> Checkpoint: ...
     def forget(self, connection: Connection, key: bytes) -> bool: ...
     def disclaim(self, connection: Connection, key: bytes, owner: str) -> None: ...
@@ -141,13 +141,18 @@ class SQLStore(BatchCalls):
         return found if isinstance(found, bool) else self._seal.open_checkpoint(found)
 
     def publish(
-        self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None, *, replace: bool = False
+        self,
+        checkpoint: Checkpoint,
+        owner: str,
+        execution: StepExecution | None,
+        *,
+        asked_s: float | None = None,
     ) -> Checkpoint:
         """See `Store.publish`."""
         closed, row = self._seal.close_checkpoint(checkpoint), self._seal.close_execution(execution)
         found = self._call(
             "publish the checkpoint",
-            lambda connection: self._calls.publish(connection, closed, owner, row, replacing=replace),
+            lambda connection: self._calls.publish(connection, closed, owner, row, asked_s=asked_s),
         )
         return self._seal.open_saved(found, closed, checkpoint)
 

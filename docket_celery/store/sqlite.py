@@ -171,7 +171,11 @@ ON CONFLICT (cache_key) DO UPDATE SET
     owner = excluded.owner, lease_until = excluded.lease_until, claimed_at = excluded.claimed_at
 WHERE docket_claims.owner = excluded.owner OR docket_claims.lease_until <= {NOW}
 """)
-_FIND_CLAIM = text("SELECT claimed_at FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner")
+# A claim that is gone cannot say its age; the refresh that made it was asked for before it.
+_FIND_CLAIM = text(f"""
+SELECT COALESCE(
+    (SELECT claimed_at FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner), {after("-:asked_s")})
+""")
 _DISCLAIM = text("DELETE FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner")
 _EXTEND_CLAIM = text(
     f"UPDATE docket_claims SET lease_until = {after(':lease_s')} "
@@ -280,11 +284,11 @@ def publish(
     owner: str,
     execution: StepExecution | None,
     *,
-    replacing: bool = False,
+    asked_s: float | None = None,
 ) -> Checkpoint:
     """See `Store.publish`."""
     ours = clean_checkpoint(checkpoint)
-    values = checkpoint_values(ours) | {"owner": clean_text(owner), "within_s": None}
+    values = checkpoint_values(ours) | {"owner": clean_text(owner), "within_s": None, "asked_s": asked_s}
     with writing(connection):
         values["claimed_at"] = claimed_at = connection.execute(_FIND_CLAIM, values).scalar()
         connection.execute(_DISCLAIM, values)
@@ -294,7 +298,7 @@ def publish(
                 connection.execute(_ADD_EXECUTION, row)
         found = connection.execute(_FIND_LIVE, values).mappings().first()
         older = found is not None and claimed_at is not None and (found["claimed_at"] or "") <= claimed_at
-        if found is None or (replacing and older):
+        if found is None or (asked_s is not None and older):
             connection.execute(_REPLACE_CHECKPOINT, values)
             return replace(ours, output_json=None)
     return check_owner(read_checkpoint(found), "", None)

@@ -194,7 +194,7 @@ def test_a_computation_is_as_old_as_its_claim(bench: Bench) -> None:
     bench.pass_time(100)
     bench.store.publish(shared(), "a", None)
     assert bench.store.lookup(key, "b", 30.0, 50.0) is True
-    bench.store.publish(shared(data=b"new"), "b", None, replace=True)
+    bench.store.publish(shared(data=b"new"), "b", None, asked_s=1.0)
     assert bench.store.lookup(key, "c", 30.0, 50.0) == shared(data=b"new")
     assert bench.store.lookup(key, "c", 30.0, 0.0) is True
 
@@ -207,24 +207,48 @@ def test_a_live_entry_is_replaced_on_demand(bench: Bench) -> None:
     assert bench.store.lookup(key, "c", 30.0) == shared(data=b"old", ttl_s=60.0)
     new = shared(data=b"new", ttl_s=600.0)
     for _ in range(2):
-        assert bench.store.publish(new, "b", execution("infer"), replace=True) == new
+        assert bench.store.publish(new, "b", execution("infer"), asked_s=1.0) == new
     bench.pass_time(100)
     assert bench.store.lookup(key, "c", 30.0) == new
     assert bench.executions() == [("infer", 1)]
 
 
-def test_only_who_claimed_last_replaces_a_live_entry(bench: Bench) -> None:
-    """A holder that was overtaken would put back what is older; a publisher that never claimed knows no age."""
+def test_what_was_begun_last_stays(bench: Bench) -> None:
+    """A holder that was overtaken replaces what is older than its refresh, and never what the next one made."""
     key = shared().key
     bench.store.publish(shared(data=b"old"), "a", None)
     assert bench.store.lookup(key, "slow", 30.0, 0.0) is True
     bench.pass_time(31)
     assert bench.store.lookup(key, "next", 30.0, 0.0) is True
-    for owner in ("slow", "stranger"):
-        found = bench.store.publish(shared(data=b"late"), owner, None, replace=True)
-        assert found.output_data == b"old"
-    assert bench.store.publish(shared(data=b"new"), "next", None, replace=True).output_data == b"new"
-    assert bench.store.publish(shared(data=b"late"), "slow", None, replace=True).output_data == b"new"
+    for owner, data, counts in (
+        ("slow", b"late", b"late"),
+        ("next", b"new", b"new"),
+        ("slow", b"late", b"new"),
+    ):
+        asked_s = 31.5 if owner == "slow" else 0.5
+        found = bench.store.publish(shared(data=data), owner, None, asked_s=asked_s)
+        assert found.output_data == counts
+    assert bench.store.lookup(key, "reader", 30.0) == shared(data=b"new")
+
+
+@pytest.mark.parametrize(("asked_s", "counts"), [(100.5, b"new"), (150.0, b"old")])
+def test_a_refresh_whose_claim_is_gone_replaces_what_is_older_than_itself(
+    bench: Bench, asked_s: float, counts: bytes
+) -> None:
+    """A process that stood still loses its claim to a purge; its caller got the new value, so the old one must go."""
+    key = shared().key
+    assert bench.store.lookup(key, "a", 30.0) is True
+    bench.store.publish(shared(data=b"old"), "a", None)
+    bench.pass_time(20)
+    assert bench.store.lookup(key, "b", 30.0, 0.0) is True
+    bench.pass_time(100)
+    while bench.store.purge(100):
+        pass
+    found = bench.store.publish(shared(data=b"new"), "b", None, asked_s=asked_s)
+    assert found.output_data == counts
+    assert bench.store.lookup(key, "c", 30.0) == shared(data=counts)
+    # It is as old as the question, lest a later refresh takes it for its own.
+    assert bench.store.lookup(key, "d", 30.0, 100.0) is True
 
 
 def test_a_forgotten_entry_is_computed_again(bench: Bench) -> None:

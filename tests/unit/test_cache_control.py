@@ -41,6 +41,10 @@ class WatchedStore(MemoryStore):
         """How many runs have been told to wait."""
         return len(self._told)
 
+    def lose_claims(self) -> None:
+        """Forget who computes what, as a purge does with claims that nobody extended."""
+        self._claims.clear()
+
     def lookup(
         self, key: bytes, owner: str, lease_s: float, within_s: float | None = None
     ) -> Checkpoint | bool:
@@ -343,6 +347,14 @@ class TestRefresh:
             rates.refresh(timeout=0.1)
         go.set()
         assert first.result(WAIT_S) == "rates 1"
+
+    def test_a_refresh_that_lost_its_claim_leaves_no_old_entry(self) -> None:
+        """Everybody reads what it returned, though nobody knew any more that it was computing."""
+        rates = Rates()
+        assert rates.ask() == "rates 1"
+        rates.body = lambda _ctx: rates.store.lose_claims()
+        assert rates.refresh() == "rates 2"
+        assert rates.ask() == "rates 2"
 
     def test_a_damaged_entry_is_replaced(self) -> None:
         """No run may use it; whoever asks for a new one does not need to read it."""

@@ -39,12 +39,17 @@ class WatchedStore(MemoryStore):
         return found
 
     def publish(
-        self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None, *, replace: bool = False
+        self,
+        checkpoint: Checkpoint,
+        owner: str,
+        execution: StepExecution | None,
+        *,
+        asked_s: float | None = None,
     ) -> Checkpoint:
         if self.refusals:
             self.refusals -= 1
             raise StoreUnavailable("answer", "gone for a moment")
-        return super().publish(checkpoint, owner, execution, replace=replace)
+        return super().publish(checkpoint, owner, execution, asked_s=asked_s)
 
     def disclaim(self, key: bytes, owner: str) -> None:
         super().disclaim(key, owner)

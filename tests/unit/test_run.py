@@ -82,10 +82,15 @@ class FaultyStore(MemoryStore):
         return super().lookup(key, owner, lease_s, within_s)
 
     def publish(
-        self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None, *, replace: bool = False
+        self,
+        checkpoint: Checkpoint,
+        owner: str,
+        execution: StepExecution | None,
+        *,
+        asked_s: float | None = None,
     ) -> Checkpoint:
         self._meet_fault("publish")
-        return super().publish(checkpoint, owner, execution, replace=replace)
+        return super().publish(checkpoint, owner, execution, asked_s=asked_s)
 
     def end(self, lease: Lease, end: RunEnd) -> None:
         self._meet_fault("end")
