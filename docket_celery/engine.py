@@ -29,7 +29,6 @@ from docket_celery.runtime import Alarm, Worker
 from docket_celery.slots import Slot, Slots
 
 _logger = logging.getLogger("docket_celery.engine")
-_LATER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +140,7 @@ class Execution:
             call.report_cancelled(error)
         if any(call.claims for call in calls):
             # SQL, and this may be the thread that waits for the run.
-            self._delivery.runtime.pool.submit(functools.partial(_drop_claims, calls))
+            self._delivery.runtime.submit_surely(functools.partial(_drop_claims, calls))
         self._on_end(Outcome(error=error))
 
     # --- what step calls use -----------------------------------------------------------------------------------
@@ -242,11 +241,8 @@ class Execution:
             self._guard(call, work)
             self._work()
 
-        try:
-            self._delivery.runtime.pool.submit(go_on)
-        except RuntimeError:
-            # No thread can be started now. Whoever calls may be the timer, or another run that gave a slot back.
-            self._delivery.runtime.timer.after(_LATER_S, lambda: self.carry_on(work, call))
+        # Whoever calls may be the timer, or another run that gave a slot back: no error may reach it.
+        self._delivery.runtime.submit_surely(go_on)
 
     # --- inside ------------------------------------------------------------------------------------------------
 

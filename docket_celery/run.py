@@ -222,7 +222,7 @@ class Run:
         return None if execution.closed else execution
 
     def _end_on_pool(self, outcome: Outcome) -> None:
-        self._runtime.pool.submit(functools.partial(self._end, outcome))
+        self._runtime.submit_surely(functools.partial(self._end, outcome))
 
     def _end(self, outcome: Outcome) -> None:
         """Close or park the run, then report."""
@@ -243,7 +243,7 @@ class Run:
         except StoreUnavailable as error:
             if tries < _END_TRIES and held.trusted():
                 again = functools.partial(self._write_end, result, held, tries + 1)
-                self._runtime.timer.after(0.2 * 2**tries, lambda: self._runtime.pool.submit(again))
+                self._runtime.timer.after(0.2 * 2**tries, lambda: self._runtime.submit_surely(again))
                 return
             # What is saved stays saved; the next delivery restores it and writes the end.
             result = self.parked_or_failed(error, held.lease)
@@ -299,7 +299,7 @@ class Run:
             self._conclude(RunOutcome(busy_s=max(0.0, row.lease_left_s or 0.0)))
         else:
             self._attached = True
-            self._runtime.timer.after(0.1, lambda: self._runtime.pool.submit(self._open))
+            self._runtime.timer.after(0.1, lambda: self._runtime.submit_surely(self._open))
 
     # --- building ----------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ _MOST_WAIT_S = 3600.0
 IDLE_S = 30.0
 """A pool thread without work for so many seconds ends, and with it what is bound to it: database connections."""
 _FEW_DEAD = 64
+_LATER_S = 1.0
 
 
 class Worker(threading.Thread):
@@ -94,10 +95,18 @@ class Pool:
 
     @contextmanager
     def blocking(self) -> Generator[None]:
-        """Let another thread take the place of the calling worker while it waits for work of this pool."""
+        """Let another thread take the place of the calling worker while it waits for work of this pool.
+
+        Raises:
+            RuntimeError: No other thread can be started; the caller must not wait.
+        """
         with self._lock:
             self._size += 1
-            self._grow()
+            try:
+                self._grow()
+            except BaseException:
+                self._size -= 1
+                raise
         try:
             yield
         finally:
@@ -373,6 +382,17 @@ class Runtime:
         self.timer = Timer()
         self._loop: LoopThread | None = None
         self._lock = threading.Lock()
+
+    def submit_surely(self, work: Work) -> None:
+        """Run *work* on the pool: at once, or as soon as a thread for it can be started.
+
+        For work without which a run would hang, whoever hands it in.
+        """
+        try:
+            self.pool.submit(work)
+        except RuntimeError as error:
+            _logger.warning("no step thread can be started, trying again in %g s: %s", _LATER_S, error)
+            self.timer.after(_LATER_S, lambda: self.submit_surely(work))
 
     def catch_up(self) -> None:
         """Let alarms ring that only the calling thread can: none here, the timer has a thread."""

@@ -3,20 +3,31 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import itertools
 import os
 import signal
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
+from typing import Any
 
 import pytest
 
+from docket_celery.checkpoint import RunState
 from docket_celery.context import StepContext
-from docket_celery.errors import RunTimedOut, StepFailed, StepTimedOut, TooManyAbandoned
-from docket_celery.events import EventKind
+from docket_celery.errors import (
+    RunCancelled,
+    RunTimedOut,
+    StepFailed,
+    StepTimedOut,
+    StoreUnavailable,
+    TooManyAbandoned,
+)
+from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
+from docket_celery.heartbeat import process_heartbeat
 from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
 from docket_celery.runtime import LoopThread, Pool, Timer, Worker, process_runtime
 from docket_celery.store import MemoryStore
@@ -195,6 +206,128 @@ def test_the_timer_survives_what_it_calls(error: BaseException) -> None:
     timer.after(0.01, done.set)
     reached(done)
     timer.close()
+
+
+def test_a_worker_that_cannot_be_replaced_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told so before it waits, and the pool grows to its old size afterwards, no further."""
+    pool, told = Pool(1), Future[BaseException]()
+
+    def refuse(_: Worker) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def wait() -> None:
+        pool.submit(lambda: None)
+        with monkeypatch.context() as patched:
+            patched.setattr(Worker, "start", refuse)
+            try:
+                with pool.blocking():
+                    told.set_exception(AssertionError("it waits"))
+            except RuntimeError as error:
+                told.set_result(error)
+
+    pool.submit(wait)
+    assert "can't start" in str(told.result(WAIT_S))
+    assert pool._size == 1
+    pool.close()
+
+
+class Refusing:
+    """A pool's submit that finds no thread once, at a chosen moment.
+
+    Args:
+        pool: Whose.
+        when: Whether it is this call, given how many came before it.
+    """
+
+    def __init__(self, pool: Pool, when: Callable[[int], bool]) -> None:
+        self.refused, self._when, self._calls = threading.Event(), when, itertools.count()
+        self._submit = pool.submit
+
+    def __call__(self, work: Callable[[], None]) -> None:
+        if self._when(next(self._calls)) and not self.refused.is_set():
+            self.refused.set()
+            raise RuntimeError("can't start new thread")
+        self._submit(work)
+
+
+class Stumbling(MemoryStore):
+    """A store that cannot write the end of a run at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ends = itertools.count()
+
+    def end(self, *args: Any, **options: Any) -> None:
+        if not next(self._ends):
+            raise StoreUnavailable("answer", "gone for a moment")
+        super().end(*args, **options)
+
+
+def by_the_timer(_: int) -> bool:
+    """Whether the timer's thread is the calling one."""
+    return threading.current_thread().name == "docket-timer"
+
+
+@pytest.mark.parametrize("moment", [*range(8), by_the_timer])
+def test_a_moment_without_threads_leaves_no_run_hanging(
+    moment: int | Callable[[int], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it comes, the run ends: with its value, or by telling of it, and nothing keeps its lease."""
+    store = Stumbling()
+    graph = Graph("shop", store=store)
+
+    @graph.step(persist=Scope.GLOBAL)
+    async def charge(order: Order) -> Charge:
+        return Charge(charge_id="paid")
+
+    @graph.step(persist=Scope.WORKFLOW, retry=RetryPolicy(max_attempts=2, backoff=FixedBackoff(0.001)))
+    def ship(charge: Charge, ctx: StepContext) -> Shipment:
+        if ctx.attempt == 1:
+            raise ValueError("again")
+        return Shipment(tracking_id=charge.charge_id)
+
+    monkeypatch.setattr("docket_celery.runtime._LATER_S", 0.01)
+    refusing = Refusing(
+        process_runtime(2).pool, moment if callable(moment) else lambda calls: calls == moment
+    )
+    monkeypatch.setattr(process_runtime(2).pool, "submit", refusing)
+    run = start(lambda: execute(graph, Shipment, Order(), threads=2, store=store))
+    error = run.exception(WAIT_S)
+    assert "can't start" in str(error) if error else run.result() == Shipment(tracking_id="paid")
+    assert not process_heartbeat(store)._held
+    assert not process_heartbeat(store)._claims
+
+
+def test_a_run_that_is_stopped_while_there_is_no_thread_ends_in_its_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever stops it hears of nothing; the end is written as soon as there is a thread."""
+    store, waiting = MemoryStore(), threading.Event()
+    graph = Graph("shop", store=store)
+
+    @graph.step(persist=Scope.GLOBAL, retry=RetryPolicy(max_attempts=2, backoff=FixedBackoff(3600)))
+    def charge(order: Order) -> Charge:
+        raise ValueError("again")
+
+    def listen(event: Event) -> None:
+        if event.kind is EventKind.STEP_RETRYING:
+            waiting.set()
+
+    graph.listeners.append(listen)
+    run = graph.start(Charge, Order(), execution_id="run")
+    reached(waiting)
+    poll(lambda: run._run.pool._outstanding == 0)
+    monkeypatch.setattr("docket_celery.runtime._LATER_S", 0.01)
+    refusing = Refusing(run._run.pool, lambda _: True)
+    monkeypatch.setattr(run._run.pool, "submit", refusing)
+    assert run.cancel()
+    with pytest.raises(RunCancelled):
+        run.result(WAIT_S)
+    assert refusing.refused.is_set()
+    row = store.find_run("shop", "run")
+    assert row is not None
+    assert row.state is RunState.CANCELLED
+    poll(lambda: not store._claims)
 
 
 def test_cancelled_alarms_do_not_pile_up() -> None:
