@@ -123,6 +123,8 @@ class RunOutcome:
         busy_s: Another holder advances the run; its lease expires in so many seconds.
         park_s: The run is parked; deliver it again in so many seconds.
         replayed: The run had ended before; nothing ran here.
+        stored: The result as the run's row has it, if replayed. A newer worker may have written fields that this one
+            does not know, and would encode in another order.
         held: This delivery had the run's lease.
         opened: The run waits for this stage.
         receipt: What a chunk's task tells of it, as JSON.
@@ -133,6 +135,7 @@ class RunOutcome:
     busy_s: float | None = None
     park_s: float | None = None
     replayed: bool = False
+    stored: bytes | None = None
     held: bool = False
     opened: OpenStage | None = None
     receipt: Mapping[str, Any] | None = None
@@ -234,7 +237,7 @@ def read_outcome(row: RunRow, plan: Plan, store: Store) -> RunOutcome:
     """Return the stored outcome of an ended run."""
     if row.state is RunState.SUCCEEDED:
         try:
-            return RunOutcome(value=_read_result(plan, row, store), replayed=True)
+            return RunOutcome(value=_read_result(plan, row, store), replayed=True, stored=row.result)
         except DocketError as error:
             return RunOutcome(error=error)
     if row.state is RunState.QUARANTINED:

@@ -242,8 +242,16 @@ def receive(
     return messages
 
 
-def wrap(task: TaskClass, value: Message, execution_id: str) -> wire.Result | results.StoredResult:
+def wrap(
+    task: TaskClass, value: Message, execution_id: str, stored: bytes | None = None
+) -> wire.Result | results.StoredResult:
     """Return what a task returns for its message: itself, or where it lies.
+
+    Args:
+        task: The task.
+        value: The message.
+        execution_id: Of its run.
+        stored: The message as the run's row has it, where it was read from there.
 
     Raises:
         PayloadTooLarge: It is too large, and its run is in no store.
@@ -253,7 +261,7 @@ def wrap(task: TaskClass, value: Message, execution_id: str) -> wire.Result | re
         return wire.Result(value)
     if _store_for(task, settings) is None:
         check_messages(task, [value])
-    return results.StoredResult.of(value, task.name, task.graph.name, execution_id)
+    return results.StoredResult.of(value, task.name, task.graph.name, execution_id, stored)
 
 
 def _find_job(task: TaskClass, run: QueuedRun) -> tuple[Message, ...]:

@@ -28,6 +28,7 @@ RESULT_MARKER: Final = "docket.result"
 _MOST_CHARS: Final = 500
 STORED_BYTES: Final = "docket_max_stored_bytes"
 GONE: Final = "its row is gone: purged after docket_retention, or deleted; submit the job again"
+OTHER: Final = "its row holds another result than the one referred to; submit the job again and wait for it"
 NO_DATABASE: Final = (
     "this process has no database; set docket_database_url here (and docket_codec, if the workers have one)"
 )
@@ -54,9 +55,11 @@ class StoredResult:
         self._message = message
 
     @classmethod
-    def of(cls, message: Message, task: str, graph: str, execution_id: str) -> StoredResult:
-        """Return the reference to the result *message* of a run."""
-        data = to_bytes(message)
+    def of(
+        cls, message: Message, task: str, graph: str, execution_id: str, data: bytes | None = None
+    ) -> StoredResult:
+        """Return the reference to the result *message* of a run, whose row has it as *data*, or as encoded here."""
+        data = to_bytes(message) if data is None else data
         fields = {"task": task, "graph": graph, "execution_id": execution_id, "type": type_name(message)}
         return cls({**fields, "bytes": len(data), "sha256": _sha256(data)}, message)
 
@@ -110,9 +113,7 @@ class StoredResult:
                 what, f"the run is {row.state} now; submit the job again and wait for it"
             )
         if _sha256(row.result) != self._sha256:
-            raise PayloadUnavailable(
-                what, "its row holds another result now: the run was deleted and run again"
-            )
+            raise PayloadUnavailable(what, OTHER)
         return from_bytes(kind, row.result)
 
     def _fields(self) -> dict[str, Any]:

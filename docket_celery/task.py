@@ -251,7 +251,7 @@ class GraphTask(OnCommitTask[P, R]):
             return value
         result: Any = wire.Results(value)
         if isinstance(value, Message):
-            result = payloads.wrap(self, value, submission.execution_id)
+            result = payloads.wrap(self, value, submission.execution_id, outcome.stored)
         if outcome.replayed and is_stored(self.backend, request, result):
             raise Ignore("a copy of a delivery that ended before")
         return result

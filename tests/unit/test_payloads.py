@@ -28,10 +28,11 @@ from docket_celery import (
     graph_task,
     settings,
 )
-from docket_celery.checkpoint import Purged, job_digest
+from docket_celery.checkpoint import Lease, Purged, RunEnd, RunState, job_digest
 from docket_celery.errors import UnknownMessageType
-from docket_celery.outcome import job_parts
-from docket_celery.payloads import QueuedRun, StoredJob, receive, send, wait_s
+from docket_celery.messages import to_bytes
+from docket_celery.outcome import Submission, job_parts, run_request
+from docket_celery.payloads import QueuedRun, StoredJob, receive, send, wait_s, wrap
 from docket_celery.policy import MAX_SECONDS
 from docket_celery.wire import Undecodable
 from tests.unit.protos.shop_pb2 import Label, Money, Order
@@ -86,6 +87,14 @@ def database(tmp_path: Path) -> Generator[str]:
     settings(database_url=url)
     yield url
     settings(database_url=None)
+
+
+@pytest.fixture
+def small_messages() -> Generator[None]:
+    """Let few bytes be a large message."""
+    settings(max_message_bytes=100)
+    yield
+    settings(max_message_bytes=None)
 
 
 def reference(**changes: Any) -> StoredResult:
@@ -225,6 +234,26 @@ def test_a_reference_holds_no_message() -> None:
     made = StoredResult.of(BIG, "t", "g", "o-1")
     assert len(dumps(made)) < 1000
     assert len(pickle.dumps(made)) < 1000
+
+
+def test_a_replayed_result_is_referred_to_as_its_row_has_it(database: str, small_messages: None) -> None:
+    """Written with another version of its type, a message need not be encoded here as it was there."""
+    job, made = Label(text="abc" * 25), Order(order_id="abc" * 50, amount_cents=75)
+    as_written = Order(amount_cents=75).SerializeToString() + Order(order_id="abc" * 50).SerializeToString()
+    assert as_written != to_bytes(made)
+    task, submission = repeat_label, Submission(execution_id="o-1")
+    store = SQLStore(database)
+    request = run_request(task.plan(), [job], submission, settings(), store, owner="w", attached=False)
+    lease = store.acquire(request)
+    assert isinstance(lease, Lease)
+    store.end(lease, RunEnd(state=RunState.SUCCEEDED, result=as_written))
+    store.close()
+    found = keeping.deliver(
+        task.declaration.target, [job], submission, given=task.declaration.given, settings=settings()
+    )
+    assert (found.value, found.replayed) == (made, True)
+    reference = loads(dumps(wrap(task, found.value, "o-1", found.stored)))
+    assert reference.read(app) == made
 
 
 @pytest.mark.parametrize(
