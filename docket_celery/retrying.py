@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, cast
@@ -33,6 +34,7 @@ class RetryOptions(Protocol):
     retry_jitter: bool
     default_retry_delay: int
     declared_max_retries: int | None
+    max_retries: int | None
 
     @classmethod
     def plan(cls) -> Plan: ...
@@ -80,6 +82,24 @@ def park_s(
     if lease is not None and limit is not None and failures >= limit:
         return None
     return backoff_s(task, failures)
+
+
+def most_retries(task: RetryOptions, error: BaseException, *, eager: bool, skipped: int) -> int | None:
+    """Return up to which count Celery may retry the task; None: the run's lease counts.
+
+    Args:
+        task: Whose options decide.
+        error: What ended the delivery.
+        eager: Retries follow each other without a wait.
+        skipped: Deliveries of this task so far that did not even get at the database.
+    """
+    if isinstance(error, StoreUnavailable):
+        # An outage ends, but not while an eager task tries.
+        return task.declared_max_retries if eager else sys.maxsize
+    if task.max_retries is None:
+        return None
+    limit: int | None = task.retry_kwargs.get("max_retries", task.max_retries)
+    return None if limit is None else limit + skipped
 
 
 def backoff_s(task: RetryOptions, retries: int) -> float:

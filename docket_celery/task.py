@@ -52,7 +52,7 @@ from docket_celery.on_commit import PREPARED, OnCommitTask
 from docket_celery.outcome import RunOutcome, Submission, job_parts
 from docket_celery.plan import Plan
 from docket_celery.results import GraphResult, R, StoredResult
-from docket_celery.retrying import Kinds, is_stored, keep, park_s, visibility_s, with_causes
+from docket_celery.retrying import Kinds, is_stored, keep, most_retries, park_s, visibility_s, with_causes
 
 _logger = logging.getLogger("docket_celery.task")
 P = ParamSpec("P")
@@ -318,10 +318,7 @@ class GraphTask(OnCommitTask[P, R]):
         countdown = outcome.park_s
         if isinstance(error, StoreUnavailable):
             countdown = min(countdown, visibility_s(self.app) / 3)
-        limit = None
-        if self.max_retries is not None:
-            # No lease counts the retries: Celery's own bound applies.
-            limit = self.retry_kwargs.get("max_retries", self.max_retries)
+        limit = most_retries(self, error, eager=bool(request.is_eager), skipped=_skipped(request))
         retry = cast("Callable[..., Exception]", self.retry)
         try:
             raise retry(exc=error, countdown=countdown, max_retries=limit, headers=headers)

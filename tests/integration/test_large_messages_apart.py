@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 from celery import Celery
+from celery.result import AsyncResult
 
 from docket_celery import CodecFailed, PayloadTooLarge, RunConflict, settings
 from tests.conftest import StartWorker
 from tests.infra.servers import connect
-from tests.integration.apps.bulky import app, measure, write
-from tests.unit.protos.shop_pb2 import Charge, Label, Shipment
+from tests.integration.apps.bulky import app, measure, weigh_label, write
+from tests.unit.protos.shop_pb2 import Charge, Label, Money, Shipment
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(90)]
 
@@ -52,6 +53,23 @@ def test_a_database_that_is_away_delays_a_large_job(
         blocker.execute("LOCK TABLE docket_runs IN ACCESS EXCLUSIVE MODE")
         worker.wait_for_log("did not find the job", within_s=20)
     assert result.get(timeout=WAIT_S) == Shipment(tracking_id=f"{SIZE + 2} in delivery 3")
+
+
+def test_a_database_that_is_away_delays_a_large_argument(
+    start_worker: StartWorker, connect_app: Callable[[Celery], Celery], database_url: str
+) -> None:
+    """A task that persists nothing has used up Celery's retries, and is delivered again all the same."""
+    connect_app(app)
+    url = f"{database_url}{'&' if '?' in database_url else '?'}options=-c%20statement_timeout%3D300"
+    worker = start_worker(app=APP, env={"DOCKET_CELERY_DATABASE_URL": url})
+    made = write.delay(Charge(amount_cents=SIZE))
+    made.get(timeout=WAIT_S)
+    reference: Any = AsyncResult(made.id, app=app).get(timeout=WAIT_S)
+    with connect(database_url) as blocker, blocker.transaction():
+        blocker.execute("LOCK TABLE docket_runs IN ACCESS EXCLUSIVE MODE")
+        sent = app.send_task("bulky.weigh", (reference,), retries=3)
+        worker.wait_for_log("did not find the run", within_s=20)
+    assert weigh_label.AsyncResult(sent.id).get(timeout=WAIT_S) == Money(cents=SIZE)
 
 
 def test_a_result_too_large_for_the_store_fails_the_run(

@@ -47,6 +47,7 @@ class Options:
         self.retry_jitter = False
         self.default_retry_delay = 7
         self.declared_max_retries: int | None = 3
+        self.max_retries: int | None = 3
         vars(self).update(options)
 
     @classmethod

@@ -6,7 +6,17 @@ import pytest
 from celery import Celery, chain, group
 from celery.exceptions import Retry
 
-from docket_celery import Graph, InvalidArguments, RunTimedOut, StepContext, StepFailed, graph_task
+from docket_celery import (
+    Graph,
+    InvalidArguments,
+    RunTimedOut,
+    Scope,
+    StepContext,
+    StepFailed,
+    StoreUnavailable,
+    graph_task,
+    settings,
+)
 from tests.unit.protos.shop_pb2 import Charge, Order, Shipment
 
 
@@ -84,6 +94,38 @@ def test_retries_happen_here_too() -> None:
     result = charge_order.apply_async((Order(order_id="7"),), context={"failures": 2})
     assert result.get() == Charge(charge_id="7")
     assert calls == ["1/1", "2/1", "3/1"]
+
+
+def test_deliveries_of_an_outage_are_no_retries() -> None:
+    """Two deliveries that did not get at the database leave both retries of the task to its own failures."""
+    headers = {"docket_skipped": 2, "docket_context": {"failures": 2}}
+    result = charge_order.apply((Order(order_id="1"),), retries=2, headers=headers)
+    assert (result.get(), len(calls)) == (Charge(charge_id="1"), 3)
+    calls.clear()
+    headers["docket_context"] = {"failures": 3}
+    result = charge_order.apply((Order(order_id="1"),), retries=2, headers=headers)
+    assert (type(result.result), len(calls)) == (StepFailed, 3)
+
+
+def test_an_outage_ends_an_eager_task() -> None:
+    """Its retries follow each other without a wait, so they are as many as the task declares."""
+    graph, apart = Graph("eager.outage"), Celery("apart", set_as_current=False)
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def keep(order: Order) -> Charge:
+        return Charge(charge_id=order.order_id)
+
+    @graph_task(apart, graph, name="eager.outage")
+    def keep_charge(order: Order) -> Charge:
+        raise NotImplementedError
+
+    apart.finalize()
+    settings(database_url="postgresql+psycopg://nobody@127.0.0.1:1/none")
+    try:
+        result = keep_charge.apply((Order(order_id="1"),))
+    finally:
+        settings(database_url=None)
+    assert isinstance(result.result, StoreUnavailable)
 
 
 def test_propagation_raises_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
