@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 _PASSING_CLASSES = ("08", "53", "57")
 _PASSING_STATES = frozenset({"25006", "40001", "40P01", "55P03"})
-_NO_TABLE = "42P01"
+_NO_TABLE, _NO_COLUMN = "42P01", "42703"
 _MOST_CHARS = 300
 
 
@@ -252,10 +252,20 @@ class SQLStore(BatchCalls):
             return CorruptCheckpoint("a docket table", f"read to {action}", "a text is not UTF-8")
         if state == _NO_TABLE or str(cause).startswith("no such table"):
             return SchemaMismatch(None, schema.VERSION)
+        if state == _NO_COLUMN or "no such column" in str(cause) or "has no column named" in str(cause):
+            return self._find_mismatch(action)
         passing = isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
         if state is not None:
             passing = passing or state.startswith(_PASSING_CLASSES) or state in _PASSING_STATES
         return StoreUnavailable(action, self._describe(cause, state)) if passing else None
+
+    def _find_mismatch(self, action: str) -> DocketError | None:
+        """Return the error for tables that lack a column; None if they are of this version all the same."""
+        try:
+            found = self._once(schema.find_version)
+        except (DBAPIError, PoolTimeout):
+            return StoreUnavailable(action, "a column is missing, and it did not say which tables it has")
+        return None if found == schema.VERSION else SchemaMismatch(found, schema.VERSION)
 
     def _describe(self, cause: BaseException | None, state: str | None) -> str:
         """Return the server's own first words: details could quote the row, libpq could quote the URL."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, inspect
+from sqlalchemy.exc import DBAPIError
 
 from docket_celery.checkpoint import Checkpoint, RunState
 from docket_celery.errors import SchemaMismatch, StoreUnavailable
@@ -132,6 +133,23 @@ def test_every_version_is_frozen_for_both_databases() -> None:
     names = {freeze.snapshot(dialect, version).name for dialect in freeze.DIALECTS for version in VERSIONS}
     assert {path.name for path in freeze.HERE.glob("*.sql")} == names
     assert sorted(schema.MIGRATIONS) == list(VERSIONS)[1:]
+
+
+def test_a_process_that_checked_nothing_is_told_of_older_tables(databases: Databases) -> None:
+    """In process nobody checks the version first; the statement that misses a column says what to run."""
+    store = databases.open_frozen(1)
+    calls: list[Callable[[], object]] = [
+        lambda: store.lookup(shared().key, "later", 30.0),
+        lambda: store.publish(shared(), "later", None),
+    ]
+    for call in calls:
+        with pytest.raises(SchemaMismatch, match=r"version 1, .*docket migrate") as told:
+            call()
+        assert (told.value.found, told.value.expected) == (1, schema.VERSION)
+    with store.engine.connect() as connection:
+        connection.execute(schema.docket_schema.update().values(version=schema.VERSION))
+    with pytest.raises(DBAPIError, match="claimed_at"):
+        store.lookup(shared().key, "later", 30.0)
 
 
 @pytest.mark.parametrize("databases", ["postgresql"], indirect=True)
