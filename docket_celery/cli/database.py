@@ -27,7 +27,7 @@ def migrate(ctx: click.Context, url: str | None) -> None:
 @click.option("--url", help="Database to purge instead of docket_database_url.")
 @click.option(
     "--batch",
-    type=click.IntRange(1, 100_000),
+    type=click.IntRange(1, 10_000),
     default=1000,
     show_default=True,
     help="Most rows of a table that go in one transaction.",

@@ -4,8 +4,9 @@ A run goes together with all that it has, or its name would mean half of it. Whe
 one statement may delete, the FAILED ones are CANCELLED first: nobody may resume one from a part of its checkpoints.
 
 Postgres: rows that another one holds are skipped, so any number of processes may purge side by side. The statements
-leave the planner no way but the indexes: ``= ANY(ARRAY(...))`` and lateral joins cannot become hash joins, and unlike
-``clock_timestamp()`` does ``statement_timestamp()`` not change while a statement runs.
+lead the planner to the indexes: ``= ANY(ARRAY(...))`` and lateral joins cannot become hash joins, and unlike
+``clock_timestamp()`` does ``statement_timestamp()`` not change while a statement runs. With a limit like 100,000 rows
+it may read whole tables all the same, so the command takes 10,000 at most.
 """
 
 from __future__ import annotations

@@ -128,7 +128,8 @@ def test_purge_deletes_what_is_due_and_says_so(sqlite: dict[str, str], tmp_path:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("--batch", "0"), "0 is not in the range 1<=x<=100000"),
+        (("--batch", "0"), "0 is not in the range 1<=x<=10000"),
+        (("--batch", "10001"), "10001 is not in the range 1<=x<=10000"),
         (("--url", "sqlite://"), "the database has no docket tables"),
         ((), "set docket_database_url (or DOCKET_CELERY_DATABASE_URL), or pass --url"),
     ],
