@@ -199,6 +199,11 @@ def owns_thread() -> bool:
     return isinstance(threading.current_thread(), (Worker, _LoopOwner))
 
 
+def is_loop_thread() -> bool:
+    """Tell whether the calling thread is a `LoopThread`'s."""
+    return isinstance(threading.current_thread(), _LoopOwner)
+
+
 class Alarm:
     """A pending call of the timer."""
 

@@ -21,10 +21,10 @@ from typing import Generic, TypeVar
 from google.protobuf.message import Message
 
 from docket_celery.defaults import process_defaults
-from docket_celery.errors import InvalidSettings, RunCancelled
+from docket_celery.errors import InvalidArguments, InvalidSettings, RunCancelled
 from docket_celery.outcome import RunOutcome
 from docket_celery.run import Run
-from docket_celery.runtime import CallerLoop, Worker, process_runtime
+from docket_celery.runtime import CallerLoop, Worker, is_loop_thread, process_runtime
 from docket_celery.stored_items import StoredBatch
 
 T = TypeVar("T", bound=Message)
@@ -41,8 +41,11 @@ def run_here(run: Run) -> RunOutcome:
     Raises:
         BaseException: Whatever interrupted the waiting thread (a soft time limit, SystemExit, Ctrl-C); the run was
             cancelled and its lease given up before.
+        InvalidArguments: The calling thread runs the ``async def`` steps, which would all wait with it.
         TooManyAbandoned: Too many threads are held by timed-out steps.
     """
+    if run.inline is None:
+        _refuse_on_loop("execute")
     run.pool.check_abandoned()
     outcomes: queue.SimpleQueue[RunOutcome] = queue.SimpleQueue()
     try:
@@ -131,8 +134,11 @@ class StartedRun(Generic[T]):
         Raises:
             TimeoutError: The run has not ended yet.
             RunCancelled: `cancel` ended it.
+            InvalidArguments: Called before the end in an ``async def`` step, which must not block.
             StepFailed, AbortError, RunTimedOut, RunConflict, RunQuarantined, GraphChanged: As from `Graph.execute`.
         """
+        if self._outcome is None:
+            _refuse_on_loop("result")
         thread = threading.current_thread()
         if self._outcome is None and isinstance(thread, Worker) and thread.pool is self._run.pool:
             # A step that waits for another run: its thread waits for work of the pool that it belongs to.
@@ -270,6 +276,15 @@ def _require_threads(run: Run) -> None:
     if run.inline is not None:
         raise InvalidSettings(
             "docket_threads", "0 runs everything on the calling thread; aexecute and start need at least 1"
+        )
+
+
+def _refuse_on_loop(what: str) -> None:
+    if is_loop_thread():
+        raise InvalidArguments(
+            what,
+            "would block the thread of all async def steps, this run's too; inside an async def step: "
+            "await graph.aexecute(...), or make the step a plain def",
         )
 
 

@@ -30,7 +30,7 @@ from docket_celery.outcome import Submission
 from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore, SQLStore
 from docket_celery.waiting import StartedRun
-from tests.unit.graphs import WAIT_S, add_step, key, reached
+from tests.unit.graphs import WAIT_S, add_step, key, reached, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Shipment
 
 P = ParamSpec("P")
@@ -738,3 +738,29 @@ def test_a_run_that_is_cancelled_at_any_moment_ends_and_holds_no_lease() -> None
         row = store.find_run("races", name)
         assert (row.state if row is not None else None) in expected
         assert row is None or row.lease_left_s is None
+
+
+@pytest.mark.parametrize("waits", ["execute", "result"])
+def test_a_coroutine_step_that_would_block_the_loop_is_refused(waits: str) -> None:
+    """A run inside it needs the loop that it blocks: it is told so at once, and the loop goes on for others."""
+    inner, outer = Graph("inner"), Graph("outer")
+
+    @inner.step
+    async def charge(order: Order) -> Charge:
+        return Charge(charge_id=order.order_id)
+
+    @outer.step
+    async def ship(order: Order) -> Shipment:
+        if order.order_id == "awaits":
+            charge = await inner.aexecute(Charge, order)
+        elif waits == "execute":
+            charge = inner.execute(Charge, order)
+        else:
+            charge = inner.start(Charge, order).result()
+        return Shipment(tracking_id=charge.charge_id)
+
+    with pytest.raises(StepFailed, match=r"await graph\.aexecute") as caught:
+        within(lambda: outer.execute(Shipment, Order(order_id="blocks")))
+    assert isinstance(caught.value.__cause__, InvalidArguments)
+    assert within(lambda: inner.execute(Charge, Order(order_id="7"))).charge_id == "7"
+    assert within(lambda: outer.execute(Shipment, Order(order_id="awaits"))).tracking_id == "awaits"
