@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from docket_celery.errors import InvalidArguments
-from docket_celery.runtime import close_runtimes
 
 _POLL_S = 0.002
 
@@ -52,8 +51,6 @@ def in_child(work: Callable[[], Any], *, within_s: float) -> Ended:
     """
     if not hasattr(os, "fork"):
         raise InvalidArguments("crash_matrix", "needs os.fork, which this system does not have")
-    # Idle threads of ours; another thread's locks would stay locked in the child.
-    close_runtimes()
     with tempfile.TemporaryDirectory(prefix="docket-child-") as folder:
         answer = Path(folder) / "answer"
         for stream in (sys.stdout, sys.stderr):

@@ -24,6 +24,7 @@ from docket_celery import (
 )
 from docket_celery.checkpoint import Checkpoint
 from docket_celery.testing import CrashMatrixFailed, crash_matrix, inline
+from docket_celery.testing.forking import in_child
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
 
 ORDER = Order(order_id="7", amount_cents=100)
@@ -302,6 +303,23 @@ def test_a_process_that_hangs_is_ended(ledger: Ledger) -> None:
 
     with pytest.raises(CrashMatrixFailed, match="it had not ended after"):
         crash_matrix(graph, Label, ORDER, timeout_s=0.5)
+
+
+def test_runs_that_go_on_meanwhile_are_left_alone() -> None:
+    """A retry that this process waits for still comes."""
+    other, failed = Graph("other"), threading.Event()
+
+    @other.step(retry=RetryPolicy(max_attempts=2, backoff=FixedBackoff(0.5)))
+    def label(order: Order, ctx: StepContext) -> Label:
+        if ctx.attempt == 1:
+            failed.set()
+            raise ValueError("again")
+        return Label()
+
+    run = other.start(Label, Order())
+    assert failed.wait(30)
+    assert in_child(lambda: 7, within_s=30).value == 7
+    assert run.result(30) == Label()
 
 
 def test_another_signal_is_no_crash_of_ours() -> None:
