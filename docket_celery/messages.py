@@ -76,6 +76,11 @@ def frame(parts: Iterable[bytes]) -> bytes:
     return bytes(framed)
 
 
+def framed_bytes(parts: Iterable[bytes]) -> int:
+    """Return the size of what `frame` would make of *parts*."""
+    return sum(8 + len(part) for part in parts)
+
+
 def unframe(data: bytes) -> list[bytes]:
     """Return the parts that `frame` joined.
 

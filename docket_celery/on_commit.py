@@ -25,7 +25,7 @@ class OnCommitTask(Task[P, R]):
         """Submit a job when Django's transaction commits; at once outside of one, never if it is rolled back.
 
         Raises:
-            InvalidArguments, PayloadTooLarge: As `delay`, here and now and not at the commit.
+            InvalidArguments, PayloadTooLarge: As `delay`, here and now; what a server says, at the commit.
             ImportError: Django is not installed.
         """
         self.apply_async_on_commit(args, kwargs)
@@ -44,7 +44,7 @@ class OnCommitTask(Task[P, R]):
         Arguments as for `apply_async`.
 
         Raises:
-            InvalidArguments, PayloadTooLarge: As `apply_async`, here and now and not at the commit.
+            InvalidArguments, PayloadTooLarge: As `apply_async`, here and now; what a server says, at the commit.
             ImportError: Django is not installed.
         """
         headers = dict(options.pop("headers", None) or {})

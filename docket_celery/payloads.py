@@ -84,14 +84,25 @@ class QueuedRun:
 
 
 def arrange(
-    task: TaskClass, messages: Sequence[Value], args: Sequence[Any], kwargs: Mapping[str, Any]
+    task: TaskClass,
+    messages: Sequence[Value],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    stored_bytes: int | None = None,
 ) -> Travelling:
     """Return the job's arguments: positional and by name as they were given, dicts and results replaced by messages.
 
     A large result of another task stays the reference that it is.
 
+    Args:
+        task: The task.
+        messages: What the arguments are or stand for.
+        args: Positional arguments as they were given.
+        kwargs: The same by name.
+        stored_bytes: Size of the job should `send` have to store it; None: it runs here and now.
+
     Raises:
-        PayloadTooLarge: Another message is too large to travel, and the graph persists nothing.
+        PayloadTooLarge: Another message is too large to travel, and there is no store for it or it is for that too.
     """
     settings = lifecycle.app_settings(task.app)
     names = list(task.declaration.signature.parameters)
@@ -104,8 +115,12 @@ def arrange(
         # The items of a batch go to the store one by one, when a worker has it.
         listed = cast("dict[str, Value]", values)
         check_messages(task, [v for v in listed.values() if not isinstance(v, results.StoredResult)])
-    if _is_large(travelling, settings) and not task.plan().persists:
-        check_messages(task, travelling)
+    if _is_large(travelling, settings):
+        # A job that runs here and now goes to no store before its run does.
+        here = stored_bytes is None and task.plan().persists
+        if not here and _store_to_send(task, settings) is None:
+            check_messages(task, travelling)
+        _check_stored(task, stored_bytes or 0, settings)
     named = {name: values.pop(name) for name in kwargs}
     return tuple(values.values()), named
 
@@ -158,15 +173,25 @@ def _is_large(messages: Sequence[Message], settings: Settings) -> bool:
     return any(message.ByteSize() > settings.max_message_bytes for message in messages)
 
 
+def _store_to_send(task: TaskClass, settings: Settings) -> Store | None:
+    """Return the store for a job that is too large to travel, or None."""
+    return _store_for(task, settings, eager=bool(task.app.conf.task_always_eager))
+
+
+def _check_stored(task: TaskClass, size_bytes: int, settings: Settings) -> None:
+    """Refuse a job that is too large for the store."""
+    check_size(f"the job of task {task.name}", size_bytes, settings.max_stored_bytes, results.STORED_BYTES)
+
+
 def _store_job(task: TaskClass, messages: Sequence[Message], run: QueuedRun, settings: Settings) -> None:
     """Write the run's row with its job, as QUEUED; repeating it changes nothing."""
-    store = _store_for(task, settings, eager=bool(task.app.conf.task_always_eager))
+    store = _store_to_send(task, settings)
     if store is None:
         check_messages(task, messages)
         return
     parts = job_parts(task.declaration.given, messages)
     job = frame(part for name, data in parts for part in (name.encode(), data))
-    check_size(f"the job of task {task.name}", len(job), settings.max_stored_bytes, results.STORED_BYTES)
+    _check_stored(task, len(job), settings)
     plan = task.plan()
     request = RunRequest(
         graph=plan.graph,
@@ -236,9 +261,11 @@ def receive(
     if run is not None and holds_job(args, kwargs):
         return _find_job(task, run)
     messages = task.declaration.bind(*results.read_results(args, kwargs, task.app))
-    if travelled and not results.holds_result(args, kwargs):
+    if travelled:
         # Checked at submit too, but beat and `celery call` send the JSON form past it.
-        check_messages(task, messages)
+        named = dict(zip(task.declaration.signature.parameters, messages, strict=True))
+        given = {**dict(zip(named, args, strict=False)), **kwargs}
+        check_messages(task, [named[n] for n, v in given.items() if not isinstance(v, results.StoredResult)])
     return messages
 
 

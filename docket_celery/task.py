@@ -47,7 +47,7 @@ from docket_celery.errors import (
     StoreUnavailable,
 )
 from docket_celery.graph import Graph
-from docket_celery.messages import Value, brief
+from docket_celery.messages import Value, brief, framed_bytes
 from docket_celery.on_commit import PREPARED, OnCommitTask
 from docket_celery.outcome import RunOutcome, Submission, job_parts
 from docket_celery.plan import Plan
@@ -189,7 +189,7 @@ class GraphTask(OnCommitTask[P, R]):
         """Run a job here and now, as a worker would; arguments as in `apply_async`."""
         headers = dict(options.pop("headers", None) or {})
         if not options.get("retries") and not payloads.holds_job(args, kwargs):
-            args, kwargs = self._prepare(args, kwargs, headers, execution_id, context)
+            args, kwargs = self._prepare(args, kwargs, headers, execution_id, context, travels=False)
         run = cast("Callable[..., EagerResult[R]]", super().apply)
         if more:
             return run(args, kwargs, *more, headers=headers, **options)
@@ -207,10 +207,12 @@ class GraphTask(OnCommitTask[P, R]):
         headers: dict[str, Any],
         execution_id: str | None,
         context: Mapping[str, Any] | None,
+        *,
+        travels: bool = True,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         messages = self.declaration.bind(*results.read_results(args or (), kwargs or {}, self.app))
-        digest = job_digest(job_parts(self.declaration.given, messages))
-        headers[DIGEST] = base64.b64encode(digest).decode("ascii")
+        job = job_parts(self.declaration.given, messages)
+        headers[DIGEST] = base64.b64encode(job_digest(job)).decode("ascii")
         for name in (*chords.OF_ONE_DELIVERY, BATCH):
             # They speak of one delivery; whoever passes on the headers of a running task passes on these too.
             headers.pop(name, None)
@@ -221,7 +223,8 @@ class GraphTask(OnCommitTask[P, R]):
             headers[EXECUTION_ID] = check_execution_id(named_run)
         if context is not None:
             headers[CONTEXT] = json_values(context)
-        return payloads.arrange(self, messages, args or (), kwargs or {})
+        size = framed_bytes(part for name, data in job for part in (name.encode(), data)) if travels else None
+        return payloads.arrange(self, messages, args or (), kwargs or {}, size)
 
     # --- running -----------------------------------------------------------------------------------------------
 

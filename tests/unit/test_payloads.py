@@ -226,6 +226,71 @@ def test_a_task_called_directly_reads_a_reference(database: str) -> None:
         weigh_label(lost)
 
 
+def test_a_stored_result_does_not_let_other_arguments_pass(database: str, small_messages: None) -> None:
+    """What travelled beside it is checked; what lies in the store may be large."""
+    graph = Graph("adding")
+
+    @graph.step
+    def add(label: Label, order: Order) -> Money:
+        return Money(cents=len(label.text) + order.amount_cents)
+
+    @graph_task(app, graph, name="payloads.add")
+    def add_both(label: Label, order: Order) -> Money:
+        raise NotImplementedError
+
+    keeping.execute(Order, Label(text="x" * 200), execution_id="o-1")
+    lies = StoredResult.of(Order(order_id="x" * 400, amount_cents=200), "payloads.repeat", "keeping", "o-1")
+    receive(add_both, [Label(text="a")], {"order": lies}, None, travelled=True)
+    with pytest.raises(PayloadTooLarge, match=r"Label of task payloads\.add"):
+        receive(add_both, [Label(text="x" * 200)], {"order": lies}, None, travelled=True)
+
+
+# --- on commit --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def callbacks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Return what waits for a commit that never comes."""
+    waiting: list[Any] = []
+    monkeypatch.setattr("django.db.transaction.on_commit", waiting.append)
+    return waiting
+
+
+def test_a_job_too_large_for_the_store_is_refused_before_the_commit(
+    database: str, small_messages: None, callbacks: list[Any]
+) -> None:
+    """To the byte of what would lie in the row."""
+    job = Label(text="x" * 200)
+    stored = keeping_job_bytes(job)
+    try:
+        settings(max_stored_bytes=stored)
+        repeat_label.delay_on_commit(job)
+        assert len(callbacks) == 1
+        settings(max_stored_bytes=stored - 1)
+        with pytest.raises(PayloadTooLarge, match="docket_max_stored_bytes"):
+            repeat_label.delay_on_commit(job)
+    finally:
+        settings(max_stored_bytes=None)
+    assert len(callbacks) == 1
+
+
+def test_a_large_job_without_a_database_is_refused_before_the_commit(
+    small_messages: None, callbacks: list[Any]
+) -> None:
+    """As `delay` does."""
+    with pytest.raises(PayloadTooLarge, match="docket_max_message_bytes"):
+        repeat_label.delay_on_commit(Label(text="x" * 200))
+    assert callbacks == []
+
+
+def keeping_job_bytes(job: Label) -> int:
+    """Return how many bytes the row of a run has for *job*."""
+    store = MemoryStore()
+    submission = Submission(execution_id="o-1")
+    plan = repeat_label.plan()
+    return len(run_request(plan, [job], submission, settings(), store, owner="", attached=False).job)
+
+
 # --- references --------------------------------------------------------------------------------------------------
 
 
