@@ -29,6 +29,7 @@ from docket_celery.runtime import Alarm, Worker
 from docket_celery.slots import Slot, Slots
 
 _logger = logging.getLogger("docket_celery.engine")
+_RECLAIM_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +228,8 @@ class Execution:
                 if slot.take():
                     return slot
                 self._parked[call] = slot
+                if call.planned.step.is_async:
+                    self._reclaim_later(call, slot)
                 return None
         if closed:
             call.drop_claim()
@@ -251,6 +254,17 @@ class Execution:
             bisect.insort(self._ready, planned, key=attrgetter("index"))
         else:
             self._ready.append(planned)
+
+    def _reclaim_later(self, call: StepCall, slot: Slot) -> None:
+        """While *call* stands in the line, hand on what finalizers give back: they cannot wake anybody."""
+
+        def reclaim() -> None:
+            slot.slots.reclaim()
+            with self.lock:
+                if self._parked.get(call) is slot:
+                    self._reclaim_later(call, slot)
+
+        self._delivery.runtime.timer.after(_RECLAIM_S, reclaim)
 
     def _resume(self, call: StepCall, work: Callable[[], None]) -> None:
         with self.lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import os
 import threading
 from collections.abc import Callable, Generator
@@ -278,6 +279,35 @@ def test_a_coroutine_that_is_cancelled_before_it_begins_gives_its_slot_back() ->
     leave.set()
     blocker.result(WAIT_S)
     assert within(lambda: execute(graph, Charge, Order())) == Charge(charge_id="ran")
+
+
+def test_the_slot_of_a_coroutine_whose_loop_was_closed_goes_to_the_line() -> None:
+    """Only its finalizer gives it back, while another run waits for it already."""
+    graph, inside, close = Graph("shop"), threading.Event(), threading.Event()
+
+    @graph.step(max_concurrent=1)
+    async def charge(order: Order) -> Charge:
+        if order.order_id == "holder":
+            inside.set()
+            await asyncio.sleep(3600)
+        return Charge()
+
+    def hold() -> None:
+        loop = asyncio.new_event_loop()
+        run = loop.create_task(graph.aexecute(Charge, Order(order_id="holder")))
+        while not close.is_set():
+            loop.run_until_complete(asyncio.sleep(0.01))
+        loop.close()
+        del run
+
+    holder = start(hold)
+    reached(inside)
+    waiter = start(lambda: execute(graph, Charge, Order()))
+    in_line(graph, 1)
+    close.set()
+    holder.result(WAIT_S)
+    gc.collect()
+    assert waiter.result(WAIT_S) == Charge()
 
 
 @pytest.mark.parametrize("is_async", [False, True])
