@@ -30,7 +30,7 @@ from docket_celery.heartbeat import HeldLease
 from docket_celery.hooks import load_hooks
 from docket_celery.inline import InlineCancellation, InlineHeartbeat, InlineRuntime
 from docket_celery.messages import Value
-from docket_celery.outcome import RunOutcome, Submission, read_outcome, run_end, run_request
+from docket_celery.outcome import RunOutcome, Submission, is_busy, read_outcome, run_end, run_request
 from docket_celery.plan import Plan
 from docket_celery.record import read_checkpoints
 from docket_celery.runtime import Runtime, StepLoop, owns_thread, process_runtime
@@ -89,6 +89,8 @@ class Run:
         self._until = None if submission.timeout_s is None else self._began + submission.timeout_s
         self._owner = str(uuid.uuid4()) if self.store is not None else ""
         self._attached = submission.attached
+        # Whoever has met a holder asks how the run stands before it sends the whole job once more.
+        self._looks = submission.attached and not submission.released
         self._delivery = self._new_delivery(submission.number)
 
     # --- whoever waits -----------------------------------------------------------------------------------------
@@ -165,6 +167,10 @@ class Run:
         assert self.store is not None
         if self._cancellation.error is not None:
             self._conclude(RunOutcome(error=self._cancellation.error))
+            return None
+        row = self.store.find_run(self._plan.graph, self.submission.execution_id) if self._looks else None
+        if row is not None and is_busy(row, self.submission):
+            self._wait_for(row)
             return None
         asked_at = self._cancellation.now()
         request = self._request(self.store)
@@ -295,10 +301,14 @@ class Run:
             self._conclude(RunOutcome(error=RunConflict(row.graph, row.execution_id, what)))
         elif row.state.ended:
             self._conclude(read_outcome(row, self._plan, self.store))
-        elif not self.submission.waits:
+        else:
+            self._wait_for(row)
+
+    def _wait_for(self, row: RunRow) -> None:
+        if not self.submission.waits:
             self._conclude(RunOutcome(busy_s=max(0.0, row.lease_left_s or 0.0)))
         else:
-            self._attached = True
+            self._attached = self._looks = True
             self._runtime.timer.after(0.1, lambda: self._runtime.submit_surely(self._open))
 
     # --- building ----------------------------------------------------------------------------------------------

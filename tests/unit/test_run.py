@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -33,7 +36,7 @@ from docket_celery.errors import (
 from docket_celery.events import EventKind
 from docket_celery.graph import Graph
 from docket_celery.messages import to_bytes, value_bytes
-from docket_celery.outcome import job_parts
+from docket_celery.outcome import Submission, is_busy, job_parts
 from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore
 from tests.unit.graphs import WAIT_S, execute, pass_on, reached, start, within
@@ -54,7 +57,8 @@ class FaultyStore(MemoryStore):
     """A store of which single calls fail: `faults` maps a method to what its next call raises."""
 
     def __init__(self, **faults: Exception) -> None:
-        super().__init__()
+        super().__init__(clock := Clock())
+        self.clock = clock
         self.faults = faults
         self.calls: list[str] = []
 
@@ -66,6 +70,10 @@ class FaultyStore(MemoryStore):
     def acquire(self, request: RunRequest) -> Lease | RunRow:
         self._meet_fault("acquire")
         return super().acquire(request)
+
+    def find_run(self, graph: str, execution_id: str) -> RunRow | None:
+        self._meet_fault("find_run")
+        return super().find_run(graph, execution_id)
 
     def restore(self, lease: Lease, keys: Sequence[bytes], *, items: bool = False) -> list[Checkpoint]:
         self._meet_fault("restore")
@@ -269,6 +277,95 @@ def test_a_waiting_submission_shares_a_failure() -> None:
         with pytest.raises(StepFailed, match="no carrier"):
             submission.result(WAIT_S)
     assert shop.calls == ["charge", "ship"]
+
+
+def looked(store: FaultyStore, times: int, waiting: Future[Any]) -> None:
+    """Wait until *store* was asked so often how a run stands, while *waiting* has no outcome."""
+    until = time.monotonic() + WAIT_S
+    while store.calls.count("find_run") < times:
+        assert not waiting.done()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_waiting_sends_the_job_again_only_when_the_run_can_be_taken() -> None:
+    """A job may have many megabytes; how the run stands is asked without it."""
+    store = FaultyStore()
+    shop = Shop(store)
+    shipping, go = threading.Event(), threading.Event()
+    shop.before_ship = lambda: pass_on(shipping, go)
+    first = start(lambda: shop.graph.execute(Shipment, Order(order_id="7"), execution_id="o-1"))
+    reached(shipping)
+    second = start(lambda: shop.graph.execute(Shipment, Order(order_id="7"), execution_id="o-1"))
+    looked(store, 3, second)
+    assert store.calls.count("acquire") == 2
+    go.set()
+    assert first.result(WAIT_S) == second.result(WAIT_S) == Shipment(tracking_id="7 1")
+    assert store.calls.count("acquire") == 3
+
+
+def test_waiting_takes_over_from_a_holder_that_is_lost() -> None:
+    """Once its lease has expired the run is taken, and its death counted."""
+    store = FaultyStore()
+    shop = Shop(store)
+    shop.fail()
+    row = store.find_run("shop", "o-1")
+    assert row is not None
+    request = RunRequest(
+        graph="shop", execution_id="o-1", target=row.target, job=b"", job_digest=row.job_digest,
+        owner="lost", lease_s=30, max_deliveries=10,
+    )  # fmt: skip
+    assert isinstance(store.acquire(request), Lease)
+    waiting = start(shop.run)
+    looked(store, 4, waiting)
+    store.clock.now += 31
+    assert waiting.result(WAIT_S) == Shipment(tracking_id="7 1")
+    row = store.find_run("shop", "o-1")
+    assert row is not None
+    assert row.lost == 1
+
+
+def test_a_copy_that_met_a_holder_comes_back_without_sending_the_job() -> None:
+    """Of a task that was told to come again: it is told so once more, by a look at the run alone."""
+    store = FaultyStore()
+    shop = Shop(store)
+    shipping, go = threading.Event(), threading.Event()
+    shop.before_ship = lambda: pass_on(shipping, go)
+    first = start(lambda: shop.graph.execute(Shipment, Order(order_id="7"), execution_id="o-1"))
+    reached(shipping)
+    copy = Submission(execution_id="o-1", task_id="t", attached=True, waits=False)
+    outcome = within(lambda: shop.graph.deliver(ValueKey(Shipment), [Order(order_id="7")], copy))
+    assert outcome.busy_s is not None
+    assert 0 < outcome.busy_s <= 30
+    assert store.calls.count("acquire") == 1
+    go.set()
+    assert first.result(WAIT_S) == Shipment(tracking_id="7 1")
+    outcome = within(lambda: shop.graph.deliver(ValueKey(Shipment), [Order(order_id="7")], copy))
+    assert outcome.value == Shipment(tracking_id="7 1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "task_id", "retries", "busy"),
+    [
+        ({}, "t", 0, True),
+        ({}, "t", 1, False),
+        ({}, None, 1, True),
+        ({"task_id": None}, None, 1, True),
+        ({"lease_left_s": 0.0}, "t", 0, False),
+        ({"lease_left_s": None, "state": RunState.WAITING}, "t", 0, False),
+        ({"state": RunState.SUCCEEDED}, "t", 0, False),
+    ],
+)
+def test_busy_is_what_the_store_would_refuse(
+    changes: dict[str, Any], task_id: str | None, retries: int, busy: bool
+) -> None:
+    """A live lease of somebody else; the next retry of its own task may take it."""
+    row = RunRow(
+        graph="shop", execution_id="o-1", target="", job_digest=b"", state=RunState.RUNNING, epoch=1, lost=0,
+        failures=0, retries=0, task_name=None, task_id="t", lease_left_s=1.0,
+    )  # fmt: skip
+    submission = Submission(execution_id="o-1", task_id=task_id, retries=retries)
+    assert is_busy(replace(row, **changes), submission) is busy
 
 
 def test_waiting_for_another_holder_ends_with_the_timeout() -> None:
