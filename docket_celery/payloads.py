@@ -260,7 +260,15 @@ def receive(
     """
     if run is not None and holds_job(args, kwargs):
         return _find_job(task, run)
-    messages = task.declaration.bind(*results.read_results(args, kwargs, task.app))
+    try:
+        read = results.read_results(args, kwargs, task.app)
+    except PayloadUnavailable:
+        # The run that made it may be purged; a run that was begun here has its whole job in its own row.
+        kept = None if run is None else _kept_job(task, run)
+        if kept is None:
+            raise
+        return kept
+    messages = task.declaration.bind(*read)
     if travelled:
         # Checked at submit too, but beat and `celery call` send the JSON form past it.
         named = dict(zip(task.declaration.signature.parameters, messages, strict=True))
@@ -306,6 +314,19 @@ def _find_job(task: TaskClass, run: QueuedRun) -> tuple[Message, ...]:
     if job_digest(parts) != run.job_digest:
         raise RunConflict(graph, run.execution_id, "job")
     return _decode_parts(task.declaration, parts)
+
+
+def _kept_job(task: TaskClass, run: QueuedRun) -> tuple[Message, ...] | None:
+    """Return the job that an earlier delivery of the same run left in its row, or None."""
+    settings, graph = lifecycle.app_settings(task.app), task.graph.name
+    store = _store_for(task, settings, eager=True)
+    if store is None or task.declaration.batch is not None or not run.job_digest:
+        return None
+    row = call_aside(lambda: store.find_run(graph, run.execution_id), settings.threads)
+    if row is None or row.job_digest != store.keyed(run.job_digest):
+        return None
+    job = call_aside(lambda: store.find_job(graph, run.execution_id), settings.threads)
+    return None if job is None else _decode_parts(task.declaration, _read_parts(job))
 
 
 def _store_for(task: TaskClass, settings: Settings, *, eager: bool = False) -> Store | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Generator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -243,6 +244,25 @@ def test_a_stored_result_does_not_let_other_arguments_pass(database: str, small_
     receive(add_both, [Label(text="a")], {"order": lies}, None, travelled=True)
     with pytest.raises(PayloadTooLarge, match=r"Label of task payloads\.add"):
         receive(add_both, [Label(text="x" * 200)], {"order": lies}, None, travelled=True)
+
+
+def test_a_begun_run_does_not_need_the_result_that_it_was_given(database: str) -> None:
+    """Its own row has the job, once the run that made the argument is purged; no other job is taken for it."""
+    gone: Any = StoredResult.of(Label(text="abc"), "t", "purged", "o-9")
+    lost = loads(dumps(gone))
+    job, submission = Label(text="abc"), Submission(execution_id="o-1")
+    digest = job_digest(job_parts(repeat_label.declaration.given, [job]))
+    run = QueuedRun(execution_id="o-1", job_digest=digest, task_id="t-1", wait_s=0)
+    with pytest.raises(PayloadUnavailable, match="'purged'"):
+        receive(repeat_label, [lost], {}, run, travelled=True)
+    store = SQLStore(database)
+    store.acquire(
+        run_request(repeat_label.plan(), [job], submission, settings(), store, owner="w", attached=False)
+    )
+    store.close()
+    assert receive(repeat_label, [lost], {}, run, travelled=True) == (job,)
+    with pytest.raises(PayloadUnavailable, match="'purged'"):
+        receive(repeat_label, [lost], {}, replace(run, job_digest=b"other"), travelled=True)
 
 
 # --- on commit --------------------------------------------------------------------------------------------------
