@@ -66,3 +66,6 @@ def import_codec(path: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{path!r} cannot be imported: {type(error).__name__}: {error}") from error
+    except Exception as error:  # noqa: BLE001 -- user code; any fault of it is the setting's
+        # Raised by the module's own code; its text might hold what the codec is to hide.
+        raise ValueError(f"{path!r} cannot be imported: it raised {type(error).__name__}") from None

@@ -14,7 +14,7 @@ import json
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from docket_celery.checkpoint import (
     Checkpoint,
@@ -209,7 +209,7 @@ class Seal:
     def _encode(self, name: str, data: bytes, place: bytes) -> bytes:
         codec = self.codec
         assert codec is not None
-        encoded = self._call(name, codec.encode, _check(data, place) + data, place, "nothing was stored")
+        encoded = self._call(name, "encode", _check(data, place) + data, place, "nothing was stored")
         return MARK + encoded
 
     def _decode(self, name: str, data: bytes, place: bytes) -> bytes:
@@ -220,7 +220,7 @@ class Seal:
             return data
         if not marked:
             raise CodecFailed(name, _NOT_ENCODED)
-        decoded = self._call(name, self.codec.decode, data[len(MARK) :], place, _OTHER_KEY)
+        decoded = self._call(name, "decode", data[len(MARK) :], place, _OTHER_KEY)
         check, value = decoded[:_CHECK_BYTES], decoded[_CHECK_BYTES:]
         if check != _check(value, place):
             shown = type(self.codec).__name__
@@ -228,12 +228,13 @@ class Seal:
         return value
 
     def _call(
-        self, name: str, code: Callable[[bytes, bytes], bytes], data: bytes, place: bytes, advice: str
+        self, name: str, method: Literal["encode", "decode"], data: bytes, place: bytes, advice: str
     ) -> bytes:
         """Call the codec; its own error is named but not shown, since its text may hold what was to be hidden."""
-        shown = f"{code.__name__} of {type(self.codec).__name__}"
+        shown = f"{method} of {type(self.codec).__name__}"
+        code: Callable[[bytes, bytes], object] = getattr(self.codec, method)
         try:
-            found: object = code(data, place)
+            found = code(data, place)
         except StoreUnavailable:
             raise
         except Exception as error:  # noqa: BLE001 -- user code; whatever it raises, the run must hear of it

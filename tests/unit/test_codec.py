@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import traceback
@@ -162,6 +163,37 @@ def test_what_is_no_codec_is_refused(value: Any, problem: str) -> None:
     if not isinstance(value, str):
         with pytest.raises(InvalidArguments, match=problem):
             SQLStore("sqlite://", codec=value)
+
+
+def test_a_codecs_module_that_breaks_is_named_without_its_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that is missing from the environment, say: the setting is at fault, whatever was raised."""
+    (tmp_path / "broken_codec.py").write_text("CODEC = {}['secret']\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        InvalidSettings, match=r"'broken_codec:CODEC' cannot be imported: it raised KeyError"
+    ) as e:
+        Settings.read({"docket_codec": "broken_codec:CODEC"}, {})
+    assert "secret" not in "".join(traceback.format_exception(e.value))
+
+
+def test_a_codec_may_be_made_of_partials(open_store: OpenStore) -> None:
+    """What has no name of its own works, and is named by its method where it fails."""
+
+    class Bound:
+        def __init__(self) -> None:
+            self.encode: Any = functools.partial(codecs.CODEC.encode)
+            self.decode: Any = functools.partial(codecs.CODEC.decode)
+
+    graph, calls = one_step()
+    codec = Bound()
+    store = open_store(codec)
+    assert run(graph, store) == run(graph, store) == f"label of {SECRET}"
+    assert calls == [SECRET]
+    codec.decode = functools.partial(dict[bytes, bytes]().__getitem__)
+    with pytest.raises(CodecFailed, match="decode of Bound raised TypeError"):
+        run(graph, store)
 
 
 def test_a_plain_store_beside_the_setting_is_refused(open_store: OpenStore) -> None:
