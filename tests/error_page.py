@@ -22,7 +22,7 @@ BEGIN, END = "<!-- {}: written by python -m tests.error_page -->", "<!-- end of 
 PREAMBLE = """\
 from typing import TYPE_CHECKING, Annotated, Optional
 from docket_celery import Graph, Named, RetryPolicy, Scope, StepContext
-from workers.orders_pb2 import ChargeResult, Order, Reservation, Shipment
+from examples.order.order_pb2 import ChargeResult, Order, Reservation, Shipment
 
 shop = Graph("shop")
 """
@@ -101,7 +101,7 @@ EXAMPLES = [
         from __future__ import annotations
 
         if TYPE_CHECKING:
-            from workers.videos_pb2 import VideoJob
+            from examples.checkpointing.checkpointing_pb2 import VideoJob
 
         @shop.step
         def bill(job: VideoJob) -> ChargeResult:
