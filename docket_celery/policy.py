@@ -7,9 +7,11 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from typing import Any, Literal, Protocol, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, cast
 
-from google.protobuf.message import Message
+if TYPE_CHECKING:
+    # Settings use this module's limits, and pytest loads them in every environment: nothing heavy comes with them.
+    from google.protobuf.message import Message
 
 Seconds = float | int | timedelta
 MAX_SECONDS = 100 * 366 * 86400.0
@@ -131,13 +133,16 @@ ErrorClassifier = Callable[[BaseException], bool] | type[BaseException] | tuple[
 """What may be retried: a predicate over the error, or the exception types."""
 
 
-KeyFunction = (
-    Callable[[Any], Message]
-    | Callable[[Any, Any], Message]
-    | Callable[[Any, Any, Any], Message]
-    | Callable[[Any, Any, Any, Any], Message]
-    | Callable[[Any, Any, Any, Any, Any], Message]
-)
+if TYPE_CHECKING:
+    KeyFunction = (
+        Callable[[Any], Message]
+        | Callable[[Any, Any], Message]
+        | Callable[[Any, Any, Any], Message]
+        | Callable[[Any, Any, Any, Any], Message]
+        | Callable[[Any, Any, Any, Any, Any], Message]
+    )
+else:
+    KeyFunction = Callable[..., Any]
 """From a step's inputs, the message to hash. By arity, since strict checkers refuse a lambda for ``...``."""
 
 
