@@ -7,6 +7,7 @@ DOCKET_TEST_INFRA=docker or process decides otherwise. A test asks for ``celery_
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Generator
 from typing import Any
 
@@ -56,6 +57,7 @@ def celery_broker(request: pytest.FixtureRequest) -> Generator[CeleryTestBroker]
     """The stock fixture over Redis alone; its parameters are a list, since xdist compares their order."""
     broker: CeleryTestBroker = request.getfixturevalue(request.param)
     yield broker
+    _configure_django()
     broker.teardown()
 
 
@@ -64,7 +66,19 @@ def celery_backend(request: pytest.FixtureRequest) -> Generator[CeleryTestBacken
     """The stock fixture over Redis alone; its parameters are a list, since xdist compares their order."""
     backend: CeleryTestBackend = request.getfixturevalue(request.param)
     yield backend
+    _configure_django()
     backend.teardown()
+
+
+def _configure_django() -> None:
+    """Let the settings of a Django that some test has imported be looked at.
+
+    pytest-celery asks every object of the process for its class, and unconfigured settings answer that with
+    an error.
+    """
+    conf: Any = sys.modules.get("django.conf")
+    if conf is not None and not conf.settings.configured:
+        conf.settings.configure()
 
 
 @pytest.fixture
