@@ -278,7 +278,11 @@ def test_a_result_whose_row_is_gone_is_no_other_result(worker: WorkerProcess, ur
             rows(urls.database, f"DELETE FROM {table} WHERE execution_id = %s RETURNING 1", name)  # noqa: S608 -- ours
     if gone == "replaced":
         write.apply_async((Charge(amount_cents=SIZE + 1),), execution_id=name).get(timeout=WAIT_S)
-    told = {"deleted": "its row is gone", "replaced": "another result now", "failed": "the run is FAILED now"}
+    told = {
+        "deleted": "its row is gone",
+        "replaced": "another result than the one referred to",
+        "failed": "the run is FAILED now",
+    }
     with pytest.raises(PayloadUnavailable, match=told[gone]):
         write.AsyncResult(result.id).get(timeout=WAIT_S)
 
