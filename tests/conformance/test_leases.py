@@ -24,7 +24,8 @@ def test_a_live_lease_is_not_taken(bench: Bench) -> None:
     row = bench.refused(owner="second", task_id="t2")
     assert (row.state, row.epoch, row.task_id) == (RunState.RUNNING, 1, "t1")
     assert row.lease_left_s is not None
-    assert 0 < row.lease_left_s <= 30
+    # SQLite's days as a float know some 0.04 ms: a lease that is looked at at once may seem that much longer.
+    assert 0 < row.lease_left_s < 30.001
 
 
 def test_the_holder_gets_its_own_lease_again(bench: Bench) -> None:
