@@ -112,9 +112,9 @@ class Layout:
     def item_rows(self, fan_out: str, messages: Sequence[Value], start: int) -> list[Checkpoint]:
         """Return the rows of items that begin at index *start*."""
         rows: list[Checkpoint] = []
+        kind = self._item_kind(fan_out)
         for index, message in enumerate(messages, start):
             key = item_key(self.graph, self.execution_id, fan_out, str(index))
-            kind = self._item_kind(fan_out)
             rows.append(self._row(fan_out, str(index), index, key, kind, value_bytes(message)))
         return rows
 

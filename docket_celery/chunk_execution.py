@@ -18,7 +18,7 @@ from docket_celery.plan import Part
 
 
 class ChunkExecution:
-    """The items of one chunk, side by side; used like `Execution`.
+    """The items of one chunk, side by side.
 
     Args:
         part: What to do for each of them.
@@ -66,20 +66,9 @@ class ChunkExecution:
         found = {lo + number: failure for number, failure in self._items.failures.items()}
         return {index: failure for index, failure in found.items() if index not in self._skips}
 
-    def start(self) -> None:
-        """Do nothing: what is stored is at hand."""
-
     def dispatch(self) -> None:
         """Begin with the first items."""
         self._items.fill()
-
-    def help(self) -> None:
-        """Begin; the calling thread runs nothing itself."""
-        self._items.fill()
-
-    def hold(self) -> None:
-        """Start nothing more; what is running finishes and is saved."""
-        self._items.hold()
 
     def abort(self, error: BaseException) -> None:
         """End at once with *error*: nothing new starts, contexts are cancelled, late results are discarded."""

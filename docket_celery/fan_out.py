@@ -22,15 +22,20 @@ Stored = Mapping[tuple[str, str], Checkpoint]
 _MOST_LINES = 10
 
 
-class Runs(Protocol):
-    """An execution of either kind."""
+class Aborts(Protocol):
+    """What a run needs of its execution, whatever it is, to stop it."""
+
+    def abort(self, error: BaseException) -> None: ...
+
+
+class Runs(Aborts, Protocol):
+    """An execution of a plan, with fan-outs or without."""
 
     @property
     def closed(self) -> bool: ...
     def start(self) -> None: ...
     def dispatch(self) -> None: ...
     def hold(self) -> None: ...
-    def abort(self, error: BaseException) -> None: ...
 
 
 def make_execution(
@@ -242,9 +247,8 @@ class StagedExecution:
         """Begin with the first part."""
         self._guard(self._advance)
 
-    def help(self) -> None:
-        """Begin; the calling thread runs nothing itself."""
-        self._guard(self._advance)
+    # The calling thread runs nothing of a fan-out itself.
+    help = dispatch
 
     def hold(self) -> None:
         """Start nothing more; what is running finishes and is saved, then the execution ends."""
@@ -283,7 +287,9 @@ class StagedExecution:
                     break
                 part = self._plan.parts[self._next]
                 self._next += 1
-                keys = [step.step.output for step in part.plan.steps if step.step.name in self._wanted]
+                keys = {
+                    planned.step.output for planned in part.plan.steps if planned.step.name in self._wanted
+                }
                 outputs = [key for key in part.outputs if key in keys]
                 if not outputs:
                     continue

@@ -25,7 +25,7 @@ from docket_celery.errors import (
     StoreUnavailable,
 )
 from docket_celery.events import EventKind
-from docket_celery.fan_out import Runs, StagedExecution, Stored, make_execution
+from docket_celery.fan_out import Aborts, StagedExecution, Stored, make_execution
 from docket_celery.heartbeat import HeldLease
 from docket_celery.hooks import load_hooks
 from docket_celery.inline import InlineCancellation, InlineHeartbeat, InlineRuntime
@@ -83,7 +83,7 @@ class Run:
             else None
         )
         self._held: HeldLease | None = None
-        self._execution: Runs | None = None
+        self._execution: Aborts | None = None
         self.concluded = False
         self._began = self._cancellation.now()
         self._until = None if submission.timeout_s is None else self._began + submission.timeout_s
