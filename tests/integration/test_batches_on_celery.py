@@ -210,17 +210,24 @@ def test_a_big_result_stays_in_the_database(urls: Urls) -> None:
 
 
 def test_parts_keep_what_the_job_said(urls: Urls, journals: Journals) -> None:
-    """Context, execution id, queue and headers are the same in every part; one name in Flower."""
-    run = unique("kept")
-    sent = batches.context_of.apply_async(
-        (movies(run, "", "", ""),),
-        execution_id=run,
-        context={"user": "ann"},
-        headers={"tenant": "t1"},
-        chunk_size=1,
-    )
-    found = sent.get(timeout=WAIT_S)
-    assert [each.title for each in found] == [f"{run} ann t1 batches.context_of {sent.id}"] * 3
+    """Context, execution id, headers, queue and priority are the same in every part; one name in Flower."""
+    run, queue = unique("kept"), unique("side")
+    control = batches.app.control
+    assert control.add_consumer(queue, reply=True)
+    try:
+        sent = batches.context_of.apply_async(
+            (movies(run, "", "", ""),),
+            execution_id=run,
+            context={"user": "ann"},
+            headers={"tenant": "t1"},
+            queue=queue,
+            priority=3,
+            chunk_size=1,
+        )
+        found = sent.get(timeout=WAIT_S)
+    finally:
+        control.cancel_consumer(queue, reply=True)
+    assert [each.title for each in found] == [f"{run} ann t1 batches.context_of {sent.id} {queue} 3"] * 3
 
 
 def test_a_chain_goes_on_after_a_batch() -> None:

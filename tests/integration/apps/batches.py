@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable
+from typing import Any
 
 from celery import Celery, current_task
 
@@ -125,8 +126,10 @@ def tell(movie: Movie, ctx: StepContext) -> Document:
     """What the task that runs an item knows."""
     request = current_task.request
     tenant = (request.headers or {}).get("tenant")
+    info: Any = request.delivery_info
+    way = f"{info['routing_key']} {info['priority']}"
     return Document(
-        title=f"{ctx.execution_id} {ctx.values['user']} {tenant} {current_task.name} {request.root_id}"
+        title=f"{ctx.execution_id} {ctx.values['user']} {tenant} {current_task.name} {request.root_id} {way}"
     )
 
 
