@@ -206,11 +206,11 @@ def started_since(before: list[psutil.Process]) -> set[psutil.Process]:
     return set(family(os.getpid())).difference(before)
 
 
-def names(processes: Iterable[psutil.Process]) -> Iterator[str]:
-    """Yield the names of those that are still there."""
+def named(processes: Iterable[psutil.Process]) -> Iterator[tuple[str, int]]:
+    """Yield name and user of each that is still there: Postgres ends helpers of its own all the time."""
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            yield process.name()
+            yield process.name(), process.uids().real
 
 
 def listens(url: str) -> bool:
@@ -333,11 +333,8 @@ class TestServers:
                 assert path.stat().st_mode & 0o777 == 0o600, path
             with connect(servers.database_url) as connection:
                 assert connection.execute("SHOW unix_socket_directories").fetchone() == ("",)
-            server_uids = [
-                process.uids().real
-                for process in family(os.getpid())
-                if process.name() in {"postgres", "valkey-server", "redis-server"}
-            ]
+            ours = {"postgres", "valkey-server", "redis-server"}
+            server_uids = [uid for name, uid in named(family(os.getpid())) if name in ours]
             assert len(server_uids) > 2
             assert 0 not in server_uids
 
@@ -460,7 +457,7 @@ class TestEnvironment:
             assert servers.database_url == "postgresql+psycopg://db.example/shop"
             assert servers.environment()["DOCKET_CELERY_DATABASE_URL"] == servers.database_url
             assert listens(servers.broker_url)
-            assert "postgres" not in {process.name() for process in started_since(before)}
+            assert "postgres" not in {name for name, _ in named(started_since(before))}
 
     def test_a_named_broker_is_not_started(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Only Postgres starts, and nothing is said about a result backend that is not ours."""
@@ -470,8 +467,7 @@ class TestEnvironment:
             assert servers.broker_url == "amqp://mq.example//"
             assert servers.result_url is None
             assert listens(servers.database_url)
-            # Postgres ends helpers of its own all the time: a command line that is gone is none of a server's.
-            assert not any("valkey-server" in name for name in names(started_since(before)))
+            assert "valkey-server" not in {name for name, _ in named(started_since(before))}
 
     def test_with_both_named_nothing_starts(
         self, monkeypatch: pytest.MonkeyPatch, temporary_root: Path

@@ -30,7 +30,9 @@ def test_every_snippet_runs(tmp_path: Path) -> None:
     (tmp_path / "test_page.py").write_text("\n\n".join(snippets()), encoding="utf-8")
     # Its own: the folder may lie inside a checkout, whose configuration is not the reader's.
     (tmp_path / "pytest.ini").write_text("[pytest]\n", encoding="utf-8")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("DOCKET_", "CELERY_"))}
+    # Neither what this run of pytest was told: a scratch folder named from here is another one from there.
+    hidden = ("DOCKET_", "CELERY_", "PYTEST_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     env["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(readme.ROOT)])
     done = subprocess.run(
