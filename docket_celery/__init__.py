@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from docket_celery.checkpoint import RunState, Store
     from docket_celery.codec import Codec
     from docket_celery.context import StepContext, current_context
+    from docket_celery.decorators import graph_task, shared_graph_task
     from docket_celery.errors import (
         AbortError,
         BatchFailed,
@@ -52,12 +53,13 @@ if TYPE_CHECKING:
         WrongResult,
     )
     from docket_celery.graph import Graph
+    from docket_celery.handle import RunHandle
     from docket_celery.lifecycle import settings
     from docket_celery.plan import Plan
     from docket_celery.policy import ExponentialBackoff, FixedBackoff, RetryPolicy, Scope, StepOptions
     from docket_celery.results import GraphResult, StoredResult
     from docket_celery.store import MemoryStore, SQLStore
-    from docket_celery.task import GraphTask, graph_task, shared_graph_task
+    from docket_celery.task import GraphTask
     from docket_celery.waiting import StartedRun
 
 __all__ = [  # noqa: RUF022 -- grouped by what people look for
@@ -78,6 +80,7 @@ __all__ = [  # noqa: RUF022 -- grouped by what people look for
     # Running it on Celery
     "GraphResult",
     "GraphTask",
+    "RunHandle",
     "StoredResult",
     "configure",
     "graph_task",
@@ -126,14 +129,16 @@ __all__ = [  # noqa: RUF022 -- grouped by what people look for
 _HOMES = {
     **dict.fromkeys(("ExponentialBackoff", "FixedBackoff", "RetryPolicy", "Scope", "StepOptions"), "policy"),
     **dict.fromkeys(("GraphResult", "StoredResult"), "results"),
-    **dict.fromkeys(("GraphTask", "graph_task", "shared_graph_task"), "task"),
+    **dict.fromkeys(("graph_task", "shared_graph_task"), "decorators"),
     **dict.fromkeys(("MemoryStore", "SQLStore"), "store"),
     **dict.fromkeys(("StepContext", "current_context"), "context"),
     "BatchResult": "batch_result",
     "Codec": "codec",
     "Graph": "graph",
+    "GraphTask": "task",
     "Named": "annotation",
     "Plan": "plan",
+    "RunHandle": "handle",
     "RunState": "checkpoint",
     "StartedRun": "waiting",
     "configure": "appdefaults",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from docket_celery.annotation import ValueKey
 from docket_celery.batch_result import BatchPolicy
 from docket_celery.checkpoint import Checkpoint, Chunk, RunState, item_key, workflow_key
-from docket_celery.chunks import ChunkRow
+from docket_celery.chunks import ChunkRow, Progress
 from docket_celery.error_records import from_record
 from docket_celery.errors import DocketError, InvalidArguments, StepFailed
 from docket_celery.messages import Value, type_name, value_bytes
@@ -17,6 +19,10 @@ from docket_celery.step import Step
 
 CHUNKS = 64
 """Without ``chunk_size`` a stage has about so many chunks: enough to spread, few enough to be cheap to join."""
+CHUNKS_OF_A_SLOT = 4
+"""On a worker that runs many tasks at once there are at least so many chunks for each: the last ones end alike."""
+PAGE, PAGE_BYTES = 1000, 4 * 1024 * 1024
+"""So many items, or a little over so many bytes of them, go to the store in one statement."""
 MOST_ITEMS = 500
 """Without ``chunk_size``, most items of a chunk: what one statement reads and one task holds."""
 
@@ -27,21 +33,43 @@ class BatchOrder:
 
     Attributes:
         policy: How items are treated.
-        chunk_size: Items of a chunk; None: chosen from their number.
+        chunk_size: Items of a chunk; None: chosen from their number and *slots*.
+        max_concurrency: Most items at once over all workers; None: as many as there are threads.
+        slots: How many tasks the worker that opens a stage runs at once.
     """
 
     policy: BatchPolicy = field(default_factory=BatchPolicy)
     chunk_size: int | None = None
+    max_concurrency: int | None = None
+    slots: int = 1
 
     def __post_init__(self) -> None:
-        size: object = self.chunk_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise InvalidArguments("chunk_size", f"must be at least 1, not {size!r}")
+        for name in ("chunk_size", "max_concurrency"):
+            value: object = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InvalidArguments(name, f"must be at least 1, not {value!r}")
 
     def cut(self, stage: int, count: int) -> list[Chunk]:
         """Return the chunks of a stage of *count* items."""
-        size = self.chunk_size or min(MOST_ITEMS, -(-count // CHUNKS))
+        wanted = max(CHUNKS, CHUNKS_OF_A_SLOT * self.slots)
+        size = self.chunk_size or min(MOST_ITEMS, -(-count // wanted))
         return [Chunk(stage, lo, min(lo + size, count)) for lo in range(0, count, max(1, size))]
+
+    def lanes(self, chunks: int, threads: int) -> list[int] | None:
+        """Return how many items may be under way at once in each lane; None: there is no limit over all workers.
+
+        A lane is a sequence of chunks that are worked on one after the other. There are as many as this worker runs
+        tasks at once, or as it takes to reach the limit with *threads* items in each.
+
+        Args:
+            chunks: Of the stage.
+            threads: Of each process.
+        """
+        most = self.max_concurrency
+        if most is None:
+            return None
+        count = max(1, min(most, chunks, max(self.slots, -(-most // max(1, threads)))))
+        return [most // count + (number < most % count) for number in range(count)]
 
 
 def is_spread(plan: Plan) -> bool:
@@ -109,14 +137,12 @@ class Layout:
         key = self.count_key(fan_out)
         return self._row(fan_out, "@count", None, key, "count", str(count).encode())
 
-    def item_rows(self, fan_out: str, messages: Sequence[Value], start: int) -> list[Checkpoint]:
-        """Return the rows of items that begin at index *start*."""
-        rows: list[Checkpoint] = []
+    def item_rows(self, fan_out: str, messages: Iterable[Value]) -> Iterator[Checkpoint]:
+        """Yield the rows of a fan-out's items."""
         kind = self._item_kind(fan_out)
-        for index, message in enumerate(messages, start):
+        for index, message in enumerate(messages):
             key = item_key(self.graph, self.execution_id, fan_out, str(index))
-            rows.append(self._row(fan_out, str(index), index, key, kind, value_bytes(message)))
-        return rows
+            yield self._row(fan_out, str(index), index, key, kind, value_bytes(message))
 
     def _item_kind(self, fan_out: str) -> str:
         key = next(key for key, name in self.fan_outs.items() if name == fan_out and self._opens(key, name))
@@ -141,6 +167,25 @@ class Layout:
         )
 
 
+def paged(rows: Iterable[Checkpoint], every_s: float = math.inf) -> Iterator[list[Checkpoint]]:
+    """Yield *rows* in pages that one statement can take, however large they are.
+
+    Args:
+        rows: From any source.
+        every_s: A row that comes so long after the last page ends its own.
+    """
+    page: list[Checkpoint] = []
+    size, since = 0, time.monotonic()
+    for row in rows:
+        page.append(row)
+        size += len(row.output_data)
+        if len(page) == PAGE or size >= PAGE_BYTES or time.monotonic() - since >= every_s:
+            yield page
+            page, size, since = [], 0, time.monotonic()
+    if page:
+        yield page
+
+
 def step_names(step: Step) -> tuple[str, ...]:
     """Return the names under which a step's rows may lie."""
     return tuple(dict.fromkeys((step.name, *step.options.renamed_from)))
@@ -154,6 +199,13 @@ def is_undone(row: ChunkRow) -> bool:
 def stage_rows(rows: Iterable[ChunkRow], stage: int) -> list[ChunkRow]:
     """Return the chunks of one stage."""
     return [row for row in rows if row.chunk.stage == stage]
+
+
+def find_progress(plan: Plan, stage: int, rows: Iterable[ChunkRow], total: int) -> Progress:
+    """Return how far a stage of *total* items is, whose chunks stand so."""
+    stages = [number for number, part in enumerate(plan.parts, 1) if part.fan_out is not None]
+    done = sum(row.chunk.hi - row.chunk.lo for row in rows if row.state is RunState.SUCCEEDED)
+    return Progress(done=done, total=total, stage=stages.index(stage) + 1, stages=len(stages))
 
 
 def failures_of(rows: Iterable[ChunkRow]) -> dict[int, StepFailed]:

@@ -19,7 +19,9 @@ from docket_celery.batch_plan import (
     Layout,
     failures_of,
     fatal_of,
+    find_progress,
     is_undone,
+    paged,
     stage_rows,
     step_names,
 )
@@ -29,13 +31,14 @@ from docket_celery.chunks import BatchStore, ChunkRow
 from docket_celery.configuration import Settings
 from docket_celery.engine import Outcome
 from docket_celery.errors import DocketError, GraphChanged, RunNotFound, RunQuarantined, StepFailed
-from docket_celery.fan_out import Runs, make_item, policy_of, too_many
+from docket_celery.fan_out import make_item, policy_of, too_many
+from docket_celery.items import Runs
 from docket_celery.messages import Value, frame, from_bytes
 from docket_celery.outcome import OpenStage, RunOutcome, Submission, job_parts
 from docket_celery.plan import Part, Plan
 from docket_celery.record import read_value
 from docket_celery.run import Run
-from docket_celery.stored_items import PAGE, ItemPlace, StoredBatch, StoredItems
+from docket_celery.stored_items import ItemPlace, StoredBatch, StoredItems
 
 INLINE_BYTES = 256 * 1024
 """A result up to this size travels; a bigger one stays in the store, where `GraphResult.get` reads it."""
@@ -51,6 +54,7 @@ class BatchRun(Run):
         settings: Those in force.
         store: Where everything lies.
         order: How the batch is to be worked on.
+        message: What whoever finds the run lost needs to go on with it.
     """
 
     def __init__(
@@ -61,8 +65,10 @@ class BatchRun(Run):
         settings: Settings,
         store: BatchStore,
         order: BatchOrder,
+        message: bytes | None = None,
     ) -> None:
         super().__init__(plan, inputs or (), submission, settings, store)
+        self._message = message
         self._batches, self._order, self._is_first = store, order, inputs is not None
         self._layout = Layout.of(plan, submission.execution_id)
         self._values: dict[ValueKey, Any] = {}
@@ -98,37 +104,40 @@ class BatchRun(Run):
             self._end(Outcome(error=error))
 
     def _load(self, lease: Lease) -> None:
-        """Read what earlier deliveries stored; the first one stores the job."""
-        if lease.epoch == 1 and not self._is_first:
-            raise RunNotFound(lease.graph, lease.execution_id)
+        """Read what is stored already; a delivery that has the job adds what is missing of that."""
         stored: dict[bytes, Checkpoint] = {}
-        if lease.epoch > 1:
+        if lease.epoch > 1 or not self._is_first:
             layout = self._layout
             keys = [layout.once_key(key) for key in layout.shared()]
             keys += [layout.count_key(fan_out) for fan_out in layout.splitters()]
             stored = {one.key: one for one in self._batches.restore(lease, keys)}
-            self._note_stored(stored.values(), lease)
+            self._check_names(lease)
+            self._note_stored(stored.values())
             self._chunks = self._batches.find_chunks(lease.graph, lease.execution_id)
         self._take(stored)
         if self._is_first:
             self._store_job(lease)
+        elif any(key not in self._values and key != self._plan.batch for key in self._plan.given) or (
+            self._plan.batch is not None and "" not in self._counts
+        ):
+            raise RunNotFound(lease.graph, lease.execution_id)
 
-    def _note_stored(self, stored: Iterable[Checkpoint], lease: Lease) -> None:
-        """Note what steps that run once have stored.
+    def _check_names(self, lease: Lease) -> None:
+        """Look for outputs of steps that are gone.
 
         Raises:
-            GraphChanged: One of them is gone.
+            GraphChanged: There are some.
         """
-        known = self._plan.known_names | {""}
-        names = {name: p.step.name for p in self._plan.steps for name in step_names(p.step)}
-        gone: set[str] = set()
-        for one in stored:
-            if one.step_name not in known:
-                gone.add(one.step_name)
-            elif one.item == "" and one.step_name in names:
-                self._stored.setdefault((names[one.step_name], ""), one)
-        if gone:
+        found = self._batches.find_names(lease.graph, lease.execution_id)
+        if gone := found - self._plan.known_names - {""}:
             raise GraphChanged(lease.graph, lease.execution_id, sorted(gone))
+
+    def _note_stored(self, stored: Iterable[Checkpoint]) -> None:
+        """Note what steps that run once have stored."""
+        names = {name: p.step.name for p in self._plan.steps for name in step_names(p.step)}
+        for one in stored:
+            if one.item == "" and one.step_name in names:
+                self._stored.setdefault((names[one.step_name], ""), one)
 
     def _take(self, stored: Mapping[bytes, Checkpoint]) -> None:
         layout = self._layout
@@ -145,25 +154,22 @@ class BatchRun(Run):
         given = dict(zip(self._plan.given, self._inputs, strict=True))
         batch = self._plan.batch
         shared = {key: value for key, value in given.items() if key != batch}
-        missing = [key for key in shared if key not in self._values]
+        rows = [self._layout.given_row(key, shared[key]) for key in shared if key not in self._values]
         self._values |= shared
-        rows = [self._layout.given_row(key, shared[key]) for key in missing]
-        if rows:
-            self._batches.save_many(lease, rows)
         if batch is not None and "" not in self._counts:
-            self._store_items(lease, "", cast("Sequence[Message]", given[batch]))
-
-    def _store_items(self, lease: Lease, fan_out: str, messages: Sequence[Any]) -> None:
-        rows: list[Checkpoint] = []
-        for lo in range(0, len(messages), PAGE):
-            if rows:
-                self._batches.save_many(lease, rows)
-            rows = self._layout.item_rows(fan_out, messages[lo : lo + PAGE], lo)
-        if rows:
+            self._store_items(lease, "", cast("Sequence[Message]", given[batch]), rows)
+        elif rows:
             self._batches.save_many(lease, rows)
+
+    def _store_items(
+        self, lease: Lease, fan_out: str, messages: Sequence[Any], beside: Sequence[Checkpoint] = ()
+    ) -> None:
+        for page in paged(self._layout.item_rows(fan_out, messages)):
+            self._batches.put_items(lease, page)
         # After the items: whoever finds how many there are finds them all.
-        self._batches.save_many(lease, [self._layout.count_row(fan_out, len(messages))])
-        self._counts[fan_out] = len(messages)
+        count = len(messages)
+        self._batches.close_items(lease, fan_out, count, [*beside, self._layout.count_row(fan_out, count)])
+        self._counts[fan_out] = count
 
     # --- part by part ------------------------------------------------------------------------------------------
 
@@ -244,11 +250,20 @@ class BatchRun(Run):
         if not undone:
             return True
         assert self._held is not None
-        allowed = policy.allowed(total) - earlier
-        new = [] if rows else chunks
-        self._batches.open_stage(self._held.lease, stage, new, allowed, self._delivery.rows)
+        progress = find_progress(self._plan, stage, rows, total)
+        self._batches.open_stage(
+            self._held.lease,
+            stage,
+            [] if rows else chunks,
+            policy.allowed(total) - earlier,
+            self._delivery.rows,
+            progress=progress,
+            message=self._message,
+        )
         self._delivery.heartbeat().unwatch(self._held)
-        self._conclude(RunOutcome(opened=OpenStage(stage=stage, chunks=tuple(undone), total=total)))
+        size = chunks[0].hi - chunks[0].lo
+        opened = OpenStage(stage=stage, chunks=tuple(undone), total=total, chunk_size=size)
+        self._conclude(RunOutcome(opened=opened, progress=progress))
         return False
 
     def _quarantine(self, rows: Sequence[ChunkRow]) -> DocketError | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 from celery import Celery
+from google.protobuf.message import Message
 
 from docket_celery import lifecycle, wire
 from docket_celery.batch_result import BatchResult
 from docket_celery.chunks import BatchStore
 from docket_celery.defaults import process_defaults
-from docket_celery.errors import InvalidSettings
-from docket_celery.stored_items import ItemPlace, StoredBatch, StoredItems
+from docket_celery.errors import InvalidArguments, InvalidSettings
+from docket_celery.stored_items import PAGE, ItemPlace, StoredBatch, StoredItems
 from docket_celery.waiting import call_aside
 
 
@@ -39,6 +42,35 @@ def load_batch(app: Celery, reference: wire.Reference) -> Any:
     Raises:
         InvalidSettings: This process has no database.
     """
+    batch = find_batch(app, reference)
+    return call_aside(batch.load, lifecycle.app_settings(app).threads)
+
+
+def stream_batch(app: Celery, value: Any) -> Iterator[Message | None]:
+    """Yield the results of a batch one after the other, a page of them in memory; None for each that failed.
+
+    Raises:
+        InvalidArguments: It is no batch's result.
+        InvalidSettings: It lies in the store, and this process has no ``docket_database_url``.
+    """
+    if isinstance(value, wire.Reference):
+        batch, threads = find_batch(app, value), lifecycle.app_settings(app).threads
+        for lo in range(0, batch.items.place.total, PAGE):
+            yield from call_aside(functools.partial(batch.page, lo), threads)
+        return
+    found = read_batch(app, value)
+    held: Any = found.results if isinstance(found, BatchResult) else found  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    if not isinstance(held, (list, tuple)):
+        raise InvalidArguments("stream", "the task returns one message, not the results of a batch; use get")
+    yield from held  # pyright: ignore[reportUnknownVariableType]
+
+
+def find_batch(app: Celery, reference: wire.Reference) -> StoredBatch:
+    """Return a batch's result that did not travel, not read yet.
+
+    Raises:
+        InvalidSettings: This process has no database.
+    """
     settings = lifecycle.app_settings(app)
     graphs = [task.graph for task in lifecycle.graph_tasks(app) if task.graph.name == reference.graph]
     own = next((graph.store for graph in graphs if graph.store is not None), None)
@@ -57,5 +89,4 @@ def load_batch(app: Celery, reference: wire.Reference) -> Any:
         total=reference.total,
     )
     items = StoredItems(store, place)
-    batch = StoredBatch(items=items, collects=reference.collects, errors=reference.errors)
-    return call_aside(batch.load, settings.threads)
+    return StoredBatch(items=items, collects=reference.collects, errors=reference.errors)

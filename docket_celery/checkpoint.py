@@ -313,6 +313,16 @@ class RunEnd:
     retention_s: float | None = None
 
 
+class Halt(enum.StrEnum):
+    """What the holder of a chunk is told about the rest of its stage.
+
+    FAILING: more items failed than may, so nothing new shall start. STOPPED: something ended the whole batch.
+    """
+
+    FAILING = "FAILING"
+    STOPPED = "STOPPED"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Purged:
     """How many rows a purge deleted."""
@@ -466,11 +476,12 @@ class Store(Protocol):
 
     def extend(
         self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
-    ) -> set[tuple[str | int, ...]]:
+    ) -> dict[tuple[str | int, ...], Halt | None]:
         """Extend leases by their own ``lease_s`` from now, and claims (key, owner, seconds), in one go.
 
         Returns:
-            `Lease.name` of each run or chunk still held under the given owner and epoch.
+            `Lease.name` of each run or chunk still held under the given owner and epoch; for a chunk with what has
+            become of its stage.
         """
         ...
 
@@ -484,6 +495,22 @@ class Store(Protocol):
 
         Raises:
             LeaseLost: The run is no longer this lease's; nothing was written.
+        """
+        ...
+
+    def cancel(
+        self, graph: str, execution_id: str, error: dict[str, Any], retention_s: float
+    ) -> RunRow | None:
+        """Close a run that has not ended as CANCELLED, whoever holds it: all that they still save is refused.
+
+        Args:
+            graph: With *execution_id* the name of the run.
+            execution_id: See *graph*.
+            error: `error_records.to_record` of what others are told.
+            retention_s: Seconds until purging may delete the run.
+
+        Returns:
+            The run as it is now (another state than CANCELLED: it had ended before), or None if there is none.
         """
         ...
 

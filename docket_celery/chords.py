@@ -9,25 +9,29 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, NoReturn, Protocol, cast
 
-from celery import Celery, chord
+from celery import Celery, chord, signature
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
+from kombu.utils.json import dumps, loads
 
-from docket_celery.batch_plan import BatchOrder
+from docket_celery import lifecycle
+from docket_celery.batch_plan import BatchOrder, is_spread
 from docket_celery.batch_result import BatchPolicy
 from docket_celery.batch_run import BatchRun
-from docket_celery.checkpoint import job_digest
+from docket_celery.checkpoint import RunState
 from docket_celery.chunk_run import ChunkRun
+from docket_celery.chunks import BatchStore, ChunkStop, LostRun
 from docket_celery.configuration import Settings
 from docket_celery.declaration import Declaration
-from docket_celery.errors import StoreMissing
+from docket_celery.errors import InvalidArguments, StoreMissing
 from docket_celery.graph import Graph
 from docket_celery.messages import Value
 from docket_celery.mutation import checked
 from docket_celery.on_commit import PREPARED
-from docket_celery.outcome import OpenStage, RunOutcome, Submission, job_parts
+from docket_celery.outcome import OpenStage, RunOutcome, Submission, digest_job
 from docket_celery.plan import Plan
+from docket_celery.progress import tell_progress
 from docket_celery.retrying import keep
 from docket_celery.waiting import run_here
 
@@ -44,6 +48,8 @@ EXECUTION_ID, CONTEXT, DIGEST, ATTACHED, RELEASED, SKIPPED, BATCH, PART, RETRIES
 )
 OF_ONE_DELIVERY: Final = (ATTACHED, RELEASED, SKIPPED, PART, RETRIES)
 """Headers that speak of one delivery."""
+ORDER: Final = ("on_error", "max_failed", "chunk_size", "max_concurrency")
+"""What a submission may ask of its batch."""
 
 
 class BatchTask(Protocol):
@@ -57,9 +63,12 @@ class BatchTask(Protocol):
     def app(self) -> Celery: ...
     @property
     def request(self) -> Any: ...
+    @property
+    def backend(self) -> Any: ...
     @classmethod
     def plan(cls) -> Plan: ...
     def signature(self, *args: Any, **kwargs: Any) -> Any: ...
+    def signature_from_request(self, request: Any, args: Any, kwargs: Any, **options: Any) -> Any: ...
     def replace(self, sig: Any) -> Any: ...
 
 
@@ -75,7 +84,10 @@ def read_order(task: Any, given: Mapping[str, Any] | None = None) -> BatchOrder:
     # A limit of the task's own means nothing to a submission under which no item may fail.
     max_failed = said.get("max_failed", task.max_failed if on_error == "collect" else None)
     return BatchOrder(
-        policy=BatchPolicy(on_error, max_failed), chunk_size=said.get("chunk_size", task.chunk_size)
+        policy=BatchPolicy(on_error, max_failed),
+        chunk_size=said.get("chunk_size", task.chunk_size),
+        max_concurrency=said.get("max_concurrency", task.max_concurrency),
+        slots=lifecycle.worker_slots(),
     )
 
 
@@ -87,7 +99,16 @@ def check_options(options: Mapping[str, Any]) -> None:
     """
     max_failed = options.get("max_failed")
     on_error: Any = options.get("on_error") or ("fail" if max_failed is None else "collect")
-    BatchOrder(policy=BatchPolicy(on_error, max_failed), chunk_size=options.get("chunk_size"))
+    BatchOrder(
+        policy=BatchPolicy(on_error, max_failed),
+        chunk_size=options.get("chunk_size"),
+        max_concurrency=options.get("max_concurrency"),
+    )
+
+
+def take_order(options: dict[str, Any]) -> dict[str, Any]:
+    """Take out of a submission's *options* what it asks of its batch, and return it."""
+    return {name: value for name in ORDER if (value := options.pop(name, None)) is not None}
 
 
 def is_part(request: Any) -> bool:
@@ -95,17 +116,17 @@ def is_part(request: Any) -> bool:
     return not request.called_directly and PART in (request.headers or {})
 
 
-def write_order(task: Any, headers: dict[str, Any], asked: tuple[Any, Any, Any]) -> None:
-    """Note in *headers* what a submission asks of its batch: ``on_error``, ``max_failed`` and ``chunk_size``.
+def write_order(task: Any, headers: dict[str, Any], said: Mapping[str, Any]) -> None:
+    """Note in *headers* what a submission asks of its batch.
 
     Raises:
-        InvalidArguments: A value cannot be used.
+        InvalidArguments: A value cannot be used, or the task's graph does not fan out.
     """
-    names = ("on_error", "max_failed", "chunk_size")
-    said = {name: value for name, value in zip(names, asked, strict=True) if value is not None}
     if said:
         read_order(task, said)
-        headers[BATCH] = said
+        if not is_spread(task.plan()):
+            raise InvalidArguments(next(iter(said)), f"is about batches, and task {task.name} has none")
+        headers[BATCH] = dict(said)
 
 
 def deliver(
@@ -135,7 +156,7 @@ def deliver(
         return graph.deliver(
             declared.target,
             values,
-            submission,
+            replace(submission, max_concurrency=order.max_concurrency),
             given=declared.given,
             batch=declared.batch,
             collects=declared.collects,
@@ -145,20 +166,20 @@ def deliver(
     plan = checked(plan) if settings.check_mutation else plan
     part: Mapping[str, Any] = headers.get(PART) or {}
     if values is None and "lo" in part:
-        submission = replace(submission, passthrough=(SoftTimeLimitExceeded,), hands_back=())
-        chunk = ChunkRun(plan, submission, settings, store, order, int(part["stage"]), int(part["lo"]))
-        return run_here(chunk)
+        return _work(task, plan, submission, settings, store, order, part)
     if values is not None and submission.job_digest is None:
         # Sent past `apply_async`: the parts to come must name the same job.
-        digest = job_digest(job_parts(declared.given, values))
-        submission = replace(submission, job_digest=digest)
-    outcome = run_here(BatchRun(plan, values, submission, settings, store, order))
+        submission = replace(submission, job_digest=digest_job(declared.given, values))
+    message = _pack(task, submission)
+    outcome = run_here(BatchRun(plan, values, submission, settings, store, order, message))
     if outcome.opened is not None:
-        _open(task, submission, outcome.opened)
+        tell_progress(task.backend, _asked_for(request), outcome.progress)
+        lanes = order.lanes(-(-outcome.opened.total // outcome.opened.chunk_size), settings.threads)
+        _open(task, submission, outcome.opened, lanes)
     return outcome
 
 
-def _open(task: BatchTask, submission: Submission, opened: OpenStage) -> None:
+def _open(task: BatchTask, submission: Submission, opened: OpenStage, lanes: Sequence[int] | None) -> None:
     """Replace *task* with the chord of a stage.
 
     Raises:
@@ -166,35 +187,133 @@ def _open(task: BatchTask, submission: Submission, opened: OpenStage) -> None:
         Reject: It could not be; the broker keeps the delivery, which finds the open stage.
     """
     request = task.request
-    given: Mapping[str, Any] = request.headers or {}
-    headers: dict[str, Any] = {name: v for name, v in given.items() if name not in OF_ONE_DELIVERY}
-    headers[EXECUTION_ID] = submission.execution_id
-    headers[DIGEST] = base64.b64encode(submission.job_digest or b"").decode("ascii")
+    headers = _headers(request, submission)
     options = _options(request)
     body_part = {"stage": opened.stage, "total": opened.total}
     # The body has this task's id: it must look like a later delivery of it.
     body_headers: dict[str, Any] = {**headers, PART: body_part, RETRIES: submission.retries + 1}
     # Celery checks the arguments against the declared ones, on every submission.
-    none = task.declaration.blank()
-    body = task.signature(*none, immutable=True, headers=body_headers, **options)
-    chunks = [
-        task.signature(
-            *none,
-            immutable=True,
-            headers={**headers, PART: {"stage": opened.stage, "lo": chunk.lo, "hi": chunk.hi}},
-            ignore_result=False,
-            **options,
-        )
-        for chunk in opened.chunks
-    ]
+    body = task.signature(*task.declaration.blank(), immutable=True, headers=body_headers, **options)
+    parts = _parts(opened) if lanes is None else _first_parts(opened, lanes)
+    told = {"task": _asked_for(request)}
+    chunks = [_chunk(task, {**headers, PART: {**part, **told}}, options) for part in parts]
     if request.ignore_result:
         body.set(ignore_result=True)
+    _replace(task, cast("Any", chord)(chunks, body, app=task.app))
+
+
+def _work(
+    task: BatchTask,
+    plan: Plan,
+    submission: Submission,
+    settings: Settings,
+    store: BatchStore,
+    order: BatchOrder,
+    part: Mapping[str, Any],
+) -> RunOutcome:
+    """Work on a chunk; then go on with the next one of its lane, if it has one."""
+    request = task.request
+    submission = replace(submission, passthrough=(SoftTimeLimitExceeded,), hands_back=())
+    limit, stage, lo = part.get("limit"), int(part["stage"]), int(part["lo"])
+    outcome = run_here(ChunkRun(plan, submission, settings, store, order, stage, lo, limit))
+    tell_progress(task.backend, part.get("task"), outcome.progress)
+    state = (outcome.receipt or {}).get("state")
+    following = _next_part(part) if state in {RunState.SUCCEEDED, ChunkStop.DONE} else None
+    if following is not None:
+        headers = {**_headers(request, submission), PART: following}
+        _replace(task, _chunk(task, headers, _options(request)))
+    return outcome
+
+
+def _replace(task: BatchTask, signature: Any) -> NoReturn:
+    """Let *signature* go on in place of *task*.
+
+    Raises:
+        Ignore: It was published.
+        Reject: It could not be; the broker keeps the delivery, which finds what is done.
+    """
     try:
-        task.replace(cast("Any", chord)(chunks, body, app=task.app))
+        task.replace(signature)
     except Ignore:
         raise
     except Exception as error:
-        raise keep(request.id, error) from error
+        raise keep(task.request.id, error) from error
+    raise AssertionError("Celery replaces a task by raising Ignore")
+
+
+def _asked_for(request: Any) -> str | None:
+    """Return the id of a task whose result may be asked for, or None."""
+    return None if request.ignore_result else str(request.id)
+
+
+def _parts(opened: OpenStage) -> list[dict[str, Any]]:
+    """Return a part for each chunk: all of them may be under way at once."""
+    return [{"stage": opened.stage, "lo": chunk.lo, "hi": chunk.hi} for chunk in opened.chunks]
+
+
+def _first_parts(opened: OpenStage, lanes: Sequence[int]) -> list[dict[str, Any]]:
+    """Return a part for the first chunk of each lane that has one; the others follow it.
+
+    Which lane a chunk is in follows from where it begins, so that two chords over the same stage have the same lanes
+    and never work on two chunks of one.
+    """
+    size, total = opened.chunk_size, opened.total
+    parts: dict[int, dict[str, Any]] = {}
+    for chunk in opened.chunks:
+        lane = chunk.lo // size % len(lanes)
+        place = {"stage": opened.stage, "lo": chunk.lo, "hi": chunk.hi}
+        way = {"step": size * len(lanes), "total": total, "limit": lanes[lane]}
+        parts.setdefault(lane, {**place, **way})
+    return list(parts.values())
+
+
+def _next_part(part: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the part that follows in the same lane, or None at its end, or where there are no lanes."""
+    step = int(part.get("step") or 0)
+    lo = int(part["lo"]) + step
+    if not step or lo >= int(part["total"]):
+        return None
+    size = int(part["hi"]) - int(part["lo"])
+    return {**part, "lo": lo, "hi": min(lo + size, int(part["total"]))}
+
+
+def _chunk(task: BatchTask, headers: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """Return the signature of a chunk's task; its receipt is what the chord counts."""
+    blank = task.declaration.blank()
+    return task.signature(*blank, immutable=True, headers=headers, ignore_result=False, **options)
+
+
+def _headers(request: Any, submission: Submission) -> dict[str, Any]:
+    """Return the headers that all parts of a batch have."""
+    given: Mapping[str, Any] = request.headers or {}
+    headers: dict[str, Any] = {name: v for name, v in given.items() if name not in OF_ONE_DELIVERY}
+    headers[EXECUTION_ID] = submission.execution_id
+    headers[DIGEST] = base64.b64encode(submission.job_digest or b"").decode("ascii")
+    return headers
+
+
+def _pack(task: BatchTask, submission: Submission) -> bytes:
+    """Return the message with which this task goes on should its chord be lost, links and all."""
+    request = task.request
+    args, kwargs = task.declaration.blank()
+    headers = {**_headers(request, submission), PART: {"stage": 0}}
+    again: Any = task.signature_from_request(request, args, kwargs, headers=headers, expires=None)
+    return dumps(again).encode()
+
+
+def revive(app: Celery, lost: LostRun) -> None:
+    """Have somebody go on with a batch that nobody advances: a copy of the body, whatever has become of that.
+
+    Raises:
+        Exception: It could not be published; the next look finds the run again.
+    """
+    again: Any = signature(loads(lost.message.decode()), app=app)
+    headers: dict[str, Any] = again.options["headers"]
+    headers[PART] = {"stage": lost.stage}
+    # As the body itself would: the same delivery of the task, should both come.
+    headers[RETRIES] = lost.retries + 1
+    again.set(headers=headers, retries=0)
+    again.apply_async(add_to_parent=False, **{PREPARED: True})
 
 
 def describe(headers: Mapping[str, Any]) -> str | None:
@@ -204,7 +323,7 @@ def describe(headers: Mapping[str, Any]) -> str | None:
         return None
     if "lo" in part:
         return f"(items {part['lo']} to {int(part.get('hi', part['lo'])) - 1} of stage {part['stage']})"
-    return f"(after stage {part['stage']} of {part.get('total')} items)"
+    return f"(after stage {part['stage']})"
 
 
 def _options(request: Any) -> dict[str, Any]:

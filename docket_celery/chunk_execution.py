@@ -12,7 +12,8 @@ from docket_celery.checkpoint import Chunk
 from docket_celery.delivery import Delivery
 from docket_celery.engine import Outcome
 from docket_celery.errors import StepFailed
-from docket_celery.fan_out import Items, Runs, Stored, make_item
+from docket_celery.fan_out import Stored, make_item
+from docket_celery.items import Items, Runs
 from docket_celery.messages import Value
 from docket_celery.plan import Part
 
@@ -66,9 +67,18 @@ class ChunkExecution:
         found = {lo + number: failure for number, failure in self._items.failures.items()}
         return {index: failure for index, failure in found.items() if index not in self._skips}
 
+    @property
+    def complete(self) -> bool:
+        """Whether each item was begun."""
+        return self._items.complete
+
     def dispatch(self) -> None:
         """Begin with the first items."""
         self._items.fill()
+
+    def hold(self) -> None:
+        """Start nothing more; what is running finishes and is saved, then the execution ends."""
+        self._items.hold()
 
     def abort(self, error: BaseException) -> None:
         """End at once with *error*: nothing new starts, contexts are cancelled, late results are discarded."""

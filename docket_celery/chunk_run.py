@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from docket_celery.annotation import ValueKey
 from docket_celery.batch_plan import BatchOrder, Layout, earlier_stages, failures_of, find_part, step_names
-from docket_celery.checkpoint import Checkpoint, Chunk, Lease, RunState
+from docket_celery.checkpoint import Checkpoint, Chunk, Halt, Lease, RunState
 from docket_celery.chunk_execution import ChunkExecution
-from docket_celery.chunks import BatchStore, ChunkEnd, ChunkRefusal, ChunkRequest, ChunkStop
+from docket_celery.chunks import BatchStore, ChunkEnd, ChunkRefusal, ChunkRequest, ChunkStop, Progress
 from docket_celery.configuration import Settings
 from docket_celery.engine import Outcome
 from docket_celery.error_records import to_record
@@ -22,6 +22,7 @@ from docket_celery.errors import (
     StepFailed,
     StoreUnavailable,
 )
+from docket_celery.events import EventKind
 from docket_celery.fan_out import policy_of
 from docket_celery.heartbeat import HeldLease
 from docket_celery.messages import Value, from_bytes
@@ -43,6 +44,7 @@ class ChunkRun(Run):
         order: How the batch is to be worked on.
         stage: Which stage, counted from 1.
         lo: Index of the chunk's first item.
+        limit: Most items at once; None: as many as there are threads.
     """
 
     def __init__(
@@ -54,8 +56,12 @@ class ChunkRun(Run):
         order: BatchOrder,
         stage: int,
         lo: int,
+        limit: int | None = None,
     ) -> None:
         super().__init__(plan, (), submission, settings, store)
+        self._limit = max(1, settings.threads if limit is None else min(limit, settings.threads))
+        self._stopped = RunCancelled(submission.execution_id, "its batch was stopped")
+        self._progress: Progress | None = None
         self._batches, self._order, self._stage, self._lo = store, order, stage, lo
         self._policy = order.policy
         self._layout = Layout.of(plan, submission.execution_id)
@@ -134,7 +140,7 @@ class ChunkRun(Run):
             stored={(steps[row.step_name].name, row.item): row for row in rows if row.step_name in steps},
             policy=self._policy,
             skips=skips & set(range(chunk.lo, chunk.hi)),
-            limit=max(1, self._settings.threads),
+            limit=self._limit,
         )
 
     def _read_shared(self, keys: Sequence[ValueKey], rows: Sequence[Checkpoint]) -> dict[ValueKey, Value]:
@@ -151,6 +157,18 @@ class ChunkRun(Run):
             )
         return found
 
+    # --- while it runs -----------------------------------------------------------------------------------------
+
+    def look_after(self) -> float:
+        """As for any run; and end early where the rest of the stage has come to nothing."""
+        wait_s = super().look_after()
+        halt = None if self._held is None else self._held.halt
+        if halt is Halt.STOPPED:
+            self.stop(self._stopped)
+        elif halt is Halt.FAILING and self._work is not None:
+            self._work.hold()
+        return wait_s
+
     # --- ending ------------------------------------------------------------------------------------------------
 
     def _end(self, outcome: Outcome) -> None:
@@ -164,9 +182,11 @@ class ChunkRun(Run):
         state, errors = RunState.SUCCEEDED, {str(i): to_record(error) for i, error in failures.items()}
         if parked is not None:
             state, errors = RunState.QUEUED, {}
+        elif outcome.error is self._stopped:
+            state = RunState.FAILED
         elif outcome.error is not None:
             state, errors["fatal"] = RunState.FAILED, self._fatal_record(outcome.error)
-        elif failures and self._policy.on_error == "fail":
+        elif (failures and self._policy.on_error == "fail") or not (self._work and self._work.complete):
             state = RunState.FAILED
         self._ending = ChunkEnd(
             state=state,
@@ -207,7 +227,14 @@ class ChunkRun(Run):
             # An output cannot be stored as it must be; the batch ends all the same, with that as its error.
             errors = {"fatal": to_record(result.error)}
             ending = ChunkEnd(state=RunState.FAILED, errors=errors, stops=True)
-        self._batches.end_chunk(lease, ending)
+        self._progress = self._batches.end_chunk(lease, ending)
+
+    def _conclude(self, outcome: RunOutcome) -> None:
+        """Tell how far the stage is, too."""
+        progress = self._progress
+        if progress is not None:
+            self._delivery.tell(EventKind.BATCH_PROGRESS, done=progress.done, total=progress.total)
+        super()._conclude(replace(outcome, progress=progress))
 
 
 def _by_index(key: ValueKey, rows: Sequence[Checkpoint], names: Sequence[str]) -> dict[int, Value]:

@@ -7,7 +7,54 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from docket_celery.checkpoint import Checkpoint, Chunk, Lease, RunState, StepExecution, Store
+from docket_celery.checkpoint import (
+    Checkpoint,
+    Chunk,
+    Lease,
+    RunRequest,
+    RunRow,
+    RunState,
+    StepExecution,
+    Store,
+)
+
+UNFINISHED = b"\0" * 32
+"""The job digest of a run whose items are not all there yet; no hash is that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far the open stage of a batch is.
+
+    Attributes:
+        done: Items of the stage whose chunks have ended.
+        total: Items of the stage.
+        stage: Which of the plan's stages, counted from 1.
+        stages: How many there are.
+    """
+
+    done: int
+    total: int
+    stage: int = 1
+    stages: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LostRun:
+    """A run that nobody seems to advance.
+
+    Attributes:
+        retries: The greatest count of its task's deliveries that took it.
+        stage: The part that was opened last.
+        message: What `BatchStore.open_stage` was given for this case.
+    """
+
+    graph: str
+    execution_id: str
+    task_name: str
+    retries: int
+    stage: int
+    message: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +62,8 @@ class ChunkRow:
     """A row of ``docket_chunks``.
 
     Attributes:
-        state: QUEUED, RUNNING, SUCCEEDED (each item was worked on), FAILED (stopped before) or QUARANTINED.
+        state: QUEUED, RUNNING, SUCCEEDED (each item was worked on), FAILED (stopped before), CANCELLED,
+            QUARANTINED.
         failed: How many of its items failed.
         errors: `error_records.to_record` of failed items by index, and under 'fatal' of what stopped the chunk.
     """
@@ -103,6 +151,47 @@ class BatchStore(Store, Protocol):
         """
         ...
 
+    # --- items -------------------------------------------------------------------------------------------------
+
+    def begin_upload(self, request: RunRequest, keep_s: float) -> Lease | RunRow:
+        """Reserve an unknown run for the items that its submitter is about to store.
+
+        The run is QUEUED with the job digest `UNFINISHED`: no worker takes it. Each `put_items` extends the lease. An
+        upload that was given up is taken over, with nothing in it, once its lease is over.
+
+        Args:
+            request: What the delivery will ask for; its digest is not looked at.
+            keep_s: Seconds from now after which purging may delete the run if nobody acquires it.
+
+        Returns:
+            The right to store its items; or the run as it stands.
+        """
+        ...
+
+    def put_items(self, lease: Lease, items: Sequence[Checkpoint]) -> None:
+        """Store items of a fan-out, replacing what is there: they do not count before `close_items`.
+
+        Raises:
+            LeaseLost: The lease is no longer the run's.
+        """
+        ...
+
+    def close_items(self, lease: Lease, name: str, count: int, rows: Sequence[Checkpoint]) -> None:
+        """Store *rows*, replacing what is there, and drop the items of fan-out *name* from index *count* on.
+
+        Raises:
+            LeaseLost: The lease is no longer the run's.
+        """
+        ...
+
+    def finish_upload(self, lease: Lease, digest: bytes, keep_s: float) -> None:
+        """Leave the run QUEUED for workers, under its real job digest. Repeating it does nothing.
+
+        Raises:
+            LeaseLost: The lease is no longer the run's.
+        """
+        ...
+
     def read_items(
         self,
         graph: str,
@@ -125,6 +214,12 @@ class BatchStore(Store, Protocol):
         """Return how many items of step *name* are stored, and their bytes together."""
         ...
 
+    def find_names(self, graph: str, execution_id: str) -> set[str]:
+        """Return the names of all steps and fan-outs of which something is stored for the run."""
+        ...
+
+    # --- stages ------------------------------------------------------------------------------------------------
+
     def open_stage(
         self,
         lease: Lease,
@@ -132,6 +227,9 @@ class BatchStore(Store, Protocol):
         chunks: Sequence[Chunk],
         allowed: int,
         executions: Sequence[StepExecution] = (),
+        *,
+        progress: Progress | None = None,
+        message: bytes | None = None,
     ) -> None:
         """Leave the run WAITING at *stage*, with *chunks* to be worked on beside those that it has there.
 
@@ -143,6 +241,8 @@ class BatchStore(Store, Protocol):
             chunks: New ones; those that are there already stay.
             allowed: How many items of the stage may fail.
             executions: Rows not yet written.
+            progress: Where the stage stands now.
+            message: What whoever finds the run lost needs to go on with it; None: nobody looks for it.
 
         Raises:
             LeaseLost: The run is no longer this lease's; nothing was written.
@@ -162,10 +262,31 @@ class BatchStore(Store, Protocol):
         """
         ...
 
-    def end_chunk(self, lease: Lease, end: ChunkEnd) -> None:
+    def end_chunk(self, lease: Lease, end: ChunkEnd) -> Progress | None:
         """Leave the chunk: outputs, rows, errors and state in one statement. Repeating it does nothing.
+
+        Returns:
+            How far the stage is now, if its opener said where it stood; None when repeated.
 
         Raises:
             LeaseLost: The chunk is no longer this lease's; nothing was written.
+        """
+        ...
+
+    # --- runs that nobody advances -----------------------------------------------------------------------------
+
+    def find_lost(self, task_names: Sequence[str], lease_s: float, limit: int) -> list[LostRun]:
+        """Return runs with an open stage that nobody advances, and look at each of them again later only.
+
+        Lost is, by the database's clock: a run, or a chunk of the stage, whose lease is over; a stage whose chunks
+        have all ended for *lease_s* without anybody having gone on; and one with no chunk at work, where none has
+        ended for ten times that long: messages may well wait so long in a queue. The next look is as far away as the
+        last sign of life, an hour at most, so that a long queue is not filled with copies. Any number of processes
+        may look side by side.
+
+        Args:
+            task_names: Whose runs.
+            lease_s: As for new leases.
+            limit: Most runs to look at.
         """
         ...

@@ -103,6 +103,48 @@ class Declaration:
             self._value(name, key, bound.arguments[name]) for name, key in zip(names, self.given, strict=True)
         )
 
+    def bind_item(self, index: int, value: Any) -> Message:
+        """Return the message for an item of the batch.
+
+        Raises:
+            InvalidArguments: It is of another type.
+        """
+        assert self.batch is not None
+        if type(value) is self.batch.kind:
+            return value
+        name = list(self.signature.parameters)[self.given.index(self.batch)]
+        return self._message(f"{name}[{index}]", self.batch, value)
+
+    def bind_others(self, values: Sequence[Any]) -> tuple[Message, ...]:
+        """Return the messages that all items of a batch share, in the order of the other parameters.
+
+        Raises:
+            InvalidArguments: One is missing, too many, or of another type; or the task takes no batch.
+        """
+        if self.batch is None:
+            raise InvalidArguments(
+                self._shown(), "it takes no list[...]; submit its job with delay or apply_async"
+            )
+        names = [
+            (name, key)
+            for name, key in zip(self.signature.parameters, self.given, strict=True)
+            if key != self.batch
+        ]
+        if len(names) != len(values):
+            shown = ", ".join(name for name, _ in names) or "nothing"
+            raise InvalidArguments(
+                self._shown(),
+                f"submit_batch takes the items, then {shown}; got {len(values)} beside the items",
+            )
+        return tuple(
+            self._message(name, key, value) for (name, key), value in zip(names, values, strict=True)
+        )
+
+    def join(self, items: Sequence[Any], others: Sequence[Message]) -> tuple[Any, ...]:
+        """Return the arguments of a job by position: the batch, and what all its items share."""
+        rest = iter(others)
+        return tuple(items if key == self.batch else next(rest) for key in self.given)
+
     def _value(self, name: str, key: ValueKey, value: Any) -> Value:
         if key != self.batch:
             return self._message(name, key, value)

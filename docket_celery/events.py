@@ -24,6 +24,7 @@ class EventKind(enum.StrEnum):
     STEP_ABANDONED = "step-abandoned"
     STEP_LATE = "step-late"
     INPUTS_CHANGED = "inputs-changed"
+    BATCH_PROGRESS = "batch-progress"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,8 @@ class Event:
         at: Seconds on `time.monotonic`'s clock.
         elapsed_s: Since the attempt (or run) began, where that makes sense.
         detail: One line for people; never an input or a result.
+        done: BATCH_PROGRESS only: how many items of the stage have ended, failed ones too.
+        total: BATCH_PROGRESS only: how many items the stage has.
     """
 
     kind: EventKind
@@ -51,6 +54,8 @@ class Event:
     at: float
     elapsed_s: float | None = None
     detail: str = ""
+    done: int | None = None
+    total: int | None = None
 
 
 class Listener(Protocol):

@@ -14,16 +14,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from docket_celery.checkpoint import Lease, Store
+from docket_celery.checkpoint import Halt, Lease, Store
 from docket_celery.errors import DocketError
 
 _logger = logging.getLogger("docket_celery.heartbeat")
 
 
 class HeldLease:
-    """A lease that this process holds, and until when it may be trusted without asking the database."""
+    """A lease that this process holds, and until when it may be trusted without asking the database.
 
-    __slots__ = ("_margin_s", "_now", "lease", "lost", "trusted_until")
+    Attributes:
+        halt: Of a chunk: what has become of the rest of its stage, as of the last heartbeat.
+    """
+
+    __slots__ = ("_margin_s", "_now", "halt", "lease", "lost", "trusted_until")
 
     def __init__(
         self,
@@ -33,6 +37,7 @@ class HeldLease:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.lease, self._margin_s, self._now, self.lost = lease, margin_s, now, False
+        self.halt: Halt | None = None
         self.trusted_until = 0.0
         self.renew(asked_at)
 
@@ -123,6 +128,7 @@ class Heartbeat:
         for one in held:
             # The store names runs: where this process took a run over from itself, the older epoch is gone.
             if one.lease.name in kept and one.lease.epoch == newest[one.lease.name]:
+                one.halt = kept[one.lease.name]
                 one.renew(asked_at)
             else:
                 one.lost = True

@@ -46,6 +46,8 @@ class _Process:
 
     def __init__(self) -> None:
         self.pool: str | None = None
+        self.slots = 1
+        self.app: Celery | None = None
         self.watched: WeakSet[Celery] = WeakSet()
 
 
@@ -90,6 +92,21 @@ def check_settings(app: Celery) -> Settings:
     Settings.read({key: None for key in keys if key.startswith(PREFIX)}, {})
     check_environment()
     return app_settings(app)
+
+
+def worker_app() -> Celery | None:
+    """Return the app of the worker that this process belongs to, or None."""
+    return _process.app
+
+
+def worker_slots() -> int:
+    """Return how many tasks this process's worker runs at once, as far as is known."""
+    return _process.slots
+
+
+def forks() -> bool:
+    """Tell whether this process's worker runs its tasks in forked children."""
+    return _process.pool == "prefork"
 
 
 def soft_limits_work() -> bool:
@@ -246,6 +263,7 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
     pool = getattr(sender, "pool_cls", None)
     kind = get_implementation(pool) if isinstance(pool, str) else pool
     _process.pool = None if kind is None else kind.__module__.rpartition(".")[2]
+    _process.app, _process.slots = sender.app, max(1, int(getattr(sender, "concurrency", None) or 1))
     try:
         faults = find_faults(sender.app, _process.pool)
         for task in () if faults else graph_tasks(sender.app):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard, TypeVar, cast
@@ -59,6 +60,31 @@ def from_bytes(kind: type[M], data: bytes) -> M:
 def value_name(value: Value) -> str:
     """Return the type name of a message; 'list' for many."""
     return type_name(value) if isinstance(value, Message) else "list"
+
+
+class ListDigest:
+    """SHA-256 over what `value_bytes` gives for a list, taken message by message."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+
+    def add(self, data: bytes, name: str) -> None:
+        """Go on with a message: its bytes, and the name of its type."""
+        self._sha256.update(frame((name.encode(), data)))
+
+    def digest(self) -> bytes:
+        """Return the digest of all so far."""
+        return self._sha256.digest()
+
+
+def value_digest(value: Value) -> bytes:
+    """Return what stands for a value in the digest of a job: its bytes, or the digest of a list, however long."""
+    if isinstance(value, Message):
+        return to_bytes(value)
+    digest = ListDigest()
+    for message in value:
+        digest.add(to_bytes(message), type_name(message))
+    return digest.digest()
 
 
 def value_bytes(value: Value) -> bytes:

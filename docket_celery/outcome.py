@@ -22,7 +22,7 @@ from docket_celery.checkpoint import (
     Store,
     job_digest,
 )
-from docket_celery.chunks import BatchStore
+from docket_celery.chunks import BatchStore, Progress
 from docket_celery.configuration import Settings
 from docket_celery.error_records import from_record, to_record
 from docket_celery.errors import (
@@ -41,6 +41,7 @@ from docket_celery.messages import (
     many_from_bytes,
     unframe,
     value_bytes,
+    value_digest,
     value_name,
 )
 from docket_celery.plan import Plan
@@ -106,11 +107,13 @@ class OpenStage:
         stage: Counted from 1.
         chunks: Those that are not done.
         total: Items of the whole stage.
+        chunk_size: Items of each chunk of the stage but the last.
     """
 
     stage: int
     chunks: tuple[Chunk, ...]
     total: int
+    chunk_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +131,7 @@ class RunOutcome:
         held: This delivery had the run's lease.
         opened: The run waits for this stage.
         receipt: What a chunk's task tells of it, as JSON.
+        progress: How far the stage is, once a chunk has ended or the stage was opened.
     """
 
     value: Any = None
@@ -139,6 +143,7 @@ class RunOutcome:
     held: bool = False
     opened: OpenStage | None = None
     receipt: Mapping[str, Any] | None = None
+    progress: Progress | None = None
 
 
 def job_parts(given: Iterable[ValueKey], values: Iterable[Value]) -> list[tuple[str, bytes]]:
@@ -149,6 +154,28 @@ def job_parts(given: Iterable[ValueKey], values: Iterable[Value]) -> list[tuple[
     return [
         (key.label(value_name(value)), value_bytes(value)) for key, value in zip(given, values, strict=False)
     ]
+
+
+def job_bytes(given: Iterable[ValueKey], values: Iterable[Value]) -> int:
+    """Return how many bytes a job's messages and their names have as the store keeps them; a list counts nothing."""
+    sizes = (
+        16 + len(key.label(value_name(value)).encode()) + value.ByteSize()
+        for key, value in zip(given, values, strict=False)
+        if isinstance(value, Message)
+    )
+    return sum(sizes)
+
+
+def digest_job(given: Iterable[ValueKey], values: Iterable[Value]) -> bytes:
+    """Return the digest of a job; that of a batch is the same however its items come."""
+    return job_digest(
+        (key.label(value_name(value)), value_digest(value)) for key, value in zip(given, values, strict=False)
+    )
+
+
+def target_name(plan: Plan) -> str:
+    """Return what a run of *plan* makes, as its row has it."""
+    return f"list[{plan.target}]" if plan.collects else str(plan.target)
 
 
 def run_request(
@@ -181,9 +208,9 @@ def run_request(
     return RunRequest(
         graph=plan.graph,
         execution_id=submission.execution_id,
-        target=f"list[{plan.target}]" if plan.collects else str(plan.target),
+        target=target_name(plan),
         job=framed,
-        job_digest=store.keyed(submission.job_digest or job_digest(job)),
+        job_digest=store.keyed(submission.job_digest or digest_job(plan.given, inputs)),
         owner=owner,
         lease_s=settings.lease_seconds,
         max_deliveries=settings.max_deliveries,

@@ -89,6 +89,8 @@ def arrange(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     stored_bytes: int | None = None,
+    *,
+    streams: bool = False,
 ) -> Travelling:
     """Return the job's arguments: positional and by name as they were given, dicts and results replaced by messages.
 
@@ -100,6 +102,7 @@ def arrange(
         args: Positional arguments as they were given.
         kwargs: The same by name.
         stored_bytes: Size of the job should `send` have to store it; None: it runs here and now.
+        streams: The items of its batch do not travel.
 
     Raises:
         PayloadTooLarge: Another message is too large to travel, and there is no store for it or it is for that too.
@@ -112,9 +115,9 @@ def arrange(
             values[name] = given
     travelling = [value for value in values.values() if isinstance(value, Message)]
     if task.declaration.batch is not None:
-        # The items of a batch go to the store one by one, when a worker has it.
         listed = cast("dict[str, Value]", values)
-        check_messages(task, [v for v in listed.values() if not isinstance(v, results.StoredResult)])
+        travel = [value for value in listed.values() if not isinstance(value, results.StoredResult)]
+        check_messages(task, travel, whole=not streams)
     if _is_large(travelling, settings):
         # A job that runs here and now goes to no store before its run does.
         here = stored_bytes is None and task.plan().persists
@@ -153,8 +156,13 @@ def send(task: TaskClass, args: Sequence[Any], kwargs: Mapping[str, Any], run: Q
     return tuple(by_name.values()), named
 
 
-def check_messages(task: TaskClass, values: Sequence[Value]) -> None:
+def check_messages(task: TaskClass, values: Sequence[Value], *, whole: bool = True) -> None:
     """Refuse messages that are too large to travel.
+
+    Args:
+        task: Whose they are.
+        values: Messages, and lists of them.
+        whole: Look at the sizes of whole lists too.
 
     Raises:
         PayloadTooLarge: One is.
@@ -164,9 +172,9 @@ def check_messages(task: TaskClass, values: Sequence[Value]) -> None:
         messages = [value] if isinstance(value, Message) else value
         for message in messages:
             check_size(f"{type_name(message)} of task {task.name}", message.ByteSize(), limit)
-        if not isinstance(value, Message):
-            whole = sum(message.ByteSize() for message in messages)
-            check_size(f"the list of task {task.name}", whole, limit * _MESSAGES)
+        if whole and not isinstance(value, Message):
+            size = sum(message.ByteSize() for message in messages)
+            check_size(f"the list of task {task.name}", size, limit * _MESSAGES)
 
 
 def _is_large(messages: Sequence[Message], settings: Settings) -> bool:
@@ -205,12 +213,17 @@ def _store_job(task: TaskClass, messages: Sequence[Message], run: QueuedRun, set
         task_name=task.name,
         task_id=run.task_id,
     )
-    keep_s = min(run.wait_s + max(settings.retention, UNDELIVERED_KEPT_S), MAX_SECONDS)
-    other = call_aside(lambda: store.enqueue(request, keep_s), settings.threads)
+    kept_s = keep_s(run, settings)
+    other = call_aside(lambda: store.enqueue(request, kept_s), settings.threads)
     if other is not None:
         # Another codec keeps another digest of the same job; reading it tells the two cases apart.
         call_aside(lambda: store.find_job(plan.graph, run.execution_id), settings.threads)
         raise RunConflict(plan.graph, run.execution_id, "target" if other.target != request.target else "job")
+
+
+def keep_s(run: QueuedRun, settings: Settings) -> float:
+    """Return for how many seconds from now a run is kept that no worker takes."""
+    return min(run.wait_s + max(settings.retention, UNDELIVERED_KEPT_S), MAX_SECONDS)
 
 
 def wait_s(options: Mapping[str, Any]) -> float:

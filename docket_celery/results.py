@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast, overload
 
 from celery import Celery, _state
 from celery.result import AsyncResult
@@ -14,7 +14,7 @@ from kombu.utils.json import register_type
 
 from docket_celery import lifecycle, wire
 from docket_celery.batch_result import BatchResult
-from docket_celery.batch_values import read_batch
+from docket_celery.batch_values import read_batch, stream_batch
 from docket_celery.checkpoint import RunState
 from docket_celery.configuration import Settings
 from docket_celery.defaults import process_defaults
@@ -24,6 +24,7 @@ from docket_celery.messages import brief, check_size, from_bytes, to_bytes, type
 from docket_celery.waiting import call_aside
 
 R = TypeVar("R", bound=Message | Sequence[Message] | BatchResult[Any])
+M = TypeVar("M", bound=Message)
 RESULT_MARKER: Final = "docket.result"
 _MOST_CHARS: Final = 500
 STORED_BYTES: Final = "docket_max_stored_bytes"
@@ -148,9 +149,7 @@ class GraphResult(_TypedResult[R]):
             Exception: Whatever the task failed with.
         """
         settings = lifecycle.app_settings(self.app)  # tells the decoder the size limit
-        value = cast("Any", super().get(*args, **kwargs))
-        if isinstance(value, wire.Undecodable):
-            raise value.error
+        value = self._wait_for(*args, **kwargs)
         if isinstance(value, StoredResult):
             return cast("R", value.read(self.app))
         value = read_batch(self.app, value)
@@ -158,6 +157,31 @@ class GraphResult(_TypedResult[R]):
         if isinstance(message, Message):
             check_size(f"result {type_name(message)}", message.ByteSize(), settings.max_message_bytes)
         return cast("R", message)
+
+    @overload
+    def stream(self: GraphResult[list[M]], timeout: float | None = None) -> Iterator[M]: ...
+    @overload
+    def stream(self: GraphResult[BatchResult[M]], timeout: float | None = None) -> Iterator[M | None]: ...
+    def stream(self, timeout: float | None = None) -> Iterator[Any]:
+        """Wait for a batch, then yield its results one after the other; of a `BatchResult` None for what failed.
+
+        A result that lies in the database is read from there page by page, so it may be of any size.
+
+        Args:
+            timeout: Most seconds to wait for the end of the batch.
+
+        Raises:
+            InvalidArguments: The task returns one message.
+            Exception: As from `get`.
+        """
+        lifecycle.app_settings(self.app)
+        return stream_batch(self.app, self._wait_for(timeout=timeout))
+
+    def _wait_for(self, *args: Any, **kwargs: Any) -> Any:
+        value = cast("Any", super().get(*args, **kwargs))
+        if isinstance(value, wire.Undecodable):
+            raise value.error
+        return value
 
 
 def holds_result(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

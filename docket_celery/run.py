@@ -25,10 +25,11 @@ from docket_celery.errors import (
     StoreUnavailable,
 )
 from docket_celery.events import EventKind
-from docket_celery.fan_out import Aborts, StagedExecution, Stored, make_execution
+from docket_celery.fan_out import StagedExecution, Stored, make_execution
 from docket_celery.heartbeat import HeldLease
 from docket_celery.hooks import load_hooks
 from docket_celery.inline import InlineCancellation, InlineHeartbeat, InlineRuntime
+from docket_celery.items import Aborts
 from docket_celery.messages import Value
 from docket_celery.outcome import RunOutcome, Submission, is_busy, read_outcome, run_end, run_request
 from docket_celery.plan import Plan

@@ -64,12 +64,17 @@ class StoredItems(Sequence[Message]):
 
     def numbered(self) -> Iterator[tuple[int, Message]]:
         """Yield index and message of each item that is there, in order."""
+        for lo in range(0, self.place.total, PAGE):
+            yield from self.page(lo)
+
+    def page(self, lo: int) -> list[tuple[int, Message]]:
+        """Return index and message of the items that are there of the page that begins at *lo*, in order."""
         place = self.place
-        for lo in range(0, place.total, PAGE):
-            hi = min(lo + PAGE, place.total)
-            for row in self._store.read_items(place.graph, place.execution_id, place.names, lo, hi):
-                if row.item == str(row.item_index):
-                    yield int(row.item), read_item(place.kind, row)
+        hi = min(lo + PAGE, place.total)
+        rows = self._store.read_items(place.graph, place.execution_id, place.names, lo, hi)
+        return [
+            (int(row.item), read_item(place.kind, row)) for row in rows if row.item == str(row.item_index)
+        ]
 
     def measure(self) -> tuple[int, int]:
         """Return how many there are, and their bytes together."""
@@ -91,6 +96,14 @@ class StoredBatch:
     items: StoredItems
     collects: bool = False
     errors: Mapping[int, StepFailed] = field(default_factory=dict[int, StepFailed])
+
+    def page(self, lo: int) -> list[Message | None]:
+        """Return the results of the page that begins at *lo*: of a `BatchResult` with None for each that failed."""
+        found = self.items.page(lo)
+        if not self.collects:
+            return [message for _, message in found]
+        made = dict(found)
+        return [made.get(index) for index in range(lo, min(lo + PAGE, self.items.place.total))]
 
     def load(self) -> list[Message] | BatchResult[Any]:
         """Return the whole result."""

@@ -9,57 +9,33 @@ import logging
 import os
 import random
 import uuid
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, cast
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, NoReturn, ParamSpec, cast
 
-from celery import Celery, _state, shared_task
+from celery import Celery, _state
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
-from celery.result import EagerResult
 from google.protobuf.message import Message
 
-from docket_celery import chords, lifecycle, payloads, results, wire
-from docket_celery.batch_result import BatchResult
-from docket_celery.checkpoint import check_execution_id, job_digest
-from docket_celery.chords import (
-    ATTACHED,
-    BATCH,
-    CONTEXT,
-    DIGEST,
-    EXECUTION_ID,
-    PART,
-    RELEASED,
-    RETRIES,
-    SKIPPED,
-)
-from docket_celery.declaration import (
-    Declaration,
-    NameFunction,
-    add_routing,
-    json_values,
-    read_function,
-    read_generic,
-    take_routing,
-)
+from docket_celery import chords, lifecycle, payloads, results, sweep, wire
+from docket_celery.checkpoint import check_execution_id
+from docket_celery.chords import ATTACHED, CONTEXT, DIGEST, EXECUTION_ID, RELEASED, RETRIES, SKIPPED
+from docket_celery.declaration import Declaration, read_function, read_generic, take_routing
 from docket_celery.defaults import process_defaults
-from docket_celery.errors import (
-    InvalidDeclaration,
-    RunTimedOut,
-    StoreUnavailable,
-)
+from docket_celery.errors import InvalidDeclaration, RunTimedOut, StoreUnavailable
 from docket_celery.graph import Graph
-from docket_celery.messages import Value, brief, framed_bytes
-from docket_celery.on_commit import PREPARED, OnCommitTask
-from docket_celery.outcome import RunOutcome, Submission, job_parts
-from docket_celery.plan import Plan
-from docket_celery.results import GraphResult, R, StoredResult
+from docket_celery.messages import Value
+from docket_celery.on_commit import PREPARED
+from docket_celery.outcome import RunOutcome, Submission
+from docket_celery.results import R
 from docket_celery.retrying import Kinds, is_stored, keep, most_retries, park_s, visibility_s, with_causes
+from docket_celery.submitting import SubmittedTask, queued_run
 
 _logger = logging.getLogger("docket_celery.task")
 P = ParamSpec("P")
 _BUSY_MOST_S = 15.0
 
 
-class GraphTask(OnCommitTask[P, R]):
+class GraphTask(SubmittedTask[P, R]):
     """A Celery task whose body is a graph. Declare it with `graph_task`, as a class, or with ``base=GraphTask``.
 
     Class attributes besides Celery's own:
@@ -68,18 +44,12 @@ class GraphTask(OnCommitTask[P, R]):
         on_error: Of a batch: ``fail`` with the first failed item, or ``collect``; default: as its result says.
         max_failed: ``collect`` only: how many items may fail, as a count or as a share (a float from 0 to 1).
         chunk_size: Items that one task works on; default: chosen from how many there are.
+        max_concurrency: Most items under way at once over all workers; default: as many as they have threads.
     """
 
     abstract = True
-    graph: Graph
-    execution_id: Callable[..., str] | None = None
-    on_error: str | None = None
-    max_failed: float | None = None
-    chunk_size: int | None = None
-    declaration: Declaration
     declared: Callable[..., Any] | None = None
     declared_max_retries: int | None = 3
-    routing: Mapping[str, Any] = {}
     acks_late = True
     retry_on_worker_lost = True
     track_started = True
@@ -120,112 +90,6 @@ class GraphTask(OnCommitTask[P, R]):
         if "graph" in cls.__dict__:
             lifecycle.watch_task(app)
 
-    # --- submitting --------------------------------------------------------------------------------------------
-
-    if TYPE_CHECKING:
-
-        def delay(self, *args: P.args, **kwargs: P.kwargs) -> GraphResult[R]: ...
-
-    def AsyncResult(self, task_id: str, **kwargs: Any) -> GraphResult[R]:  # noqa: N802 -- Celery's name
-        """Return the promise of the task called *task_id*."""
-        return GraphResult(task_id, backend=self.backend, task_name=self.name, app=self.app, **kwargs)
-
-    def apply_async(
-        self,
-        args: Any = None,
-        kwargs: Any = None,
-        task_id: str | None = None,
-        *more: Any,
-        execution_id: str | None = None,
-        context: Mapping[str, Any] | None = None,
-        on_error: str | None = None,
-        max_failed: float | None = None,
-        chunk_size: int | None = None,
-        **options: Any,
-    ) -> GraphResult[R]:
-        """Submit a job.
-
-        Args:
-            args: The messages, positionally; their JSON form (a dict) is accepted too.
-            kwargs: The messages by name.
-            task_id: As in Celery; the run is named by *execution_id*.
-            *more: Celery's further positional options.
-            execution_id: Names the run; default: the task's ``execution_id`` function, else the task id.
-            context: JSON values for ``ctx.values``.
-            on_error: This batch's, in place of the task's; so are the next two.
-            max_failed: How many items may fail.
-            chunk_size: Items that one task works on.
-            **options: Celery's own.
-
-        Raises:
-            InvalidArguments: An argument is missing or of another type, or the name cannot be used.
-            PayloadTooLarge: The job is too large for a message, and for the store or there is none.
-            RunConflict, StoreUnavailable: Of a job that is too large for a message and goes to the store.
-        """
-        headers = dict(options.pop("headers", None) or {})
-        # The job's own delivery comes again: it was checked, and its headers are ours.
-        again = options.pop(PREPARED, False) or options.get("retries")
-        if not again:
-            args, kwargs = self._prepare(args, kwargs, headers, execution_id, context)
-            chords.write_order(self, headers, (on_error, max_failed, chunk_size))
-        args, kwargs = args or (), kwargs or {}
-        options.setdefault("argsrepr", chords.describe(headers) or f"({', '.join(map(_brief, args))})")
-        options.setdefault("kwargsrepr", f"{{{', '.join(f'{k}={_brief(v)}' for k, v in kwargs.items())}}}")
-        if not options.get("retries") and PART not in headers:
-            task_id = task_id or str(uuid.uuid4())
-            args, kwargs = payloads.send(self, args, kwargs, _queued_run(headers, task_id, options))
-        submit = cast("Callable[..., GraphResult[R]]", super().apply_async)
-        return submit(args, kwargs, task_id, *more, headers=headers, **add_routing(self.routing, options))
-
-    def apply(
-        self,
-        args: Any = None,
-        kwargs: Any = None,
-        *more: Any,
-        execution_id: str | None = None,
-        context: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> EagerResult[R]:
-        """Run a job here and now, as a worker would; arguments as in `apply_async`."""
-        headers = dict(options.pop("headers", None) or {})
-        if not options.get("retries") and not payloads.holds_job(args, kwargs):
-            args, kwargs = self._prepare(args, kwargs, headers, execution_id, context, travels=False)
-        run = cast("Callable[..., EagerResult[R]]", super().apply)
-        if more:
-            return run(args, kwargs, *more, headers=headers, **options)
-        # Raised here: told to throw, Celery throws the Retry of a job that is to be tried again.
-        throw = options.pop("throw", None)
-        result = run(args, kwargs, headers=headers, throw=False, **options)
-        if self.app.conf.task_eager_propagates if throw is None else throw:
-            result.get(disable_sync_subtasks=False)
-        return result
-
-    def _prepare(
-        self,
-        args: Any,
-        kwargs: Any,
-        headers: dict[str, Any],
-        execution_id: str | None,
-        context: Mapping[str, Any] | None,
-        *,
-        travels: bool = True,
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        messages = self.declaration.bind(*results.read_results(args or (), kwargs or {}, self.app))
-        job = job_parts(self.declaration.given, messages)
-        headers[DIGEST] = base64.b64encode(job_digest(job)).decode("ascii")
-        for name in (*chords.OF_ONE_DELIVERY, BATCH):
-            # They speak of one delivery; whoever passes on the headers of a running task passes on these too.
-            headers.pop(name, None)
-        named_run = headers.get(EXECUTION_ID) if execution_id is None else execution_id
-        if named_run is None and self.execution_id is not None:
-            named_run = self.execution_id(*messages)
-        if named_run is not None:
-            headers[EXECUTION_ID] = check_execution_id(named_run)
-        if context is not None:
-            headers[CONTEXT] = json_values(context)
-        size = framed_bytes(part for name, data in job for part in (name.encode(), data)) if travels else None
-        return payloads.arrange(self, messages, args or (), kwargs or {}, size)
-
     # --- running -----------------------------------------------------------------------------------------------
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -233,11 +97,12 @@ class GraphTask(OnCommitTask[P, R]):
         request = self.request
         direct = bool(request.called_directly)
         settings = lifecycle.app_settings(self.app)
-        queued = None if direct else _queued_run(request.headers or {}, request.id, {})
+        queued = None if direct else queued_run(request.headers or {}, request.id, {})
         try:
             travelled = not (direct or request.is_eager)
             read = functools.partial(payloads.receive, self, args, kwargs, queued, travelled=travelled)
-            messages = None if chords.is_part(request) else read()
+            stored = self.declaration.batch is not None and payloads.holds_job(args, kwargs)
+            messages = None if stored or chords.is_part(request) else read()
         except StoreUnavailable as error:
             wait_s = park_s(self, error, None, retries=request.retries, skipped=_skipped(request))
             self._raise(RunOutcome(error=error, park_s=None if direct else wait_s), error)
@@ -351,59 +216,6 @@ class GraphTask(OnCommitTask[P, R]):
             raise keep(request.id, error) from error
         raise Ignore(f"another delivery advances this run; back in {countdown:.1f} s")
 
-    @classmethod
-    def plan(cls) -> Plan:
-        """Return the plan of this task.
-
-        Raises:
-            GraphError: The graph has faults.
-        """
-        return cls.declaration.compile(cls.graph)
-
-
-def graph_task(
-    app: Celery, graph: Graph, *, execution_id: NameFunction | None = None, **options: Any
-) -> Callable[[Callable[P, R]], GraphTask[P, R]]:
-    """Declare a GraphTask: its signature says what goes in and what comes out, *graph* does the work.
-
-    Args:
-        app: The Celery app.
-        graph: The graph.
-        execution_id: From the messages, the name of their run; default: the task's id.
-        **options: Celery's task options.
-
-    Raises:
-        InvalidDeclaration: The signature or the body does not fit, or ``bind=True`` is given.
-    """
-
-    def declare(function: Callable[P, R]) -> GraphTask[P, R]:
-        _check(function, graph, options)
-        declare_task = cast("Any", app.task)(
-            base=GraphTask, graph=graph, execution_id=execution_id, **options
-        )
-        return cast("GraphTask[P, R]", declare_task(function))
-
-    return declare
-
-
-def shared_graph_task(
-    graph: Graph, *, execution_id: NameFunction | None = None, **options: Any
-) -> Callable[[Callable[P, R]], GraphTask[P, R]]:
-    """Like `graph_task` without naming the app, as ``shared_task`` does.
-
-    Raises:
-        InvalidDeclaration: The signature or the body does not fit, or ``bind=True`` is given.
-    """
-
-    def declare(function: Callable[P, R]) -> GraphTask[P, R]:
-        _check(function, graph, options)
-        declare_task = cast("Any", shared_task)(
-            base=GraphTask, graph=graph, execution_id=execution_id, **options
-        )
-        return cast("GraphTask[P, R]", declare_task(function))
-
-    return declare
-
 
 def _scope(task: GraphTask[Any, Any], request: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
     """Return a scope in which ``current_task`` and its request are what they are in the task's own thread."""
@@ -422,18 +234,6 @@ def _scope(task: GraphTask[Any, Any], request: Any) -> Callable[[], contextlib.A
     return scope
 
 
-def _queued_run(
-    headers: Mapping[str, Any], task_id: str | None, options: Mapping[str, Any]
-) -> payloads.QueuedRun:
-    """Return the run that a task with these headers asks for, where its job has been bound before."""
-    return payloads.QueuedRun(
-        execution_id=check_execution_id(headers.get(EXECUTION_ID) or task_id),
-        job_digest=base64.b64decode(headers.get(DIGEST) or ""),
-        task_id=task_id or "",
-        wait_s=payloads.wait_s(options),
-    )
-
-
 def _skipped(request: Any) -> int:
     """Return how many deliveries of the task so far did not even get at the database."""
     headers: Mapping[str, Any] = request.headers or {}
@@ -443,16 +243,6 @@ def _skipped(request: Any) -> int:
 def _is_function(value: object) -> bool:
     """Tell whether *value* is a plain function, which would become a method on a class."""
     return callable(value) and hasattr(value, "__get__") and not isinstance(value, type)
-
-
-def _check(function: Callable[..., Any], graph: object, options: Mapping[str, Any]) -> None:
-    name = str(options.get("name") or getattr(function, "__name__", function))
-    if not isinstance(graph, Graph):
-        raise InvalidDeclaration(name, f"the graph must be a docket_celery.Graph, not {graph!r}")
-    if options.get("bind"):
-        raise InvalidDeclaration(name, "bind=True hands the task to a body that never runs; drop it")
-    chords.check_options(options)
-    read_function(name, function)
 
 
 def _declare(cls: type[GraphTask[Any, Any]], name: str) -> Declaration:
@@ -474,16 +264,8 @@ def _declare(cls: type[GraphTask[Any, Any]], name: str) -> Declaration:
     return read_function(name, function)
 
 
-def _brief(value: Any) -> str:
-    value = value.message if isinstance(value, wire.Result) else value
-    if isinstance(value, payloads.StoredJob | StoredResult):
-        return repr(value)
-    if isinstance(value, (list, tuple, BatchResult)):
-        return f"<{len(cast('Sequence[Any]', value))} messages>"
-    return brief(value) if isinstance(value, Message) else f"<{type(value).__name__}>"
-
-
 wire.install()
 results.install()
 payloads.install()
 lifecycle.install()
+sweep.install()

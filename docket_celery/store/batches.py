@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection
 
-from docket_celery.checkpoint import Checkpoint, Chunk, Lease, StepExecution
-from docket_celery.chunks import ChunkEnd, ChunkRefusal, ChunkRequest, ChunkRow
+from docket_celery.checkpoint import Checkpoint, Chunk, Lease, RunRequest, RunRow, StepExecution
+from docket_celery.chunks import ChunkEnd, ChunkRefusal, ChunkRequest, ChunkRow, LostRun, Progress
+from docket_celery.errors import CodecFailed
 from docket_celery.store.sealing import Seal
 
+_logger = logging.getLogger("docket_celery.store")
 T = TypeVar("T")
 
 
@@ -31,6 +35,7 @@ class BatchModule(Protocol):
     def measure_items(
         self, connection: Connection, graph: str, execution_id: str, name: str
     ) -> tuple[int, int]: ...
+    def find_names(self, connection: Connection, graph: str, execution_id: str) -> set[str]: ...
     def open_stage(
         self,
         connection: Connection,
@@ -39,16 +44,47 @@ class BatchModule(Protocol):
         chunks: Sequence[Chunk],
         allowed: int,
         executions: Sequence[StepExecution],
+        progress: Progress | None,
+        message: bytes | None,
     ) -> None: ...
     def find_chunks(self, connection: Connection, graph: str, execution_id: str) -> list[ChunkRow]: ...
     def lease_chunk(self, connection: Connection, request: ChunkRequest) -> Lease | ChunkRefusal: ...
-    def end_chunk(self, connection: Connection, lease: Lease, ending: ChunkEnd) -> None: ...
+    def end_chunk(self, connection: Connection, lease: Lease, ending: ChunkEnd) -> Progress | None: ...
+
+
+class UploadModule(Protocol):
+    """The calls about items on their way into the store, for one dialect."""
+
+    def begin_upload(self, connection: Connection, request: RunRequest, keep_s: float) -> Lease | RunRow: ...
+    def put_items(self, connection: Connection, lease: Lease, items: Sequence[Checkpoint]) -> None: ...
+    def close_items(
+        self, connection: Connection, lease: Lease, name: str, count: int, rows: Sequence[Checkpoint]
+    ) -> None: ...
+    def finish_upload(self, connection: Connection, lease: Lease, digest: bytes, keep_s: float) -> None: ...
+
+
+class UpkeepModule(Protocol):
+    """What others than its holder do to a run, for one dialect."""
+
+    def cancel(
+        self,
+        connection: Connection,
+        graph: str,
+        execution_id: str,
+        error: dict[str, Any],
+        retention_s: float,
+    ) -> RunRow | None: ...
+    def find_lost(
+        self, connection: Connection, task_names: Sequence[str], lease_s: float, limit: int
+    ) -> list[LostRun]: ...
 
 
 class BatchCalls:
     """The calls of `BatchStore`; `SQLStore` has the connections."""
 
     _batches: BatchModule
+    _uploads: UploadModule
+    _upkeep: UpkeepModule
     _seal: Seal
 
     def _call(self, action: str, work: Callable[[Connection], T]) -> T:
@@ -58,6 +94,34 @@ class BatchCalls:
         """See `BatchStore.save_many`."""
         closed = [self._seal.close_checkpoint(checkpoint) for checkpoint in checkpoints]
         self._call("save the items", lambda connection: self._batches.save_many(connection, lease, closed))
+
+    def begin_upload(self, request: RunRequest, keep_s: float) -> Lease | RunRow:
+        """See `BatchStore.begin_upload`."""
+        closed = self._seal.close_request(request)
+        found = self._call(
+            "reserve the run", lambda connection: self._uploads.begin_upload(connection, closed, keep_s)
+        )
+        return found if isinstance(found, Lease) else self._seal.open_run(found)
+
+    def put_items(self, lease: Lease, items: Sequence[Checkpoint]) -> None:
+        """See `BatchStore.put_items`."""
+        closed = [self._seal.close_checkpoint(item) for item in items]
+        self._call("store the items", lambda connection: self._uploads.put_items(connection, lease, closed))
+
+    def close_items(self, lease: Lease, name: str, count: int, rows: Sequence[Checkpoint]) -> None:
+        """See `BatchStore.close_items`."""
+        closed = [self._seal.close_checkpoint(row) for row in rows]
+        self._call(
+            "count the items",
+            lambda connection: self._uploads.close_items(connection, lease, name, count, closed),
+        )
+
+    def finish_upload(self, lease: Lease, digest: bytes, keep_s: float) -> None:
+        """See `BatchStore.finish_upload`."""
+        self._call(
+            "queue the run",
+            lambda connection: self._uploads.finish_upload(connection, lease, digest, keep_s),
+        )
 
     def read_items(
         self,
@@ -82,6 +146,13 @@ class BatchCalls:
             lambda connection: self._batches.measure_items(connection, graph, execution_id, name),
         )
 
+    def find_names(self, graph: str, execution_id: str) -> set[str]:
+        """See `BatchStore.find_names`."""
+        return self._call(
+            "find what is stored",
+            lambda connection: self._batches.find_names(connection, graph, execution_id),
+        )
+
     def open_stage(
         self,
         lease: Lease,
@@ -89,12 +160,20 @@ class BatchCalls:
         chunks: Sequence[Chunk],
         allowed: int,
         executions: Sequence[StepExecution] = (),
+        *,
+        progress: Progress | None = None,
+        message: bytes | None = None,
     ) -> None:
         """See `BatchStore.open_stage`."""
         rows = [one for row in executions if (one := self._seal.close_execution(row)) is not None]
+        sealed = (
+            None if message is None else self._seal.close_message(lease.graph, lease.execution_id, message)
+        )
         self._call(
             "open the stage",
-            lambda connection: self._batches.open_stage(connection, lease, stage, chunks, allowed, rows),
+            lambda connection: self._batches.open_stage(
+                connection, lease, stage, chunks, allowed, rows, progress, sealed
+            ),
         )
 
     def find_chunks(self, graph: str, execution_id: str) -> list[ChunkRow]:
@@ -108,7 +187,36 @@ class BatchCalls:
         """See `BatchStore.lease_chunk`."""
         return self._call("take the chunk", lambda connection: self._batches.lease_chunk(connection, request))
 
-    def end_chunk(self, lease: Lease, end: ChunkEnd) -> None:
+    def end_chunk(self, lease: Lease, end: ChunkEnd) -> Progress | None:
         """See `BatchStore.end_chunk`."""
         closed = self._seal.close_chunk(lease, end)
-        self._call("end the chunk", lambda connection: self._batches.end_chunk(connection, lease, closed))
+        return self._call(
+            "end the chunk", lambda connection: self._batches.end_chunk(connection, lease, closed)
+        )
+
+    def cancel(
+        self, graph: str, execution_id: str, error: dict[str, Any], retention_s: float
+    ) -> RunRow | None:
+        """See `Store.cancel`."""
+        closed = self._seal.close_error(graph, execution_id, error)
+        found = self._call(
+            "cancel the run",
+            lambda connection: self._upkeep.cancel(connection, graph, execution_id, closed, retention_s),
+        )
+        return None if found is None else self._seal.open_run(found)
+
+    def find_lost(self, task_names: Sequence[str], lease_s: float, limit: int) -> list[LostRun]:
+        """See `BatchStore.find_lost`; a run whose message cannot be decoded here is left to others."""
+        found = self._call(
+            "look for lost runs",
+            lambda connection: self._upkeep.find_lost(connection, task_names, lease_s, limit),
+        )
+        lost: list[LostRun] = []
+        for one in found:
+            try:
+                message = self._seal.open_message(one.graph, one.execution_id, one.message)
+            except CodecFailed as error:
+                _logger.warning("a lost run cannot be revived here: %s", error)
+            else:
+                lost.append(replace(one, message=message))
+        return lost

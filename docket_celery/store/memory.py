@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from docket_celery.checkpoint import (
     Checkpoint,
+    Halt,
     Lease,
     Purged,
     RunEnd,
@@ -75,6 +77,27 @@ class _Run:
         over = self.state.ended or self.state is RunState.QUEUED
         return over and self.expires_at is not None and self.expires_at <= now
 
+    def may_be_taken(self, request: RunRequest, now: float) -> bool:
+        """Tell whether *request* may take the run."""
+        held = self.request
+        return may_take(
+            request,
+            target=held.target,
+            job_digest=held.job_digest,
+            state=self.state,
+            owner=self.owner,
+            task_id=held.task_id,
+            retries=held.retries,
+            expired=self.lease_until is not None and self.lease_until <= now,
+        )
+
+    def crashed(self, request: RunRequest) -> bool:
+        """Tell whether taking the run for *request* means that its holder died."""
+        held = self.request
+        return is_crash(
+            request, state=self.state, owner=self.owner, task_id=held.task_id, retries=held.retries
+        )
+
     def row(self, now: float) -> RunRow:
         """Return the run as others see it."""
         return RunRow(
@@ -133,9 +156,9 @@ class MemoryStore:
             if run is None:
                 run = _Run(request, created_at=now)
                 self._runs[request.graph, request.execution_id] = run
-            elif not self._may_take(run, request, now):
+            elif not run.may_be_taken(request, now):
                 return run.row(now)
-            if self._crashed(run, request):
+            if run.crashed(request):
                 run.lost += 1
                 if run.lost >= request.max_deliveries:
                     run.state, run.lease_until = RunState.QUARANTINED, None
@@ -224,16 +247,16 @@ class MemoryStore:
 
     def extend(
         self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
-    ) -> set[tuple[str | int, ...]]:
+    ) -> dict[tuple[str | int, ...], Halt | None]:
         """See `Store.extend`."""
-        held: set[tuple[str | int, ...]] = set()
+        held: dict[tuple[str | int, ...], Halt | None] = {}
         with self._lock:
             now = self._clock()
             for lease in leases:
                 run = self._held(lease)
                 if run is not None:
                     run.lease_until = now + lease.lease_s
-                    held.add((lease.graph, lease.execution_id))
+                    held[lease.name] = None
             for key, owner, lease_s in claims:
                 claim = self._claims.get(key)
                 if claim is not None and claim.owner == owner:
@@ -264,6 +287,20 @@ class MemoryStore:
             if end.state.ended:
                 run.expires_at = None if end.retention_s is None else now + end.retention_s
                 self._date_checkpoints(lease, now)
+
+    def cancel(
+        self, graph: str, execution_id: str, error: dict[str, Any], retention_s: float
+    ) -> RunRow | None:
+        """See `Store.cancel`."""
+        with self._lock:
+            now, run = self._clock(), self._runs.get((graph, execution_id))
+            if run is None:
+                return None
+            if not run.state.ended:
+                run.state, run.lease_until, run.wake_at = RunState.CANCELLED, None, None
+                run.error, run.expires_at = dump_json(error), now + retention_s
+                self._date_checkpoints(run.request, now)
+            return run.row(now)
 
     def find_run(self, graph: str, execution_id: str) -> RunRow | None:
         """See `Store.find_run`."""
@@ -319,22 +356,6 @@ class MemoryStore:
         with self._lock:
             return list(self._executions)
 
-    def _may_take(self, run: _Run, request: RunRequest, now: float) -> bool:
-        return may_take(
-            request,
-            target=run.request.target,
-            job_digest=run.request.job_digest,
-            state=run.state,
-            owner=run.owner,
-            task_id=run.request.task_id,
-            retries=run.request.retries,
-            expired=run.lease_until is not None and run.lease_until <= now,
-        )
-
-    def _crashed(self, run: _Run, request: RunRequest) -> bool:
-        held = run.request
-        return is_crash(request, state=run.state, owner=run.owner, task_id=held.task_id, retries=held.retries)
-
     def _take(self, run: _Run, request: RunRequest, now: float) -> Lease:
         retries = known_retries(request, task_id=run.request.task_id, retries=run.request.retries)
         if run.state is RunState.FAILED:
@@ -387,7 +408,7 @@ class MemoryStore:
                 return False
         return stored.expires_at is not None and stored.expires_at <= now
 
-    def _date_checkpoints(self, lease: Lease, ended_at: float | None) -> None:
+    def _date_checkpoints(self, lease: Lease | RunRequest, ended_at: float | None) -> None:
         for stored in self._cache.values():
             checkpoint = stored.checkpoint
             if checkpoint.ttl_s is None:

@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 
 from docket_celery.checkpoint import (
     Checkpoint,
+    Halt,
     Lease,
     Purged,
     RunEnd,
@@ -35,6 +36,7 @@ from docket_celery.store.rows import (
     end_values,
     execution_values,
     fence_values,
+    halt,
     lease_from,
     read_checkpoint,
     read_run,
@@ -155,10 +157,10 @@ def disclaim(connection: Connection, key: bytes, owner: str) -> None:
 
 def extend(
     connection: Connection, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]]
-) -> set[tuple[str | int, ...]]:
+) -> dict[tuple[str | int, ...], Halt | None]:
     """See `Store.extend`."""
     if not leases and not claims:
-        return set()
+        return {}
     chunks = [(lease, lease.chunk) for lease in leases if lease.chunk is not None]
     values = _lease_arrays("", [lease for lease in leases if lease.chunk is None])
     if chunks:
@@ -170,7 +172,10 @@ def extend(
         values["claimants"] = [clean_text(owner) for _, owner, _ in claims]
         values["claims_s"] = [float(lease_s) for _, _, lease_s in claims]
     rows = connection.execute(sql.EXTEND[bool(claims), bool(chunks)], values)
-    return {tuple(part for part in row if part is not None) for row in rows}
+    return {
+        tuple(part for part in name if part is not None): halt(failing=failing, stopped=stopped)
+        for *name, failing, stopped in rows
+    }
 
 
 def _lease_arrays(prefix: str, leases: Sequence[Lease]) -> dict[str, Any]:

@@ -8,41 +8,26 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from docket_celery.checkpoint import Checkpoint, Chunk, Lease, RunState, StepExecution
-from docket_celery.chunks import ChunkEnd, ChunkRefusal, ChunkRequest, ChunkRow
+from docket_celery.chunks import ChunkEnd, ChunkRefusal, ChunkRequest, ChunkRow, Progress
 from docket_celery.errors import LeaseLost
 from docket_celery.store.postgres import execution_arrays
-from docket_celery.store.postgres_sql import ADD_EXECUTIONS, FENCES, IS_CHUNK
+from docket_celery.store.postgres_sql import ADD_EXECUTIONS, ADD_MANY, FENCES, IS_CHUNK, checkpoint_arrays
 from docket_celery.store.rows import (
     CHECKPOINT_COLUMNS,
-    checkpoint_values,
     chunk_lease,
     chunk_values,
-    clean_checkpoint,
     clean_text,
     dump_json,
     fence_values,
+    progress_values,
     read_chunk,
     read_in_order,
+    read_progress,
     refusal,
 )
 
 _COLUMNS = ", ".join(CHECKPOINT_COLUMNS)
-_TYPES = {
-    "cache_key": "bytea",
-    "item_index": "bigint",
-    "output_data": "bytea",
-    "ttl": "double precision",
-    "checksum": "bytea",
-    "output_json": "text",
-}
-_STORED = (*CHECKPOINT_COLUMNS, "output_json")
-_ARRAYS = ", ".join(f"CAST(:k_{name} AS {_TYPES.get(name, 'text')}[])" for name in _STORED)
-_ADD_MANY = f""",
-s AS (
-    INSERT INTO docket_cache ({_COLUMNS}, output_json, created_at)
-    SELECT {", ".join(f"u.{name}" for name in CHECKPOINT_COLUMNS)}, CAST(u.output_json AS jsonb), clock_timestamp()
-    FROM unnest({_ARRAYS}) AS u ({", ".join(_STORED)}), f
-    ON CONFLICT (cache_key) DO NOTHING)"""
+_ADD_MANY = f"{ADD_MANY}\n    ON CONFLICT (cache_key) DO NOTHING)"
 _IS_RUN = "graph = :graph AND execution_id = :execution_id"
 _UNTIL = "clock_timestamp() + CAST(:lease_s AS double precision) * interval '1 second'"
 
@@ -55,6 +40,17 @@ WHERE {_IS_RUN} AND step_name = ANY(CAST(:names AS text[])) AND item_index >= :l
 UNION ALL
 SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = ANY(CAST(:keys AS bytea[])) AND {_IS_RUN}
 """)
+# One step into the index for each name, however many items there are.
+_FIND_NAMES = text(f"""
+WITH RECURSIVE names AS (
+    (SELECT step_name FROM docket_cache WHERE {_IS_RUN} ORDER BY step_name LIMIT 1)
+    UNION ALL
+    SELECT (SELECT c.step_name FROM docket_cache AS c
+        WHERE c.graph = :graph AND c.execution_id = :execution_id AND c.step_name > names.step_name
+        ORDER BY c.step_name LIMIT 1)
+    FROM names WHERE names.step_name IS NOT NULL)
+SELECT step_name FROM names WHERE step_name IS NOT NULL
+""")
 _MEASURE = text(f"""
 SELECT count(*), COALESCE(sum(octet_length(output_data)), 0) FROM docket_cache
 WHERE {_IS_RUN} AND step_name = :name AND item_index IS NOT NULL AND item = item_index::text
@@ -65,7 +61,10 @@ def _open_stage(executions: str) -> Any:
     return text(f"""
 WITH f AS (
     UPDATE docket_runs SET
-        state = 'WAITING', stage = :stage, lease_until = NULL, wake_at = NULL, updated_at = clock_timestamp(),
+        state = 'WAITING', stage = :stage, lease_until = NULL, updated_at = clock_timestamp(),
+        wake_at = CASE WHEN CAST(:message AS bytea) IS NOT NULL
+            THEN {_UNTIL} END,
+        message = CAST(:message AS bytea), progress = CAST(:progress AS jsonb),
         items_allowed = :allowed, items_failed = (
             SELECT COALESCE(sum(failed), 0) FROM docket_chunks WHERE {_IS_RUN} AND stage = :stage)
     WHERE {_IS_RUN} AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'
@@ -117,17 +116,24 @@ FROM (SELECT 1) AS one LEFT JOIN run ON true LEFT JOIN old ON true LEFT JOIN tak
 
 
 def _end_chunk(checkpoints: str, executions: str) -> Any:
+    # The run is locked before its chunk, as by all who touch both: ending, cancelling and opening it.
     return text(f"""
-WITH f AS (
+WITH run AS (
+    SELECT 1 FROM docket_runs WHERE {_IS_RUN} FOR UPDATE),
+f AS (
     UPDATE docket_chunks AS c SET state = :state, lease_until = NULL, failed = :failed,
         errors = CAST(:errors AS jsonb)
-    WHERE {IS_CHUNK} RETURNING 1),
+    FROM run WHERE {IS_CHUNK} RETURNING c.hi - c.lo AS items),
 r AS (
-    UPDATE docket_runs SET items_failed = items_failed + CAST(:failed AS bigint),
-        items_allowed = CASE WHEN CAST(:stops AS boolean) THEN -1 ELSE items_allowed END
-    FROM f WHERE (CAST(:stops AS boolean) OR CAST(:failed AS bigint) > 0) AND {_IS_RUN} AND stage = :stage)
+    UPDATE docket_runs AS r SET updated_at = clock_timestamp(),
+        items_failed = items_failed + CAST(:failed AS bigint),
+        items_allowed = CASE WHEN CAST(:stops AS boolean) THEN -1 ELSE items_allowed END,
+        progress = CASE WHEN :state = 'SUCCEEDED' THEN jsonb_set(
+            progress, '{{done}}', to_jsonb(CAST(progress ->> 'done' AS bigint) + f.items)) ELSE progress END
+    FROM f WHERE r.graph = :graph AND r.execution_id = :execution_id AND r.stage = :stage
+    RETURNING CAST(r.progress AS text) AS progress)
 {checkpoints}{executions}
-SELECT count(*) FROM f
+SELECT (SELECT count(*) FROM f) AS fenced, (SELECT progress FROM r) AS progress
 """)
 
 
@@ -145,7 +151,7 @@ _FIND_CHUNK = text(
 
 def save_many(connection: Connection, lease: Lease, checkpoints: Sequence[Checkpoint]) -> None:
     """See `BatchStore.save_many`."""
-    values = fence_values(lease) | _checkpoint_arrays(checkpoints)
+    values = fence_values(lease) | checkpoint_arrays(checkpoints)
     if not connection.execute(_SAVE_MANY[lease.chunk is not None], values).scalar_one():
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
 
@@ -166,6 +172,12 @@ def read_items(
     return read_in_order(connection.execute(_READ_ITEMS, values).mappings().all(), **run)
 
 
+def find_names(connection: Connection, graph: str, execution_id: str) -> set[str]:
+    """See `BatchStore.find_names`."""
+    values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
+    return set(connection.execute(_FIND_NAMES, values).scalars())
+
+
 def measure_items(connection: Connection, graph: str, execution_id: str, name: str) -> tuple[int, int]:
     """See `BatchStore.measure_items`."""
     values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id), "name": clean_text(name)}
@@ -180,10 +192,13 @@ def open_stage(
     chunks: Sequence[Chunk],
     allowed: int,
     executions: Sequence[StepExecution],
+    progress: Progress | None,
+    message: bytes | None,
 ) -> None:
     """See `BatchStore.open_stage`."""
     values = fence_values(lease) | execution_arrays(executions)
-    values |= {"stage": stage, "allowed": allowed}
+    values |= {"stage": stage, "allowed": allowed, "message": message, "progress": progress_values(progress)}
+    values["lease_s"] = lease.lease_s
     values |= {"los": [chunk.lo for chunk in chunks], "his": [chunk.hi for chunk in chunks]}
     if connection.execute(_OPEN_STAGE[bool(executions)], values).scalar_one():
         return
@@ -207,21 +222,18 @@ def lease_chunk(connection: Connection, request: ChunkRequest) -> Lease | ChunkR
     return refusal(state, is_open=row["open"], failing=row["failing"], lease_left_s=row["lease_left_s"])
 
 
-def end_chunk(connection: Connection, lease: Lease, ending: ChunkEnd) -> None:
+def end_chunk(connection: Connection, lease: Lease, ending: ChunkEnd) -> Progress | None:
     """See `BatchStore.end_chunk`."""
     values = fence_values(lease) | execution_arrays(ending.executions)
     if ending.checkpoints:
-        values |= _checkpoint_arrays(ending.checkpoints)
+        values |= checkpoint_arrays(ending.checkpoints)
     values |= {"state": ending.state.value, "failed": ending.failed, "stops": ending.stops}
     values["errors"] = dump_json(dict(ending.errors)) if ending.errors else None
     statement = _END_CHUNK[bool(ending.checkpoints), bool(ending.executions)]
-    if connection.execute(statement, values).scalar_one():
-        return
+    found = connection.execute(statement, values).mappings().one()
+    if found["fenced"]:
+        return read_progress(found["progress"])
     row = connection.execute(_FIND_CHUNK, values).first()
     if row is None or tuple(row) != (values["owner"], values["epoch"], values["state"]):
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
-
-
-def _checkpoint_arrays(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
-    rows = [checkpoint_values(clean_checkpoint(checkpoint)) for checkpoint in checkpoints]
-    return {f"k_{name}": [row[name] for row in rows] for name in _STORED}
+    return None

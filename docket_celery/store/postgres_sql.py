@@ -7,9 +7,19 @@ answer: acquire by owner, save and publish by key, end by owner and state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from sqlalchemy import TextClause, text
 
-from docket_celery.store.rows import CHECKPOINT_COLUMNS, EXECUTION_COLUMNS, KEPT_FOR_DELIVERY
+from docket_celery.checkpoint import Checkpoint
+from docket_celery.store.rows import (
+    CHECKPOINT_COLUMNS,
+    EXECUTION_COLUMNS,
+    KEPT_FOR_DELIVERY,
+    checkpoint_values,
+    clean_checkpoint,
+)
 
 _SECOND = "interval '1 second'"
 _RUN = """
@@ -121,6 +131,31 @@ _EXECUTION_TYPES = {
 _EXECUTION = ", ".join(f"CAST(:x_{name} AS {_EXECUTION_TYPES[name]})" for name in EXECUTION_COLUMNS)
 _EXECUTION_ARRAYS = ", ".join(f"CAST(:x_{name} AS {_EXECUTION_TYPES[name]}[])" for name in EXECUTION_COLUMNS)
 _ADD_EXECUTION = f"INSERT INTO docket_executions ({_EXECUTION_NAMES})"
+
+_CHECKPOINT_TYPES = {
+    "cache_key": "bytea",
+    "item_index": "bigint",
+    "output_data": "bytea",
+    "ttl": "double precision",
+    "checksum": "bytea",
+    "output_json": "text",
+}
+_KEPT_COLUMNS = (*CHECKPOINT_COLUMNS, "output_json")
+_CHECKPOINT_ARRAYS = ", ".join(
+    f"CAST(:k_{name} AS {_CHECKPOINT_TYPES.get(name, 'text')}[])" for name in _KEPT_COLUMNS
+)
+ADD_MANY = f""",
+s AS (
+    INSERT INTO docket_cache AS c ({_COLUMNS}, output_json, created_at)
+    SELECT {", ".join(f"u.{name}" for name in CHECKPOINT_COLUMNS)}, CAST(u.output_json AS jsonb), clock_timestamp()
+    FROM unnest({_CHECKPOINT_ARRAYS}) AS u ({", ".join(_KEPT_COLUMNS)}), f"""
+"""Stores `checkpoint_arrays` after a fence called f; what happens where a key is there already comes next."""
+
+
+def checkpoint_arrays(checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    """Return the columns of *checkpoints* as arrays, for `ADD_MANY`."""
+    rows = [checkpoint_values(clean_checkpoint(checkpoint)) for checkpoint in checkpoints]
+    return {f"k_{name}": [row[name] for row in rows] for name in _KEPT_COLUMNS}
 
 
 _HOLDS_RUN = """
@@ -237,7 +272,11 @@ WITH l AS (
 """)
 
 
-_HELD = "\nSELECT graph, execution_id, NULL AS stage, NULL AS lo FROM l"
+_HELD = "\nSELECT graph, execution_id, NULL AS stage, NULL AS lo, NULL AS failing, NULL AS stopped FROM l"
+_HELD_CHUNKS = """
+UNION ALL
+SELECT h.graph, h.execution_id, h.stage, h.lo, r.items_failed > r.items_allowed, r.items_allowed < 0
+FROM h JOIN docket_runs AS r ON r.graph = h.graph AND r.execution_id = h.execution_id"""
 # A spent claim stays spent: only one that is alive is extended.
 _EXTEND_CLAIMS = f""",
 k AS (
@@ -259,7 +298,7 @@ EXTEND = {
         (_EXTEND_CLAIMS if claims else "")
         + (_EXTEND_CHUNKS if chunks else "")
         + _HELD
-        + (" UNION ALL SELECT graph, execution_id, stage, lo FROM h" if chunks else "")
+        + (_HELD_CHUNKS if chunks else "")
     )
     for claims in (False, True)
     for chunks in (False, True)
@@ -274,7 +313,9 @@ WITH f AS (
         state = :state, lease_until = NULL, failures = failures + CAST(:failed AS integer),
         result = CAST(:result AS bytea), result_checksum = CAST(:result_checksum AS bytea),
         error = CAST(:error AS jsonb),
-        wake_at = clock_timestamp() + CAST(:wake_in_s AS double precision) * {_SECOND},
+        wake_at = clock_timestamp() + COALESCE(CAST(:wake_in_s AS double precision),
+            CASE WHEN CAST(:state AS text) = 'WAITING' AND message IS NOT NULL
+                THEN CAST(:lease_s AS double precision) END) * {_SECOND},
         retries = retries + CASE WHEN CAST(:wake_in_s AS double precision) IS NULL THEN 0 ELSE 1 END,
         ended_at = CASE WHEN CAST(:ended AS boolean) THEN clock_timestamp() END,
         expires_at = CASE WHEN CAST(:ended AS boolean)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, Protocol
 
 from docket_celery.checkpoint import (
     Checkpoint,
     Chunk,
+    Halt,
     Lease,
     RunEnd,
     RunRequest,
@@ -19,11 +20,17 @@ from docket_celery.checkpoint import (
     StepExecution,
     digest,
 )
-from docket_celery.chunks import ChunkRefusal, ChunkRequest, ChunkRow, ChunkStop
+from docket_celery.chunks import ChunkRefusal, ChunkRequest, ChunkRow, ChunkStop, Progress
 from docket_celery.errors import CorruptCheckpoint
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """The version of the tables and rules that this release reads and writes."""
+
+QUEUE_PATIENCE = 10
+"""So many leases long may all chunks of a stage lie in a queue before they are taken for lost."""
+
+LONGEST_LOOK_S = 3600
+"""Most seconds between two looks at a run that seems lost: a long queue looks alike."""
 
 KEPT_FOR_DELIVERY = (RunState.QUEUED, RunState.FAILED, RunState.SUCCEEDED)
 """What a delivery can use: queueing the run again keeps it until then. The others' names become free in time."""
@@ -194,6 +201,7 @@ def end_values(lease: Lease, end: RunEnd) -> dict[str, Any]:
         checksum = result_checksum(fence["graph"], fence["execution_id"], target, end.result)
     return {
         **fence,
+        "lease_s": lease.lease_s,
         "state": end.state.value,
         "ended": end.state.ended,
         "failed": int(end.failed_once),
@@ -373,9 +381,28 @@ def refusal(
         return ChunkRefusal(reason=ChunkStop.STALE)
     if state == RunState.QUARANTINED:
         return ChunkRefusal(reason=ChunkStop.QUARANTINED)
-    if state in {RunState.SUCCEEDED, RunState.FAILED}:
+    if state == RunState.SUCCEEDED:
         return ChunkRefusal(reason=ChunkStop.DONE)
+    if state in {RunState.FAILED, RunState.CANCELLED}:
+        return ChunkRefusal(reason=ChunkStop.FAILING)
     if failing:
         return ChunkRefusal(reason=ChunkStop.FAILING)
     left_s = 0.0 if lease_left_s is None else max(0.0, float(str(lease_left_s)))
     return ChunkRefusal(reason=ChunkStop.BUSY, lease_left_s=left_s)
+
+
+def halt(*, failing: object, stopped: object) -> Halt | None:
+    """Return what the holder of a chunk is told, whose stage stands so."""
+    if stopped:
+        return Halt.STOPPED
+    return Halt.FAILING if failing else None
+
+
+def progress_values(progress: Progress | None) -> str | None:
+    """Return *progress* as ``docket_runs`` keeps it."""
+    return None if progress is None else json.dumps(asdict(progress))
+
+
+def read_progress(text: str | None) -> Progress | None:
+    """Return what `progress_values` wrote."""
+    return None if text is None else Progress(**json.loads(text))

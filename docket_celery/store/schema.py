@@ -149,6 +149,7 @@ docket_runs = Table(
     Column("expires_at", _TIME, comment="when purging may delete the run"),
     Column("items_failed", _BIG, comment="of the open stage"),
     Column("items_allowed", _BIG, comment="how many may fail; -1: nothing of it starts any more"),
+    Column("message", LargeBinary, comment="what whoever finds the run lost sends to have it go on"),
     PrimaryKeyConstraint("graph", "execution_id"),
     CheckConstraint(f"state IN ({_STATES})", name="state"),
     CheckConstraint("length(execution_id) BETWEEN 1 AND 255", name="execution_id"),
@@ -266,8 +267,17 @@ def _to_3(connection: Connection) -> None:
         run(f"COMMENT ON COLUMN {column} IS '{comment}'")
 
 
+def _to_4(connection: Connection) -> None:
+    """Let anybody go on with a batch that was lost."""
+    lite = connection.dialect.name != "postgresql"
+    connection.exec_driver_sql(f"ALTER TABLE docket_runs ADD COLUMN message {'BLOB' if lite else 'bytea'}")
+    if not lite:
+        comment = "what whoever finds the run lost sends to have it go on"
+        connection.exec_driver_sql(f"COMMENT ON COLUMN docket_runs.message IS '{comment}'")
+
+
 # A migration is written in plain SQL and never changed: it starts from the tables as they were then.
-MIGRATIONS: Mapping[int, Migration] = {2: _to_2, 3: _to_3}
+MIGRATIONS: Mapping[int, Migration] = {2: _to_2, 3: _to_3, 4: _to_4}
 """How to reach a version from the one before, from 2 on; an empty database gets the newest tables at once."""
 
 _LOCK_ID = 0x646F636B6574  # "docket": one advisory lock for all who migrate

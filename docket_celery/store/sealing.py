@@ -109,11 +109,26 @@ class Seal:
         if result is not None:
             result = self._encode(_result_name(*run), result, _place("result", *run, lease.target))
         if error is not None:
-            error = self._encode_record(
-                f"the error of run {lease.execution_id!r}", error, _place("error", *run)
-            )
+            error = self.close_error(*run, error)
         executions = [one for row in end.executions if (one := self.close_execution(row)) is not None]
         return replace(end, result=result, error=error, executions=executions)
+
+    def close_error(self, graph: str, execution_id: str, error: dict[str, Any]) -> dict[str, Any]:
+        """Return the record of a run's *error* encoded."""
+        if self.codec is None:
+            return error
+        place = _place("error", graph, execution_id)
+        return self._encode_record(f"the error of run {execution_id!r}", error, place)
+
+    def close_message(self, graph: str, execution_id: str, message: bytes) -> bytes:
+        """Return *message*, with which a lost run goes on, encoded: it holds the caller's context.
+
+        Raises:
+            CodecFailed: The codec failed.
+        """
+        if self.codec is None:
+            return message
+        return self._encode(_message_name(execution_id), message, _place("message", graph, execution_id))
 
     def close_chunk(self, lease: Lease, end: ChunkEnd) -> ChunkEnd:
         """Return *end* with outputs and error texts encoded.
@@ -179,6 +194,14 @@ class Seal:
             CodecFailed: It cannot be decoded, or was stored with another codec or none.
         """
         return self._decode(_job_name(graph, execution_id), job, _place("job", graph, execution_id))
+
+    def open_message(self, graph: str, execution_id: str, message: bytes) -> bytes:
+        """Return a stored *message* decoded.
+
+        Raises:
+            CodecFailed: It cannot be decoded, or was stored with another codec or none.
+        """
+        return self._decode(_message_name(execution_id), message, _place("message", graph, execution_id))
 
     def open_chunk(self, graph: str, execution_id: str, row: ChunkRow) -> ChunkRow:
         """Return a stored chunk's *row* with its error texts decoded.
@@ -321,6 +344,10 @@ def _row_name(checkpoint: Checkpoint) -> str:
 
 def _job_name(graph: str, execution_id: str) -> str:
     return f"the job of run {execution_id!r} of graph {graph!r}"
+
+
+def _message_name(execution_id: str) -> str:
+    return f"the message of run {execution_id!r}"
 
 
 def _result_name(graph: str, execution_id: str) -> str:

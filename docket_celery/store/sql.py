@@ -9,10 +9,29 @@ from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from docket_celery.checkpoint import Checkpoint, Lease, Purged, RunEnd, RunRequest, RunRow, StepExecution
+from docket_celery.checkpoint import (
+    Checkpoint,
+    Halt,
+    Lease,
+    Purged,
+    RunEnd,
+    RunRequest,
+    RunRow,
+    StepExecution,
+)
 from docket_celery.codec import Codec
 from docket_celery.errors import CorruptCheckpoint, DocketError, SchemaMismatch, StoreUnavailable
-from docket_celery.store import postgres, postgres_batches, schema, sqlite, sqlite_batches
+from docket_celery.store import (
+    postgres,
+    postgres_batches,
+    postgres_upkeep,
+    postgres_uploads,
+    schema,
+    sqlite,
+    sqlite_batches,
+    sqlite_upkeep,
+    sqlite_uploads,
+)
 from docket_celery.store.batches import BatchCalls
 from docket_celery.store.engines import Engines
 from docket_celery.store.sealing import Seal
@@ -52,7 +71,7 @@ class _Calls(Protocol):
     def disclaim(self, connection: Connection, key: bytes, owner: str) -> None: ...
     def extend(
         self, connection: Connection, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]]
-    ) -> set[tuple[str | int, ...]]: ...
+    ) -> dict[tuple[str | int, ...], Halt | None]: ...
     def end(self, connection: Connection, lease: Lease, ending: RunEnd) -> None: ...
     def find_run(self, connection: Connection, graph: str, execution_id: str) -> RunRow | None: ...
     def purge(self, connection: Connection, limit: int) -> Purged: ...
@@ -81,6 +100,8 @@ class SQLStore(BatchCalls):
         is_postgres = self._engines.dialect == "postgresql"
         self._calls: _Calls = postgres if is_postgres else sqlite
         self._batches = postgres_batches if is_postgres else sqlite_batches
+        self._uploads = postgres_uploads if is_postgres else sqlite_uploads
+        self._upkeep = postgres_upkeep if is_postgres else sqlite_upkeep
         self.persistent = not self._engines.in_memory
         self._twins: list[SQLStore] = []
 
@@ -166,7 +187,7 @@ class SQLStore(BatchCalls):
 
     def extend(
         self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
-    ) -> set[tuple[str | int, ...]]:
+    ) -> dict[tuple[str | int, ...], Halt | None]:
         """See `Store.extend`."""
         return self._call(
             "extend the leases", lambda connection: self._calls.extend(connection, leases, claims)

@@ -19,6 +19,7 @@ from sqlalchemy.exc import OperationalError
 
 from docket_celery.checkpoint import (
     Checkpoint,
+    Halt,
     Lease,
     Purged,
     RunEnd,
@@ -41,6 +42,7 @@ from docket_celery.store.rows import (
     end_values,
     execution_values,
     fence_values,
+    halt,
     is_crash,
     known_retries,
     lease_from,
@@ -66,7 +68,7 @@ def after(seconds: str) -> str:
     return f"CASE WHEN {seconds} IS NOT NULL THEN {moment} END"
 
 
-_FIND_RUN = text(f"""
+FIND_RUN = text(f"""
 SELECT graph, execution_id, target, job_digest, state, epoch, owner, lost, failures, retries, task_name,
     task_id, result, result_checksum, error,
     (julianday(lease_until) - julianday({NOW})) * 86400.0 AS lease_left_s, lease_until <= {NOW} AS expired
@@ -114,6 +116,9 @@ CHUNK_FENCE = f"""
         AND r.execution_id = docket_chunks.execution_id AND r.state IN ('RUNNING', 'WAITING'))
 """
 _HOLDS_CHUNK = text(f"SELECT 1 FROM docket_chunks WHERE {CHUNK_FENCE}")
+_FIND_HALT = text(
+    f"SELECT items_failed > items_allowed AS failing, items_allowed < 0 AS stopped FROM docket_runs WHERE {_IS_RUN}"
+)
 _EXTEND_CHUNK = text(
     f"UPDATE docket_chunks SET lease_until = {after(':lease_s')} WHERE {_IS_RUN} AND stage = :stage AND lo = :lo "
     "AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'"
@@ -123,10 +128,11 @@ UPDATE docket_chunks SET state = 'QUEUED', failed = 0, lost = 0, errors = NULL
 WHERE {_IS_RUN} AND (state <> 'SUCCEEDED' OR failed > 0)
 """)
 _EXTEND_RUN = text(f"UPDATE docket_runs SET lease_until = {after(':lease_s')} WHERE {_FENCE}")
+_WAKE_IN_S = "COALESCE(:wake_in_s, CASE WHEN :state = 'WAITING' AND message IS NOT NULL THEN :lease_s END)"
 _END_RUN = text(f"""
 UPDATE docket_runs SET
     state = :state, lease_until = NULL, failures = failures + :failed, result = :result,
-    result_checksum = :result_checksum, error = :error, wake_at = {after(":wake_in_s")},
+    result_checksum = :result_checksum, error = :error, wake_at = {after(_WAKE_IN_S)},
     retries = retries + (:wake_in_s IS NOT NULL),
     ended_at = CASE WHEN :ended THEN {NOW} END,
     expires_at = CASE WHEN :ended THEN {after(":retention_s")} END, updated_at = {NOW}
@@ -153,6 +159,7 @@ _STORE = (
     f"VALUES ({_STORED}, :output_json, {NOW}"
 )
 _INSERT_CHECKPOINT = text(f"INSERT {_STORE}, NULL, NULL)")
+_PUT_CHECKPOINT = text(f"INSERT OR REPLACE {_STORE}, NULL, NULL)")
 _REPLACE_CHECKPOINT = text(f"INSERT OR REPLACE {_STORE}, {after(':ttl')}, :claimed_at)")
 _FORGET = text("DELETE FROM docket_cache WHERE cache_key = :cache_key AND execution_id IS NULL")
 _ADD_EXECUTION = text(
@@ -187,7 +194,7 @@ def enqueue(connection: Connection, request: RunRequest, keep_s: float) -> RunRo
     """See `Store.enqueue`."""
     values: dict[str, Any] = request_values(request) | {"keep_s": keep_s}
     with writing(connection):
-        row = connection.execute(_FIND_RUN, values).mappings().first()
+        row = connection.execute(FIND_RUN, values).mappings().first()
         if row is None:
             connection.execute(_ENQUEUE_RUN, values)
             return None
@@ -201,7 +208,7 @@ def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
     """See `Store.acquire`."""
     values: dict[str, Any] = request_values(request) | {"lease_s": request.lease_s}
     with writing(connection):
-        row = connection.execute(_FIND_RUN, values).mappings().first()
+        row = connection.execute(FIND_RUN, values).mappings().first()
         if row is None:
             connection.execute(_INSERT_RUN, values)
             return lease_from(request, epoch=1, lost=0, failures=0)
@@ -222,7 +229,7 @@ def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
         lost = row["lost"] + crashed
         if lost > row["lost"] and lost >= request.max_deliveries:
             connection.execute(_QUARANTINE_RUN, values | {"lost": lost})
-            return read_run(connection.execute(_FIND_RUN, values).mappings().one())
+            return read_run(connection.execute(FIND_RUN, values).mappings().one())
         epoch = row["epoch"] + (not (running and ours))
         failures = 0 if row["state"] == RunState.FAILED else row["failures"]
         taken = {"epoch": epoch, "lost": lost, "failures": failures}
@@ -320,9 +327,9 @@ def disclaim(connection: Connection, key: bytes, owner: str) -> None:
 
 def extend(
     connection: Connection, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]]
-) -> set[tuple[str | int, ...]]:
+) -> dict[tuple[str | int, ...], Halt | None]:
     """See `Store.extend`."""
-    held: set[tuple[str | int, ...]] = set()
+    held: dict[tuple[str | int, ...], Halt | None] = {}
     if not leases and not claims:
         return held
     with writing(connection):
@@ -330,7 +337,10 @@ def extend(
             values = fence_values(lease)
             statement = _EXTEND_RUN if lease.chunk is None else _EXTEND_CHUNK
             if connection.execute(statement, values | {"lease_s": lease.lease_s}).rowcount:
-                held.add(lease.name)
+                found = (
+                    None if lease.chunk is None else connection.execute(_FIND_HALT, values).mappings().one()
+                )
+                held[lease.name] = None if found is None else halt(**found)
         for key, owner, lease_s in claims:
             values = {"cache_key": key, "owner": clean_text(owner), "lease_s": lease_s}
             connection.execute(_EXTEND_CLAIM, values)
@@ -348,7 +358,7 @@ def end(connection: Connection, lease: Lease, ending: RunEnd) -> None:
             if ending.state is RunState.FAILED:
                 connection.execute(_RESET_CHUNKS, values)
             return
-        row = connection.execute(_FIND_RUN, values).mappings().first()
+        row = connection.execute(FIND_RUN, values).mappings().first()
     ours = (values["owner"], values["epoch"], values["state"])
     if row is None or (row["owner"], row["epoch"], row["state"]) != ours:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
@@ -357,7 +367,7 @@ def end(connection: Connection, lease: Lease, ending: RunEnd) -> None:
 def find_run(connection: Connection, graph: str, execution_id: str) -> RunRow | None:
     """See `Store.find_run`."""
     values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
-    row = connection.execute(_FIND_RUN, values).mappings().first()
+    row = connection.execute(FIND_RUN, values).mappings().first()
     return None if row is None else read_run(row)
 
 
@@ -439,6 +449,11 @@ def check_held(connection: Connection, lease: Lease) -> None:
     statement = _HOLDS if lease.chunk is None else _HOLDS_CHUNK
     if connection.execute(statement, fence_values(lease)).first() is None:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+
+
+def put_checkpoint(connection: Connection, checkpoint: Checkpoint) -> None:
+    """Store a run's checkpoint in place of what is there."""
+    connection.execute(_PUT_CHECKPOINT, checkpoint_values(clean_checkpoint(checkpoint)))
 
 
 def insert_checkpoint(connection: Connection, checkpoint: Checkpoint) -> None:

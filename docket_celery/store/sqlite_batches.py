@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import Connection, text
 
 from docket_celery.checkpoint import Checkpoint, Chunk, Lease, RunState, StepExecution
-from docket_celery.chunks import ChunkEnd, ChunkRefusal, ChunkRequest, ChunkRow
+from docket_celery.chunks import ChunkEnd, ChunkRefusal, ChunkRequest, ChunkRow, Progress
 from docket_celery.errors import LeaseLost
 from docket_celery.store.rows import (
     CHECKPOINT_COLUMNS,
@@ -17,8 +17,10 @@ from docket_celery.store.rows import (
     dump_json,
     fence_values,
     is_crash,
+    progress_values,
     read_chunk,
     read_in_order,
+    read_progress,
     refusal,
 )
 from docket_celery.store.sqlite import (
@@ -46,7 +48,8 @@ WHERE {_IS_RUN} AND step_name = :name AND item_index IS NOT NULL AND item = CAST
 """)
 _OPEN_STAGE = text(f"""
 UPDATE docket_runs SET
-    state = 'WAITING', stage = :stage, lease_until = NULL, wake_at = NULL, updated_at = {NOW},
+    state = 'WAITING', stage = :stage, lease_until = NULL, updated_at = {NOW}, message = :message,
+    progress = :progress, wake_at = {after("CASE WHEN :message IS NOT NULL THEN :lease_s END")},
     items_allowed = :allowed, items_failed = (
         SELECT COALESCE(sum(failed), 0) FROM docket_chunks WHERE {_IS_RUN} AND stage = :stage)
 WHERE {_IS_RUN} AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'
@@ -76,11 +79,16 @@ WHERE {_IS_CHUNK}
 _END_CHUNK = text(f"""
 UPDATE docket_chunks SET state = :state, lease_until = NULL, failed = :failed, errors = :errors WHERE {CHUNK_FENCE}
 """)
-_NOTE_FAILED = text(f"""
-UPDATE docket_runs SET items_failed = items_failed + :failed,
-    items_allowed = CASE WHEN :stops THEN -1 ELSE items_allowed END
+_NOTE_CHUNK = text(f"""
+UPDATE docket_runs SET updated_at = {NOW}, items_failed = items_failed + :failed,
+    items_allowed = CASE WHEN :stops THEN -1 ELSE items_allowed END,
+    progress = CASE WHEN :state = 'SUCCEEDED' AND progress IS NOT NULL THEN json_set(
+        progress, '$.done', json_extract(progress, '$.done') + (
+            SELECT hi - lo FROM docket_chunks WHERE {_IS_CHUNK})) ELSE progress END
 WHERE {_IS_RUN} AND stage = :stage
 """)
+_FIND_PROGRESS = text(f"SELECT progress FROM docket_runs WHERE {_IS_RUN} AND stage = :stage")
+_FIND_NAMES = text(f"SELECT DISTINCT step_name FROM docket_cache WHERE {_IS_RUN}")
 
 
 def save_many(connection: Connection, lease: Lease, checkpoints: Sequence[Checkpoint]) -> None:
@@ -113,6 +121,12 @@ def read_items(
     return read_in_order(rows, **run)
 
 
+def find_names(connection: Connection, graph: str, execution_id: str) -> set[str]:
+    """See `BatchStore.find_names`."""
+    values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
+    return set(connection.execute(_FIND_NAMES, values).scalars())
+
+
 def measure_items(connection: Connection, graph: str, execution_id: str, name: str) -> tuple[int, int]:
     """See `BatchStore.measure_items`."""
     values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id), "name": clean_text(name)}
@@ -127,9 +141,12 @@ def open_stage(
     chunks: Sequence[Chunk],
     allowed: int,
     executions: Sequence[StepExecution],
+    progress: Progress | None,
+    message: bytes | None,
 ) -> None:
     """See `BatchStore.open_stage`."""
     values = fence_values(lease) | {"stage": stage, "allowed": allowed}
+    values |= {"message": message, "progress": progress_values(progress), "lease_s": lease.lease_s}
     with writing(connection):
         if connection.execute(_OPEN_STAGE, values).rowcount:
             for chunk in chunks:
@@ -180,7 +197,7 @@ def lease_chunk(connection: Connection, request: ChunkRequest) -> Lease | ChunkR
     return chunk_lease(request, {**row, **taken, "target": run["target"]})
 
 
-def end_chunk(connection: Connection, lease: Lease, ending: ChunkEnd) -> None:
+def end_chunk(connection: Connection, lease: Lease, ending: ChunkEnd) -> Progress | None:
     """See `BatchStore.end_chunk`."""
     values = fence_values(lease) | {
         "state": ending.state.value,
@@ -193,10 +210,10 @@ def end_chunk(connection: Connection, lease: Lease, ending: ChunkEnd) -> None:
             for checkpoint in ending.checkpoints:
                 insert_checkpoint(connection, checkpoint)
             add_executions(connection, ending.executions)
-            if ending.stops or ending.failed:
-                connection.execute(_NOTE_FAILED, values)
-            return
+            connection.execute(_NOTE_CHUNK, values)
+            return read_progress(connection.execute(_FIND_PROGRESS, values).scalar())
         row = connection.execute(_FIND_CHUNK, values).mappings().first()
     ours = (values["owner"], values["epoch"], values["state"])
     if row is None or (row["owner"], row["epoch"], row["state"]) != ours:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+    return None

@@ -61,6 +61,8 @@ class Bench:
 _TIMES = [
     ("docket_runs", "lease_until"),
     ("docket_runs", "expires_at"),
+    ("docket_runs", "updated_at"),
+    ("docket_runs", "wake_at"),
     ("docket_cache", "expires_at"),
     ("docket_cache", "claimed_at"),
     ("docket_claims", "lease_until"),

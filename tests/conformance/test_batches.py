@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 
-from docket_celery.checkpoint import Checkpoint, Chunk, Lease, RunState, item_key
-from docket_celery.chunks import BatchStore, ChunkEnd, ChunkRefusal, ChunkRequest, ChunkRow, ChunkStop
+from docket_celery.checkpoint import Checkpoint, Chunk, Halt, Lease, RunState, item_key
+from docket_celery.chunks import (
+    BatchStore,
+    ChunkEnd,
+    ChunkRefusal,
+    ChunkRequest,
+    ChunkRow,
+    ChunkStop,
+    Progress,
+)
 from docket_celery.errors import CorruptCheckpoint, LeaseLost
 from docket_celery.store import MemoryStore
 from tests.conformance.samples import GRAPH, RUN, Bench, SQLBench, ending, execution, output
@@ -116,7 +124,7 @@ def test_a_chunk_is_leased_once(bench: Bench, batches: BatchStore) -> None:
     found = refused(batches, task_id="c2")
     assert found.reason is ChunkStop.BUSY
     assert 0 < found.lease_left_s <= 30
-    assert batches.extend([lease]) == {(GRAPH, RUN, 1, 0)} == {lease.name}
+    assert batches.extend([lease]) == {(GRAPH, RUN, 1, 0): None} == {lease.name: None}
     assert refused(batches, 1).reason is ChunkStop.STALE
     assert refused(batches, stage=2).reason is ChunkStop.STALE
 
@@ -134,7 +142,7 @@ def test_a_dead_chunk_is_taken_over(bench: Bench, batches: BatchStore) -> None:
             batches.end_chunk(late, ChunkEnd(state=RunState.SUCCEEDED, checkpoints=items("rate", [0])))
         with pytest.raises(LeaseLost):
             batches.save(late, items("rate", [0])[0], execution())
-    assert batches.extend([dead, lease]) == set()
+    assert batches.extend([dead, lease]) == {}
     assert batches.read_items(GRAPH, RUN, ["rate"], 0, 9) == []
     bench.pass_time(31)
     assert refused(batches, owner="fourth").reason is ChunkStop.QUARANTINED
@@ -157,6 +165,21 @@ def test_a_chunk_ends_with_its_outputs(bench: Bench, batches: BatchStore) -> Non
     assert take(batches, 2).chunk == Chunk(1, 2, 4)
 
 
+def test_chunks_tell_how_far_the_stage_is(bench: Bench, batches: BatchStore) -> None:
+    """Each one that is worked on adds its items, once."""
+    lease = bench.take(task_id="t1")
+    stands = Progress(done=1, total=5, stage=2, stages=3)
+    batches.open_stage(lease, 1, [Chunk(1, 0, 2), Chunk(1, 2, 4)], 9, progress=stands)
+    first = take(batches)
+    done = ChunkEnd(state=RunState.SUCCEEDED, errors={"1": ERROR})
+    assert batches.end_chunk(first, done) == Progress(done=3, total=5, stage=2, stages=3)
+    assert batches.end_chunk(first, done) is None
+    parked = batches.end_chunk(take(batches, 2), ChunkEnd(state=RunState.QUEUED))
+    assert parked == Progress(done=3, total=5, stage=2, stages=3)
+    last = batches.end_chunk(take(batches, 2), ChunkEnd(state=RunState.SUCCEEDED))
+    assert last == Progress(done=5, total=5, stage=2, stages=3)
+
+
 def test_a_parked_chunk_is_taken_again(bench: Bench, batches: BatchStore) -> None:
     """What it had made stays, and nothing counts as lost."""
     opened(bench, batches)
@@ -173,8 +196,12 @@ def test_a_failing_stage_starts_no_chunk(
     """One item too many, or what stops the whole batch."""
     opened(bench, batches, allowed=allowed)
     failed = ChunkEnd(state=RunState.FAILED, errors={"1": ERROR}, stops=stops)
+    other = take(batches, 2)
     batches.end_chunk(take(batches), failed)
+    assert batches.extend([other]) == {other.name: Halt.STOPPED if stops else Halt.FAILING}
+    batches.end_chunk(other, ChunkEnd(state=RunState.QUEUED))
     assert refused(batches, 2).reason is ChunkStop.FAILING
+    assert refused(batches).reason is ChunkStop.FAILING
     first = batches.find_chunks(GRAPH, RUN)[0]
     assert first == ChunkRow(chunk=Chunk(1, 0, 2), state=RunState.FAILED, failed=1, errors={"1": ERROR})
 

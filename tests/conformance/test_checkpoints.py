@@ -71,7 +71,7 @@ def test_an_owner_with_the_same_epoch_is_refused(bench: Bench) -> None:
         bench.store.save(stale, output(), None)
     with pytest.raises(LeaseLost):
         bench.store.end(stale, ending())
-    assert bench.store.extend([stale]) == set()
+    assert bench.store.extend([stale]) == {}
 
 
 def test_items_are_restored_by_key_only(bench: Bench) -> None:
@@ -307,7 +307,7 @@ def test_leases_and_claims_are_extended_together(bench: Bench) -> None:
     lease = bench.take()
     bench.store.lookup(shared().key, "a", 30.0)
     bench.pass_time(20)
-    assert bench.store.extend([lease], [(shared().key, "a", 30.0)]) == {(GRAPH, RUN)}
+    assert bench.store.extend([lease], [(shared().key, "a", 30.0)]) == {(GRAPH, RUN): None}
     bench.pass_time(20)
     assert bench.refused(owner="second").epoch == 1
     assert bench.store.lookup(shared().key, "b", 30.0) is False

@@ -155,16 +155,16 @@ def test_heartbeats_extend_only_what_is_held(bench: Bench) -> None:
     unknown = Lease(
         **{name: getattr(unknown, name) for name in Lease.__slots__} | {"execution_id": "order-20"}
     )
-    assert bench.store.extend([stale, ended, unknown]) == set()
+    assert bench.store.extend([stale, ended, unknown]) == {}
     bench.pass_time(8)
-    assert bench.store.extend([stale, held, ended, unknown]) == {(GRAPH, RUN)}
+    assert bench.store.extend([stale, held, ended, unknown]) == {(GRAPH, RUN): None}
     bench.pass_time(8)
     assert bench.refused(owner="third").epoch == 2
 
 
 def test_heartbeats_without_leases_do_nothing(bench: Bench) -> None:
     """A process whose runs all ended may still call."""
-    assert bench.store.extend([]) == set()
+    assert bench.store.extend([]) == {}
 
 
 def test_a_lost_lease_ends_nothing(bench: Bench) -> None:

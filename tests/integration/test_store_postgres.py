@@ -92,7 +92,7 @@ class TestInterleaving:
         postgres.acquire(rival, request("second"))
         with blocked(bench, lambda: bench.store.extend([stale])) as extend:
             rival.commit()
-        assert extend.result() == set()
+        assert extend.result() == {}
 
     def test_two_takeovers_give_one_lease(self, bench: SQLBench, rival: Connection) -> None:
         """The second finds the lease alive again and gets the row; one crash is counted."""

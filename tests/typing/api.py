@@ -172,6 +172,11 @@ def batches(some: ProcessSome) -> None:
     assert_type(process_all.delay([order]), GraphResult[list[Shipment]])
     assert_type(process_all.delay([order]).get(), list[Shipment])
     assert_type(some.delay([order]).get(), BatchResult[Shipment])
+    assert_type(process_all.submit_batch(iter([order])), GraphResult[list[Shipment]])
+    for shipment in process_all.submit_batch([order], max_concurrency=3).stream(timeout=3):
+        assert_type(shipment, Shipment)
+    assert_type(list(some.submit_batch([order]).stream()), list[Shipment | None])
+    assert_type(process_all.handle("orders-1").cancel("not needed"), bool)
 
 
 @shared_graph_task(checkout, max_retries=5)

@@ -19,7 +19,7 @@ AbortError BatchFailed BatchResult
 CacheMismatch Codec CodecFailed CorruptCheckpoint DecodeFailed DocketError ExponentialBackoff
 FixedBackoff Graph GraphChanged GraphError GraphResult GraphTask InputMutated InputsChanged InvalidArguments
 InvalidDeclaration InvalidSettings LeaseLost MemoryStore Named PayloadTooLarge PayloadUnavailable Plan RetryPolicy
-RunCancelled RunConflict RunNotFound RunQuarantined RunState RunTimedOut SQLStore SchemaMismatch Scope
+RunCancelled RunConflict RunHandle RunNotFound RunQuarantined RunState RunTimedOut SQLStore SchemaMismatch Scope
 ServersUnavailable StartedRun StepContext StepFailed StepOptions StepTimedOut StoreMissing StoreUnavailable
 StoredResult TooManyAbandoned UnknownMessageType WrongResult configure current_context graph_task settings
 shared_graph_task

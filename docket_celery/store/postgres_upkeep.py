@@ -1,0 +1,87 @@
+"""What others than its holder do to a run in Postgres: cancel it, and find out that nobody advances it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+from docket_celery.checkpoint import RunRow
+from docket_celery.chunks import LostRun
+from docket_celery.store.postgres import find_run
+from docket_celery.store.rows import LONGEST_LOOK_S, QUEUE_PATIENCE, clean_text, dump_json
+
+_SECOND = "interval '1 second'"
+_LEASE = f"CAST(:lease_s AS double precision) * {_SECOND}"
+
+_CANCEL = text(f"""
+WITH r AS (
+    UPDATE docket_runs SET
+        state = 'CANCELLED', lease_until = NULL, wake_at = NULL, error = CAST(:error AS jsonb),
+        ended_at = clock_timestamp(), updated_at = clock_timestamp(),
+        expires_at = clock_timestamp() + CAST(:retention_s AS double precision) * {_SECOND}
+    WHERE graph = :graph AND execution_id = :execution_id AND state IN ('QUEUED', 'RUNNING', 'WAITING')
+    RETURNING 1),
+c AS (
+    UPDATE docket_chunks SET state = 'CANCELLED', lease_until = NULL FROM r
+    WHERE graph = :graph AND execution_id = :execution_id AND state IN ('QUEUED', 'RUNNING'))
+UPDATE docket_cache SET expires_at = clock_timestamp() + ttl * {_SECOND} FROM r
+WHERE graph = :graph AND execution_id = :execution_id AND ttl IS NOT NULL
+""")
+
+# The last sign of life: the stage was opened, or one of its chunks ended.
+_FIND_LOST = text(f"""
+WITH due AS (
+    SELECT graph, execution_id, stage, state, updated_at FROM docket_runs
+    WHERE message IS NOT NULL AND task_name = ANY(CAST(:task_names AS text[])) AND (
+        (state = 'WAITING' AND wake_at <= statement_timestamp())
+        OR (state = 'RUNNING' AND lease_until <= statement_timestamp()
+            AND (wake_at IS NULL OR wake_at <= statement_timestamp())))
+    ORDER BY wake_at NULLS FIRST LIMIT :limit FOR UPDATE SKIP LOCKED),
+seen AS (
+    SELECT due.*, chunks.* FROM due CROSS JOIN LATERAL (
+        SELECT count(*) FILTER (WHERE c.state = 'RUNNING' AND c.lease_until > statement_timestamp()) AS alive,
+            count(*) FILTER (WHERE c.state = 'RUNNING' AND c.lease_until <= statement_timestamp()) AS dead,
+            count(*) FILTER (WHERE c.state = 'QUEUED') AS queued
+        FROM docket_chunks AS c
+        WHERE c.graph = due.graph AND c.execution_id = due.execution_id AND c.stage = due.stage) AS chunks),
+judged AS (
+    SELECT graph, execution_id, CASE
+        WHEN state = 'RUNNING' OR dead > 0 THEN true
+        WHEN alive > 0 THEN false
+        WHEN queued > 0 THEN updated_at <= statement_timestamp() - {QUEUE_PATIENCE} * {_LEASE}
+        ELSE updated_at <= statement_timestamp() - {_LEASE} END AS lost
+    FROM seen)
+UPDATE docket_runs AS r SET wake_at = clock_timestamp() + CASE
+    WHEN judged.lost THEN LEAST({LONGEST_LOOK_S} * {_SECOND}, GREATEST({_LEASE}, clock_timestamp() - r.updated_at))
+    ELSE {_LEASE} END
+FROM judged WHERE r.graph = judged.graph AND r.execution_id = judged.execution_id
+RETURNING r.graph, r.execution_id, r.task_name, r.retries, r.stage, r.message, judged.lost
+""")
+
+
+def cancel(
+    connection: Connection, graph: str, execution_id: str, error: dict[str, Any], retention_s: float
+) -> RunRow | None:
+    """See `Store.cancel`."""
+    values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
+    connection.execute(_CANCEL, {**values, "error": dump_json(error), "retention_s": retention_s})
+    return find_run(connection, graph, execution_id)
+
+
+def find_lost(connection: Connection, task_names: Sequence[str], lease_s: float, limit: int) -> list[LostRun]:
+    """See `BatchStore.find_lost`."""
+    values = {"task_names": list(map(clean_text, task_names)), "lease_s": lease_s, "limit": limit}
+    return [
+        LostRun(
+            graph=row["graph"],
+            execution_id=row["execution_id"],
+            task_name=row["task_name"],
+            retries=row["retries"],
+            stage=row["stage"],
+            message=bytes(row["message"]),
+        )
+        for row in connection.execute(_FIND_LOST, values).mappings()
+        if row["lost"]
+    ]

@@ -1,0 +1,79 @@
+"""What others than its holder do to a run in SQLite: cancel it, and find out that nobody advances it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, text
+
+from docket_celery.checkpoint import RunRow, RunState
+from docket_celery.chunks import LostRun
+from docket_celery.store.rows import LONGEST_LOOK_S, QUEUE_PATIENCE, Row, clean_text, dump_json, read_run
+from docket_celery.store.sqlite import FIND_RUN, NOW, after, writing
+
+_IS_RUN = "graph = :graph AND execution_id = :execution_id"
+_CANCEL = text(f"""
+UPDATE docket_runs SET state = 'CANCELLED', lease_until = NULL, wake_at = NULL, error = :error, ended_at = {NOW},
+    updated_at = {NOW}, expires_at = {after(":retention_s")}
+WHERE {_IS_RUN} AND state IN ('QUEUED', 'RUNNING', 'WAITING')
+""")
+_CANCEL_CHUNKS = text(f"""
+UPDATE docket_chunks SET state = 'CANCELLED', lease_until = NULL
+WHERE {_IS_RUN} AND state IN ('QUEUED', 'RUNNING')
+""")
+_DATE = text(f"UPDATE docket_cache SET expires_at = {after('ttl')} WHERE {_IS_RUN} AND ttl IS NOT NULL")
+_FIND_DUE = text(f"""
+SELECT graph, execution_id, task_name, retries, stage, state, message,
+    (julianday({NOW}) - julianday(updated_at)) * 86400.0 AS idle_s
+FROM docket_runs
+WHERE message IS NOT NULL AND task_name IN :task_names AND ((state = 'WAITING' AND wake_at <= {NOW})
+    OR (state = 'RUNNING' AND lease_until <= {NOW} AND (wake_at IS NULL OR wake_at <= {NOW})))
+ORDER BY wake_at LIMIT :limit
+""").bindparams(bindparam("task_names", expanding=True))
+_COUNT_CHUNKS = text(f"""
+SELECT TOTAL(state = 'RUNNING' AND lease_until > {NOW}) AS alive,
+    TOTAL(state = 'RUNNING' AND lease_until <= {NOW}) AS dead, TOTAL(state = 'QUEUED') AS queued
+FROM docket_chunks WHERE {_IS_RUN} AND stage = :stage
+""")
+_LOOK_LATER = text(f"UPDATE docket_runs SET wake_at = {after(':wait_s')} WHERE {_IS_RUN}")
+
+
+def cancel(
+    connection: Connection, graph: str, execution_id: str, error: dict[str, Any], retention_s: float
+) -> RunRow | None:
+    """See `Store.cancel`."""
+    values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
+    with writing(connection):
+        if connection.execute(
+            _CANCEL, {**values, "error": dump_json(error), "retention_s": retention_s}
+        ).rowcount:
+            connection.execute(_CANCEL_CHUNKS, values)
+            connection.execute(_DATE, values)
+        row = connection.execute(FIND_RUN, values).mappings().first()
+    return None if row is None else read_run(row)
+
+
+def find_lost(connection: Connection, task_names: Sequence[str], lease_s: float, limit: int) -> list[LostRun]:
+    """See `BatchStore.find_lost`."""
+    found: list[LostRun] = []
+    values = {"task_names": list(map(clean_text, task_names)), "limit": limit}
+    with writing(connection):
+        for row in connection.execute(_FIND_DUE, values).mappings().all():
+            chunks = connection.execute(_COUNT_CHUNKS, dict(row)).mappings().one()
+            lost = _is_lost(row, chunks, lease_s)
+            wait_s = min(LONGEST_LOOK_S, max(lease_s, row["idle_s"])) if lost else lease_s
+            connection.execute(_LOOK_LATER, {**row, "wait_s": wait_s})
+            if lost:
+                names = ("graph", "execution_id", "task_name", "retries", "stage")
+                found.append(LostRun(**{name: row[name] for name in names}, message=bytes(row["message"])))
+    return found
+
+
+def _is_lost(run: Row, chunks: Row, lease_s: float) -> bool:
+    if run["state"] == RunState.RUNNING or chunks["dead"]:
+        return True
+    if chunks["alive"]:
+        return False
+    idle_s: float = run["idle_s"]
+    return idle_s >= (QUEUE_PATIENCE * lease_s if chunks["queued"] else lease_s)

@@ -1,0 +1,140 @@
+"""Looks for batches that nobody advances, and has them go on: one thread in one process of each worker.
+
+Chords are the fast path, the store is the truth. Where Redis loses a counter, the broker a message, or a worker its
+life with a chunk, the rows still say what is to be done; a copy of the body's task does it.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from typing import Any
+
+from billiard import current_process
+from celery import Celery, signals
+
+from docket_celery import lifecycle
+from docket_celery.chords import revive
+from docket_celery.chunks import BatchStore
+from docket_celery.errors import DocketError, StoreUnavailable
+
+MOST_AT_ONCE = 20
+"""So many runs does one look take at most: whoever looks next finds the others."""
+_logger = logging.getLogger("docket_celery.sweep")
+
+
+class Sweeper:
+    """Sweeps the stores of an app's batch tasks every half a lease, for as long as its process lives.
+
+    Args:
+        app: The app, with its tasks imported.
+    """
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+        self._over = threading.Event()
+        self._away = False
+
+    def start(self) -> bool:
+        """Begin, if the app has tasks whose batches several workers share; tell whether it has."""
+        if not self._tasks():
+            return False
+        threading.Thread(target=self._run, name="docket-sweep", daemon=True).start()
+        return True
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._over.set()
+
+    def sweep(self) -> int:
+        """Look once; return how many runs were found lost and sent on.
+
+        Raises:
+            DocketError: A store cannot be asked.
+        """
+        settings, sent = lifecycle.app_settings(self._app), 0
+        for store, names in self._tasks():
+            for lost in store.find_lost(names, settings.lease_seconds, MOST_AT_ONCE):
+                _logger.warning(
+                    "run %r of graph %r is not advanced by anybody; task %s goes on with it",
+                    *(lost.execution_id, lost.graph, lost.task_name),
+                )
+                revive(self._app, lost)
+                sent += 1
+        return sent
+
+    def _run(self) -> None:
+        while True:
+            half_s = lifecycle.app_settings(self._app).lease_seconds / 2
+            # Spread: the workers of a deployment started at one moment.
+            if self._over.wait(half_s * random.uniform(0.7, 1.3)):  # noqa: S311 -- spreads load, keeps no secret
+                return
+            try:
+                self.sweep()
+            except StoreUnavailable as error:
+                self._tell_away(error)
+            except Exception:
+                _logger.exception("looking for lost batches failed")
+            else:
+                self._away = False
+
+    def _tell_away(self, error: StoreUnavailable) -> None:
+        if not self._away:
+            _logger.warning("lost batches cannot be looked for: %s", error)
+        self._away = True
+
+    def _tasks(self) -> list[tuple[BatchStore, list[str]]]:
+        """Return the stores over which batches are spread, with the names of the tasks."""
+        settings = lifecycle.app_settings(self._app)
+        found: dict[int, tuple[BatchStore, list[str]]] = {}
+        for task in lifecycle.graph_tasks(self._app):
+            try:
+                store = task.graph.find_batch_store(task.plan(), settings)
+            except DocketError:
+                continue  # it has been reported, and cannot have run
+            if store is not None:
+                found.setdefault(id(store), (store, []))[1].append(task.name)
+        return list(found.values())
+
+
+class _Process:
+    """The sweeper of this process."""
+
+    def __init__(self) -> None:
+        self.sweeper: Sweeper | None = None
+
+
+_process = _Process()
+
+
+def _on_process_init(**_: Any) -> None:
+    """Begin in the first child of a prefork pool, or in a solo worker."""
+    if getattr(current_process(), "index", 0) in (0, None):
+        _begin()
+
+
+def _on_worker_ready(**_: Any) -> None:
+    """Begin where tasks run in the main process; under prefork that one runs no SQL."""
+    if not lifecycle.forks() and _process.sweeper is None:
+        _begin()
+
+
+def _begin() -> None:
+    app = lifecycle.worker_app()
+    if app is not None:
+        _process.sweeper = Sweeper(app)
+        _process.sweeper.start()
+
+
+def _on_shutdown(**_: Any) -> None:
+    if _process.sweeper is not None:
+        _process.sweeper.stop()
+
+
+def install() -> None:
+    """Connect to Celery; done once, when GraphTask is imported."""
+    signals.worker_process_init.connect(_on_process_init, weak=False)
+    signals.worker_ready.connect(_on_worker_ready, weak=False)
+    signals.worker_process_shutdown.connect(_on_shutdown, weak=False)
+    signals.worker_shutdown.connect(_on_shutdown, weak=False)
