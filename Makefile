@@ -135,6 +135,10 @@ demo: $(READY) ## Show the main job: a graph in parallel, a killed worker, one c
 bench: $(READY) ## Measure the budgets against their yardsticks
 	@exec $(BIN)/python -m benchmarks
 
+.PHONY: bench-batches
+bench-batches: $(READY) ## Measure batches of up to 100,000 items on a real worker, beside plain chords; ARGS=...
+	@exec $(BIN)/python -m docket_celery.devserver -- $(BIN)/python -m benchmarks.batches $(ARGS)
+
 # ---------------------------------------------------------- lock and delivery
 
 COMPILE := pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \

@@ -41,7 +41,7 @@ from docket_celery.run import Run
 from docket_celery.stored_items import ItemPlace, StoredBatch, StoredItems
 
 INLINE_BYTES = 256 * 1024
-"""A result up to this size travels; a bigger one stays in the store, where `GraphResult.get` reads it."""
+"""A result up to this weight travels; a bigger one stays in the store, where `GraphResult.get` reads it."""
 
 
 class BatchRun(Run):
@@ -304,6 +304,6 @@ class BatchRun(Run):
         errors = self._failures.get(self._layout.fan_outs[target], {})
         batch = StoredBatch(items=items, collects=collects, errors=errors)
         found: list[Any] | BatchResult[Any] | StoredBatch = batch
-        if items.measure()[1] <= INLINE_BYTES:
+        if items.weight() <= INLINE_BYTES:
             found = batch.load()
         return found

@@ -50,10 +50,7 @@ def _tell_redis(backend: Any, task_id: str, progress: Progress) -> None:
         meta = cast("dict[str, Any]", backend._get_result_meta(asdict(progress), PROGRESS, None, None))
         value = backend.encode({**meta, "task_id": task_id})
         pipe.multi()
-        if backend.expires:
-            pipe.setex(key, backend.expires, value)
-        else:
-            pipe.set(key, value)
+        pipe.set(key, value, ex=backend.expires or None)
         # Whoever waits for the task hears of it, as of any other state.
         pipe.publish(key, value)
         try:
@@ -63,7 +60,7 @@ def _tell_redis(backend: Any, task_id: str, progress: Progress) -> None:
 
 
 def _tell_database(backend: Any, task_id: str, progress: Progress) -> None:
-    cleanup: Any = importlib.import_module("celery.backends.database.session").session_cleanup
+    cleanup: Any = importlib.import_module("celery.backends.database").session_cleanup
     session = backend.ResultSession()
     with cleanup(session):
         row = backend._query_task(session, task_id, for_update=True)

@@ -16,6 +16,8 @@ from docket_celery.messages import from_bytes, type_name
 
 PAGE = 1000
 """So many items are in memory at once."""
+ENVELOPE_BYTES = 100
+"""What each item weighs in a task's message or result beside its own bytes: its type's name, and base64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,11 @@ class StoredItems(Sequence[Message]):
         return [
             (int(row.item), read_item(place.kind, row)) for row in rows if row.item == str(row.item_index)
         ]
+
+    def weight(self) -> int:
+        """Return about how many bytes they would have in a message."""
+        count, size = self.measure()
+        return count * ENVELOPE_BYTES + size
 
     def measure(self) -> tuple[int, int]:
         """Return how many there are, and their bytes together."""

@@ -24,12 +24,11 @@ from docket_celery.outcome import job_parts, target_name
 from docket_celery.payloads import QueuedRun, StoredJob, keep_s
 from docket_celery.plan import Plan
 from docket_celery.results import read_results
+from docket_celery.stored_items import ENVELOPE_BYTES
 from docket_celery.waiting import call_aside
 
 TRAVELS_BYTES: Final = 64 * 1024
-"""A list up to this size travels in the task's message; a bigger one goes to the store, if there is one."""
-ENVELOPE_BYTES: Final = 100
-"""What each item weighs in a message beside its own bytes: its type's name, and base64."""
+"""A list up to this weight travels in the task's message; a bigger one goes to the store, if there is one."""
 MOST_ITEMS: Final = 10_000_000
 """Most items of a batch: positions and rows stay far from every limit of the database."""
 T = TypeVar("T")

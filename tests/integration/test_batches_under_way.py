@@ -11,7 +11,7 @@ import pytest
 import redis
 from sqlalchemy import make_url
 
-from docket_celery.chunks import UNFINISHED
+from docket_celery.chunks import UNFINISHED, Progress
 from docket_celery.errors import (
     InvalidArguments,
     InvalidSettings,
@@ -21,6 +21,7 @@ from docket_celery.errors import (
     RunNotFound,
     StepFailed,
 )
+from docket_celery.progress import tell_progress
 from docket_celery.store import SQLStore
 from examples.movies.movies_pb2 import BatchStats, EnrichedMovie, Movie
 from tests.infra import servers
@@ -206,6 +207,24 @@ def test_the_row_tells_it_too(journals: Journals, urls: Urls) -> None:
     paced.gather_all.apply_async((movies(run, 5),), context=OPEN, execution_id=run).get(timeout=WAIT_S)
     rows = query(urls, "SELECT progress FROM docket_runs WHERE execution_id = %s", run)
     assert rows == [({"done": 5, "total": 5, "stage": 1, "stages": 1},)]
+
+
+def test_news_of_a_part_never_replace_how_a_task_ended(journals: Journals) -> None:
+    """A chunk whose process was stopped in that moment tells it too late; nor do old news replace new ones."""
+    sent = paced.look_at_all.apply_async((movies(unique("late"), 2),), context=OPEN)
+    sent.get(timeout=WAIT_S)
+    backend: Any = paced.app.backend
+    tell_progress(backend, sent.id, Progress(done=9, total=9))
+    assert sent.state == "SUCCESS"
+    for state in ("FAILURE", "REVOKED"):
+        task = unique(state)
+        backend.store_result(task, ValueError("no"), state)
+        tell_progress(backend, task, Progress(done=1, total=2))
+        assert backend.get_state(task) == state
+    task = unique("growing")
+    for done, known in ((5, 5), (3, 5), (6, 6)):
+        tell_progress(backend, task, Progress(done=done, total=9))
+        assert backend.get_task_meta(task, cache=False)["result"]["done"] == known
 
 
 # --- cancelling --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,15 @@ from docket_celery import BatchResult, Graph, GraphTask, SQLStore, StepContext, 
 from docket_celery.batch_plan import BatchOrder
 from docket_celery.checkpoint import Chunk
 from docket_celery.defaults import process_defaults
-from docket_celery.errors import InvalidArguments, InvalidDeclaration, PayloadTooLarge, StepFailed
+from docket_celery.errors import (
+    InvalidArguments,
+    InvalidDeclaration,
+    PayloadTooLarge,
+    RunConflict,
+    StepFailed,
+)
 from examples.movies.graph import MOVIES, movie_graph
-from examples.movies.movies_pb2 import EnrichedMovie, Movie
+from examples.movies.movies_pb2 import BatchStats, EnrichedMovie, Movie
 
 picky = Graph("picky-task")
 
@@ -121,3 +128,151 @@ def test_stages_are_cut_into_chunks(size: int | None, count: int, first: int, nu
     assert (chunks[0], len(chunks)) == (Chunk(2, 0, first), number)
     assert [c.lo for c in chunks] + [count] == [0] + [c.hi for c in chunks]
     assert BatchOrder(chunk_size=size).cut(2, 0) == []
+
+
+# --- submitting --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(app: Celery, tmp_path: Path) -> Generator[SQLStore]:
+    """The app with a database, and what it holds."""
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    store = SQLStore(url)
+    store.migrate()
+    app.conf.docket_database_url = url
+    yield store
+    store.close()
+
+
+def waiting(app: Celery) -> tuple[Any, dict[str, Any]]:
+    """Return arguments and headers of the one message in the app's queue."""
+    with app.connection_for_read() as connection:
+        queue: Any = connection.SimpleQueue("celery")
+        try:
+            message = queue.get_nowait()
+            message.ack()
+            assert queue.qsize() == 0
+        finally:
+            queue.close()
+    return message.payload[0], message.headers
+
+
+def test_a_small_list_travels_and_a_big_one_is_stored(app: Celery, stored: SQLStore) -> None:
+    """The weight of what would travel decides; the digest of the job is the same either way."""
+
+    @graph_task(app, picky)
+    def check_all(movies: list[Movie]) -> list[EnrichedMovie]:
+        raise NotImplementedError
+
+    small, big = MOVIES, MOVIES * 200
+    check_all.apply_async((small,), execution_id="small")
+    args, headers = waiting(app)
+    assert args == [small]
+    assert headers["argsrepr"] == "(<5 messages>)"
+    assert stored.find_run("picky-task", "small") is None
+    check_all.apply_async((big,), execution_id="big")
+    args, headers = waiting(app)
+    assert [repr(each) for each in args] == ["<1000 messages>"]
+    assert headers["argsrepr"] == "(<1000 messages>)"
+    row = stored.find_run("picky-task", "big")
+    assert row is not None
+    assert (row.state.value, base64.b64encode(row.job_digest).decode()) == (
+        "QUEUED",
+        headers["docket_job_digest"],
+    )
+    assert stored.measure_items("picky-task", "big", "")[0] == 1000
+    check_all.submit_batch(iter(big), execution_id="big")
+    assert waiting(app)[1]["docket_job_digest"] == headers["docket_job_digest"]
+    with pytest.raises(RunConflict, match="another job"):
+        check_all.apply_async((big[1:],), execution_id="big")
+
+
+def test_without_a_database_a_list_travels(app: Celery) -> None:
+    """Up to 64 times the largest message."""
+
+    @graph_task(app, picky)
+    def check_all(movies: list[Movie]) -> list[EnrichedMovie]:
+        raise NotImplementedError
+
+    check_all.delay(MOVIES * 200)
+    assert waiting(app)[0] == [MOVIES * 200]
+
+
+def test_what_items_share_is_stored_with_them(app: Celery, stored: SQLStore) -> None:
+    """By position; what is missing or too much is named."""
+    pair = Graph("pair")
+
+    @pair.step
+    def compare(movie: Movie, stats: BatchStats) -> EnrichedMovie:
+        return EnrichedMovie(original=movie, above_average=movie.rating > stats.average_rating)
+
+    @graph_task(app, pair)
+    def compare_all(stats: BatchStats, movies: list[Movie]) -> list[EnrichedMovie]:
+        raise NotImplementedError
+
+    compare_all.submit_batch(MOVIES, BatchStats(average_rating=9.1), execution_id="pair")
+    args, _ = waiting(app)
+    assert [repr(each) for each in args] == ["BatchStats(average_rating=9.1)", "<5 messages>"]
+    assert stored.find_job("pair", "pair") is not None
+    with pytest.raises(InvalidArguments, match="takes the items, then stats; got 0 beside the items"):
+        compare_all.submit_batch(MOVIES)
+    with pytest.raises(InvalidArguments, match=r"'stats' must be a docket\.examples\.movies\.BatchStats"):
+        compare_all.submit_batch(MOVIES, Movie())
+
+
+def test_an_eager_app_streams_into_a_list(app: Celery, stored: SQLStore) -> None:
+    """There is no worker to read the store for; a limit counts in process."""
+    app.conf.task_always_eager = True
+    gauge, under_way, most = Graph("gauge"), list[str](), list[int]()
+
+    @gauge.step
+    def look(movie: Movie, ctx: StepContext) -> EnrichedMovie:
+        under_way.append(ctx.item)
+        most.append(len(under_way))
+        under_way.remove(ctx.item)
+        return EnrichedMovie(original=movie)
+
+    @graph_task(app, gauge, max_concurrency=1)
+    def look_at_all(movies: list[Movie]) -> list[EnrichedMovie]:
+        raise NotImplementedError
+
+    found = look_at_all.submit_batch(iter(MOVIES * 300), execution_id="eager")
+    assert [each.original for each in found.get()] == MOVIES * 300
+    assert max(most) == 1
+    assert stored.find_run("gauge", "eager") is None
+
+
+def test_a_task_without_items_has_no_batch(app: Celery, stored: SQLStore) -> None:
+    """Options for batches mean nothing to it, and nothing can be streamed into it."""
+    single = Graph("single")
+
+    @single.step
+    def one(movie: Movie) -> EnrichedMovie:
+        return EnrichedMovie(original=movie)
+
+    @graph_task(app, single)
+    def enrich_one(movie: Movie) -> EnrichedMovie:
+        raise NotImplementedError
+
+    with pytest.raises(
+        InvalidArguments, match=r"chunk_size: is about batches, and task .*enrich_one has none"
+    ):
+        enrich_one.apply_async((MOVIES[0],), chunk_size=3)
+    with pytest.raises(InvalidArguments, match=r"it takes no list\[...\]"):
+        enrich_one.submit_batch(MOVIES)
+
+
+def test_a_stream_must_be_named_where_items_name_the_run(app: Celery, stored: SQLStore) -> None:
+    """The function that names runs takes the whole list, which is never there."""
+
+    @graph_task(app, picky, execution_id=lambda movies: f"batch-{len(movies)}")
+    def check_all(movies: list[Movie]) -> list[EnrichedMovie]:
+        raise NotImplementedError
+
+    with pytest.raises(InvalidArguments, match="names its runs by their items; name this one"):
+        check_all.submit_batch(MOVIES)
+    check_all.submit_batch(MOVIES, execution_id="batch-5")
+    assert waiting(app)[1]["docket_execution_id"] == "batch-5"
+    with pytest.raises(InvalidArguments, match="max_failed"):
+        check_all.submit_batch(MOVIES, execution_id="batch-6", max_failed=1)
+    assert stored.find_run("picky-task", "batch-6") is None

@@ -1,0 +1,229 @@
+"""Batches that several workers share, driven by hand: each delivery is one call, the store is a file."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from docket_celery import Graph, SQLStore
+from docket_celery.annotation import ValueKey
+from docket_celery.batch_plan import PAGE, PAGE_BYTES, BatchOrder, Layout, paged
+from docket_celery.batch_run import BatchRun
+from docket_celery.checkpoint import Checkpoint
+from docket_celery.chunk_run import ChunkRun
+from docket_celery.chunks import Progress
+from docket_celery.configuration import Settings
+from docket_celery.errors import GraphChanged, InvalidArguments, RunNotFound
+from docket_celery.events import Event, EventKind
+from docket_celery.outcome import RunOutcome, Submission, digest_job
+from docket_celery.runtime import close_runtimes
+from docket_celery.waiting import run_here
+from examples.documents.documents_pb2 import Document, DocumentSummary
+from examples.documents.graph import document_graph
+from examples.movies.graph import movie_graph
+from examples.movies.movies_pb2 import BatchStats, EnrichedMovie, Movie
+
+RUN = "batch-1"
+SETTINGS = Settings.read({"docket_threads": 2})
+ITEMS = [Movie(title=str(number), rating=number) for number in range(6)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Generator[SQLStore]:
+    """An empty store."""
+    made = SQLStore(f"sqlite:///{tmp_path / 'store.db'}")
+    made.migrate()
+    yield made
+    close_runtimes()
+    made.close()
+
+
+class Hands:
+    """Delivers the parts of one batch.
+
+    Args:
+        graph: The graph.
+        store: Where everything lies.
+        target: What to make of each item.
+        order: How to work on it.
+    """
+
+    def __init__(
+        self, graph: Graph, store: SQLStore, target: type[Any], order: BatchOrder | None = None
+    ) -> None:
+        self.given = (ValueKey(Movie),)
+        self.plan = graph.compiled(ValueKey(target), self.given, ValueKey(Movie), collects=True)
+        self.store, self.order = store, order or BatchOrder(chunk_size=2)
+        self.told: list[Event] = []
+        digest = digest_job(self.given, [ITEMS])
+        self.submission = Submission(
+            execution_id=RUN, task_id="t1", waits=False, job_digest=digest, listeners=[self.told.append]
+        )
+        self._number = 0
+
+    def open(self, items: Sequence[Movie] | None = None, **changes: Any) -> RunOutcome:
+        """Deliver the job, or with None a later part."""
+        self._number += 1
+        submission = replace(self.submission, **{"retries": self._number, **changes})
+        values = None if items is None else [items]
+        return run_here(BatchRun(self.plan, values, submission, SETTINGS, self.store, self.order))
+
+    def work(self, stage: int, lo: int, **changes: Any) -> RunOutcome:
+        """Deliver a chunk."""
+        submission = replace(self.submission, task_id=f"c{stage}-{lo}", **changes)
+        return run_here(ChunkRun(self.plan, submission, SETTINGS, self.store, self.order, stage, lo))
+
+
+def graph_with(*names: str) -> Graph:
+    """Return a graph over movies: rate, an aggregate and place, under these names."""
+    rate, total, place = names
+    graph = Graph("changing")
+
+    def rate_one(movie: Movie) -> EnrichedMovie:
+        return EnrichedMovie(original=movie)
+
+    def count(rated: Iterable[EnrichedMovie]) -> BatchStats:
+        return BatchStats(count=sum(1 for _ in rated))
+
+    def place_one(rated: EnrichedMovie, stats: BatchStats) -> Document:
+        return Document(title=f"{rated.original.title} of {stats.count}")
+
+    graph.register(rate_one, name=rate)
+    graph.register_aggregate(count, name=total)
+    graph.register(place_one, name=place)
+    return graph
+
+
+def test_a_batch_goes_from_part_to_part(store: SQLStore) -> None:
+    """The job opens a stage, chunks tell how far it is, the body goes on, the last one has the result."""
+    hands = Hands(graph_with("rate", "total", "place"), store, Document)
+    opened = hands.open(ITEMS)
+    assert opened.opened is not None
+    assert [(c.lo, c.hi) for c in opened.opened.chunks] == [(0, 2), (2, 4), (4, 6)]
+    assert opened.progress == Progress(done=0, total=6, stage=1, stages=2)
+    found = [hands.work(1, lo) for lo in (0, 2, 4)]
+    assert [one.progress and one.progress.done for one in found] == [2, 4, 6]
+    again = hands.work(1, 0)
+    assert (again.receipt, again.progress) == ({"lo": 0, "state": "DONE"}, None)
+    second = hands.open()
+    assert second.opened is not None
+    assert second.opened.stage == 3
+    assert second.progress == Progress(done=0, total=6, stage=2, stages=2)
+    for lo in (0, 2, 4):
+        hands.work(3, lo)
+    assert [each.title for each in hands.open().value] == [f"{number} of 6" for number in range(6)]
+    told = [(event.done, event.total) for event in hands.told if event.kind is EventKind.BATCH_PROGRESS]
+    assert told == [(2, 6), (4, 6), (6, 6)] * 2
+
+
+@pytest.mark.parametrize(
+    "names", [("rated", "total", "place"), ("rate", "sum", "place")], ids=["item step", "aggregate"]
+)
+def test_a_batch_notices_that_a_step_is_gone(store: SQLStore, names: tuple[str, str, str]) -> None:
+    """Between two deliveries the code has changed: it would leave items out, or make things twice."""
+    hands = Hands(graph_with("rate", "total", "place"), store, Document)
+    hands.open(ITEMS)
+    for lo in (0, 2, 4):
+        hands.work(1, lo)
+    hands.open()
+    changed = Hands(graph_with(*names), store, Document).open(retries=9)
+    assert isinstance(changed.error, GraphChanged)
+    gone = next(old for old, new in zip(("rate", "total"), names, strict=False) if old != new)
+    assert gone in str(changed.error)
+
+
+def test_a_later_part_of_an_unknown_batch_fails(store: SQLStore) -> None:
+    """Its items are nowhere."""
+    outcome = Hands(movie_graph, store, EnrichedMovie).open()
+    assert isinstance(outcome.error, RunNotFound)
+
+
+def test_a_copy_of_the_job_stores_its_items_once(store: SQLStore) -> None:
+    """It finds how many there are, and opens the same stage."""
+    hands = Hands(graph_with("rate", "total", "place"), store, EnrichedMovie)
+    hands.open(ITEMS)
+    hands.work(1, 2)
+    copy = hands.open(ITEMS)
+    assert copy.opened is not None
+    assert [chunk.lo for chunk in copy.opened.chunks] == [0, 4]
+    assert copy.progress == Progress(done=2, total=6)
+    assert store.measure_items("changing", RUN, "")[0] == 6
+
+
+def test_items_beyond_a_memory_of_one_page_are_stored(store: SQLStore) -> None:
+    """In pages; a batch of more items than one page holds comes back whole."""
+    many = [Movie(title=str(number)) for number in range(PAGE + 500)]
+    hands = Hands(graph_with("rate", "total", "place"), store, EnrichedMovie, BatchOrder(chunk_size=PAGE))
+    opened = hands.open(many, job_digest=digest_job(hands.given, [many]))
+    assert opened.opened is not None
+    assert store.measure_items("changing", RUN, "")[0] == PAGE + 500
+
+
+def test_pages_end_by_number_by_weight_and_by_time() -> None:
+    """Whatever comes first; nothing is lost."""
+    layout = Layout.of(Hands(movie_graph, SQLStore("sqlite://"), EnrichedMovie).plan, RUN)
+
+    def rows(sizes: Iterable[int]) -> Iterable[Checkpoint]:
+        return layout.item_rows("", (Movie(title="x" * size) for size in sizes))
+
+    assert [len(page) for page in paged(rows([1] * (2 * PAGE + 1)))] == [PAGE, PAGE, 1]
+    half = PAGE_BYTES // 2
+    assert [len(page) for page in paged(rows([half, half, half, 1]))] == [2, 2]
+    assert [len(page) for page in paged(rows([1] * 3), every_s=0.0)] == [1, 1, 1]
+    assert list(paged([])) == []
+
+
+@pytest.mark.parametrize(
+    ("most", "chunks", "slots", "threads", "lanes"),
+    [
+        (None, 64, 4, 8, None),
+        (1, 64, 4, 8, [1]),
+        (3, 64, 4, 8, [1, 1, 1]),
+        (10, 64, 4, 8, [3, 3, 2, 2]),
+        (100, 64, 4, 8, [8] * 9 + [7] * 4),
+        (100, 5, 4, 8, [20] * 5),
+        (1000, 64, 1, 1, [16] * 40 + [15] * 24),
+        (5, 0, 4, 8, [5]),
+    ],
+)
+def test_a_limit_is_cut_into_lanes(
+    most: int | None, chunks: int, slots: int, threads: int, lanes: list[int] | None
+) -> None:
+    """As many as run at once, or as the limit takes; together they have the whole limit, and each has some."""
+    found = BatchOrder(max_concurrency=most, slots=slots).lanes(chunks, threads)
+    assert found == lanes
+    assert found is None or (sum(found) == most and min(found) >= 1)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5])
+def test_a_limit_is_a_positive_number(value: Any) -> None:
+    """Anything else is refused by name."""
+    with pytest.raises(InvalidArguments, match="max_concurrency: must be at least 1"):
+        BatchOrder(max_concurrency=value)
+
+
+def test_a_worker_that_runs_many_tasks_gets_more_chunks() -> None:
+    """Else its last tasks would wait for one another."""
+    assert len(BatchOrder(slots=100).cut(1, 4000)) == 400
+
+
+def test_progress_is_told_in_process_too() -> None:
+    """Each item of the batch counts, the ones of a fan-out within an item do not."""
+    told: list[tuple[int | None, int | None]] = []
+
+    def listen(event: Event) -> None:
+        if event.kind is EventKind.BATCH_PROGRESS:
+            told.append((event.done, event.total))
+
+    document_graph.listeners.append(listen)
+    try:
+        documents = [Document(title=str(n), text="one\ftwo") for n in range(3)]
+        document_graph.execute_batch(DocumentSummary, documents, max_concurrency=1)
+    finally:
+        document_graph.listeners.remove(listen)
+        close_runtimes()
+    assert told == [(1, 3), (2, 3), (3, 3)]
