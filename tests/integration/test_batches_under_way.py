@@ -209,6 +209,8 @@ def test_the_row_tells_it_too(journals: Journals, urls: Urls) -> None:
     assert rows == [({"done": 5, "total": 5, "stage": 1, "stages": 1},)]
 
 
+# Celery's own way to store a result here.
+@pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
 def test_news_of_a_part_never_replace_how_a_task_ended(journals: Journals) -> None:
     """A chunk whose process was stopped in that moment tells it too late; nor do old news replace new ones."""
     sent = paced.look_at_all.apply_async((movies(unique("late"), 2),), context=OPEN)
