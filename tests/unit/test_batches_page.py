@@ -21,7 +21,7 @@ def test_the_snippets_of_the_page_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     snippets = re.findall(
         r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     )
-    assert len(snippets) == 6
+    assert len(snippets) == 7
     # Of a module: annotations are read by their names.
     names: dict[str, object] = {"__name__": "batches_page"}
     exec(compile("\n".join(snippets), str(PAGE), "exec"), names)  # noqa: S102 -- our own page
