@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from celery import Celery, states
 
+from examples.movies.movies_pb2 import Movie
 from tests.conftest import StartFlower, StartWorker
 from tests.infra.flower import FlowerProcess
 from tests.infra.processes import wait_until
 from tests.integration import shop
+from tests.integration.apps import batches
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Payment
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
@@ -33,13 +35,24 @@ def task_in(flower: FlowerProcess, task_id: str, state: str) -> dict[str, Any]:
 
 
 @pytest.fixture
+def served(request: pytest.FixtureRequest) -> Celery:
+    """The app that the worker serves; a test may name another one."""
+    app: Celery = getattr(request, "param", shop.app)
+    return app
+
+
+@pytest.fixture
 def flower(
-    start_worker: StartWorker, start_flower: StartFlower, connect_app: Callable[[Celery], Celery]
+    start_worker: StartWorker,
+    start_flower: StartFlower,
+    connect_app: Callable[[Celery], Celery],
+    served: Celery,
 ) -> FlowerProcess:
     """Flower beside a worker that runs one task at a time, takes no further one before, and sends events."""
-    connect_app(shop.app)
-    flower = start_flower(app=APP)
-    start_worker(app=APP, concurrency=1, args=["-E", "--prefetch-multiplier=1"])
+    name = APP if served is shop.app else str(served.main)
+    connect_app(served)
+    flower = start_flower(app=name)
+    start_worker(app=name, concurrency=1, args=["-E", "--prefetch-multiplier=1"])
     # Known from its events: from now on Flower hears those of its tasks too.
     wait_until(
         lambda: bool(flower.get("/workers?json=1")["data"]),
@@ -114,3 +127,27 @@ def test_retries_and_failures_show_their_states_and_the_typed_error(
         aborted.id: "shop.fail",
     }
     assert {task["state"] for task in listed.values()} == {states.SUCCESS, states.FAILURE}
+
+
+@pytest.mark.parametrize("served", [batches.app], indirect=True, ids=["batches"])
+def test_a_batch_is_one_family_under_the_tasks_own_name(flower: FlowerProcess) -> None:
+    """Its job, chunks and bodies: one name, one root; each says what it is, and the job's entry has the result."""
+    sent = batches.place_all.apply_async(([Movie(title="j::", rating=n) for n in range(3)],))
+    assert len(sent.get(timeout=30)) == 3
+    info = task_in(flower, sent.id, states.SUCCESS)
+    assert info["result"] == "<3 results>"
+    listed: dict[str, Any] = flower.get("/api/tasks")
+    wait_until(
+        lambda: all(task["state"] == states.SUCCESS for task in flower.get("/api/tasks").values()),
+        within_s=_WITHIN_S,
+        what="the end of all chunks in Flower",
+    )
+    assert {task["name"] for task in listed.values()} == {batches.place_all.name}
+    assert {task["root_id"] for task in listed.values()} == {sent.id}
+    parts = sorted(task["args"] for task_id, task in listed.items() if task_id != sent.id)
+    assert parts == [
+        "(items 0 to 1 of stage 1)",
+        "(items 0 to 1 of stage 3)",
+        "(items 2 to 2 of stage 1)",
+        "(items 2 to 2 of stage 3)",
+    ]
