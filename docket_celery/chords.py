@@ -7,6 +7,7 @@ only, since each header message holds a copy of the body.
 from __future__ import annotations
 
 import base64
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, NoReturn, Protocol, cast
@@ -50,6 +51,7 @@ OF_ONE_DELIVERY: Final = (ATTACHED, RELEASED, SKIPPED, PART, RETRIES)
 """Headers that speak of one delivery."""
 ORDER: Final = ("on_error", "max_failed", "chunk_size", "max_concurrency")
 """What a submission may ask of its batch."""
+_OURS: Final = (*ORDER, "execution_id")
 
 
 class BatchTask(Protocol):
@@ -97,6 +99,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         InvalidArguments: A value cannot be used.
     """
+    _check_names(options)
     max_failed = options.get("max_failed")
     on_error: Any = options.get("on_error") or ("fail" if max_failed is None else "collect")
     BatchOrder(
@@ -107,8 +110,21 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def take_order(options: dict[str, Any]) -> dict[str, Any]:
-    """Take out of a submission's *options* what it asks of its batch, and return it."""
+    """Take out of a submission's *options* what it asks of its batch, and return it.
+
+    Raises:
+        InvalidArguments: An option reads like one of ours, and is none.
+    """
+    _check_names(options)
     return {name: value for name in ORDER if (value := options.pop(name, None)) is not None}
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    # Celery takes any option and drops what nobody knows: a limit with a slip of the pen would be none.
+    for name in options:
+        close = [] if name in _OURS else difflib.get_close_matches(name, _OURS, n=1, cutoff=0.85)
+        if close:
+            raise InvalidArguments(name, f"is not known; did you mean {close[0]}?")
 
 
 def is_part(request: Any) -> bool:

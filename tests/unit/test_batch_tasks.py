@@ -100,6 +100,26 @@ def test_what_is_no_batch_is_refused(app: Celery) -> None:
         task.delay([Movie(title="x" * 1000 * 1000)] * 68)
 
 
+def test_a_slip_of_the_pen_is_no_option(app: Celery) -> None:
+    """Celery takes and drops whatever it does not know; a limit that is none would be noticed too late."""
+    with pytest.raises(
+        InvalidArguments, match=r"max_concurency: is not known; did you mean max_concurrency\?"
+    ):
+
+        @graph_task(app, picky, max_concurency=2)
+        def limited(movies: list[Movie]) -> list[EnrichedMovie]:
+            raise NotImplementedError
+
+    @graph_task(app, picky, rate_limit="2/s", on_failure_hook=None)
+    def check_all(movies: list[Movie]) -> list[EnrichedMovie]:
+        raise NotImplementedError
+
+    with pytest.raises(InvalidArguments, match="did you mean chunk_size"):
+        check_all.apply_async((MOVIES,), chunksize=2)
+    with pytest.raises(InvalidArguments, match="did you mean execution_id"):
+        check_all.submit_batch(MOVIES, executionid="x")
+
+
 @pytest.mark.parametrize(("backend", "words"), [("disabled://", "no result backend"), ("rpc://", "the rpc")])
 def test_a_backend_without_chords_is_a_fault(app: Celery, tmp_path: Path, backend: str, words: str) -> None:
     """Nobody would ever join the chunks; a task that spreads nothing does not mind."""
