@@ -27,6 +27,7 @@ class Delivery:
         base: The caller's contextvars; each call gets a copy.
         held: The run's lease; None when nothing is persisted.
         passthrough: Exceptions that stop the run and reach the caller as they are.
+        max_stored_bytes: Largest output of a step that is stored.
         scopes: Context managers of the host, entered around each stretch of a step on a thread.
         hooks: Entered once around each call of a step.
         loop: Runs ``async def`` steps; None: the loop thread of the process.
@@ -47,6 +48,7 @@ class Delivery:
     store: Store | None = None
     held: HeldLease | None = None
     lease_s: float = 30.0
+    max_stored_bytes: int = 64 * 1024 * 1024
     owner: str = ""
     listeners: Sequence[Listener] = ()
     passthrough: tuple[type[BaseException], ...] = ()

@@ -22,6 +22,7 @@ from docket_celery.delivery import Delivery
 from docket_celery.errors import CacheMismatch, DocketError, GraphChanged, InvalidArguments
 from docket_celery.messages import (
     Value,
+    check_size,
     from_bytes,
     many_from_bytes,
     to_view,
@@ -96,7 +97,11 @@ class StepRecord:
         return found
 
     def checkpoint(self, value: Value) -> Checkpoint:
-        """Return the checkpoint to save for *value*."""
+        """Return the checkpoint to save for *value*.
+
+        Raises:
+            PayloadTooLarge: It is too large to be stored.
+        """
         shared = self._step.persist is Scope.GLOBAL
         return self._checkpoint(value, self._looked_up or self._key(), shared=shared)
 
@@ -110,6 +115,9 @@ class StepRecord:
     def _checkpoint(self, value: Value, key: bytes, *, shared: bool) -> Checkpoint:
         step, delivery = self._step, self._delivery
         assert delivery.store is not None
+        data = value_bytes(value)
+        what = f"the output of step {step.name!r} of run {delivery.execution_id!r}"
+        check_size(what, len(data), delivery.max_stored_bytes, "docket_max_stored_bytes")
         return Checkpoint(
             key=key,
             graph=delivery.graph,
@@ -120,7 +128,7 @@ class StepRecord:
             item=delivery.item,
             item_index=int(delivery.item.partition("/")[0]) if delivery.item else None,
             output_type=step.result_name,
-            output_data=value_bytes(value),
+            output_data=data,
             output_json=to_view(value) if delivery.store.codec is None else None,
             ttl_s=step.ttl_s,
         )

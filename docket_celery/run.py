@@ -327,6 +327,7 @@ class Run:
             store=self.store,
             held=self._held,
             lease_s=self._settings.lease_seconds,
+            max_stored_bytes=self._settings.max_stored_bytes,
             owner=self._owner,
             listeners=submission.listeners,
             passthrough=submission.passthrough,

@@ -17,7 +17,7 @@ from docket_celery.checkpoint import Lease, RunRequest, RunRow, job_digest
 from docket_celery.chunks import UNFINISHED, BatchStore
 from docket_celery.configuration import Settings
 from docket_celery.declaration import Declaration
-from docket_celery.errors import InvalidSettings, PayloadTooLarge, RunConflict
+from docket_celery.errors import InvalidArguments, InvalidSettings, RunConflict
 from docket_celery.graph import Graph
 from docket_celery.messages import ListDigest, brief, check_size, frame, to_bytes, type_name
 from docket_celery.outcome import job_parts, target_name
@@ -106,8 +106,8 @@ def upload(
         The job's digest, and what travels for each parameter.
 
     Raises:
-        InvalidArguments: An item is of another type.
-        PayloadTooLarge: An item is, or there are too many.
+        InvalidArguments: An item is of another type, or there are too many.
+        PayloadTooLarge: An item is too large.
         InvalidSettings: This process has no database.
         RunConflict: The run exists with another job, or is being submitted by another process.
         LeaseLost: It was so slow that another process began to submit it.
@@ -180,8 +180,8 @@ class _Upload:
         name = type_name(self._batch.kind)
         for index, item in enumerate(items):
             if index >= MOST_ITEMS:
-                raise PayloadTooLarge(
-                    f"the batch of task {self._task.name}", index + 1, MOST_ITEMS, "MOST_ITEMS"
+                raise InvalidArguments(
+                    "items", f"a batch of task {self._task.name} has at most {MOST_ITEMS} of them"
                 )
             message = self._task.declaration.bind_item(index, item)
             data = to_bytes(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,19 @@ from typing import Any
 import pytest
 from celery import Celery, _state
 
-from docket_celery import BatchResult, Graph, GraphTask, SQLStore, StepContext, graph_task, lifecycle
+from docket_celery import (
+    BatchResult,
+    Graph,
+    GraphTask,
+    SQLStore,
+    StepContext,
+    graph_task,
+    lifecycle,
+    uploads,
+)
 from docket_celery.batch_plan import BatchOrder
 from docket_celery.checkpoint import Chunk
+from docket_celery.chunks import UNFINISHED
 from docket_celery.defaults import process_defaults
 from docket_celery.errors import (
     InvalidArguments,
@@ -296,3 +307,20 @@ def test_a_stream_must_be_named_where_items_name_the_run(app: Celery, stored: SQ
     with pytest.raises(InvalidArguments, match="max_failed"):
         check_all.submit_batch(MOVIES, execution_id="batch-6", max_failed=1)
     assert stored.find_run("picky-task", "batch-6") is None
+
+
+def test_a_batch_does_not_grow_for_ever(
+    app: Celery, stored: SQLStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that never ends is stopped; nothing is sent."""
+    monkeypatch.setattr(uploads, "MOST_ITEMS", 1500)
+
+    @graph_task(app, picky)
+    def check_all(movies: list[Movie]) -> list[EnrichedMovie]:
+        raise NotImplementedError
+
+    with pytest.raises(InvalidArguments, match="has at most 1500 of them"):
+        check_all.submit_batch((Movie() for _ in itertools.count()), execution_id="endless")
+    row = stored.find_run("picky-task", "endless")
+    assert row is not None
+    assert row.job_digest == UNFINISHED

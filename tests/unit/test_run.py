@@ -26,6 +26,7 @@ from docket_celery.errors import (
     GraphChanged,
     InputsChanged,
     LeaseLost,
+    PayloadTooLarge,
     RunConflict,
     RunQuarantined,
     RunTimedOut,
@@ -35,6 +36,7 @@ from docket_celery.errors import (
 )
 from docket_celery.events import EventKind
 from docket_celery.graph import Graph
+from docket_celery.lifecycle import settings
 from docket_celery.messages import to_bytes, value_bytes
 from docket_celery.outcome import Submission, is_busy, job_parts
 from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
@@ -619,3 +621,31 @@ def test_a_host_that_cannot_decide_fails_the_run_instead_of_hanging_it(fault: st
     shop.broken = True
     with pytest.raises(ZeroDivisionError, match="broken host"):
         within(lambda: execute(shop.graph, Shipment, Order(), park_s=decide))
+
+
+def test_an_output_too_large_for_the_store_ends_the_run() -> None:
+    """Before it is sent to the database; what was saved before it stays."""
+    store, calls = MemoryStore(), list[str]()
+    graph = Graph("bulky", store=store)
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def small(order: Order) -> Label:
+        calls.append("small")
+        return Label(text="fits")
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def large(label: Label) -> Charge:
+        calls.append("large")
+        return Charge(charge_id="x" * 2000)
+
+    settings(max_stored_bytes=1000)
+    try:
+        with pytest.raises(PayloadTooLarge, match="the output of step 'large' of run 'o-1'"):
+            graph.execute(Charge, Order(), execution_id="o-1")
+    finally:
+        settings(max_stored_bytes=None)
+    row = store.find_run("bulky", "o-1")
+    assert row is not None
+    assert row.state is RunState.FAILED
+    assert len(graph.execute(Charge, Order(), execution_id="o-1").charge_id) == 2000
+    assert calls == ["small", "large", "large"]
