@@ -123,7 +123,7 @@ test-integration: $(READY) ## Run the tests on real servers and workers
 
 .PHONY: test-faults
 test-faults: $(READY) ## Kill workers a hundred times at random moments, and many random graphs; takes minutes
-	@PROPERTY_EXAMPLES=20 $(PYTEST) tests/unit/test_properties_runs.py -o timeout=1800 $(PYTEST_ARGS)
+	@PROPERTY_EXAMPLES=20 $(PYTEST) tests/unit/test_properties_runs.py tests/unit/test_properties_series.py -o timeout=1800 $(PYTEST_ARGS)
 	@$(PYTEST) -m faults $(PYTEST_ARGS)
 
 .PHONY: demo
