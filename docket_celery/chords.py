@@ -13,11 +13,12 @@ from dataclasses import replace
 from typing import Any, Final, NoReturn, Protocol, cast
 
 from celery import Celery, chord, signature
+from celery.backends.redis import RedisBackend
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from kombu.utils.json import dumps, loads
 
 from docket_celery import lifecycle
-from docket_celery.batch_plan import BatchOrder, is_spread
+from docket_celery.batch_plan import BatchOrder, is_spread, is_undone, stage_rows
 from docket_celery.batch_result import BatchPolicy
 from docket_celery.batch_run import BatchRun
 from docket_celery.checkpoint import RunState
@@ -34,7 +35,7 @@ from docket_celery.outcome import OpenStage, RunOutcome, Submission, digest_job
 from docket_celery.plan import Plan
 from docket_celery.progress import tell_progress
 from docket_celery.retrying import keep
-from docket_celery.waiting import run_here
+from docket_celery.waiting import call_aside, run_here
 
 EXECUTION_ID, CONTEXT, DIGEST, ATTACHED, RELEASED, SKIPPED, BATCH, PART, RETRIES = (
     "docket_execution_id",
@@ -227,7 +228,11 @@ def _work(
     order: BatchOrder,
     part: Mapping[str, Any],
 ) -> RunOutcome:
-    """Work on a chunk; then go on with the next one of its lane, if it has one."""
+    """Work on a chunk; then go on with the next one of its lane, if it has one.
+
+    Raises:
+        Reject: Nothing could be published; the broker keeps the delivery.
+    """
     request = task.request
     submission = replace(submission, passthrough=(SoftTimeLimitExceeded,), hands_back=())
     limit, stage, lo = part.get("limit"), int(part["stage"]), int(part["lo"])
@@ -238,7 +243,25 @@ def _work(
     if following is not None:
         headers = {**_headers(request, submission), PART: following}
         _replace(task, _chunk(task, headers, _options(request)))
+    if state == ChunkStop.DONE and request.retries and request.chord:
+        body = signature(request.chord, app=task.app)
+        try:
+            call_aside(
+                lambda: _wake(store, plan.graph, submission.execution_id, stage, body), settings.threads
+            )
+        except Exception as error:
+            raise keep(request.id, error) from error
     return outcome
+
+
+def _wake(store: BatchStore, graph: str, execution_id: str, stage: int, body: Any) -> None:
+    """Publish the *body* of the open stage if it is done: the child that counted the last part may have died before.
+
+    A body that comes twice finds what is done.
+    """
+    rows = store.find_chunks(graph, execution_id)
+    if not any(is_undone(row) for row in stage_rows(rows, stage)):
+        body.apply_async()
 
 
 def _replace(task: BatchTask, signature: Any) -> NoReturn:
@@ -296,7 +319,10 @@ def _next_part(part: Mapping[str, Any]) -> dict[str, Any] | None:
 def _chunk(task: BatchTask, headers: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
     """Return the signature of a chunk's task; its receipt is what the chord counts."""
     blank = task.declaration.blank()
-    return task.signature(*blank, immutable=True, headers=headers, ignore_result=False, **options)
+    # Redis counts parts without their results. Of a stored one Celery believes that it was counted, though its child
+    # died before that: no retry would come, and the chord never end.
+    counts = isinstance(task.backend, RedisBackend)
+    return task.signature(*blank, immutable=True, headers=headers, ignore_result=counts, **options)
 
 
 def _headers(request: Any, submission: Submission) -> dict[str, Any]:
