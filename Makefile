@@ -122,7 +122,7 @@ test-integration: $(READY) ## Run the tests on real servers and workers
 	@$(PYTEST) tests/conformance tests/integration $(PYTEST_ARGS)
 
 .PHONY: test-faults
-test-faults: $(READY) ## Kill workers a hundred times at random moments, and many random graphs; takes minutes
+test-faults: $(READY) ## Kill children at random moments, in KILL_BATCHES=2 batches too; many random graphs; takes minutes
 	@PROPERTY_EXAMPLES=20 $(PYTEST) tests/unit/test_properties_runs.py tests/unit/test_properties_series.py -o timeout=1800 $(PYTEST_ARGS)
 	@$(PYTEST) -m faults $(PYTEST_ARGS)
 
