@@ -18,7 +18,7 @@ from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from kombu.utils.json import dumps, loads
 
 from docket_celery import lifecycle
-from docket_celery.batch_plan import BatchOrder, is_spread, is_undone, stage_rows
+from docket_celery.batch_plan import BatchOrder, is_spread, stage_rows
 from docket_celery.batch_result import BatchPolicy
 from docket_celery.batch_run import BatchRun
 from docket_celery.checkpoint import RunState
@@ -243,25 +243,22 @@ def _work(
     if following is not None:
         headers = {**_headers(request, submission), PART: following}
         _replace(task, _chunk(task, headers, _options(request)))
-    if state == ChunkStop.DONE and request.retries and request.chord:
+    if state in {ChunkStop.DONE, ChunkStop.FAILING} and request.retries and request.chord:
         body = signature(request.chord, app=task.app)
+        # In a failing stage what is queued stays so.
+        going_on = {RunState.RUNNING} if state == ChunkStop.FAILING else {RunState.RUNNING, RunState.QUEUED}
+
+        def wake() -> None:
+            rows = store.find_chunks(plan.graph, submission.execution_id)
+            if not any(row.state in going_on for row in stage_rows(rows, stage)):
+                body.apply_async()
+
         try:
-            call_aside(
-                lambda: _wake(store, plan.graph, submission.execution_id, stage, body), settings.threads
-            )
+            # The child that counted the last part may have died before this. A second body finds what is done.
+            call_aside(wake, settings.threads)
         except Exception as error:
             raise keep(request.id, error) from error
     return outcome
-
-
-def _wake(store: BatchStore, graph: str, execution_id: str, stage: int, body: Any) -> None:
-    """Publish the *body* of the open stage if it is done: the child that counted the last part may have died before.
-
-    A body that comes twice finds what is done.
-    """
-    rows = store.find_chunks(graph, execution_id)
-    if not any(is_undone(row) for row in stage_rows(rows, stage)):
-        body.apply_async()
 
 
 def _replace(task: BatchTask, signature: Any) -> NoReturn:

@@ -275,18 +275,24 @@ class BatchStore(Store, Protocol):
 
     # --- runs that nobody advances -----------------------------------------------------------------------------
 
-    def find_lost(self, task_names: Sequence[str], lease_s: float, limit: int) -> list[LostRun]:
+    def find_lost(
+        self, task_names: Sequence[str], lease_s: float, max_deliveries: int, limit: int
+    ) -> list[LostRun]:
         """Return runs with an open stage that nobody advances, and look at each of them again later only.
 
-        Lost is, by the database's clock: a run, or a chunk of the stage, whose lease is over; a stage whose chunks
-        have all ended for *lease_s* without anybody having gone on; and one with no chunk at work, where none has
-        ended for ten times that long: messages may well wait so long in a queue. The next look is as far away as the
-        last sign of life, an hour at most, so that a long queue is not filled with copies. Any number of processes
-        may look side by side.
+        A chunk whose lease is over counts as lost, as if it had been taken over, and is to be worked on again: its
+        run is found for it once, however long its messages lie in a queue then.
+
+        Lost is, by the database's clock: a run, or a chunk of the stage, whose lease is over; a stage of which
+        nothing more will be worked on, for *lease_s* without anybody having gone on; and one with no chunk at work,
+        where none has ended for ten times that long: messages may well wait so long in a queue. The next look is as
+        far away as the last sign of life, an hour at most, so that a long queue is not filled with copies. Any number
+        of processes may look side by side.
 
         Args:
             task_names: Whose runs.
             lease_s: As for new leases.
+            max_deliveries: As for new leases.
             limit: Most runs to look at.
         """
         ...

@@ -1,4 +1,4 @@
-"""Looks for batches that nobody advances, and has them go on: one thread in one process of each worker.
+"""Looks for batches that nobody advances, and has them go on: each worker does, with whichever process comes first.
 
 Chords are the fast path, the store is the truth. Where Redis loses a counter, the broker a message, or a worker its
 life with a chunk, the rows still say what is to be done; a copy of the body's task does it.
@@ -7,12 +7,14 @@ life with a chunk, the rows still say what is to be done; a copy of the body's t
 from __future__ import annotations
 
 import logging
+import mmap
 import random
+import struct
 import threading
+import time
 from typing import Any
 
-from billiard import current_process
-from celery import Celery, signals
+from celery import Celery, _state, signals
 
 from docket_celery import lifecycle
 from docket_celery.chords import revive
@@ -24,15 +26,37 @@ MOST_AT_ONCE = 20
 _logger = logging.getLogger("docket_celery.sweep")
 
 
+class Schedule:
+    """When the processes of one worker look next; forked children share it.
+
+    Children come and go, some after a single task: with a schedule of its own each would look either too often or
+    never.
+    """
+
+    def __init__(self) -> None:
+        self._shared = mmap.mmap(-1, 8)
+        self.set_next(time.monotonic())
+
+    def left_s(self) -> float:
+        """Return the seconds until somebody shall look; the clock is the same in all processes."""
+        (due,) = struct.unpack("d", self._shared[:8])
+        return float(due) - time.monotonic()
+
+    def set_next(self, at: float) -> None:
+        """Say when, on `time.monotonic`'s clock."""
+        self._shared[:8] = struct.pack("d", at)
+
+
 class Sweeper:
     """Sweeps the stores of an app's batch tasks every half a lease, for as long as its process lives.
 
     Args:
         app: The app, with its tasks imported.
+        schedule: Shared by all processes of the worker: one of them looks at a time.
     """
 
-    def __init__(self, app: Celery) -> None:
-        self._app = app
+    def __init__(self, app: Celery, schedule: Schedule) -> None:
+        self._app, self._schedule = app, schedule
         self._over = threading.Event()
         self._away = False
 
@@ -55,7 +79,8 @@ class Sweeper:
         """
         settings, sent = lifecycle.app_settings(self._app), 0
         for store, names in self._tasks():
-            for lost in store.find_lost(names, settings.lease_seconds, MOST_AT_ONCE):
+            found = store.find_lost(names, settings.lease_seconds, settings.max_deliveries, MOST_AT_ONCE)
+            for lost in found:
                 _logger.warning(
                     "run %r of graph %r is not advanced by anybody; task %s goes on with it",
                     *(lost.execution_id, lost.graph, lost.task_name),
@@ -67,9 +92,15 @@ class Sweeper:
     def _run(self) -> None:
         while True:
             half_s = lifecycle.app_settings(self._app).lease_seconds / 2
-            # Spread: the workers of a deployment started at one moment.
-            if self._over.wait(half_s * random.uniform(0.7, 1.3)):  # noqa: S311 -- spreads load, keeps no secret
+            left_s = self._schedule.left_s()
+            # Not over half a lease, whatever another process wrote.
+            if self._over.wait(min(max(0.0, left_s), half_s)):
                 return
+            if self._schedule.left_s() > 0:
+                continue
+            # Spread: the workers of a deployment started at one moment.
+            pause_s = half_s * random.uniform(0.7, 1.3)  # noqa: S311 -- spreads load, keeps no secret
+            self._schedule.set_next(time.monotonic() + pause_s)
             try:
                 self.sweep()
             except StoreUnavailable as error:
@@ -99,19 +130,24 @@ class Sweeper:
 
 
 class _Process:
-    """The sweeper of this process."""
+    """The sweeper of this process, and the schedule that it shares with its worker's other processes."""
 
     def __init__(self) -> None:
         self.sweeper: Sweeper | None = None
+        self.schedule: Schedule | None = None
 
 
 _process = _Process()
 
 
+def _on_worker_init(**_: Any) -> None:
+    """Make the schedule before any child is forked."""
+    _process.schedule = Schedule()
+
+
 def _on_process_init(**_: Any) -> None:
-    """Begin in the first child of a prefork pool, or in a solo worker."""
-    if getattr(current_process(), "index", 0) in (0, None):
-        _begin()
+    """Begin in a child of a prefork pool, or in a solo worker."""
+    _begin()
 
 
 def _on_worker_ready(**_: Any) -> None:
@@ -121,10 +157,11 @@ def _on_worker_ready(**_: Any) -> None:
 
 
 def _begin() -> None:
-    app = lifecycle.worker_app()
-    if app is not None:
-        _process.sweeper = Sweeper(app)
-        _process.sweeper.start()
+    # A child that was spawned instead of forked knows its app, and has a schedule of its own.
+    app = lifecycle.worker_app() or _state.get_current_app()
+    schedule = _process.schedule or Schedule()
+    _process.sweeper = Sweeper(app, schedule)
+    _process.sweeper.start()
 
 
 def _on_shutdown(**_: Any) -> None:
@@ -134,6 +171,7 @@ def _on_shutdown(**_: Any) -> None:
 
 def install() -> None:
     """Connect to Celery; done once, when GraphTask is imported."""
+    signals.worker_init.connect(_on_worker_init, weak=False)
     signals.worker_process_init.connect(_on_process_init, weak=False)
     signals.worker_ready.connect(_on_worker_ready, weak=False)
     signals.worker_process_shutdown.connect(_on_shutdown, weak=False)

@@ -75,7 +75,12 @@ class UpkeepModule(Protocol):
         retention_s: float,
     ) -> RunRow | None: ...
     def find_lost(
-        self, connection: Connection, task_names: Sequence[str], lease_s: float, limit: int
+        self,
+        connection: Connection,
+        task_names: Sequence[str],
+        lease_s: float,
+        max_deliveries: int,
+        limit: int,
     ) -> list[LostRun]: ...
 
 
@@ -205,11 +210,13 @@ class BatchCalls:
         )
         return None if found is None else self._seal.open_run(found)
 
-    def find_lost(self, task_names: Sequence[str], lease_s: float, limit: int) -> list[LostRun]:
+    def find_lost(
+        self, task_names: Sequence[str], lease_s: float, max_deliveries: int, limit: int
+    ) -> list[LostRun]:
         """See `BatchStore.find_lost`; a run whose message cannot be decoded here is left to others."""
         found = self._call(
             "look for lost runs",
-            lambda connection: self._upkeep.find_lost(connection, task_names, lease_s, limit),
+            lambda connection: self._upkeep.find_lost(connection, task_names, lease_s, max_deliveries, limit),
         )
         lost: list[LostRun] = []
         for one in found:

@@ -30,10 +30,10 @@ UPDATE docket_cache SET expires_at = clock_timestamp() + ttl * {_SECOND} FROM r
 WHERE graph = :graph AND execution_id = :execution_id AND ttl IS NOT NULL
 """)
 
-# The last sign of life: the stage was opened, or one of its chunks ended.
+# The last sign of life: the stage was opened, one of its chunks ended, or one was found dead, so somebody had it.
 _FIND_LOST = text(f"""
 WITH due AS (
-    SELECT graph, execution_id, stage, state, updated_at FROM docket_runs
+    SELECT graph, execution_id, stage, state, updated_at, items_failed > items_allowed AS failing FROM docket_runs
     WHERE message IS NOT NULL AND task_name = ANY(CAST(:task_names AS text[])) AND (
         (state = 'WAITING' AND wake_at <= statement_timestamp())
         OR (state = 'RUNNING' AND lease_until <= statement_timestamp()
@@ -47,15 +47,22 @@ seen AS (
         FROM docket_chunks AS c
         WHERE c.graph = due.graph AND c.execution_id = due.execution_id AND c.stage = due.stage) AS chunks),
 judged AS (
-    SELECT graph, execution_id, CASE
+    SELECT graph, execution_id, dead > 0 AS died, CASE
         WHEN state = 'RUNNING' OR dead > 0 THEN true
         WHEN alive > 0 THEN false
-        WHEN queued > 0 THEN updated_at <= statement_timestamp() - {QUEUE_PATIENCE} * {_LEASE}
+        WHEN queued > 0 AND failing IS NOT TRUE THEN updated_at <= statement_timestamp() - {QUEUE_PATIENCE} * {_LEASE}
         ELSE updated_at <= statement_timestamp() - {_LEASE} END AS lost
-    FROM seen)
-UPDATE docket_runs AS r SET wake_at = clock_timestamp() + CASE
-    WHEN judged.lost THEN LEAST({LONGEST_LOOK_S} * {_SECOND}, GREATEST({_LEASE}, clock_timestamp() - r.updated_at))
-    ELSE {_LEASE} END
+    FROM seen),
+dead AS (
+    UPDATE docket_chunks AS c SET lost = c.lost + 1, lease_until = NULL, state = CASE
+        WHEN c.lost + 1 >= CAST(:max_deliveries AS integer) THEN 'QUARANTINED' ELSE 'QUEUED' END
+    FROM due WHERE c.graph = due.graph AND c.execution_id = due.execution_id AND c.stage = due.stage
+        AND c.state = 'RUNNING' AND c.lease_until <= statement_timestamp())
+UPDATE docket_runs AS r SET
+    updated_at = CASE WHEN judged.died THEN clock_timestamp() ELSE r.updated_at END,
+    wake_at = clock_timestamp() + CASE WHEN judged.lost AND NOT judged.died
+        THEN LEAST({LONGEST_LOOK_S} * {_SECOND}, GREATEST({_LEASE}, clock_timestamp() - r.updated_at))
+        ELSE {_LEASE} END
 FROM judged WHERE r.graph = judged.graph AND r.execution_id = judged.execution_id
 RETURNING r.graph, r.execution_id, r.task_name, r.retries, r.stage, r.message, judged.lost
 """)
@@ -70,9 +77,12 @@ def cancel(
     return find_run(connection, graph, execution_id)
 
 
-def find_lost(connection: Connection, task_names: Sequence[str], lease_s: float, limit: int) -> list[LostRun]:
+def find_lost(
+    connection: Connection, task_names: Sequence[str], lease_s: float, max_deliveries: int, limit: int
+) -> list[LostRun]:
     """See `BatchStore.find_lost`."""
     values = {"task_names": list(map(clean_text, task_names)), "lease_s": lease_s, "limit": limit}
+    values["max_deliveries"] = max_deliveries
     return [
         LostRun(
             graph=row["graph"],

@@ -24,7 +24,7 @@ WHERE {_IS_RUN} AND state IN ('QUEUED', 'RUNNING')
 """)
 _DATE = text(f"UPDATE docket_cache SET expires_at = {after('ttl')} WHERE {_IS_RUN} AND ttl IS NOT NULL")
 _FIND_DUE = text(f"""
-SELECT graph, execution_id, task_name, retries, stage, state, message,
+SELECT graph, execution_id, task_name, retries, stage, state, message, items_failed > items_allowed AS failing,
     (julianday({NOW}) - julianday(updated_at)) * 86400.0 AS idle_s
 FROM docket_runs
 WHERE message IS NOT NULL AND task_name IN :task_names AND ((state = 'WAITING' AND wake_at <= {NOW})
@@ -36,7 +36,15 @@ SELECT TOTAL(state = 'RUNNING' AND lease_until > {NOW}) AS alive,
     TOTAL(state = 'RUNNING' AND lease_until <= {NOW}) AS dead, TOTAL(state = 'QUEUED') AS queued
 FROM docket_chunks WHERE {_IS_RUN} AND stage = :stage
 """)
-_LOOK_LATER = text(f"UPDATE docket_runs SET wake_at = {after(':wait_s')} WHERE {_IS_RUN}")
+_GIVE_UP = text(f"""
+UPDATE docket_chunks SET lost = lost + 1, lease_until = NULL,
+    state = CASE WHEN lost + 1 >= :max_deliveries THEN 'QUARANTINED' ELSE 'QUEUED' END
+WHERE {_IS_RUN} AND stage = :stage AND state = 'RUNNING' AND lease_until <= {NOW}
+""")
+_LOOK_LATER = text(f"""
+UPDATE docket_runs SET wake_at = {after(":wait_s")}, updated_at = CASE WHEN :died THEN {NOW} ELSE updated_at END
+WHERE {_IS_RUN}
+""")
 
 
 def cancel(
@@ -54,7 +62,9 @@ def cancel(
     return None if row is None else read_run(row)
 
 
-def find_lost(connection: Connection, task_names: Sequence[str], lease_s: float, limit: int) -> list[LostRun]:
+def find_lost(
+    connection: Connection, task_names: Sequence[str], lease_s: float, max_deliveries: int, limit: int
+) -> list[LostRun]:
     """See `BatchStore.find_lost`."""
     found: list[LostRun] = []
     values = {"task_names": list(map(clean_text, task_names)), "limit": limit}
@@ -62,8 +72,10 @@ def find_lost(connection: Connection, task_names: Sequence[str], lease_s: float,
         for row in connection.execute(_FIND_DUE, values).mappings().all():
             chunks = connection.execute(_COUNT_CHUNKS, dict(row)).mappings().one()
             lost = _is_lost(row, chunks, lease_s)
-            wait_s = min(LONGEST_LOOK_S, max(lease_s, row["idle_s"])) if lost else lease_s
-            connection.execute(_LOOK_LATER, {**row, "wait_s": wait_s})
+            connection.execute(_GIVE_UP, {**row, "max_deliveries": max_deliveries})
+            died = bool(chunks["dead"])
+            wait_s = min(LONGEST_LOOK_S, max(lease_s, row["idle_s"])) if lost and not died else lease_s
+            connection.execute(_LOOK_LATER, {**row, "wait_s": wait_s, "died": died})
             if lost:
                 names = ("graph", "execution_id", "task_name", "retries", "stage")
                 found.append(LostRun(**{name: row[name] for name in names}, message=bytes(row["message"])))
@@ -76,4 +88,5 @@ def _is_lost(run: Row, chunks: Row, lease_s: float) -> bool:
     if chunks["alive"]:
         return False
     idle_s: float = run["idle_s"]
-    return idle_s >= (QUEUE_PATIENCE * lease_s if chunks["queued"] else lease_s)
+    waits = chunks["queued"] and not run["failing"]
+    return idle_s >= (QUEUE_PATIENCE * lease_s if waits else lease_s)

@@ -242,7 +242,7 @@ def test_the_chunks_of_a_cancelled_run_do_not_start(bench: Bench, batches: Batch
 
 def find_lost(batches: BatchStore, tasks: list[str] = TASKS) -> list[tuple[str, int, bytes]]:
     """Look for lost runs; return name, stage and message of each."""
-    found = batches.find_lost(tasks, LEASE_S, 10)
+    found = batches.find_lost(tasks, LEASE_S, 3, 10)
     return [(one.execution_id, one.stage, one.message) for one in found]
 
 
@@ -265,12 +265,42 @@ def test_a_stage_whose_body_does_not_come_is_lost(bench: Bench, batches: BatchSt
     assert find_lost(batches) == []  # as long again as nothing has happened
 
 
-def test_a_chunk_whose_worker_died_is_lost(bench: Bench, batches: BatchStore) -> None:
-    """Its lease is over; what others still work on does not matter."""
+def test_a_chunk_whose_worker_died_is_lost_once(bench: Bench, batches: BatchStore) -> None:
+    """Its lease is over; what others still work on does not matter. Then it waits for its turn like any other."""
     opened(bench, batches)
-    take(batches)
+    dead = take(batches)
     bench.pass_time(31)
-    take(batches, 2, owner="other")
+    other = take(batches, 2, owner="other")
+    assert find_lost(batches) == LOST
+    with pytest.raises(LeaseLost):
+        batches.end_chunk(dead, ChunkEnd(state=RunState.SUCCEEDED))
+    for _ in range(5):
+        bench.pass_time(25)
+        batches.extend([other])
+        assert find_lost(batches) == []
+    again = take(batches, owner="again")
+    assert (again.epoch, again.lost) == (2, 1)
+
+
+def test_a_chunk_that_kills_its_workers_is_quarantined(bench: Bench, batches: BatchStore) -> None:
+    """By the sweep too; and the run is found lost, so that somebody ends it."""
+    opened(bench, batches)
+    for _ in range(3):
+        take(batches)
+        bench.pass_time(31)
+        assert find_lost(batches) == LOST
+    assert batches.find_chunks(GRAPH, RUN)[0].state is RunState.QUARANTINED
+    assert ask(batches, owner="next") == ChunkRefusal(reason=ChunkStop.QUARANTINED)
+
+
+def test_a_failing_stage_waits_for_nothing_that_is_queued(bench: Bench, batches: BatchStore) -> None:
+    """What has not started does not start any more: only the body is missing."""
+    opened(bench, batches)
+    error = {"code": "DC200", "args": ["sold out", None]}
+    batches.end_chunk(take(batches), ChunkEnd(state=RunState.FAILED, errors={"0": error}))
+    bench.pass_time(29)
+    assert find_lost(batches) == []
+    bench.pass_time(2)
     assert find_lost(batches) == LOST
 
 
