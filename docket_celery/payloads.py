@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,17 +15,25 @@ from google.protobuf.message import Message
 from kombu.utils.json import register_type
 
 from docket_celery import lifecycle, results, wire
-from docket_celery.checkpoint import RunRequest, Store, job_digest
+from docket_celery.checkpoint import Lease, RunEnd, RunRequest, RunState, Store, job_digest
 from docket_celery.configuration import Settings
 from docket_celery.declaration import Declaration
-from docket_celery.errors import DecodeFailed, InvalidArguments, PayloadUnavailable, RunConflict
+from docket_celery.error_records import to_record
+from docket_celery.errors import (
+    DecodeFailed,
+    DocketError,
+    InvalidArguments,
+    PayloadUnavailable,
+    RunConflict,
+)
 from docket_celery.graph import Graph
 from docket_celery.messages import Value, brief, check_size, frame, from_bytes, type_name, unframe
-from docket_celery.outcome import job_parts
+from docket_celery.outcome import job_parts, target_name
 from docket_celery.plan import Plan
 from docket_celery.policy import MAX_SECONDS
 from docket_celery.waiting import call_aside
 
+_logger = logging.getLogger("docket_celery.payloads")
 JOB_MARKER: Final = "docket.job"
 UNDELIVERED_KEPT_S: Final = 30 * 86400.0
 """Least time that a queued run is kept from when it is due, whatever the retention: its job lies nowhere else."""
@@ -204,7 +215,7 @@ def _store_job(task: TaskClass, messages: Sequence[Message], run: QueuedRun, set
     request = RunRequest(
         graph=plan.graph,
         execution_id=run.execution_id,
-        target=str(plan.target),
+        target=target_name(plan),
         job=job,
         job_digest=store.keyed(run.job_digest),
         owner="",
@@ -288,6 +299,47 @@ def receive(
         given = {**dict(zip(named, args, strict=False)), **kwargs}
         check_messages(task, [named[n] for n, v in given.items() if not isinstance(v, results.StoredResult)])
     return messages
+
+
+def give_up(task: TaskClass, run: QueuedRun, error: DocketError) -> None:
+    """End a run as FAILED whose job cannot be read, if it is there: its task fails, and nobody else goes on with it.
+
+    Args:
+        task: The task.
+        run: The run that the task asks for.
+        error: Why; submitting the job again resumes the run.
+    """
+    settings, plan = lifecycle.app_settings(task.app), task.plan()
+    store = _store_for(task, settings)
+    if store is None or not run.job_digest:
+        return
+
+    def close(store: Store) -> None:
+        row = store.find_run(plan.graph, run.execution_id)
+        if row is None or row.state not in {RunState.QUEUED, RunState.WAITING}:
+            return
+        request = RunRequest(
+            graph=plan.graph,
+            execution_id=run.execution_id,
+            target=target_name(plan),
+            job=b"",  # the row has it
+            job_digest=store.keyed(run.job_digest),
+            owner=str(uuid.uuid4()),
+            lease_s=settings.lease_seconds,
+            max_deliveries=settings.max_deliveries,
+            task_name=task.name,
+            task_id=run.task_id,
+        )
+        lease = store.acquire(request)
+        if isinstance(lease, Lease):
+            store.end(
+                lease, RunEnd(state=RunState.FAILED, error=to_record(error), retention_s=settings.retention)
+            )
+
+    try:
+        call_aside(functools.partial(close, store), settings.threads)
+    except DocketError as problem:
+        _logger.warning("run %r stays as it is: %s", run.execution_id, problem)
 
 
 def wrap(

@@ -21,7 +21,7 @@ from docket_celery.checkpoint import check_execution_id
 from docket_celery.chords import ATTACHED, CONTEXT, DIGEST, EXECUTION_ID, RELEASED, RETRIES, SKIPPED
 from docket_celery.declaration import Declaration, read_function, read_generic, take_routing
 from docket_celery.defaults import process_defaults
-from docket_celery.errors import InvalidDeclaration, RunTimedOut, StoreUnavailable
+from docket_celery.errors import DocketError, InvalidDeclaration, RunTimedOut, StoreUnavailable
 from docket_celery.graph import Graph
 from docket_celery.messages import Value
 from docket_celery.on_commit import PREPARED
@@ -106,6 +106,10 @@ class GraphTask(SubmittedTask[P, R]):
         except StoreUnavailable as error:
             wait_s = park_s(self, error, None, retries=request.retries, skipped=_skipped(request))
             self._raise(RunOutcome(error=error, park_s=None if direct else wait_s), error)
+        except DocketError as error:
+            if queued is not None:
+                payloads.give_up(self, queued, error)
+            raise
         submission = (self._direct if direct else self._delivered)(messages or ())
         outcome = chords.deliver(self, messages, submission, settings)
         if outcome.busy_s is not None:

@@ -29,11 +29,11 @@ from docket_celery import (
     graph_task,
     settings,
 )
-from docket_celery.checkpoint import Lease, Purged, RunEnd, RunState, job_digest
+from docket_celery.checkpoint import Lease, Purged, RunEnd, RunRequest, RunState, job_digest
 from docket_celery.errors import UnknownMessageType
 from docket_celery.messages import to_bytes
 from docket_celery.outcome import Submission, job_parts, run_request
-from docket_celery.payloads import QueuedRun, StoredJob, receive, send, wait_s, wrap
+from docket_celery.payloads import QueuedRun, StoredJob, give_up, receive, send, wait_s, wrap
 from docket_celery.policy import MAX_SECONDS
 from docket_celery.wire import Undecodable
 from tests.unit.protos.shop_pb2 import Label, Money, Order
@@ -442,4 +442,35 @@ def test_a_countdown_over_a_century_is_refused_before_anything_is_stored(
         repeat_label.apply_async((BIG,), countdown=countdown, execution_id="o-1")
     store = SQLStore(database)
     assert store.find_run("keeping", "o-1") is None
+    store.close()
+
+
+def test_a_run_whose_job_cannot_be_read_fails_with_its_task(database: str) -> None:
+    """Else it would stay QUEUED, with nobody to go on; submitting it again resumes it. Others stay what they are."""
+    plan, problem = repeat_label.plan(), DecodeFailed("shop.Label", "the bytes are damaged")
+    store = SQLStore(database)
+    run = QueuedRun(execution_id="o-1", job_digest=b"d" * 32, task_id="t-1", wait_s=0)
+    give_up(repeat_label, run, problem)
+    assert store.find_run(plan.graph, "o-1") is None
+    request = RunRequest(
+        graph=plan.graph,
+        execution_id="o-1",
+        target=str(plan.target),
+        job=b"damaged",
+        job_digest=b"d" * 32,
+        owner="",
+        lease_s=30.0,
+        max_deliveries=3,
+    )
+    store.enqueue(request, 60.0)
+    give_up(repeat_label, replace(run, job_digest=b"o" * 32), problem)
+    assert [row.state for row in [store.find_run(plan.graph, "o-1")] if row] == [RunState.QUEUED]
+    give_up(repeat_label, run, problem)
+    row = store.find_run(plan.graph, "o-1")
+    assert row is not None
+    assert (row.state, (row.error or {})["code"]) == (RunState.FAILED, "DC502")
+    lease = store.acquire(replace(request, owner="again", task_id="t-2"))
+    assert isinstance(lease, Lease)
+    give_up(repeat_label, run, problem)
+    assert [row.state for row in [store.find_run(plan.graph, "o-1")] if row] == [RunState.RUNNING]
     store.close()
