@@ -215,14 +215,17 @@ def shared_key(graph: str, step: Step, values: Sequence[Value], store: Store) ->
     Raises:
         InvalidArguments: ``key=`` returned no message.
     """
-    hashed = values
+    # With `Named` in them: swapped names of two values of one type are other inputs.
+    inputs = [
+        (key.label(value_name(value)), value_bytes(value))
+        for key, value in zip(step.inputs, values, strict=True)
+    ]
     if step.options.key is not None:
         named: object = step.options.key(*values)
         if not isinstance(named, Message):
             problem = f"returned {type(named).__name__}; it must return the message to hash"
             raise InvalidArguments(f"key= of step {step.name!r}", problem)
-        hashed = [named]
-    inputs = [(value_name(value), value_bytes(value)) for value in hashed]
+        inputs = [(value_name(named), value_bytes(named))]
     if step.options.cache is not None:
         return store.keyed(cache_key(step.options.cache, step.options.version, inputs))
     return store.keyed(global_key(graph, step.name, step.options.version, inputs))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import pytest
 
@@ -20,6 +20,9 @@ from docket_celery.runtime import Alarm, Timer, process_runtime
 from docket_celery.store import MemoryStore
 from tests.unit.graphs import WAIT_S, execute, pass_on, reached, start, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Reservation, Shipment
+
+Paid: TypeAlias = Annotated[Label, Named("paid")]
+Owed: TypeAlias = Annotated[Label, Named("owed")]
 
 
 class WatchedStore(MemoryStore):
@@ -119,6 +122,41 @@ def test_another_version_is_another_checkpoint() -> None:
     newer = Graph("rates", store=rates.store)
     newer.register(rates.charge, persist=Scope.GLOBAL, version="2")
     assert within(lambda: newer.execute(Charge, Order(order_id="7"))).charge_id == "7 2"
+
+
+def test_the_same_bytes_under_other_names_are_other_inputs() -> None:
+    """Two values of one type: what one paid and owed is not what the other owed and paid."""
+    store = MemoryStore()
+
+    def before(paid: Paid, owed: Owed) -> Charge:
+        return Charge(charge_id=f"paid {paid.text}, owed {owed.text}")
+
+    def after(owed: Owed, paid: Paid) -> Charge:
+        return Charge(charge_id=f"paid {paid.text}, owed {owed.text}")
+
+    found: list[str] = []
+    for step, paid, owed in ((before, "1", "2"), (after, "2", "1")):
+        graph = Graph("billing", store=store)
+        graph.register(step, name="settle", persist=Scope.GLOBAL)
+
+        graph.register(_paying(paid), name="pay")
+        graph.register(_owing(owed), name="owe")
+        found.append(graph.execute(Charge, Order()).charge_id)
+    assert found == ["paid 1, owed 2", "paid 2, owed 1"]
+
+
+def _paying(text: str) -> Callable[[Order], Paid]:
+    def pay(order: Order) -> Paid:
+        return Label(text=text)
+
+    return pay
+
+
+def _owing(text: str) -> Callable[[Order], Owed]:
+    def owe(order: Order) -> Owed:
+        return Label(text=text)
+
+    return owe
 
 
 def test_key_says_what_of_the_inputs_counts() -> None:
