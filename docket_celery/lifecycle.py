@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 from celery import Celery, _state, signals
 from celery.backends.base import DisabledBackend
+from celery.backends.cache import CacheBackend
 from celery.backends.rpc import RPCBackend
 from celery.concurrency import get_implementation
 
@@ -164,7 +165,7 @@ def find_faults(app: Celery, pool: str | None = None) -> list[str]:
             plan = task.plan()
             spread = task.graph.find_batch_store(plan, found)
             store = task.graph.find_store(plan, found) if plan.persists and spread is None else spread
-            if spread is not None and (fault := _backend_fault(task)) is not None:
+            if spread is not None and (fault := _backend_fault(task, pool)) is not None:
                 faults.append(fault)
         except DocketError as error:
             faults.append(f"task {task.name}: {error}")
@@ -189,17 +190,27 @@ _INLINE_FAULT: Final = (
 )
 
 
-def _backend_fault(task: TaskClass) -> str | None:
+def _backend_fault(task: TaskClass, pool: str | None) -> str | None:
     """Return why no chord of *task* could end, or None."""
     backend = task.backend
-    if not isinstance(backend, (DisabledBackend, RPCBackend)):
+    if isinstance(backend, DisabledBackend):
+        kind = "no result backend"
+    elif isinstance(backend, RPCBackend):
+        kind = "the rpc result backend"
+    elif pool == "prefork" and _in_memory(backend):
+        # Each child has its own: none ever counts all parts of a chord.
+        kind = "the in-memory result backend under prefork"
+    else:
         return None
-    kind = "no result backend" if isinstance(backend, DisabledBackend) else "the rpc result backend"
     problem = (
         f"its items are spread over the workers by chords, which {kind} cannot join; set result_backend to Redis "
         f"or a database"
     )
     return str(InvalidDeclaration(task.name, problem))
+
+
+def _in_memory(backend: Any) -> bool:
+    return isinstance(backend, CacheBackend) and getattr(backend, "backend", None) == "memory"
 
 
 def _schema_faults(store: Store, *, starting: bool) -> list[str]:

@@ -14,13 +14,14 @@ from tests.unit.protos.shop_pb2 import Order, Shipment
 
 pytestmark = pytest.mark.integration
 APP = "tests.integration.apps.faulty"
+BATCHES = "tests.integration.apps.batches"
 DATABASE = "DOCKET_CELERY_DATABASE_URL"
 
 
 class Refusal(Protocol):
     """The type of the `refusal` fixture."""
 
-    def __call__(self, *, pool: str = "prefork", **env: str) -> str:
+    def __call__(self, *, pool: str = "prefork", app: str = APP, **env: str) -> str:
         """Start a worker that must refuse, and return what it printed."""
         ...
 
@@ -29,9 +30,9 @@ class Refusal(Protocol):
 def refusal(start_worker: StartWorker) -> Refusal:
     """A function that starts a worker which must end by itself, with a status that says so."""
 
-    def refuse(*, pool: str = "prefork", **env: str) -> str:
+    def refuse(*, pool: str = "prefork", app: str = APP, **env: str) -> str:
         with pytest.raises(RuntimeError, match=r"worker ended with status [1-9]") as caught:
-            start_worker(pool, 1, APP, env=env)
+            start_worker(pool, 1, app, env=env)
         text = str(caught.value)
         assert "docket_celery refuses to start this worker" in text
         assert "Traceback" not in text
@@ -64,6 +65,21 @@ def test_a_worker_refuses_what_cannot_work(refusal: Refusal, env: dict[str, str]
     for words in said:
         assert words in text
     assert "s3cret" not in text
+
+
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [("", "no result backend"), ("rpc://", "the rpc result backend"), ("cache+memory://", "the in-memory")],
+    ids=["none", "rpc", "memory"],
+)
+def test_a_batch_without_a_backend_that_joins_chords_is_refused(
+    refusal: Refusal, backend: str, words: str
+) -> None:
+    """Its chunks would all be done, and nobody would ever go on; each batch task is named."""
+    text = refusal(app=BATCHES, CELERY_RESULT_BACKEND=backend)
+    for name in (f"{BATCHES}.place_all", f"{BATCHES}.summarize", "batches.context_of"):
+        assert f"task {name}: its items are spread over the workers by chords, which {words}" in text
+    assert "set result_backend to Redis or a database" in text
 
 
 def test_a_missing_store_names_the_setting(refusal: Refusal, worker_env: dict[str, str]) -> None:

@@ -131,9 +131,12 @@ def test_a_slip_of_the_pen_is_no_option(app: Celery) -> None:
         check_all.submit_batch(MOVIES, executionid="x")
 
 
-@pytest.mark.parametrize(("backend", "words"), [("disabled://", "no result backend"), ("rpc://", "the rpc")])
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [("disabled://", "no result backend"), ("rpc://", "the rpc"), ("cache+memory://", "the in-memory")],
+)
 def test_a_backend_without_chords_is_a_fault(app: Celery, tmp_path: Path, backend: str, words: str) -> None:
-    """Nobody would ever join the chunks; a task that spreads nothing does not mind."""
+    """Nobody would ever join the chunks. Threads of one process do share its memory."""
     url = f"sqlite:///{tmp_path / 'store.db'}"
     store = SQLStore(url)
     store.migrate()
@@ -147,6 +150,7 @@ def test_a_backend_without_chords_is_a_fault(app: Celery, tmp_path: Path, backen
     (fault,) = lifecycle.find_faults(app, "prefork")
     assert words in fault
     assert "set result_backend" in fault
+    assert (lifecycle.find_faults(app, "threads") == []) == (backend == "cache+memory://")
 
 
 @pytest.mark.parametrize(
