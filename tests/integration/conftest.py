@@ -16,7 +16,8 @@ import pytest
 from pytest_celery import CELERY_REDIS_BACKEND, CELERY_REDIS_BROKER, CeleryTestBackend, CeleryTestBroker
 from pytest_docker_tools import build, container, fxtr
 
-from tests.infra import servers
+from tests.conftest import LASTING
+from tests.infra import leaks, servers
 from tests.infra.nodes import (
     POSTGRES_ENV,
     POSTGRES_PORT,
@@ -29,6 +30,7 @@ from tests.infra.nodes import (
 )
 from tests.infra.process_docker import ProcessDockerClient, process_client, uses_docker
 from tests.infra.processes import ROOT
+from tests.infra.rabbitmq import RabbitMQ
 from tests.infra.workers import WorkerSpec
 
 # The versions of compose.yaml.
@@ -50,6 +52,16 @@ def docker_client(
     else:
         with process_client(tmp_path_factory.mktemp("nodes")) as client:
             yield client
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Generator[RabbitMQ]:
+    """A RabbitMQ of this process, which takes some 10 s to start; for tests with the mark ``rabbitmq``."""
+    before = leaks.child_pids()
+    with RabbitMQ(tmp_path_factory.mktemp("rabbitmq")) as started:
+        # It stays, though a test may have been the first to ask.
+        request.config.stash[LASTING].update(leaks.child_pids() - before)
+        yield started
 
 
 @pytest.fixture(params=[CELERY_REDIS_BROKER])

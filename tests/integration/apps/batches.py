@@ -1,7 +1,7 @@
 """Batch tasks whose items do what their titles say, and note that they were worked on.
 
 A title is ``JOURNAL:WHAT:NAME``; WHAT may be ``fail``, ``fail-once``, ``abort``, ``kill-once`` or ``kill`` (the
-process that runs the item).
+process that runs the item), or ``fall-once`` (the whole worker at once).
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def act(movie: Movie, ctx: StepContext) -> None:
         raise AbortError("stop it all")
     if what == "kill" or (what == "kill-once" and times == 1):
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "fall-once" and times == 1:
+        os.killpg(0, signal.SIGKILL)
 
 
 @acting.step

@@ -1,4 +1,4 @@
-"""What steps and tasks in workers tell the tests: lines in Redis, beside the results."""
+"""What steps and tasks in workers tell the tests: lines in Redis, beside the results where those lie there."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import redis
 from tests.infra.processes import wait_until
 
 RESULTS = "CELERY_RESULT_BACKEND"
+JOURNALS = "DOCKET_TEST_JOURNALS"
+"""Names the Redis of the journals, where it is not that of the results."""
 
 
 def note(journal: str, line: object) -> int:
     """Write *line* into a journal and return how many it has now; called by steps in workers."""
-    with redis.Redis.from_url(os.environ[RESULTS]) as client:
+    url = os.environ.get(JOURNALS) or os.environ[RESULTS]
+    with redis.Redis.from_url(url) as client:
         return int(client.rpush(f"journal:{journal}", str(line)))  # type: ignore[arg-type, unused-ignore]
 
 

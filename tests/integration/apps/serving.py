@@ -8,24 +8,33 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import redis
 from celery import Celery
 
 from tests.infra import servers
 from tests.infra.workers import WorkerProcess, WorkerSpec, checkout_environment
-from tests.integration.apps.journal import RESULTS
+from tests.integration.apps.journal import JOURNALS, RESULTS
 
 _URL_KEYS = ("broker_url", "result_backend")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Urls:
-    """Where a module's app and its worker meet."""
+    """Where a module's app and its worker meet.
+
+    Attributes:
+        broker: Celery's.
+        results: Celery's result backend.
+        database: This library's.
+        journals: A Redis; empty: that of the results.
+    """
 
     broker: str
     results: str
     database: str
+    journals: str = ""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -34,6 +43,7 @@ class Urls:
             {
                 "CELERY_BROKER_URL": self.broker,
                 RESULTS: self.results,
+                JOURNALS: self.journals,
                 "DOCKET_CELERY_DATABASE_URL": self.database,
             }
         )
@@ -52,10 +62,19 @@ def connected(app: Celery, urls: Urls) -> Generator[Celery]:
     """Point *app* of this process at *urls* for the length of a module."""
     before = {key: app.conf.get(key) for key in (*_URL_KEYS, "docket_database_url")}
     app.conf.update(broker_url=urls.broker, result_backend=urls.results, docket_database_url=urls.database)
+    _forget_servers(app)
     try:
         yield app
     finally:
         app.conf.update(before)
+        _forget_servers(app)
+
+
+def _forget_servers(app: Celery) -> None:
+    """Have *app* look at its URLs again: it keeps the pool of its broker, and each thread its backend."""
+    internals: Any = app
+    internals._after_fork()
+    vars(internals._local).pop("backend", None)
 
 
 @contextmanager
