@@ -126,6 +126,15 @@ test-faults: $(READY) ## Kill children at random moments, in KILL_BATCHES=2 batc
 	@PROPERTY_EXAMPLES=20 $(PYTEST) tests/unit/test_properties_runs.py tests/unit/test_properties_series.py -o timeout=1800 $(PYTEST_ARGS)
 	@$(PYTEST) -m faults $(PYTEST_ARGS)
 
+.PHONY: rabbitmq
+rabbitmq: ## Install RabbitMQ, as root on Debian or Ubuntu, or say how
+	@sh tools/rabbitmq.sh
+
+.PHONY: test-rabbitmq
+test-rabbitmq: $(READY) ## Run the tests that need a RabbitMQ, on one of their own
+	@sh tools/rabbitmq.sh check
+	@$(PYTEST) tests/integration -m rabbitmq $(PYTEST_ARGS)
+
 .PHONY: demo
 demo: $(READY) ## Show the main job: a graph in parallel, a killed worker, one charge
 	$(call say,the demo: real servers and a real worker)
