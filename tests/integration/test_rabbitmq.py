@@ -76,7 +76,7 @@ def quorum(urls: Urls) -> Generator[list[str]]:
 
 def test_parts_of_a_delayed_batch_do_not_wait_again(urls: Urls, quorum: list[str], tmp_path: Path) -> None:
     """The delay lies in the message's routing key, which the parts' messages take over."""
-    delay_s = 4
+    delay_s = 8
     with serving(batches.app, urls, tmp_path, args=quorum) as worker:
         assert batches.sum_all.delay([Movie(title="a::1")]).get(timeout=WAIT_S).count == 1
         sent_at = time.monotonic()
