@@ -123,7 +123,7 @@ test-integration: $(READY) ## Run the tests on real servers and workers
 
 .PHONY: test-faults
 test-faults: $(READY) ## Kill children at random moments, in KILL_BATCHES=2 batches too; many random graphs; takes minutes
-	@PROPERTY_EXAMPLES=20 $(PYTEST) tests/unit/test_properties_runs.py tests/unit/test_properties_series.py -o timeout=1800 $(PYTEST_ARGS)
+	@PROPERTY_EXAMPLES=20 $(PYTEST) tests/unit/test_properties_runs.py tests/unit/test_properties_series.py -o timeout=1800 -o faulthandler_timeout=0 $(PYTEST_ARGS)
 	@# These take minutes: pytest's dump of what runs for 100 s looks at frames that change meanwhile, and has crashed.
 	@$(PYTEST) -m faults -o faulthandler_timeout=0 $(PYTEST_ARGS)
 
