@@ -104,8 +104,7 @@ class Attempt:
             if self._gate.closed:
                 return False
             thread = threading.current_thread()
-            held = not step.is_async or step.factory is not None
-            self.worker = thread if held and isinstance(thread, Worker) else None
+            self.worker = thread if step.holds_thread and isinstance(thread, Worker) else None
             if step.timeout_s is not None:
                 ring = functools.partial(self._ring, context)
                 self._alarm = delivery.runtime.timer.after(step.timeout_s, ring)

@@ -131,7 +131,7 @@ class StepCall:
             lease = delivery.held.lease
             self._steps.abort(LeaseLost(lease.graph, lease.execution_id, lease.epoch))
             return False
-        if self.planned.step.timeout_s is not None and not self.planned.step.is_async:
+        if self.planned.step.timeout_s is not None and self.planned.step.holds_thread:
             # Such an attempt may come to hold a thread for good, and so may each retry of it.
             delivery.runtime.pool.check_abandoned()
         self._attempt_no += 1

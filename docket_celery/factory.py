@@ -58,6 +58,11 @@ class Factory:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.instance().compute(*args, **kwargs)
 
+    @property
+    def built(self) -> bool:
+        """Whether this process has the instance."""
+        return self._place.get().instance is not None
+
     def instance(self) -> Any:
         """Return this process's instance; the first caller builds it, on its own thread, and others wait.
 

@@ -85,6 +85,11 @@ class Step:
         return self.options.persist
 
     @property
+    def holds_thread(self) -> bool:
+        """Whether a call keeps the thread that makes it: a coroutine's does while its instance is being built."""
+        return not self.is_async or (self.factory is not None and not self.factory.built)
+
+    @property
     def result_name(self) -> str:
         """The full name of the type it returns."""
         name = type_name(self.output.kind)

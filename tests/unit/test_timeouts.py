@@ -180,6 +180,63 @@ def test_steps_that_never_stop_hold_a_bounded_number_of_threads(caplog: pytest.L
     assert within(lambda: execute(graph, Charge, Order(), threads=2)) == Charge()
 
 
+def test_a_factory_that_never_returns_holds_a_bounded_number_of_threads() -> None:
+    """A coroutine needs a thread for its instance: its retries end with the limit too."""
+    graph, go = Graph("shop"), threading.Event()
+
+    class Model:
+        async def compute(self, order: Order) -> Charge:
+            return Charge(charge_id=order.order_id)
+
+    def load() -> Model:
+        reached(go)
+        return Model()
+
+    retry = RetryPolicy(max_attempts=1000, backoff=FixedBackoff(0))
+    graph.register(Model, name="charge", factory=load, timeout=0.01, retry=retry)
+    pool = process_runtime(2).pool
+    with pytest.raises(TooManyAbandoned, match=r"limit 4\): charge;"):
+        within(lambda: execute(graph, Charge, Order(), threads=2))
+    assert pool.abandoned() == ["charge"] * 4
+    go.set()
+    poll(lambda: pool.abandoned() == [])
+    assert within(lambda: execute(graph, Charge, Order(order_id="7"), threads=2)) == Charge(charge_id="7")
+
+
+def test_a_coroutine_whose_instance_is_built_is_refused_no_thread() -> None:
+    """It holds none: beside too many stuck threads it runs, with its deadline."""
+    graph, go, full, begun = Graph("shop"), threading.Event(), threading.Event(), threading.Event()
+
+    class Model:
+        async def compute(self, label: Label) -> Charge:
+            return Charge(charge_id=label.text)
+
+    @graph.step
+    def label(order: Order) -> Label:
+        if order.order_id == "later":
+            begun.set()
+            reached(full)
+        return Label(text=order.order_id)
+
+    graph.register(Model, factory=Model, timeout=DEADLINE_S)
+    stuck = Graph("stuck")
+
+    @stuck.step(timeout=0.01, retry=RetryPolicy(max_attempts=4, backoff=FixedBackoff(0)))
+    def wait(order: Order) -> Charge:
+        reached(go)
+        return Charge()
+
+    within(lambda: execute(graph, Charge, Order(order_id="first"), threads=2))
+    later = start(lambda: execute(graph, Charge, Order(order_id="later"), threads=2, helps=False))
+    reached(begun)
+    with pytest.raises(StepTimedOut):
+        within(lambda: execute(stuck, Charge, Order(), threads=2))
+    full.set()
+    assert later.result(WAIT_S) == Charge(charge_id="later")
+    go.set()
+    poll(lambda: process_runtime(2).pool.abandoned() == [])
+
+
 def test_runs_in_progress_are_refused_only_what_could_hold_another_thread() -> None:
     """Beside too many stuck threads a step without a deadline still runs, one with a deadline ends its run."""
     go, full = threading.Event(), threading.Event()
