@@ -310,6 +310,51 @@ def test_the_slot_of_a_coroutine_whose_loop_was_closed_goes_to_the_line() -> Non
     assert waiter.result(WAIT_S) == Charge()
 
 
+def test_the_line_is_looked_at_until_the_slot_of_a_closed_loop_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every second, for as long as a coroutine stands in it: the finalizer that frees the slot wakes nobody."""
+    looks, inside, close = list[Callable[[], None]](), threading.Event(), threading.Event()
+    graph, runtime = Graph("shop"), process_runtime(4)
+
+    class ByHand(Timer):
+        def after(self, delay_s: float, call: Callable[[], None]) -> Alarm:
+            if delay_s != 1.0:
+                return super().after(delay_s, call)
+            looks.append(call)
+            return Alarm(self, 0, call)
+
+    @graph.step(max_concurrent=1)
+    async def charge(order: Order) -> Charge:
+        if order.order_id == "holder":
+            inside.set()
+            await asyncio.sleep(3600)
+        return Charge()
+
+    def hold() -> None:
+        loop = asyncio.new_event_loop()
+        run = loop.create_task(graph.aexecute(Charge, Order(order_id="holder")))
+        while not close.is_set():
+            loop.run_until_complete(asyncio.sleep(0.01))
+        loop.close()
+        del run
+
+    holder = start(hold)
+    reached(inside)
+    monkeypatch.setattr(runtime, "timer", ByHand())
+    waiter = start(lambda: execute(graph, Charge, Order()))
+    wait_until(lambda: len(looks) == 1, within_s=WAIT_S, what="the first look")
+    looks[0]()
+    looks[1]()
+    close.set()
+    holder.result(WAIT_S)
+    gc.collect()
+    assert not waiter.done()
+    looks[2]()
+    assert waiter.result(WAIT_S) == Charge()
+    assert len(looks) == 3
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_failure_gives_the_slot_back_and_a_backoff_needs_none(is_async: bool) -> None:
     """While one run waits an hour to try again, others get the slot."""
