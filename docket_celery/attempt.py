@@ -106,7 +106,7 @@ class Attempt:
             thread = threading.current_thread()
             self.worker = thread if step.holds_thread and isinstance(thread, Worker) else None
             if step.timeout_s is not None:
-                ring = functools.partial(self._ring, context)
+                ring = functools.partial(self._ring, context, step.timeout_s)
                 self._alarm = delivery.runtime.timer.after(step.timeout_s, ring)
                 self._unlink = functools.partial(delivery.cancellation.forget, context.cancelled.cancel)
             self.in_flight = True
@@ -157,8 +157,8 @@ class Attempt:
         # The coroutine's task copies the contextvars in force where it is made, so it is made inside the copy.
         submit = self._delivery.step_loop().submit
         try:
-            if self._step.factory is not None and not self._build(self._step.factory):
-                return
+            if self._step.factory is not None:
+                self._build(self._step.factory)
             future = self._delivery.base.copy().run(lambda: submit(self._coroutine(context)))
         except BaseException as error:  # noqa: BLE001 -- the call may fail before its first await
             if self._slot is not None:
@@ -182,18 +182,17 @@ class Attempt:
         if stopped and not future.done():
             self.interrupt()
 
-    def _build(self, factory: Factory) -> bool:
-        """Make sure that the coroutine's instance is there, as loops only await; False: the deadline came before."""
+    def _build(self, factory: Factory) -> None:
+        """Make sure that the coroutine's instance is there, as loops only await.
+
+        Raises:
+            TimeoutError: The attempt has ended meanwhile; nobody asks for its error any more.
+        """
         self._delivery.base.copy().run(factory.instance)
         with self._gate.lock:
-            in_time = self.in_flight and not self._gate.closed
-            if in_time:
-                self.worker = None
-        if not in_time:
-            if self._slot is not None:
-                self._slot.cancel()
-            self._ended(None, None)
-        return in_time
+            if not self.in_flight or self._gate.closed:
+                raise TimeoutError
+            self.worker = None
 
     def _coroutine(self, context: StepContext) -> Coroutine[Any, Any, tuple[Any, BaseException | None]]:
         coroutine = self._await(context)
@@ -230,12 +229,12 @@ class Attempt:
             unlink()
         return True
 
-    def _ring(self, context: StepContext) -> None:
+    def _ring(self, context: StepContext, timeout_s: float) -> None:
         """End the attempt at its deadline; runs on the timer's thread, so it hands the rest to the pool."""
         step, worker = self._step, self.worker
         if not self._close(give_up=True):
             return
-        error = StepTimedOut(step.name, self._number, step.timeout_s or 0.0)
+        error = StepTimedOut(step.name, self._number, timeout_s)
         context.cancelled.cancel(error)
         self.interrupt()
         if worker is not None:

@@ -251,7 +251,7 @@ class StepCall:
             again = functools.partial(self._save, value, checkpoint, row, tries + 1)
             delivery.runtime.timer.after(_SAVE_DELAY_S * 2**tries, lambda: self.carry_on(again))
             return
-        if winner is not checkpoint and winner.output_data != checkpoint.output_data:
+        if winner.output_data != checkpoint.output_data:
             value = read_value(self.planned.step, winner, delivery)
         self._done(value)
 

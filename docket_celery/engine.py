@@ -69,7 +69,7 @@ class Execution:
         self.failing = False
         self._plan, self._delivery, self._on_end = plan, delivery, on_end
         self._checkpoints = checkpoints or {}
-        self._limit = max_concurrency if max_concurrency is not None else len(plan.steps) + 1
+        self._limit = max_concurrency if max_concurrency is not None else len(plan.steps)
         self._outputs = plan.output_slots if outputs is None else tuple(outputs)
         self._missing = 0
         self._values: list[Value | None] = [*inputs, *([None] * len(plan.steps))]
@@ -312,10 +312,11 @@ class Execution:
         for index in used:
             planned = self._plan.steps[index]
             values = self.inputs_of(planned)
-            if store is None or len(values) != len(planned.sources):
-                differs = False
-            else:
-                differs = hash_inputs(values, store) != self._checkpoints[index].input_hash
+            differs = (
+                store is not None
+                and len(values) == len(planned.sources)
+                and hash_inputs(values, store) != self._checkpoints[index].input_hash
+            )
             if differs:
                 if planned.step.options.on_input_change == "error":
                     raise InputsChanged(self._delivery.execution_id, planned.step.name)
