@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import threading
@@ -10,12 +11,16 @@ from typing import Any
 
 import pytest
 
-from docket_celery.errors import GraphError, StepFailed, StepTimedOut
+from docket_celery import settings
+from docket_celery.errors import GraphError, RunCancelled, StepFailed, StepTimedOut
+from docket_celery.events import EventKind
 from docket_celery.factory import close_instances
 from docket_celery.graph import Graph
 from docket_celery.policy import FixedBackoff, RetryPolicy
+from docket_celery.runtime import process_runtime
 from tests.unit.graphs import WAIT_S, execute, reached, start, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Order
+from tests.unit.stage import Deadlines
 
 
 class Scorer:
@@ -165,6 +170,62 @@ def test_a_factory_that_takes_too_long_meets_the_steps_timeout(is_async: bool) -
     late.set()
     reached(made)
     assert within(lambda: execute(graph, Charge, Order(), threads=1, helps=False)).charge_id
+
+
+def test_an_instance_that_comes_after_the_deadline_is_not_called_for_it() -> None:
+    """The attempt is told to be late and leaves its slot; its coroutine is not even made."""
+    graph, deadlines = Graph("shop"), Deadlines()
+    calls: list[str] = []
+    process_runtime(2).timer = deadlines.timer()
+    waiting, late = threading.Event(), threading.Event()
+
+    class Slow:
+        async def compute(self, order: Order) -> Charge:
+            calls.append(order.order_id)
+            await asyncio.sleep(3600)
+            return Charge()
+
+    def make() -> Slow:
+        deadlines.ring(3600)
+        reached(waiting)
+        return Slow()
+
+    retry = RetryPolicy(max_attempts=2, backoff=FixedBackoff(7200))
+    graph.register(Slow, name="charge", factory=make, timeout=3600, retry=retry, max_concurrent=1)
+    heard = {EventKind.STEP_RETRYING: waiting, EventKind.STEP_LATE: late}
+    graph.listeners.append(lambda event: heard.get(event.kind, threading.Event()).set())
+    settings(threads=2)
+    try:
+        run = graph.start(Charge, Order())
+    finally:
+        settings(threads=None)
+    reached(late)
+    (step,) = graph._read().steps
+    assert step.slots is not None
+    assert step.slots.get().free == 1
+    run.cancel()
+    with pytest.raises(RunCancelled):
+        run.result(WAIT_S)
+    assert calls == []
+
+
+def test_a_coroutine_holds_no_thread_once_its_instance_is_built() -> None:
+    """At its deadline it is cancelled, and no thread is given up for it."""
+    graph, deadlines, heard = Graph("shop"), Deadlines(), list[EventKind]()
+    process_runtime(2).timer = deadlines.timer()
+
+    class Slow:
+        async def compute(self, order: Order) -> Charge:
+            deadlines.ring(3600)
+            await asyncio.sleep(3600)
+            return Charge(charge_id=order.order_id)
+
+    graph.register(Slow, factory=Slow, timeout=3600)
+    graph.listeners.append(lambda event: heard.append(event.kind))
+    with pytest.raises(StepTimedOut):
+        within(lambda: execute(graph, Charge, Order(), threads=2, helps=False))
+    assert EventKind.STEP_ABANDONED not in heard
+    assert process_runtime(2).pool.abandoned() == []
 
 
 def test_what_has_no_compute_is_refused_with_the_factorys_name() -> None:

@@ -16,9 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from docket_celery.call import StepCall
 from docket_celery.checkpoint import Checkpoint, Lease, StepExecution
 from docket_celery.configuration import Settings
-from docket_celery.context import StepContext
+from docket_celery.context import Cancellation, StepContext
+from docket_celery.delivery import Delivery
+from docket_celery.engine import Execution
 from docket_celery.errors import AbortError, RunCancelled, StepFailed, StepTimedOut, TooManyAbandoned
 from docket_celery.graph import Graph
 from docket_celery.outcome import Submission
@@ -449,6 +452,29 @@ def test_a_failing_run_takes_its_waiting_step_back() -> None:
     in_line(graph, 0)
     leave.set()
     holder.result(WAIT_S)
+
+
+@pytest.mark.parametrize("ending", ["closed", "failing"])
+def test_a_run_that_has_ended_takes_no_place_in_the_line(ending: str) -> None:
+    """A step that asks for a slot only then gets none, and nobody has to pass it over."""
+    graph, slots = Graph("shop"), Slots(0)
+
+    @graph.step(max_concurrent=1)
+    def charge(order: Order) -> Charge:
+        return Charge()
+
+    delivery = Delivery(
+        graph="shop",
+        execution_id="o-1",
+        runtime=process_runtime(1),
+        cancellation=Cancellation(),
+        base=contextvars.copy_context(),
+    )
+    plan = graph.plan(Charge, Order)
+    execution = Execution(plan, [Order()], delivery, lambda _: None)
+    setattr(execution, ending, True)
+    assert execution.take_slot(StepCall(plan.steps[0], execution, delivery), slots) is None
+    assert not slots.line
 
 
 def test_a_step_that_stops_all_leaves_no_slot_taken() -> None:
