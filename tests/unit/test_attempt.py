@@ -83,6 +83,19 @@ def test_an_attempt_that_succeeds_ends_the_retries() -> None:
     ]
 
 
+def test_a_retry_tells_of_its_wait_and_of_what_failed() -> None:
+    """The event names the step and the attempt, and says how long the next one is put off."""
+    policy = RetryPolicy(max_attempts=2, backoff=FixedBackoff(0.00123456))
+    graph, _ = failing(lambda: ValueError("no"), retry=policy)
+    heard: list[Event] = []
+    graph.listeners.append(heard.append)
+    with pytest.raises(StepFailed):
+        within(lambda: graph.execute(Charge, Order()))
+    told = [(e.step, e.attempt, e.detail) for e in heard if e.kind is EventKind.STEP_RETRYING]
+    failure = StepFailed.from_cause("charge", 1, True, ValueError("no"))
+    assert told == [("charge", 1, f"again in 0.00123 s: {failure}")]
+
+
 @pytest.mark.parametrize(
     ("retriable", "calls"),
     [

@@ -4,20 +4,25 @@ import contextvars
 import queue
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from docket_celery.attempt import Attempt
 from docket_celery.call import StepCall
+from docket_celery.checkpoint import workflow_key
 from docket_celery.configuration import Settings
 from docket_celery.context import Cancellation, StepContext
 from docket_celery.delivery import Delivery
 from docket_celery.engine import Execution, Outcome
-from docket_celery.errors import AbortError, StepFailed
-from docket_celery.events import EventKind
+from docket_celery.errors import AbortError, RunCancelled, StepFailed
+from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
 from docket_celery.outcome import Submission
-from docket_celery.policy import FixedBackoff, RetryPolicy
+from docket_celery.plan import Plan
+from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
 from docket_celery.runtime import process_runtime
+from docket_celery.store import MemoryStore
 from tests.unit.graphs import WAIT_S, add_step, build, deliver, execute, key, reached, start, total, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
 from tests.unit.stage import poll
@@ -121,6 +126,41 @@ def test_steps_that_one_step_makes_ready_overlap() -> None:
     sides = ["a", "b", "c", "d"]
     graph = build({"tip": [], **{side: ["tip"] for side in sides}, "end": sides}, meet)
     assert deliver(graph, "end", threads=4, helps=False).value == Money(cents=9)
+
+
+@pytest.mark.parametrize(
+    ("shape", "helps", "expected"),
+    [
+        ("chain", False, 1),
+        ("chain", True, 0),
+        ("fan", False, 3),
+        ("fan", True, 2),
+        ("roots", False, 3),
+        ("roots", True, 2),
+    ],
+)
+def test_the_pool_is_told_only_of_what_another_thread_could_take(
+    shape: str, helps: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chain costs no hop; of steps that are ready together, the thread that is there takes one itself."""
+    sides = ["a", "b", "c"]
+    edges: dict[str, dict[str, list[str]]] = {
+        "chain": {"a": [], "b": ["a"], "c": ["b"], "end": ["c"]},
+        "fan": {"tip": [], **{side: ["tip"] for side in sides}, "end": sides},
+        "roots": {**{side: [] for side in sides}, "end": sides},
+    }
+    pool, told = process_runtime(4).pool, list[int]()
+    submit = pool.submit
+
+    def count(work: Callable[[], None]) -> None:
+        told.append(1)
+        # A caller that helps can do all of this alone: how many are told of what comes later is then no race.
+        if not helps:
+            submit(work)
+
+    monkeypatch.setattr(pool, "submit", count)
+    deliver(build(edges[shape], total), "end", helps=helps)
+    assert len(told) == expected
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
@@ -284,6 +324,27 @@ def test_a_step_that_fails_after_another_one_is_not_retried(monkeypatch: pytest.
     assert calls == [1]
 
 
+def make_delivery(**facts: Any) -> Delivery:
+    """Return a delivery on two threads."""
+    common: dict[str, Any] = {
+        "graph": "shop",
+        "execution_id": "o-1",
+        "runtime": process_runtime(2),
+        "cancellation": Cancellation(),
+        "base": contextvars.copy_context(),
+    }
+    return Delivery(**{**common, **facts})
+
+
+def end_of(plan: Plan, delivery: Delivery) -> Outcome:
+    """Execute *plan* for an order and return how it ended."""
+    outcomes = queue.SimpleQueue[Outcome]()
+    execution = Execution(plan, [Order()], delivery, outcomes.put)
+    execution.start()
+    execution.dispatch()
+    return outcomes.get(timeout=WAIT_S)
+
+
 class TimerLast:
     """An execution's lock that the timer's thread gets only once the execution is failing."""
 
@@ -303,7 +364,9 @@ class TimerLast:
         self._lock.release()
 
 
-def test_a_retry_whose_alarm_rings_while_another_step_fails_is_given_up() -> None:
+def test_a_retry_whose_alarm_rings_while_another_step_fails_is_given_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Between the alarm's ring and the retry's start the step belongs to the failure, which ends it."""
     graph, outcomes = Graph("shop"), queue.SimpleQueue[Outcome]()
 
@@ -320,14 +383,7 @@ def test_a_retry_whose_alarm_rings_while_another_step_fails_is_given_up() -> Non
     def ship(charge: Charge, reservation: Reservation) -> Shipment:
         return Shipment()
 
-    delivery = Delivery(
-        graph="shop",
-        execution_id="o-1",
-        runtime=process_runtime(2),
-        cancellation=Cancellation(),
-        base=contextvars.copy_context(),
-    )
-    execution = Execution(graph.plan(Shipment, Order), [Order()], delivery, outcomes.put)
+    execution = Execution(graph.plan(Shipment, Order), [Order()], make_delivery(), outcomes.put)
     gate = TimerLast(execution)
     execution.lock = gate  # type: ignore[assignment] # it needs to be a lock for `with` alone
     execution.start()
@@ -335,6 +391,85 @@ def test_a_retry_whose_alarm_rings_while_another_step_fails_is_given_up() -> Non
     error = outcomes.get(timeout=WAIT_S).error
     assert isinstance(error, StepFailed)
     assert (error.step, len(error.others)) == ("reserve", 1)
+    passed = threading.Event()
+    process_runtime(2).timer.after(0, passed.set)
+    reached(passed)
+    assert caplog.messages == []
+
+
+def test_what_a_step_raises_while_its_run_is_being_stopped_is_not_its_failure() -> None:
+    """The stop is known before it has reached the execution; the step's error follows from it."""
+    graph, delivery = Graph("shop"), make_delivery()
+    stop = RunCancelled("o-1", "asked to")
+
+    @graph.step
+    def charge(order: Order) -> Charge:
+        delivery.cancellation.cancel(stop)
+        raise ValueError("connection closed")
+
+    assert end_of(graph.plan(Charge, Order), delivery).error is stop
+
+
+@pytest.mark.parametrize("persist", [None, Scope.GLOBAL])
+def test_what_others_need_of_a_step_is_noted_for_the_run(persist: Scope | None) -> None:
+    """Whether it was computed or lay in a cache: the run's next save carries it under the run's own name."""
+    store = MemoryStore()
+    graph = Graph("shop", store=store)
+
+    @graph.step(persist=persist)
+    def charge(order: Order) -> Charge:
+        return Charge(charge_id="paid")
+
+    within(lambda: graph.execute(Charge, Order(), execution_id="earlier"))
+    delivery = make_delivery(store=store, keeps=frozenset({"charge"}))
+    assert end_of(graph.plan(Charge, Order), delivery).values == (Charge(charge_id="paid"),)
+    (kept,) = delivery.kept
+    assert kept.key == workflow_key("shop", "o-1", "charge")
+    assert Charge.FromString(kept.output_data) == Charge(charge_id="paid")
+    assert delivery.rows[0].cached is (persist is not None)
+
+
+def test_a_success_tells_how_long_the_step_took() -> None:
+    """From its begin to its end, on the run's clock."""
+    graph, heard, clock = Graph("shop"), list[Event](), [100.0]
+
+    class Watch(Cancellation):
+        def now(self) -> float:
+            return clock[0]
+
+    @graph.step
+    def charge(order: Order) -> Charge:
+        clock[0] += 2.5
+        return Charge()
+
+    end_of(graph.plan(Charge, Order), make_delivery(cancellation=Watch(), listeners=[heard.append]))
+    assert [(event.kind, event.at, event.elapsed_s) for event in heard] == [
+        (EventKind.STEP_STARTED, 100.0, None),
+        (EventKind.STEP_SUCCEEDED, 102.5, 2.5),
+    ]
+
+
+@pytest.mark.parametrize("helps", [False, True])
+@pytest.mark.parametrize("at", [1, 2])
+def test_what_breaks_outside_of_a_steps_code_is_told_with_its_name(
+    at: int, helps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On whichever thread the step begins or goes on: the run ends, and says where."""
+    graph, begin = Graph("shop"), Attempt.start
+
+    @graph.step(retry=RetryPolicy(max_attempts=2, backoff=FixedBackoff(0)))
+    def charge(order: Order) -> Charge:
+        raise ValueError("again")
+
+    def break_down(attempt: Attempt) -> bool:
+        if attempt._number == at:
+            raise MemoryError("broken")
+        return begin(attempt)
+
+    monkeypatch.setattr(Attempt, "start", break_down)
+    with pytest.raises(StepFailed, match="MemoryError: broken") as caught:
+        within(lambda: execute(graph, Charge, Order(), threads=2, helps=helps))
+    assert caught.value.step == "charge"
 
 
 def test_abort_cancels_the_contexts_of_running_steps_at_once() -> None:
