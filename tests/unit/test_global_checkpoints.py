@@ -202,6 +202,21 @@ def test_of_many_runs_at_once_one_computes() -> None:
     assert rates.store.claims == 0
 
 
+def test_of_two_runs_that_computed_the_first_to_save_counts() -> None:
+    """A claim that expired lets another run in; whoever was overtaken takes that one's value, not its own."""
+    rates, other = Rates(), list[str]()
+
+    def overtake(ctx: StepContext) -> None:
+        rates.body = lambda _ctx: None
+        rates.now += 1000
+        other.append(rates.ask())
+        rates.calls.append("more")
+
+    rates.body = overtake
+    assert within(rates.ask) == "7 2"
+    assert other == ["7 2"]
+
+
 @pytest.mark.parametrize("fault", ["fails", "aborts", "times out", "cannot save"])
 def test_a_claim_is_given_up_however_its_step_ends(fault: str) -> None:
     """The next run computes at once instead of waiting for a lease that a heartbeat keeps alive."""

@@ -36,10 +36,12 @@ from docket_celery.errors import (
 )
 from docket_celery.events import EventKind
 from docket_celery.graph import Graph
+from docket_celery.heartbeat import process_heartbeat
 from docket_celery.lifecycle import settings
 from docket_celery.messages import to_bytes, value_bytes
 from docket_celery.outcome import Submission, is_busy, job_parts
 from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
+from docket_celery.runtime import Alarm, Timer, process_runtime
 from docket_celery.store import MemoryStore
 from tests.unit.graphs import WAIT_S, execute, pass_on, reached, start, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Shipment
@@ -545,6 +547,73 @@ def test_a_store_that_is_away_for_a_moment_is_asked_again(name: str) -> None:
     assert state(store) is RunState.SUCCEEDED
 
 
+class Unsaving(MemoryStore):
+    """A store that refuses its first *refusals* saves."""
+
+    def __init__(self, refusals: int, before: Callable[[Store], object] = lambda _: None) -> None:
+        super().__init__()
+        self._left, self._before, self.saves = refusals, before, 0
+
+    def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:
+        self.saves += 1
+        if self.saves <= self._left:
+            self._before(self)
+            raise down()
+        return super().save(lease, checkpoint, execution)
+
+
+class Hasty(Timer):
+    """A timer that cuts short what it is asked to wait, and notes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[float] = []
+
+    def after(self, delay_s: float, call: Callable[[], None]) -> Alarm:
+        self.waits.append(delay_s)
+        return super().after(0.001, call)
+
+
+def ship_hastily(store: Store) -> list[float]:
+    """Execute the order graph on *store* and return what was waited for; raise what it raises."""
+    timer = process_runtime(2).timer = Hasty()
+    within(lambda: execute(Shop(store).graph, Shipment, Order(order_id="7"), threads=2, store=store))
+    return timer.waits
+
+
+def test_a_save_is_tried_again_at_ever_longer_intervals(caplog: pytest.LogCaptureFixture) -> None:
+    """Four refusals are waited out; each is logged, and the fifth try stores the step's row too."""
+    store = Unsaving(4)
+    assert ship_hastily(store) == [0.4, 0.8, 1.6, 3.2]
+    assert [(row.step_name, row.status) for row in store.executions] == [
+        ("charge", "SUCCEEDED"),
+        ("ship", "SUCCEEDED"),
+    ]
+    logged = [record.getMessage() for record in caplog.records if record.name.endswith("call")]
+    assert logged == [f"run 'run': saving charge, try {number}: {down()}" for number in (1, 2, 3, 4)]
+
+
+def test_a_save_is_given_up_at_the_fifth_refusal() -> None:
+    """The run ends with what the store said, and its checkpoint is missing."""
+    store = Unsaving(99)
+    with pytest.raises(StoreUnavailable):
+        ship_hastily(store)
+    assert store.saves == 5
+
+
+def test_a_save_is_not_tried_again_under_a_lease_that_may_be_another_workers() -> None:
+    """The store did not answer for so long that somebody else may have the run."""
+
+    def lose(store: Store) -> None:
+        for held in process_heartbeat(store)._held.values():
+            held.lost = True
+
+    store = Unsaving(1, before=lose)
+    with pytest.raises(StoreUnavailable):
+        ship_hastily(store)
+    assert store.saves == 1
+
+
 @pytest.mark.parametrize("name", ["acquire", "restore"])
 def test_a_store_that_is_away_at_the_start_fails_the_run_typed(name: str) -> None:
     """The caller may try again; no step was called."""
@@ -577,6 +646,31 @@ def test_a_store_that_breaks_under_a_second_attempt_is_blamed_on_its_step() -> N
     with pytest.raises(StepFailed, match="ZeroDivisionError: broken store") as caught:
         within(lambda: graph.execute(Charge, Order()))
     assert caught.value.step == "charge"
+
+
+def test_a_store_that_breaks_behind_a_coroutine_is_blamed_on_its_step() -> None:
+    """What follows its end goes on on the pool, and still knows whose it is."""
+    graph = Graph("shop", store=FaultyStore(save=ZeroDivisionError("broken store")))
+
+    @graph.step(persist=Scope.WORKFLOW)
+    async def charge(order: Order) -> Charge:
+        return Charge()
+
+    with pytest.raises(StepFailed, match="ZeroDivisionError: broken store") as caught:
+        within(lambda: graph.execute(Charge, Order()))
+    assert caught.value.step == "charge"
+
+
+def test_a_checkpoint_that_was_saved_first_and_is_of_another_type_stops_the_run() -> None:
+    """Its value cannot be had, and one that is not stored must not be used."""
+
+    class Overtaken(MemoryStore):
+        def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:
+            first = replace(checkpoint, output_type="shop.Receipt", output_data=b"other")
+            return super().save(lease, first, execution)
+
+    with pytest.raises(GraphChanged, match=r"'o-1' of graph 'shop'.*charge \(returned shop\.Receipt, now "):
+        Shop(Overtaken()).run()
 
 
 def test_a_lost_lease_ends_the_run_with_what_happened() -> None:
