@@ -277,7 +277,7 @@ class Execution:
             if (call := self._take(None)) is None:
                 return
             self._guard(call, call.start)
-        if self._ready and not self.closed:
+        if self._ready:
             # The pool has replaced this thread; what it would have taken is for another.
             self._delivery.runtime.pool.submit(self._work)
 

@@ -15,9 +15,10 @@ from docket_celery.configuration import Settings
 from docket_celery.context import Cancellation, StepContext
 from docket_celery.delivery import Delivery
 from docket_celery.engine import Execution, Outcome
-from docket_celery.errors import AbortError, RunCancelled, StepFailed
+from docket_celery.errors import AbortError, RunCancelled, StepFailed, StepTimedOut
 from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
+from docket_celery.inline import InlineRuntime
 from docket_celery.outcome import Submission
 from docket_celery.plan import Plan
 from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
@@ -25,7 +26,7 @@ from docket_celery.runtime import process_runtime
 from docket_celery.store import MemoryStore
 from tests.unit.graphs import WAIT_S, add_step, build, deliver, execute, key, reached, start, total, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
-from tests.unit.stage import poll
+from tests.unit.stage import Deadlines, poll
 
 
 @pytest.mark.parametrize("helps", [True, False])
@@ -336,6 +337,17 @@ def make_delivery(**facts: Any) -> Delivery:
     return Delivery(**{**common, **facts})
 
 
+class Watch(Cancellation):
+    """Tells the time that a test sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time_s = 100.0
+
+    def now(self) -> float:
+        return self.time_s
+
+
 def end_of(plan: Plan, delivery: Delivery) -> Outcome:
     """Execute *plan* for an order and return how it ended."""
     outcomes = queue.SimpleQueue[Outcome]()
@@ -410,6 +422,22 @@ def test_what_a_step_raises_while_its_run_is_being_stopped_is_not_its_failure() 
     assert end_of(graph.plan(Charge, Order), delivery).error is stop
 
 
+def test_an_execution_that_has_ended_is_not_aborted_any_more() -> None:
+    """A stop that comes too late tells nobody a second end, and cancels nothing."""
+    graph, outcomes, delivery = Graph("shop"), list[Outcome](), make_delivery(runtime=InlineRuntime())
+
+    @graph.step
+    def charge(order: Order) -> Charge:
+        return Charge(charge_id="paid")
+
+    execution = Execution(graph.plan(Charge, Order), [Order()], delivery, outcomes.append)
+    execution.start()
+    execution.help()
+    execution.abort(RunCancelled("o-1", "too late"))
+    assert outcomes == [Outcome(values=(Charge(charge_id="paid"),))]
+    assert delivery.cancellation.error is None
+
+
 @pytest.mark.parametrize("persist", [None, Scope.GLOBAL])
 def test_what_others_need_of_a_step_is_noted_for_the_run(persist: Scope | None) -> None:
     """Whether it was computed or lay in a cache: the run's next save carries it under the run's own name."""
@@ -431,22 +459,42 @@ def test_what_others_need_of_a_step_is_noted_for_the_run(persist: Scope | None) 
 
 def test_a_success_tells_how_long_the_step_took() -> None:
     """From its begin to its end, on the run's clock."""
-    graph, heard, clock = Graph("shop"), list[Event](), [100.0]
-
-    class Watch(Cancellation):
-        def now(self) -> float:
-            return clock[0]
+    graph, heard, watch = Graph("shop"), list[Event](), Watch()
 
     @graph.step
     def charge(order: Order) -> Charge:
-        clock[0] += 2.5
+        watch.time_s += 2.5
         return Charge()
 
-    end_of(graph.plan(Charge, Order), make_delivery(cancellation=Watch(), listeners=[heard.append]))
+    end_of(graph.plan(Charge, Order), make_delivery(cancellation=watch, listeners=[heard.append]))
     assert [(event.kind, event.at, event.elapsed_s) for event in heard] == [
         (EventKind.STEP_STARTED, 100.0, None),
         (EventKind.STEP_SUCCEEDED, 102.5, 2.5),
     ]
+
+
+def test_a_late_return_tells_how_late_it_is() -> None:
+    """Of which step and attempt it is, and how long that had been going on."""
+    graph, heard, watch, deadlines = Graph("shop"), list[Event](), Watch(), Deadlines()
+    late = threading.Event()
+    process_runtime(2).timer = deadlines.timer()
+
+    @graph.step(timeout=3600)
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        deadlines.ring(3600)
+        assert ctx.cancelled.wait(WAIT_S)
+        watch.time_s += 2.5
+        return Charge()
+
+    def listen(event: Event) -> None:
+        if event.kind is EventKind.STEP_LATE:
+            heard.append(event)
+            late.set()
+
+    outcome = end_of(graph.plan(Charge, Order), make_delivery(cancellation=watch, listeners=[listen]))
+    assert isinstance(outcome.error, StepTimedOut)
+    reached(late)
+    assert [(event.step, event.attempt, event.elapsed_s) for event in heard] == [("charge", 1, 2.5)]
 
 
 @pytest.mark.parametrize("helps", [False, True])

@@ -142,17 +142,19 @@ def test_an_abandoned_thread_is_replaced_counted_and_forgotten_when_it_ends() ->
 
 def test_a_thread_that_was_given_up_hands_on_what_it_would_have_taken() -> None:
     """A step's thread that the pool has replaced by the time it returns leaves the next step to another."""
-    pool = process_runtime(4).pool
+    pool, workers = process_runtime(4).pool, list[Worker]()
 
     def body(*inputs: Money) -> Money:
         worker = threading.current_thread()
         assert isinstance(worker, Worker)
+        workers.append(worker)
         if not inputs:
             pool.abandon(worker, "replaced")
         return total(*inputs)
 
     outcome = deliver(build({"a": [], "b": ["a"], "c": ["b"]}, body), "c", threads=4, helps=False)
     assert outcome.value == Money(cents=3)
+    assert workers[0] not in workers[1:]
 
 
 def test_too_many_abandoned_threads_refuse_new_runs() -> None:

@@ -194,6 +194,20 @@ def test_async_steps_of_an_eager_task_see_celerys_task(threads: int) -> None:
     assert execute(graph, Label, Order(), threads=threads) == Label(text="None None")
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_call_on_a_thread_is_within_the_scope(threads: int) -> None:
+    """Without hooks too; it is left when the call has ended."""
+    graph = Graph("threads")
+
+    @graph.step
+    def look(order: Order) -> Label:
+        return Label(text=",".join(inside))
+
+    found = execute(graph, Label, Order(), threads=threads, helps=False, scopes=(named("task"),))
+    assert found == Label(text="task")
+    assert inside == []
+
+
 def test_scopes_surround_hooks() -> None:
     """A user's hook sees Celery's task as the step does."""
     seen: list[tuple[str, list[str]]] = []
