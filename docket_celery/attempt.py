@@ -60,7 +60,7 @@ class Attempt:
 
     Attributes:
         in_flight: Whether user code runs now and its end would count. Written under the gate's lock.
-        worker: The pool thread inside the step.
+        worker: The pool thread inside the step, while it is in flight.
     """
 
     __slots__ = (
@@ -213,14 +213,12 @@ class Attempt:
 
     # --- ending ------------------------------------------------------------------------------------------------
 
-    def _close(self, *, give_up: bool = False) -> bool:
+    def _close(self) -> bool:
         with self._gate.lock:
             if not self.in_flight or self._gate.closed:
                 return False
             self.in_flight = False
-            if give_up:
-                self.abandon()
-            self.worker = None
+            self.abandon()
             alarm, self._alarm = self._alarm, None
             unlink, self._unlink = self._unlink, None
         if alarm is not None:
@@ -232,7 +230,7 @@ class Attempt:
     def _ring(self, context: StepContext, timeout_s: float) -> None:
         """End the attempt at its deadline; runs on the timer's thread, so it hands the rest to the pool."""
         step, worker = self._step, self.worker
-        if not self._close(give_up=True):
+        if not self._close():
             return
         error = StepTimedOut(step.name, self._number, timeout_s)
         context.cancelled.cancel(error)

@@ -237,7 +237,7 @@ class Execution:
             call.give_up()
         return None
 
-    def carry_on(self, work: Callable[[], None], call: StepCall | None = None) -> None:
+    def carry_on(self, work: Callable[[], None], call: StepCall) -> None:
         """Go on with a step on the pool, then with what it made ready."""
 
         def go_on() -> None:
@@ -293,14 +293,14 @@ class Execution:
                     return call
         return None
 
-    def _guard(self, call: StepCall | None, work: Callable[[], None]) -> None:
+    def _guard(self, call: StepCall, work: Callable[[], None]) -> None:
         """Do *work* so that nothing it raises can leave the run hanging."""
         try:
             work()
         except DocketError as error:
             self.abort(error)
         except Exception as error:
-            name = call.planned.step.name if call is not None else "?"
+            name = call.planned.step.name
             _logger.debug("step %r failed outside its own code", name, exc_info=True)
             self.abort(StepFailed.from_cause(name, 0, False, error))
         except BaseException as error:  # noqa: BLE001 -- whatever it is, the run must end
