@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import contextvars
+import logging
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -422,6 +424,77 @@ def test_what_a_step_raises_while_its_run_is_being_stopped_is_not_its_failure() 
     assert end_of(graph.plan(Charge, Order), delivery).error is stop
 
 
+def test_what_ends_programs_outside_of_a_steps_code_is_no_failure_of_the_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The caller gets it as it is, and no thread dies of it."""
+    graph, leave = Graph("shop"), SystemExit("leaving")
+
+    @graph.step
+    def charge(order: Order) -> Charge:
+        return Charge()
+
+    def exit_now(_: Attempt) -> bool:
+        raise leave
+
+    monkeypatch.setattr(Attempt, "start", exit_now)
+    assert end_of(graph.plan(Charge, Order), make_delivery()).error is leave
+
+
+def test_a_step_that_a_stop_keeps_from_beginning_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stop comes when everything is prepared for its call: it is no cancelled step, and its slot is free."""
+    graph, delivery, begin = Graph("shop"), make_delivery(store=MemoryStore()), Attempt.start
+    executions: list[Execution] = []
+
+    @graph.step(max_concurrent=1)
+    def charge(order: Order) -> Charge:
+        raise AssertionError("called after the stop")
+
+    def stop_first(attempt: Attempt) -> bool:
+        executions[0].abort(RunCancelled("o-1", "asked to"))
+        return begin(attempt)
+
+    monkeypatch.setattr(Attempt, "start", stop_first)
+    outcomes: list[Outcome] = []
+    plan = graph.plan(Charge, Order)
+    executions.append(Execution(plan, [Order()], delivery, outcomes.append))
+    executions[0].start()
+    executions[0].help()
+    assert [type(outcome.error) for outcome in outcomes] == [RunCancelled]
+    assert delivery.rows == []
+    assert plan.steps[0].step.slots is not None
+    assert plan.steps[0].step.slots.get().free == 1
+
+
+def test_only_what_is_wanted_of_a_plan_is_computed() -> None:
+    """Of a plan with several outputs, some may be known already: what only they need is not called."""
+    graph, calls, outcomes = Graph("shop"), list[str](), list[Outcome]()
+
+    @graph.step
+    def charge(order: Order) -> Charge:
+        calls.append("charge")
+        return Charge()
+
+    @graph.step
+    def reserve(order: Order) -> Reservation:
+        calls.append("reserve")
+        return Reservation(reservation_id="kept")
+
+    @graph.step
+    def ship(charge: Charge, reservation: Reservation) -> Shipment:
+        return Shipment()
+
+    plan = graph.plan(Shipment, Order)
+    slots = {planned.step.name: planned.slot for planned in plan.steps}
+    both = replace(plan, output_slots=(slots["charge"], slots["reserve"]))
+    delivery = make_delivery(runtime=InlineRuntime())
+    execution = Execution(both, [Order()], delivery, outcomes.append, outputs=[slots["reserve"]])
+    execution.start()
+    execution.help()
+    assert outcomes == [Outcome(values=(Reservation(reservation_id="kept"),))]
+    assert calls == ["reserve"]
+
+
 def test_an_execution_that_has_ended_is_not_aborted_any_more() -> None:
     """A stop that comes too late tells nobody a second end, and cancels nothing."""
     graph, outcomes, delivery = Graph("shop"), list[Outcome](), make_delivery(runtime=InlineRuntime())
@@ -474,13 +547,14 @@ def test_a_success_tells_how_long_the_step_took() -> None:
 
 
 def test_a_late_return_tells_how_late_it_is() -> None:
-    """Of which step and attempt it is, and how long that had been going on."""
+    """The step knew its deadline; the event names step and attempt, and how long that had been going on."""
     graph, heard, watch, deadlines = Graph("shop"), list[Event](), Watch(), Deadlines()
     late = threading.Event()
     process_runtime(2).timer = deadlines.timer()
 
     @graph.step(timeout=3600)
     def charge(order: Order, ctx: StepContext) -> Charge:
+        assert ctx.deadline == watch.time_s + 3600
         deadlines.ring(3600)
         assert ctx.cancelled.wait(WAIT_S)
         watch.time_s += 2.5
@@ -500,9 +574,9 @@ def test_a_late_return_tells_how_late_it_is() -> None:
 @pytest.mark.parametrize("helps", [False, True])
 @pytest.mark.parametrize("at", [1, 2])
 def test_what_breaks_outside_of_a_steps_code_is_told_with_its_name(
-    at: int, helps: bool, monkeypatch: pytest.MonkeyPatch
+    at: int, helps: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On whichever thread the step begins or goes on: the run ends, and says where."""
+    """On whichever thread the step begins or goes on: the run ends, and says where; the log has the traceback."""
     graph, begin = Graph("shop"), Attempt.start
 
     @graph.step(retry=RetryPolicy(max_attempts=2, backoff=FixedBackoff(0)))
@@ -515,9 +589,14 @@ def test_what_breaks_outside_of_a_steps_code_is_told_with_its_name(
         return begin(attempt)
 
     monkeypatch.setattr(Attempt, "start", break_down)
-    with pytest.raises(StepFailed, match="MemoryError: broken") as caught:
+    with caplog.at_level(logging.DEBUG, "docket_celery.engine"), pytest.raises(StepFailed) as caught:
         within(lambda: execute(graph, Charge, Order(), threads=2, helps=helps))
-    assert caught.value.step == "charge"
+    assert caught.value.args[:3] == ("charge", 0, False)
+    assert caught.value.caused_by(MemoryError)
+    (record,) = (record for record in caplog.records if record.name == "docket_celery.engine")
+    assert record.getMessage() == "step 'charge' failed outside its own code"
+    assert record.exc_info is not None
+    assert record.exc_info[0] is MemoryError
 
 
 def test_abort_cancels_the_contexts_of_running_steps_at_once() -> None:
@@ -551,6 +630,50 @@ def test_abort_cancels_the_contexts_of_running_steps_at_once() -> None:
     assert caught.value.cause == "KeyError: 'card'"
     reached(woken)
     assert seen == [caught.value]
+
+
+def test_an_abort_leaves_the_callers_thread_to_its_step() -> None:
+    """It is none of the pool's, so nothing replaces it: the run ends, and the caller hears when its step returns."""
+    graph, threads, begun = Graph("shop"), list[int](), threading.Event()
+
+    # With a deadline it is for the pool, whose one thread has nothing left for the other step.
+    @graph.step(timeout=3600)
+    def charge(order: Order) -> Charge:
+        reached(begun)
+        raise AbortError("stop")
+
+    @graph.step
+    def reserve(order: Order, ctx: StepContext) -> Reservation:
+        threads.append(threading.get_ident())
+        begun.set()
+        assert ctx.cancelled.wait(WAIT_S)
+        return Reservation()
+
+    @graph.step
+    def ship(charge: Charge, reservation: Reservation) -> Shipment:
+        return Shipment()
+
+    def run() -> int:
+        with pytest.raises(AbortError):
+            execute(graph, Shipment, Order(), threads=1)
+        return threading.get_ident()
+
+    assert [within(run)] == threads
+
+
+@pytest.mark.parametrize("timeout", [None, 3600])
+def test_a_run_forgets_the_attempts_that_are_over(timeout: int | None) -> None:
+    """A long run with many of them does not keep telling each when it is stopped."""
+    graph, delivery = Graph("shop"), make_delivery()
+
+    @graph.step(timeout=timeout, retry=RetryPolicy(max_attempts=3, backoff=FixedBackoff(0)))
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        if ctx.attempt < 3:
+            raise ConnectionError("again")
+        return Charge()
+
+    assert end_of(graph.plan(Charge, Order), delivery).values == (Charge(),)
+    assert delivery.cancellation._callbacks == []
 
 
 def test_aborting_one_run_leaves_the_other_runs_of_the_pool_alone() -> None:

@@ -209,7 +209,8 @@ def test_an_instance_that_comes_after_the_deadline_is_not_called_for_it() -> Non
     assert calls == []
 
 
-def test_a_coroutine_holds_no_thread_once_its_instance_is_built() -> None:
+@pytest.mark.parametrize("built_before", [False, True])
+def test_a_coroutine_holds_no_thread_once_its_instance_is_there(built_before: bool) -> None:
     """At its deadline it is cancelled, and no thread is given up for it."""
     graph, deadlines, heard = Graph("shop"), Deadlines(), list[EventKind]()
     process_runtime(2).timer = deadlines.timer()
@@ -220,7 +221,10 @@ def test_a_coroutine_holds_no_thread_once_its_instance_is_built() -> None:
             await asyncio.sleep(3600)
             return Charge(charge_id=order.order_id)
 
-    graph.register(Slow, factory=Slow, timeout=3600)
+    if built_before:
+        graph.register(Slow(), timeout=3600)
+    else:
+        graph.register(Slow, factory=Slow, timeout=3600)
     graph.listeners.append(lambda event: heard.append(event.kind))
     with pytest.raises(StepTimedOut):
         within(lambda: execute(graph, Charge, Order(), threads=2, helps=False))

@@ -444,6 +444,24 @@ def test_a_checkpoint_of_a_step_that_is_gone_stops_the_run_before_it_starts() ->
     assert shop.run() == Shipment(tracking_id="7 1")
 
 
+def test_a_checkpoint_of_another_type_stops_the_run_before_it_starts() -> None:
+    """The step returns something else by now: the error says of which run and step, and what."""
+    store = MemoryStore()
+    Shop(store).fail()
+    graph = Graph("shop", store=store)
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def charge(order: Order) -> Label:
+        raise AssertionError("called")
+
+    @graph.step
+    def ship(label: Label) -> Shipment:
+        raise AssertionError("called")
+
+    with pytest.raises(GraphChanged, match=r"'o-1'.*charge \(returned .*\.Charge, now .*\.Label\)"):
+        within(lambda: graph.execute(Shipment, Order(order_id="7"), execution_id="o-1"))
+
+
 def test_a_renamed_step_keeps_its_checkpoint_and_its_idempotency_key() -> None:
     """``renamed_from`` carries both over, so that nothing is paid twice."""
     store = MemoryStore()
@@ -671,6 +689,24 @@ def test_a_checkpoint_that_was_saved_first_and_is_of_another_type_stops_the_run(
 
     with pytest.raises(GraphChanged, match=r"'o-1' of graph 'shop'.*charge \(returned shop\.Receipt, now "):
         Shop(Overtaken()).run()
+
+
+def test_no_attempt_begins_under_a_lease_that_is_lost() -> None:
+    """The step is not called again; the error names the run and the epoch of the lease."""
+    store = FaultyStore()
+    graph, calls = Graph("shop", store=store), list[int]()
+
+    @graph.step(persist=Scope.WORKFLOW, retry=RetryPolicy(backoff=FixedBackoff(0)))
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        calls.append(ctx.attempt)
+        for held in process_heartbeat(store)._held.values():
+            held.lost = True
+        raise ConnectionError("again")
+
+    with pytest.raises(LeaseLost) as caught:
+        within(lambda: graph.execute(Charge, Order(), execution_id="o-1"))
+    assert caught.value.args == ("shop", "o-1", 1)
+    assert calls == [1]
 
 
 def test_a_lost_lease_ends_the_run_with_what_happened() -> None:
