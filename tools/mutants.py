@@ -34,6 +34,7 @@ SLOW = " and ".join(
     for part in (
         "ten_thousand", "hundreds", "longer_than_its_lease", "leaves_the_other_runs", "any_moment",
         "any_mix", "leads_nowhere", "races", "sqlite", "forked", "do_not_pile_up", "map_fields", "order_of_a_map",
+        "take_turns",
     )
 )  # fmt: skip
 QUIET = ["-p", "no:randomly", "-p", "no:cacheprovider", "--no-showlocals"]
