@@ -1,8 +1,8 @@
 """Run mutation tests of single modules: ``python tools/mutants.py engine plan``.
 
 Each mutant is one small change of the code; a good suite fails on it. mutmut makes the mutants, in a copy of the
-tree under .docket/, and runs the tests that reach them, one process at a time. It is no part of the lock: install it
-beside the project, ``uv pip install mutmut``. docs/mutation-testing.md tells what was found.
+tree under .docket/, and runs the tests that reach them. It is no part of the lock: install it beside the project,
+``uv pip install mutmut``. docs/mutation-testing.md tells what was found.
 """
 
 from __future__ import annotations
@@ -74,6 +74,9 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="*", default=[], help="patterns of mutants, such as: 'docket_celery.plan*'"
     )
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="how many mutants run at once; most wait a lot"
+    )
     options = parser.parse_args()
     modules: list[str] = options.modules
     missing = [name for name in modules if not (ROOT / PACKAGE / f"{name}.py").is_file()]
@@ -85,7 +88,10 @@ def main() -> int:
     mutmut = [sys.executable, "-m", "mutmut"]
     environment = {**os.environ, **FEWER}
     done = subprocess.run(
-        [*mutmut, "run", "--max-children", "1", *options.only], cwd=TREE, env=environment, check=False
+        [*mutmut, "run", "--max-children", str(options.at_once), *options.only],
+        cwd=TREE,
+        env=environment,
+        check=False,
     )
     subprocess.run([*mutmut, "results"], cwd=TREE, env=environment, check=False)
     return done.returncode
