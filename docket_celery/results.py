@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast, overload
 
 from celery import Celery, _state
@@ -33,6 +33,7 @@ OTHER: Final = "its row holds another result than the one referred to; submit th
 NO_DATABASE: Final = (
     "this process has no database; set docket_database_url here (and docket_codec, if the workers have one)"
 )
+OnMessage = Callable[[dict[str, Any]], None]
 Arguments = tuple[Sequence[Any], Mapping[str, Any]]
 
 
@@ -159,23 +160,30 @@ class GraphResult(_TypedResult[R]):
         return cast("R", message)
 
     @overload
-    def stream(self: GraphResult[list[M]], timeout: float | None = None) -> Iterator[M]: ...
+    def stream(
+        self: GraphResult[list[M]], timeout: float | None = None, on_message: OnMessage | None = None
+    ) -> Iterator[M]: ...
     @overload
-    def stream(self: GraphResult[BatchResult[M]], timeout: float | None = None) -> Iterator[M | None]: ...
-    def stream(self, timeout: float | None = None) -> Iterator[Any]:
+    def stream(
+        self: GraphResult[BatchResult[M]], timeout: float | None = None, on_message: OnMessage | None = None
+    ) -> Iterator[M | None]: ...
+    def stream(self, timeout: float | None = None, on_message: OnMessage | None = None) -> Iterator[Any]:
         """Wait for a batch, then yield its results one after the other; of a `BatchResult` None for what failed.
 
         A result that lies in the database is read from there page by page, so it may be of any size.
 
         Args:
             timeout: Most seconds to wait for the end of the batch.
+            on_message: Called while it waits with each change of the task's state, as by `get`; where the result
+                backend tells of them (Redis).
 
         Raises:
             InvalidArguments: The task returns one message.
             Exception: As from `get`.
         """
         lifecycle.app_settings(self.app)
-        return stream_batch(self.app, self._wait_for(timeout=timeout))
+        told = {} if on_message is None else {"on_message": on_message}
+        return stream_batch(self.app, self._wait_for(timeout=timeout, **told))
 
     def _wait_for(self, *args: Any, **kwargs: Any) -> Any:
         value = cast("Any", super().get(*args, **kwargs))

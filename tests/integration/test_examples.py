@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import psycopg
 import pytest
 
@@ -82,7 +85,7 @@ def test_struct_step_injects_either_client() -> None:
 
 
 def test_movies_stand_beside_the_figures_of_all() -> None:
-    """The aggregate is made once over five movies; each is compared with it, in order."""
+    """The aggregate is made once over five movies; each is compared with it, in order; then all of it on a worker."""
     assert run_example("movies") == [
         "plan: compute_stats -> enrich_movie",
         "count:          5 movies",
@@ -93,6 +96,8 @@ def test_movies_stand_beside_the_figures_of_all() -> None:
         "  The Dark Knight (9.0 rating, percentile: 0%)",
         "  The Godfather Part II (9.0 rating, percentile: 0%)",
         "  12 Angry Men (9.0 rating, percentile: 0%)",
+        "on a worker:    the same",
+        "catalogue:      2000 movies, the best is Movie 57 (9.9)",
     ]
 
 
@@ -105,7 +110,34 @@ def test_documents_are_split_and_merged() -> None:
         "Tides: 2 pages, 10 words, longest 'rises'",
         "Blank: 0 pages, 0 words",
         "Winds: 3 pages, 10 words, longest 'elsewhere'",
+        "on a worker: one the same, all the same",
     ]
+
+
+def test_an_interrupted_example_leaves_nothing_behind() -> None:
+    """Ctrl-C while its servers and its worker run: the status says so, and all of them are gone."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "examples.movies"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line.startswith("on a worker:"):
+                break
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert {"postgres"} < {each.name() for each in family}
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, errors) == (130, "\nInterrupted; everything is stopped.\n")
+    assert psutil.wait_procs(family, timeout=30)[1] == []
 
 
 def test_the_struct_step_is_tested_without_the_service() -> None:
