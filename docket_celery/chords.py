@@ -53,6 +53,8 @@ OF_ONE_DELIVERY: Final = (ATTACHED, RELEASED, SKIPPED, PART, RETRIES)
 ORDER: Final = ("on_error", "max_failed", "chunk_size", "max_concurrency")
 """What a submission may ask of its batch."""
 _OURS: Final = (*ORDER, "execution_id")
+_SLOTS: Final = "slots"
+"""In the order of a batch's parts: `BatchOrder.slots` of the worker that began it, so that all see the same lanes."""
 
 
 class BatchTask(Protocol):
@@ -90,7 +92,7 @@ def read_order(task: Any, given: Mapping[str, Any] | None = None) -> BatchOrder:
         policy=BatchPolicy(on_error, max_failed),
         chunk_size=said.get("chunk_size", task.chunk_size),
         max_concurrency=said.get("max_concurrency", task.max_concurrency),
-        slots=lifecycle.worker_slots(),
+        slots=int(said.get(_SLOTS, lifecycle.worker_slots())),
     )
 
 
@@ -187,16 +189,22 @@ def deliver(
     if values is not None and submission.job_digest is None:
         # Sent past `apply_async`: the parts to come must name the same job.
         submission = replace(submission, job_digest=digest_job(declared.given, values))
-    message = _pack(task, submission)
+    message = _pack(task, submission, order)
     outcome = run_here(BatchRun(plan, values, submission, settings, store, order, message))
     if outcome.opened is not None:
         tell_progress(task.backend, _asked_for(request), outcome.progress)
         lanes = order.lanes(-(-outcome.opened.total // outcome.opened.chunk_size), settings.threads)
-        _open(task, submission, outcome.opened, lanes)
+        _open(task, _headers(request, submission, order), outcome.opened, lanes, submission.retries)
     return outcome
 
 
-def _open(task: BatchTask, submission: Submission, opened: OpenStage, lanes: Sequence[int] | None) -> None:
+def _open(
+    task: BatchTask,
+    headers: Mapping[str, Any],
+    opened: OpenStage,
+    lanes: Sequence[int] | None,
+    retries: int,
+) -> None:
     """Replace *task* with the chord of a stage.
 
     Raises:
@@ -204,11 +212,10 @@ def _open(task: BatchTask, submission: Submission, opened: OpenStage, lanes: Seq
         Reject: It could not be; the broker keeps the delivery, which finds the open stage.
     """
     request = task.request
-    headers = _headers(request, submission)
     options = _options(request)
     body_part = {"stage": opened.stage, "total": opened.total}
     # The body has this task's id: it must look like a later delivery of it.
-    body_headers: dict[str, Any] = {**headers, PART: body_part, RETRIES: submission.retries + 1}
+    body_headers: dict[str, Any] = {**headers, PART: body_part, RETRIES: retries + 1}
     # Celery checks the arguments against the declared ones, on every submission.
     body = task.signature(*task.declaration.blank(), immutable=True, headers=body_headers, **options)
     parts = _parts(opened) if lanes is None else _first_parts(opened, lanes)
@@ -241,7 +248,7 @@ def _work(
     state = (outcome.receipt or {}).get("state")
     following = _next_part(part) if state in {RunState.SUCCEEDED, ChunkStop.DONE} else None
     if following is not None:
-        headers = {**_headers(request, submission), PART: following}
+        headers = {**_headers(request, submission, order), PART: following}
         _replace(task, _chunk(task, headers, _options(request)))
     if state in {ChunkStop.DONE, ChunkStop.FAILING} and request.retries and request.chord:
         body = signature(request.chord, app=task.app)
@@ -322,20 +329,21 @@ def _chunk(task: BatchTask, headers: Mapping[str, Any], options: Mapping[str, An
     return task.signature(*blank, immutable=True, headers=headers, ignore_result=counts, **options)
 
 
-def _headers(request: Any, submission: Submission) -> dict[str, Any]:
+def _headers(request: Any, submission: Submission, order: BatchOrder) -> dict[str, Any]:
     """Return the headers that all parts of a batch have."""
     given: Mapping[str, Any] = request.headers or {}
     headers: dict[str, Any] = {name: v for name, v in given.items() if name not in OF_ONE_DELIVERY}
     headers[EXECUTION_ID] = submission.execution_id
     headers[DIGEST] = base64.b64encode(submission.job_digest or b"").decode("ascii")
+    headers[BATCH] = {**(given.get(BATCH) or {}), _SLOTS: order.slots}
     return headers
 
 
-def _pack(task: BatchTask, submission: Submission) -> bytes:
+def _pack(task: BatchTask, submission: Submission, order: BatchOrder) -> bytes:
     """Return the message with which this task goes on should its chord be lost, links and all."""
     request = task.request
     args, kwargs = task.declaration.blank()
-    headers = {**_headers(request, submission), PART: {"stage": 0}}
+    headers = {**_headers(request, submission, order), PART: {"stage": 0}}
     again: Any = task.signature_from_request(request, args, kwargs, headers=headers, expires=None)
     return dumps(again).encode()
 

@@ -17,6 +17,7 @@ from docket_celery import (
     GraphTask,
     SQLStore,
     StepContext,
+    chords,
     graph_task,
     lifecycle,
     uploads,
@@ -328,3 +329,16 @@ def test_a_batch_does_not_grow_for_ever(
     row = stored.find_run("picky-task", "endless")
     assert row is not None
     assert row.job_digest == UNFINISHED
+
+
+def test_parts_keep_to_the_lanes_of_the_worker_that_began(app: Celery) -> None:
+    """Another worker, which runs more tasks at once, would cut the stage into other lanes."""
+
+    @graph_task(app, picky, max_concurrency=8)
+    def check_all(movies: list[Movie]) -> list[EnrichedMovie]:
+        raise NotImplementedError
+
+    here = chords.read_order(check_all)
+    begun = chords.read_order(check_all, {"slots": 3, "max_concurrency": 6})
+    assert (here.slots, here.max_concurrency) == (lifecycle.worker_slots(), 8)
+    assert begun.lanes(64, 4) == [2, 2, 2]
