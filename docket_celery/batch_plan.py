@@ -35,13 +35,15 @@ class BatchOrder:
         policy: How items are treated.
         chunk_size: Items of a chunk; None: chosen from their number and *slots*.
         max_concurrency: Most items at once over all workers; None: as many as there are threads.
-        slots: How many tasks the worker that opens a stage runs at once.
+        slots: How many tasks the worker that began runs at once.
+        threads: How many items each of them has under way at once.
     """
 
     policy: BatchPolicy = field(default_factory=BatchPolicy)
     chunk_size: int | None = None
     max_concurrency: int | None = None
     slots: int = 1
+    threads: int = 1
 
     def __post_init__(self) -> None:
         for name in ("chunk_size", "max_concurrency"):
@@ -55,7 +57,7 @@ class BatchOrder:
         size = self.chunk_size or min(MOST_ITEMS, -(-count // wanted))
         return [Chunk(stage, lo, min(lo + size, count)) for lo in range(0, count, max(1, size))]
 
-    def lanes(self, chunks: int, threads: int) -> list[int] | None:
+    def lanes(self, chunks: int) -> list[int] | None:
         """Return how many items may be under way at once in each lane; None: there is no limit over all workers.
 
         A lane is a sequence of chunks that are worked on one after the other. There are as many as this worker runs
@@ -63,12 +65,11 @@ class BatchOrder:
 
         Args:
             chunks: Of the stage.
-            threads: Of each process.
         """
         most = self.max_concurrency
         if most is None:
             return None
-        count = max(1, min(most, chunks, max(self.slots, -(-most // max(1, threads)))))
+        count = max(1, min(most, chunks, max(self.slots, -(-most // self.threads))))
         return [most // count + (number < most % count) for number in range(count)]
 
 

@@ -203,6 +203,8 @@ class RunRequest:
         attached: This submission met the live run before and waits for its outcome: it does not resume a
             FAILED run.
         released: The delivery before this one of the same task ended in order, so its lease is no crash.
+        retried: Celery itself tries the task again. Only then does a greater count of ``retries`` mean that the
+            holder of a live lease has died; the body of a second chord has one too.
     """
 
     graph: str
@@ -218,6 +220,7 @@ class RunRequest:
     retries: int = 0
     attached: bool = False
     released: bool = False
+    retried: bool = True
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -53,8 +53,8 @@ OF_ONE_DELIVERY: Final = (ATTACHED, RELEASED, SKIPPED, PART, RETRIES)
 ORDER: Final = ("on_error", "max_failed", "chunk_size", "max_concurrency")
 """What a submission may ask of its batch."""
 _OURS: Final = (*ORDER, "execution_id")
-_SLOTS: Final = "slots"
-"""In the order of a batch's parts: `BatchOrder.slots` of the worker that began it, so that all see the same lanes."""
+_SLOTS, _THREADS = "slots", "threads"
+"""In the order of a batch's parts: those of the worker that began it, so that all see the same lanes."""
 
 
 class BatchTask(Protocol):
@@ -77,7 +77,7 @@ class BatchTask(Protocol):
     def replace(self, sig: Any) -> Any: ...
 
 
-def read_order(task: Any, given: Mapping[str, Any] | None = None) -> BatchOrder:
+def read_order(task: Any, given: Mapping[str, Any] | None = None, threads: int = 1) -> BatchOrder:
     """Return how a batch is to be worked on: as the submission says, else the GraphTask or its class.
 
     Raises:
@@ -93,6 +93,7 @@ def read_order(task: Any, given: Mapping[str, Any] | None = None) -> BatchOrder:
         chunk_size=said.get("chunk_size", task.chunk_size),
         max_concurrency=said.get("max_concurrency", task.max_concurrency),
         slots=int(said.get(_SLOTS, lifecycle.worker_slots())),
+        threads=int(said.get(_THREADS, threads)),
     )
 
 
@@ -165,7 +166,7 @@ def deliver(
     """
     request, declared, graph = task.request, task.declaration, task.graph
     headers: Mapping[str, Any] = request.headers or {}
-    order, plan = read_order(task, headers.get(BATCH)), task.plan()
+    order, plan = read_order(task, headers.get(BATCH), max(1, settings.threads)), task.plan()
     alone = bool(request.called_directly or request.is_eager)
     store = None if alone else graph.find_batch_store(plan, settings)
     submission = replace(submission, policy=order.policy)
@@ -193,7 +194,7 @@ def deliver(
     outcome = run_here(BatchRun(plan, values, submission, settings, store, order, message))
     if outcome.opened is not None:
         tell_progress(task.backend, _asked_for(request), outcome.progress)
-        lanes = order.lanes(-(-outcome.opened.total // outcome.opened.chunk_size), settings.threads)
+        lanes = order.lanes(-(-outcome.opened.total // outcome.opened.chunk_size))
         _open(task, _headers(request, submission, order), outcome.opened, lanes, submission.retries)
     return outcome
 
@@ -214,8 +215,8 @@ def _open(
     request = task.request
     options = _options(request)
     body_part = {"stage": opened.stage, "total": opened.total}
-    # The body has this task's id: it must look like a later delivery of it.
-    body_headers: dict[str, Any] = {**headers, PART: body_part, RETRIES: retries + 1}
+    # The body has this task's id: it must look like a later delivery of it. It starts no run anew that has failed.
+    body_headers: dict[str, Any] = {**headers, PART: body_part, RETRIES: retries + 1, ATTACHED: True}
     # Celery checks the arguments against the declared ones, on every submission.
     body = task.signature(*task.declaration.blank(), immutable=True, headers=body_headers, **options)
     parts = _parts(opened) if lanes is None else _first_parts(opened, lanes)
@@ -335,7 +336,7 @@ def _headers(request: Any, submission: Submission, order: BatchOrder) -> dict[st
     headers: dict[str, Any] = {name: v for name, v in given.items() if name not in OF_ONE_DELIVERY}
     headers[EXECUTION_ID] = submission.execution_id
     headers[DIGEST] = base64.b64encode(submission.job_digest or b"").decode("ascii")
-    headers[BATCH] = {**(given.get(BATCH) or {}), _SLOTS: order.slots}
+    headers[BATCH] = {**(given.get(BATCH) or {}), _SLOTS: order.slots, _THREADS: order.threads}
     return headers
 
 
@@ -358,7 +359,7 @@ def revive(app: Celery, lost: LostRun) -> None:
     headers: dict[str, Any] = again.options["headers"]
     headers[PART] = {"stage": lost.stage}
     # As the body itself would: the same delivery of the task, should both come.
-    headers[RETRIES] = lost.retries + 1
+    headers |= {RETRIES: lost.retries + 1, ATTACHED: True}
     again.set(headers=headers, retries=0)
     again.apply_async(add_to_parent=False, **{PREPARED: True})
 

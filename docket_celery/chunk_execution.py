@@ -69,7 +69,7 @@ class ChunkExecution:
 
     @property
     def complete(self) -> bool:
-        """Whether each item was begun."""
+        """Whether each item was begun, and none was cut short."""
         return self._items.complete
 
     def dispatch(self) -> None:

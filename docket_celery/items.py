@@ -56,6 +56,7 @@ class Items:
         self._make, self._on_end, self._limit, self._allowed = make, on_end, limit, allowed
         self._on_item = on_item
         self._done = 0
+        self._cut = False
         self._lock = threading.Lock()
         self._running: dict[int, Runs] = {}
         self._next = 0
@@ -69,8 +70,8 @@ class Items:
 
     @property
     def complete(self) -> bool:
-        """Whether each of them was begun."""
-        return self._next >= len(self.results)
+        """Whether each of them was begun, and none was cut short."""
+        return self._next >= len(self.results) and not self._cut
 
     def fill(self) -> None:
         """Start items while there is room, and see whether all have ended. One thread at a time does it."""
@@ -110,7 +111,7 @@ class Items:
             execution.abort(error)
 
     def _idle(self) -> bool:
-        return self.failing or self.complete
+        return self.failing or self._next >= len(self.results)
 
     def _begin(self) -> tuple[int, Runs] | None:
         with self._lock:
@@ -139,6 +140,8 @@ class Items:
             self._done = done = self._done + 1
             if error is None:
                 self.results[index] = outcome.values or None
+                # Held between two of its steps it ends without an error, and without what it was to make.
+                self._cut = self._cut or not outcome.values
             elif isinstance(error, StepFailed):
                 self.failures[index] = error
                 if len(self.failures) > self._allowed and not self.failing:

@@ -65,6 +65,7 @@ class Submission:
         number: Delivery number when there is no lease to count them.
         attached: This submission waits for the outcome of a run that somebody else advances.
         released: The task's delivery before this one ended in order.
+        retried: Celery tries the task again, as `RunRequest.retried`.
         max_concurrency: Most steps at once, or, of a plan that fans out, most items.
         policy: How a fan-out treats its items.
         waits: Wait here while another holder advances the run; False: end with `Busy`.
@@ -88,6 +89,7 @@ class Submission:
     retries: int = 0
     attached: bool = False
     released: bool = False
+    retried: bool = True
     waits: bool = True
     may_help: bool = True
     listeners: Sequence[Listener] = ()
@@ -219,6 +221,7 @@ def run_request(
         retries=submission.retries,
         attached=attached,
         released=submission.released,
+        retried=submission.retried,
     )
 
 
@@ -228,6 +231,7 @@ def is_busy(row: RunRow, submission: Submission) -> bool:
         submission.task_id is not None
         and row.task_id == submission.task_id
         and submission.retries > row.retries
+        and submission.retried
     )
     return row.state is RunState.RUNNING and (row.lease_left_s or 0.0) > 0.0 and not newer
 

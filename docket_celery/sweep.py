@@ -85,8 +85,13 @@ class Sweeper:
                     "run %r of graph %r is not advanced by anybody; task %s goes on with it",
                     *(lost.execution_id, lost.graph, lost.task_name),
                 )
-                revive(self._app, lost)
-                sent += 1
+                try:
+                    revive(self._app, lost)
+                except Exception:
+                    # The others of this look must not wait for theirs.
+                    _logger.exception("run %r could not be sent on", lost.execution_id)
+                else:
+                    sent += 1
         return sent
 
     def _run(self) -> None:

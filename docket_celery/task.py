@@ -157,6 +157,7 @@ class GraphTask(SubmittedTask[P, R]):
             retries=request.retries - skipped + int(headers.get(RETRIES) or 0),
             attached=bool(headers.get(ATTACHED)),
             released=headers.get(RELEASED) == request.retries,
+            retried=request.retries > skipped,
             waits=bool(request.is_eager),
             may_help=False,
             listeners=self.graph.listeners,

@@ -29,8 +29,8 @@ from docket_celery.waiting import call_aside
 
 TRAVELS_BYTES: Final = 64 * 1024
 """A list up to this weight travels in the task's message; a bigger one goes to the store, if there is one."""
-MOST_ITEMS: Final = 10_000_000
-"""Most items of a batch: positions and rows stay far from every limit of the database."""
+MOST_ITEMS: Final = 1_000_000
+"""Most items of a batch: what looks at all rows of a run at once stays within the limit of a statement."""
 T = TypeVar("T")
 
 

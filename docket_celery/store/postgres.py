@@ -64,6 +64,7 @@ def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
         "lease_s": request.lease_s,
         "released": request.released,
         "attached": request.attached,
+        "retried": request.retried,
         "max_deliveries": request.max_deliveries,
     }
     for _ in range(_TRIES):

@@ -55,6 +55,7 @@ _MEASURE = text(f"""
 SELECT count(*), COALESCE(sum(octet_length(output_data)), 0) FROM docket_cache
 WHERE {_IS_RUN} AND step_name = :name AND item_index IS NOT NULL AND item = item_index::text
 """)
+_IS_OPEN = "(stage = :stage AND items_allowed IS NOT NULL)"
 
 
 def _open_stage(executions: str) -> Any:
@@ -64,9 +65,12 @@ WITH f AS (
         state = 'WAITING', stage = :stage, lease_until = NULL, updated_at = clock_timestamp(),
         wake_at = CASE WHEN CAST(:message AS bytea) IS NOT NULL
             THEN {_UNTIL} END,
-        message = CAST(:message AS bytea), progress = CAST(:progress AS jsonb),
-        items_allowed = :allowed, items_failed = (
-            SELECT COALESCE(sum(failed), 0) FROM docket_chunks WHERE {_IS_RUN} AND stage = :stage)
+        message = CAST(:message AS bytea),
+        -- Opened again by a copy: its chunks have counted meanwhile, and one may have stopped the rest.
+        progress = CASE WHEN {_IS_OPEN} THEN progress ELSE CAST(:progress AS jsonb) END,
+        items_allowed = CASE WHEN {_IS_OPEN} THEN items_allowed ELSE :allowed END,
+        items_failed = CASE WHEN {_IS_OPEN} THEN items_failed ELSE (
+            SELECT COALESCE(sum(failed), 0) FROM docket_chunks WHERE {_IS_RUN} AND stage = :stage) END
     WHERE {_IS_RUN} AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'
     RETURNING 1),
 c AS (

@@ -62,7 +62,8 @@ WHERE r.target = excluded.target AND r.job_digest = excluded.job_digest AND (
     OR (r.state = 'FAILED' AND NOT CAST(:attached AS boolean)
         AND (excluded.task_id IS NULL OR r.task_id IS DISTINCT FROM excluded.task_id))
     OR (r.state = 'RUNNING'
-        AND (r.lease_until <= clock_timestamp() OR r.owner = excluded.owner OR {_TAKES_NEW})))
+        AND (r.lease_until <= clock_timestamp() OR r.owner = excluded.owner
+            OR (CAST(:retried AS boolean) AND {_TAKES_NEW}))))
 RETURNING {_RUN}
 """)
 
@@ -317,6 +318,8 @@ WITH f AS (
             CASE WHEN CAST(:state AS text) = 'WAITING' AND message IS NOT NULL
                 THEN CAST(:lease_s AS double precision) END) * {_SECOND},
         retries = retries + CASE WHEN CAST(:wake_in_s AS double precision) IS NULL THEN 0 ELSE 1 END,
+        items_failed = CASE WHEN NOT CAST(:ended AS boolean) THEN items_failed END,
+        items_allowed = CASE WHEN NOT CAST(:ended AS boolean) THEN items_allowed END,
         ended_at = CASE WHEN CAST(:ended AS boolean) THEN clock_timestamp() END,
         expires_at = CASE WHEN CAST(:ended AS boolean)
             THEN clock_timestamp() + CAST(:retention_s AS double precision) * {_SECOND} END,

@@ -304,7 +304,7 @@ def may_take(
         return False
     if state == RunState.RUNNING:
         newer = request.task_id is not None and task_id == request.task_id and request.retries > retries
-        return expired or owner == request.owner or newer
+        return expired or owner == request.owner or (newer and request.retried)
     if state == RunState.FAILED:
         return not request.attached and (request.task_id is None or task_id != request.task_id)
     return state in {RunState.QUEUED, RunState.WAITING}

@@ -46,12 +46,16 @@ _MEASURE = text(f"""
 SELECT count(*), COALESCE(sum(length(output_data)), 0) FROM docket_cache
 WHERE {_IS_RUN} AND step_name = :name AND item_index IS NOT NULL AND item = CAST(item_index AS text)
 """)
+# Opened again by a copy: its chunks have counted meanwhile, and one may have stopped the rest.
+_IS_OPEN = "(stage = :stage AND items_allowed IS NOT NULL)"
 _OPEN_STAGE = text(f"""
 UPDATE docket_runs SET
     state = 'WAITING', stage = :stage, lease_until = NULL, updated_at = {NOW}, message = :message,
-    progress = :progress, wake_at = {after("CASE WHEN :message IS NOT NULL THEN :lease_s END")},
-    items_allowed = :allowed, items_failed = (
-        SELECT COALESCE(sum(failed), 0) FROM docket_chunks WHERE {_IS_RUN} AND stage = :stage)
+    wake_at = {after("CASE WHEN :message IS NOT NULL THEN :lease_s END")},
+    progress = CASE WHEN {_IS_OPEN} THEN progress ELSE :progress END,
+    items_allowed = CASE WHEN {_IS_OPEN} THEN items_allowed ELSE :allowed END,
+    items_failed = CASE WHEN {_IS_OPEN} THEN items_failed ELSE (
+        SELECT COALESCE(sum(failed), 0) FROM docket_chunks WHERE {_IS_RUN} AND stage = :stage) END
 WHERE {_IS_RUN} AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'
 """)
 _ADD_CHUNK = text("""

@@ -194,7 +194,7 @@ def test_a_limit_is_cut_into_lanes(
     most: int | None, chunks: int, slots: int, threads: int, lanes: list[int] | None
 ) -> None:
     """As many as run at once, or as the limit takes; together they have the whole limit, and each has some."""
-    found = BatchOrder(max_concurrency=most, slots=slots).lanes(chunks, threads)
+    found = BatchOrder(max_concurrency=most, slots=slots, threads=threads).lanes(chunks)
     assert found == lanes
     assert found is None or (sum(found) == most and min(found) >= 1)
 

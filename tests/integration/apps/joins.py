@@ -11,7 +11,7 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
-from celery import Celery
+from celery import Celery, signals
 from celery.backends.redis import RedisBackend
 from celery.canvas import Signature
 
@@ -55,5 +55,8 @@ def _publish(self: Any, *args: Any, **kwargs: Any) -> Any:
     return _Dying.publish(self, *args, **kwargs)
 
 
-RedisBackend.on_chord_part_return = _count  # type: ignore[method-assign, unused-ignore]
-Signature.delay = _publish  # type: ignore[method-assign, unused-ignore]
+@signals.worker_init.connect(weak=False)
+def _arm(**_: Any) -> None:
+    """In the worker alone: the test's own process imports this module too."""
+    RedisBackend.on_chord_part_return = _count  # type: ignore[method-assign, unused-ignore]
+    Signature.delay = _publish  # type: ignore[method-assign, unused-ignore]
