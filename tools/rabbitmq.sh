@@ -55,7 +55,7 @@ fi
 echo "-- installing $PACKAGE from the system's packages"
 # With yesterday's lists a package may be found all the same.
 three_times apt update || echo "the lists of packages may be old" >&2
-if ! apt-cache show $PACKAGE >/dev/null 2>&1; then
+if ! LC_ALL=C apt-cache policy $PACKAGE | grep -q 'Candidate: [^(]'; then
     give_up "the system's sources of packages do not have it"
 fi
 # The packages' scripts ask this file whether they may start a service.

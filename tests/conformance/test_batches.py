@@ -217,6 +217,20 @@ def test_failed_items_count_up_to_what_is_allowed(bench: Bench, batches: BatchSt
     assert refused(batches, 4).reason is ChunkStop.FAILING
 
 
+def test_a_stage_that_is_opened_again_stays_stopped(bench: Bench, batches: BatchStore) -> None:
+    """A copy opens it with what it has read before; what its chunks did meanwhile counts, until the run has ended."""
+    opened(bench, batches, allowed=9)
+    stands = Progress(done=0, total=4)
+    batches.open_stage(bench.take(owner="body", task_id="t1", retries=1), 1, [], 9, progress=stands)
+    chunk, copy = take(batches), bench.take(owner="copy", task_id="t1", retries=2)
+    batches.end_chunk(chunk, ChunkEnd(state=RunState.FAILED, errors={"0": ERROR}, stops=True))
+    batches.open_stage(copy, 1, [], 9, progress=stands)
+    assert refused(batches, 2).reason is ChunkStop.FAILING
+    batches.end(bench.take(owner="last", task_id="t1", retries=3), ending(RunState.FAILED, error=ERROR))
+    batches.open_stage(bench.take(owner="again", task_id="t2"), 1, [], 9, progress=stands)
+    assert take(batches, 2).chunk == Chunk(1, 2, 4)
+
+
 def test_a_failed_run_leaves_its_chunks_to_be_tried_again(bench: Bench, batches: BatchStore) -> None:
     """Those with failed items too; the ones that are done stay done."""
     opened(bench, batches, allowed=0)

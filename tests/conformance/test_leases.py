@@ -144,6 +144,17 @@ def test_a_quarantined_run_refuses_its_last_holder(bench: Bench) -> None:
     assert bench.state() is RunState.QUARANTINED
 
 
+def test_only_a_retry_of_celerys_takes_a_live_lease(bench: Bench) -> None:
+    """The body of a second chord has a greater count too, and its run's holder is well."""
+    bench.take(task_id="t1", retries=1)
+    row = bench.refused(owner="body", task_id="t1", retries=2, retried=False)
+    assert (row.state, row.lost) == (RunState.RUNNING, 0)
+    lease = bench.take(owner="retry", task_id="t1", retries=2)
+    assert (lease.epoch, lease.lost) == (2, 1)
+    bench.pass_time(31)
+    assert bench.take(owner="body", task_id="t1", retries=3, retried=False).epoch == 3
+
+
 def test_heartbeats_extend_only_what_is_held(bench: Bench) -> None:
     """A stale owner's lease, an ended run's and an unknown one's stay as they are."""
     stale = bench.take()

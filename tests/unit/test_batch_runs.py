@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from docket_celery.checkpoint import Checkpoint
 from docket_celery.chunk_run import ChunkRun
 from docket_celery.chunks import Progress
 from docket_celery.configuration import Settings
+from docket_celery.engine import Outcome
 from docket_celery.errors import GraphChanged, InvalidArguments, RunNotFound
 from docket_celery.events import Event, EventKind
+from docket_celery.items import Items
 from docket_celery.outcome import RunOutcome, Submission, digest_job
 from docket_celery.runtime import close_runtimes
 from docket_celery.waiting import run_here
@@ -152,6 +154,38 @@ def test_a_copy_of_the_job_stores_its_items_once(store: SQLStore) -> None:
     assert [chunk.lo for chunk in copy.opened.chunks] == [0, 4]
     assert copy.progress == Progress(done=2, total=6)
     assert store.measure_items("changing", RUN, "")[0] == 6
+
+
+class Held:
+    """An item that stands between two of its steps until it is held; then it ends as such an execution does."""
+
+    closed = False
+
+    def __init__(self, on_end: Callable[[Outcome], None]) -> None:
+        self._on_end = on_end
+
+    def start(self) -> None:
+        """Nothing to find."""
+
+    def dispatch(self) -> None:
+        """Its next step waits for a thread."""
+
+    def abort(self, error: BaseException) -> None:
+        """Not asked for."""
+
+    def hold(self) -> None:
+        """Nothing of it starts any more: no error, and no value."""
+        self._on_end(Outcome())
+
+
+def test_an_item_that_is_held_between_its_steps_is_not_done() -> None:
+    """All of them had begun, and none failed: the chunk must be worked on again all the same."""
+    ended: list[Items] = []
+    items = Items(2, lambda _, on_end: Held(on_end), ended.append, limit=2, allowed=0)
+    items.fill()
+    items.hold()
+    assert ended == [items]
+    assert (items.complete, items.failures, items.fatal) == (False, {}, None)
 
 
 def test_items_beyond_a_memory_of_one_page_are_stored(store: SQLStore) -> None:
