@@ -216,11 +216,11 @@ def pointed_at(app: Celery, servers: Servers) -> Generator[None]:
     os.environ.update(servers.environment())
     try:
         with conf_of(app, values):
-            _forget_connections(app)
+            forget_connections(app)
             try:
                 yield
             finally:
-                _forget_connections(app)
+                forget_connections(app)
     finally:
         for name, value in before.items():
             if value is None:
@@ -229,7 +229,7 @@ def pointed_at(app: Celery, servers: Servers) -> Generator[None]:
                 os.environ[name] = value
 
 
-def _forget_connections(app: Any) -> None:
+def forget_connections(app: Any) -> None:
     """Close what the app has open, and have it open anew by the configuration in force."""
     from kombu import pools
 

@@ -8,11 +8,12 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import redis
 from celery import Celery
 
+from docket_celery.testing.workers import forget_connections
 from tests.infra import servers
 from tests.infra.workers import WorkerProcess, WorkerSpec, checkout_environment
 from tests.integration.apps.journal import JOURNALS, RESULTS
@@ -57,24 +58,23 @@ def own_urls(server_urls: servers.ServerUrls, database_url: str) -> Urls:
     return Urls(broker=broker, results=results, database=database_url)
 
 
+_met: WeakKeyDictionary[Celery, tuple[str, str]] = WeakKeyDictionary()
+"""Where each app was pointed last: it keeps its connections, which are good for as long as it stays there."""
+
+
 @contextmanager
 def connected(app: Celery, urls: Urls) -> Generator[Celery]:
     """Point *app* of this process at *urls* for the length of a module."""
     before = {key: app.conf.get(key) for key in (*_URL_KEYS, "docket_database_url")}
     app.conf.update(broker_url=urls.broker, result_backend=urls.results, docket_database_url=urls.database)
-    _forget_servers(app)
+    here = urls.broker, urls.results
+    if _met.get(app, here) != here:
+        forget_connections(app)
+    _met[app] = here
     try:
         yield app
     finally:
         app.conf.update(before)
-        _forget_servers(app)
-
-
-def _forget_servers(app: Celery) -> None:
-    """Have *app* look at its URLs again: it keeps the pool of its broker, and each thread its backend."""
-    internals: Any = app
-    internals._after_fork()
-    vars(internals._local).pop("backend", None)
 
 
 @contextmanager
