@@ -21,6 +21,24 @@ ROOT = Path(__file__).resolve().parents[1]
 #: A warm shutdown lets steps finish; what takes longer than this is ended.
 STOPPED_WITHIN_S = 5.0
 READY_WITHIN_S = 60.0
+NOT_OURS = (
+    "DOCKET_DATABASE_URL",
+    "DOCKET_CELERY_DATABASE_URL",
+    "PAYMENTS_DATABASE_URL",
+    "CELERY_BROKER_URL",
+    "CELERY_BROKER_READ_URL",
+    "CELERY_BROKER_WRITE_URL",
+    "CELERY_RESULT_BACKEND",
+)
+
+
+def leave_others_alone() -> None:
+    """Take out of the environment what names servers that somebody works with.
+
+    An example shows its own: a worker on another broker would take that one's messages.
+    """
+    for name in NOT_OURS:
+        os.environ.pop(name, None)
 
 
 def celery_command(app: str, *arguments: str) -> list[str]:
@@ -72,7 +90,11 @@ def local_worker(module: str, concurrency: int = 2) -> Generator[None]:
     Raises:
         RuntimeError: The worker did not start.
     """
-    with dev_servers() as servers, tempfile.TemporaryDirectory(prefix="docket-example-") as folder:
+    leave_others_alone()
+    with (
+        dev_servers(private=True) as servers,
+        tempfile.TemporaryDirectory(prefix="docket-example-") as folder,
+    ):
         os.environ.update(servers.environment())
         migrate(module, os.environ)
         options = ("--concurrency", str(concurrency), "--loglevel", "INFO", "--without-mingle")
@@ -81,16 +103,18 @@ def local_worker(module: str, concurrency: int = 2) -> Generator[None]:
             yield
 
 
-def run(main: Callable[[], None]) -> int:
-    """Call *main* and return the exit status; Ctrl-C and SIGTERM leave in order."""
+def run(main: Callable[[], bool]) -> int:
+    """Call *main*, which tells whether all that it compared was right, and return the exit status.
+
+    Ctrl-C and SIGTERM leave in order.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        main()
+        return 0 if main() else 1
     except SystemExit as interrupted:
         print("\nInterrupted; everything is stopped.", file=sys.stderr)
         return int(interrupted.code or 0)
-    return 0
 
 
 def _interrupt(number: int, _frame: object) -> None:

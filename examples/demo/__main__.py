@@ -15,15 +15,7 @@ from docket_celery.devserver import dev_servers
 from examples.demo.claims import ClaimFailed
 from examples.demo.database import Database
 from examples.demo.worker import CONCURRENCY, migrate, running_worker
-
-# The demo shows its own servers; it never writes into those that somebody works with.
-NOT_OURS = (
-    "DOCKET_DATABASE_URL",
-    "DOCKET_CELERY_DATABASE_URL",
-    "PAYMENTS_DATABASE_URL",
-    "CELERY_BROKER_URL",
-    "CELERY_RESULT_BACKEND",
-)
+from examples.local import leave_others_alone
 
 
 def play() -> None:
@@ -33,8 +25,7 @@ def play() -> None:
         ClaimFailed: A claim did not hold.
         DocketError: A server did not start, or a run failed.
     """
-    for name in NOT_OURS:
-        os.environ.pop(name, None)
+    leave_others_alone()
     print("Starting Postgres and Redis ...", flush=True)
     with dev_servers() as servers, tempfile.TemporaryDirectory(prefix="docket-demo-") as folder:
         os.environ.update(servers.environment())

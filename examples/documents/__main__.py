@@ -26,7 +26,7 @@ def show_in_process() -> list[DocumentSummary]:
     return summaries
 
 
-def main() -> None:
+def main() -> bool:
     """Summarize here, then on a worker, and compare."""
     expected = show_in_process()
     with local.local_worker("examples.documents.tasks"):
@@ -35,6 +35,7 @@ def main() -> None:
         one = summarize.delay(LIBRARY[0]).get(timeout=60) == expected[0]
         every = summarize_all.delay(LIBRARY).get(timeout=60) == expected
     print(f"on a worker: one {'the same' if one else 'differs'}, all {'the same' if every else 'differ'}")
+    return one and every
 
 
 if __name__ == "__main__":

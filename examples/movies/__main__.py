@@ -38,8 +38,8 @@ def catalogue() -> Iterator[Movie]:
         yield Movie(title=f"Movie {number}", year=1950 + number % 75, rating=number * 7 % 100 / 10)
 
 
-def show_on_workers(expected: list[EnrichedMovie]) -> None:
-    """Do the same on a worker, then stream a bigger batch through it, with a progress bar."""
+def show_on_workers(expected: list[EnrichedMovie]) -> bool:
+    """Do the same on a worker, then stream a bigger batch through it, with a progress bar; tell whether all came."""
     from examples.movies.tasks import enrich, review_catalogue
 
     same = enrich.delay(MOVIES).get(timeout=60) == expected
@@ -63,13 +63,14 @@ def show_on_workers(expected: list[EnrichedMovie]) -> None:
         count += 1
         best = max(best, movie, key=lambda each: each.original.rating)
     print(f"catalogue:      {count} movies, the best is {best.original.title} ({best.original.rating:.1f})")
+    return same and count == CATALOGUE
 
 
-def main() -> None:
-    """Show both."""
+def main() -> bool:
+    """Show both, and tell whether they agree."""
     expected = show_in_process()
     with local.local_worker("examples.movies.tasks"):
-        show_on_workers(expected)
+        return show_on_workers(expected)
 
 
 if __name__ == "__main__":

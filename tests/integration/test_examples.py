@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import psycopg
 import pytest
+import redis
 
 from examples.struct_step.graph import FixedScores, WordScorer, scoring_graph
 from examples.struct_step.struct_step_pb2 import InputString, LetterCount
@@ -112,6 +113,23 @@ def test_documents_are_split_and_merged() -> None:
         "Winds: 3 pages, 10 words, longest 'elsewhere'",
         "on a worker: one the same, all the same",
     ]
+
+
+def test_an_example_leaves_the_readers_servers_alone(
+    broker_url: str, result_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker would take the messages of somebody else's app and drop them as unknown."""
+    monkeypatch.setenv("CELERY_BROKER_URL", broker_url)
+    monkeypatch.setenv("CELERY_RESULT_BACKEND", result_url)
+    monkeypatch.setenv("DOCKET_DATABASE_URL", database_url)
+    with redis.Redis.from_url(broker_url) as client:
+        client.rpush("celery", "somebody's")
+        assert run_example("documents")[-1] == "on a worker: one the same, all the same"
+        assert client.lrange("celery", 0, -1) == [b"somebody's"]
+    with redis.Redis.from_url(result_url) as client:
+        assert client.dbsize() == 0
+    with psycopg.connect(database_url.replace("+psycopg", "")) as connection:
+        assert connection.execute("SELECT count(*) FROM docket_runs").fetchone() == (0,)
 
 
 def test_an_interrupted_example_leaves_nothing_behind() -> None:
