@@ -215,8 +215,13 @@ def failures_of(rows: Iterable[ChunkRow]) -> dict[int, StepFailed]:
     for row in rows:
         for index, record in row.errors.items():
             error = from_record(record)
-            if index != "fatal" and isinstance(error, StepFailed):
-                found[int(index)] = error
+            if index == "fatal":
+                continue
+            if not isinstance(error, StepFailed):
+                # Its text could not be stored or read; that it failed must not be lost with that.
+                error = StepFailed.from_cause("of the stage", 1, False, error)
+                error.place(index)
+            found[int(index)] = error
     return found
 
 

@@ -29,7 +29,7 @@ from docket_celery.batch_result import BatchResult
 from docket_celery.checkpoint import Checkpoint, Lease, RunRequest, RunState, Store
 from docket_celery.chunks import BatchStore, ChunkRow
 from docket_celery.configuration import Settings
-from docket_celery.engine import Outcome
+from docket_celery.engine import Outcome, join_failures
 from docket_celery.errors import DocketError, GraphChanged, RunNotFound, RunQuarantined, StepFailed
 from docket_celery.fan_out import make_item, policy_of, too_many
 from docket_celery.items import Runs
@@ -242,6 +242,10 @@ class BatchRun(Run):
         earlier = len(failures)
         failures |= failures_of(rows)
         error = fatal_of(rows) or self._quarantine(rows) or too_many(policy, failures, total)
+        if error is None and any(row.state in {RunState.FAILED, RunState.CANCELLED} for row in rows):
+            # Under the policy of whoever opened the stage it has failed, whatever another submission would allow:
+            # items of such a chunk were never worked on. Submitting the batch again puts them back.
+            error = join_failures([failures[index] for index in sorted(failures)])
         if error is not None:
             self._end(Outcome(error=error))
             return False
@@ -292,6 +296,7 @@ class BatchRun(Run):
             names=layout.names(key),
             kind=key.kind,
             total=self._counts[layout.fan_outs[key]],
+            failed=self._failures.get(layout.fan_outs[key], {}).keys(),
         )
         return StoredItems(self._batches, place)
 

@@ -87,6 +87,7 @@ def find_batch(app: Celery, reference: wire.Reference) -> StoredBatch:
         names=reference.names,
         kind=wire.types.find(reference.type),
         total=reference.total,
+        failed=reference.errors.keys(),
     )
     items = StoredItems(store, place)
     return StoredBatch(items=items, collects=reference.collects, errors=reference.errors)

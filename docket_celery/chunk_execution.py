@@ -32,6 +32,7 @@ class ChunkExecution:
         policy: How items are treated.
         skips: Items that failed before.
         limit: Most at once.
+        max_concurrency: What the batch said, if anything: then no further items at once within an item.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class ChunkExecution:
         policy: BatchPolicy,
         skips: Collection[int],
         limit: int,
+        max_concurrency: int | None = None,
     ) -> None:
         self.closed = False
         self._part, self._chunk, self._each, self._shared = part, chunk, each, shared
         self._delivery, self._on_end, self._stored, self._limit = delivery, on_end, stored, limit
+        self._max_concurrency = max_concurrency
         self._lock = threading.Lock()
         self._skips = frozenset(skips)
         count = chunk.hi - chunk.lo
@@ -96,7 +99,16 @@ class ChunkExecution:
             self._each[key][index] if key in part.each else self._shared.get(key) for key in part.plan.given
         ]
         delivery = replace(self._delivery, item=str(index))
-        return make_item(part, part.outputs, inputs, delivery, on_end, stored=self._stored, limit=self._limit)
+        return make_item(
+            part,
+            part.outputs,
+            inputs,
+            delivery,
+            on_end,
+            stored=self._stored,
+            limit=self._limit,
+            max_concurrency=self._max_concurrency,
+        )
 
     def _ended(self, items: Items) -> None:
         with self._lock:

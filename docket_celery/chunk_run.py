@@ -30,7 +30,7 @@ from docket_celery.outcome import RunOutcome, Submission
 from docket_celery.plan import Part, Plan
 from docket_celery.record import read_value
 from docket_celery.run import Run
-from docket_celery.stored_items import read_item
+from docket_celery.stored_items import ItemPlace, check_complete, read_item
 
 
 class ChunkRun(Run):
@@ -59,6 +59,7 @@ class ChunkRun(Run):
         limit: int | None = None,
     ) -> None:
         super().__init__(plan, (), submission, settings, store)
+        self._most = limit
         self._limit = max(1, settings.threads if limit is None else min(limit, settings.threads))
         self._stopped = RunCancelled(submission.execution_id, "its batch was stopped")
         self._progress: Progress | None = None
@@ -126,10 +127,20 @@ class ChunkRun(Run):
         run = (plan.graph, self.submission.execution_id)
         rows = self._batches.read_items(*run, names, chunk.lo, chunk.hi, keys)
         values = {key: _by_index(key, rows, names) for key, names in each.items()}
-        skips = {i for i in range(chunk.lo, chunk.hi) if any(i not in found for found in values.values())}
+        skips: set[int] = set()
         if earlier := earlier_stages(plan, self._stage):
             found = self._batches.find_chunks(*run)
             skips |= failures_of(row for row in found if row.chunk.stage in earlier).keys()
+        for key, found_values in values.items():
+            place = ItemPlace(
+                graph=plan.graph,
+                execution_id=self.submission.execution_id,
+                names=each[key],
+                kind=key.kind,
+                total=chunk.hi,
+                failed=skips,
+            )
+            check_complete(place, range(chunk.lo, chunk.hi), found_values)
         return ChunkExecution(
             part,
             chunk,
@@ -141,6 +152,7 @@ class ChunkRun(Run):
             policy=self._policy,
             skips=skips & set(range(chunk.lo, chunk.hi)),
             limit=self._limit,
+            max_concurrency=self._most,
         )
 
     def _read_shared(self, keys: Sequence[ValueKey], rows: Sequence[Checkpoint]) -> dict[ValueKey, Value]:
@@ -174,7 +186,7 @@ class ChunkRun(Run):
     def _end(self, outcome: Outcome) -> None:
         """Write how the chunk ended, then report."""
         failures = {} if self._work is None else self._work.failures
-        parked = self._find_parked(outcome.error, failures)
+        parked = None if outcome.error is self._stopped else self._find_parked(outcome.error, failures)
         if self._held is None:
             self._conclude(parked or self.parked_or_failed(outcome.error or RuntimeError("no lease")))
             return

@@ -49,6 +49,7 @@ class OnCommitTask(Task[P, R]):
         """
         headers = dict(options.pop("headers", None) or {})
         job = copy.deepcopy(self._prepare(args, kwargs, headers, execution_id, context))
+        self._note_order(headers, options)
         options |= {"headers": headers, PREPARED: True}
         transaction: Any = importlib.import_module("django.db.transaction")
         transaction.on_commit(functools.partial(self.apply_async, *job, *more, **options))
@@ -62,4 +63,8 @@ class OnCommitTask(Task[P, R]):
         context: Mapping[str, Any] | None,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Check the job and write down in *headers* what names it; return its arguments."""
+        raise NotImplementedError
+
+    def _note_order(self, headers: dict[str, Any], options: dict[str, Any]) -> None:
+        """Move what *options* say of a batch into *headers*."""
         raise NotImplementedError

@@ -313,14 +313,15 @@ def _read_result(plan: Plan, row: RunRow, store: Store) -> Any:
     parts = unframe(data)
     if parts[:1] == [_PLACE] and isinstance(store, BatchStore):
         found = json.loads(parts[1])
+        stored = {int(index): from_record(record) for index, record in found["errors"].items()}
         place = ItemPlace(
             graph=row.graph,
             execution_id=row.execution_id,
             names=tuple(found["names"]),
             kind=plan.target.kind,
             total=found["total"],
+            failed=stored.keys(),
         )
-        stored = {int(index): from_record(record) for index, record in found["errors"].items()}
         return StoredBatch(
             items=StoredItems(store, place),
             collects=found["collects"],

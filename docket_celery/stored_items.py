@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from docket_celery.batch_result import BatchResult
 from docket_celery.checkpoint import Checkpoint
 from docket_celery.chunks import BatchStore
-from docket_celery.errors import GraphChanged, StepFailed
+from docket_celery.errors import GraphChanged, PayloadUnavailable, StepFailed
 from docket_celery.messages import from_bytes, type_name
 
 PAGE = 1000
@@ -28,6 +28,7 @@ class ItemPlace:
         names: The step that made them, by its present and former names; '' for the batch itself.
         kind: Their message type.
         total: How many there were to be made.
+        failed: Indexes of those that may be missing.
     """
 
     graph: str
@@ -35,6 +36,7 @@ class ItemPlace:
     names: tuple[str, ...]
     kind: type[Message]
     total: int
+    failed: Collection[int] = ()
 
 
 class StoredItems(Sequence[Message]):
@@ -70,13 +72,19 @@ class StoredItems(Sequence[Message]):
             yield from self.page(lo)
 
     def page(self, lo: int) -> list[tuple[int, Message]]:
-        """Return index and message of the items that are there of the page that begins at *lo*, in order."""
+        """Return index and message of the items of the page that begins at *lo*, in order.
+
+        Raises:
+            PayloadUnavailable: One is missing that did not fail: it was purged, or made by other code.
+        """
         place = self.place
         hi = min(lo + PAGE, place.total)
         rows = self._store.read_items(place.graph, place.execution_id, place.names, lo, hi)
-        return [
+        found = [
             (int(row.item), read_item(place.kind, row)) for row in rows if row.item == str(row.item_index)
         ]
+        check_complete(place, range(lo, hi), {index for index, _ in found})
+        return found
 
     def weight(self) -> int:
         """Return about how many bytes they would have in a message."""
@@ -121,6 +129,22 @@ class StoredBatch:
             None if index in self.errors else found.get(index) for index in range(self.items.place.total)
         )
         return BatchResult(results, self.errors)
+
+
+def check_complete(place: ItemPlace, wanted: Iterable[int], found: Collection[int]) -> None:
+    """Look whether all items are there that did not fail: a result with a gap that nobody sees would be wrong.
+
+    Raises:
+        PayloadUnavailable: One is missing.
+    """
+    missing = [index for index in wanted if index not in found and index not in place.failed]
+    if missing:
+        what = f"{place.names[0] or 'the batch'} of run {place.execution_id!r} of graph {place.graph!r}"
+        problem = (
+            f"item {missing[0]} (of {len(missing)} such) did not fail and is not there: its row was purged, or the "
+            f"code has changed since the batch began; submit the batch under a new execution_id"
+        )
+        raise PayloadUnavailable(what, problem)
 
 
 def read_item(kind: type[Message], row: Checkpoint) -> Message:

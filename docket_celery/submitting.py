@@ -78,10 +78,9 @@ class SubmittedTask(OnCommitTask[P, R]):
         headers = dict(options.pop("headers", None) or {})
         # The job's own delivery comes again: it was checked, and its headers are ours.
         again = options.pop(PREPARED, False) or options.get("retries")
-        order = chords.take_order(options)
         if not again:
             args, kwargs = self._prepare(args, kwargs, headers, execution_id, context)
-            chords.write_order(self, headers, order)
+            self._note_order(headers, options)
         args, kwargs = args or (), kwargs or {}
         options.setdefault("argsrepr", chords.describe(headers) or f"({', '.join(map(_brief, args))})")
         options.setdefault("kwargsrepr", f"{{{', '.join(f'{k}={_brief(v)}' for k, v in kwargs.items())}}}")
@@ -128,7 +127,7 @@ class SubmittedTask(OnCommitTask[P, R]):
                 "execution_id", f"task {self.name} names its runs by their items; name this one"
             )
         self._name_run(headers, execution_id, context)
-        chords.write_order(self, headers, chords.take_order(options))
+        self._note_order(headers, options)
         task_id = task_id or str(uuid.uuid4())
         digest, stored = uploads.upload(self, items, shared, queued_run(headers, task_id, options))
         headers[DIGEST] = base64.b64encode(digest).decode("ascii")
@@ -151,6 +150,9 @@ class SubmittedTask(OnCommitTask[P, R]):
             store, self.graph.name, name, retention_s=settings.retention, threads=settings.threads
         )
 
+    def _note_order(self, headers: dict[str, Any], options: dict[str, Any]) -> None:
+        chords.write_order(self, headers, chords.take_order(options))
+
     def _publish(self, *args: Any, **options: Any) -> GraphResult[R]:
         submit = cast("Callable[..., GraphResult[R]]", super().apply_async)
         return submit(*args, **add_routing(self.routing, options))
@@ -166,10 +168,9 @@ class SubmittedTask(OnCommitTask[P, R]):
     ) -> EagerResult[R]:
         """Run a job here and now, as a worker would; arguments as in `apply_async`."""
         headers = dict(options.pop("headers", None) or {})
-        order = chords.take_order(options)
         if not options.get("retries") and not payloads.holds_job(args, kwargs):
             args, kwargs = self._prepare(args, kwargs, headers, execution_id, context, travels=False)
-            chords.write_order(self, headers, order)
+            self._note_order(headers, options)
         run = cast("Callable[..., EagerResult[R]]", super().apply)
         if more:
             return run(args, kwargs, *more, headers=headers, **options)

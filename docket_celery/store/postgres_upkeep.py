@@ -10,7 +10,7 @@ from sqlalchemy import Connection, text
 from docket_celery.checkpoint import RunRow
 from docket_celery.chunks import LostRun
 from docket_celery.store.postgres import find_run
-from docket_celery.store.rows import LONGEST_LOOK_S, QUEUE_PATIENCE, clean_text, dump_json
+from docket_celery.store.rows import CANCEL_LOOK_S, LONGEST_LOOK_S, QUEUE_PATIENCE, clean_text, dump_json
 
 _SECOND = "interval '1 second'"
 _LEASE = f"CAST(:lease_s AS double precision) * {_SECOND}"
@@ -18,7 +18,9 @@ _LEASE = f"CAST(:lease_s AS double precision) * {_SECOND}"
 _CANCEL = text(f"""
 WITH r AS (
     UPDATE docket_runs SET
-        state = 'CANCELLED', lease_until = NULL, wake_at = NULL, error = CAST(:error AS jsonb),
+        state = 'CANCELLED', lease_until = NULL, error = CAST(:error AS jsonb),
+        -- Whoever waits for the task must hear of it, though its messages may be lost.
+        wake_at = CASE WHEN message IS NOT NULL THEN clock_timestamp() + {CANCEL_LOOK_S} * {_SECOND} END,
         ended_at = clock_timestamp(), updated_at = clock_timestamp(),
         expires_at = clock_timestamp() + CAST(:retention_s AS double precision) * {_SECOND}
     WHERE graph = :graph AND execution_id = :execution_id AND state IN ('QUEUED', 'RUNNING', 'WAITING')
@@ -35,7 +37,7 @@ _FIND_LOST = text(f"""
 WITH due AS (
     SELECT graph, execution_id, stage, state, updated_at, items_failed > items_allowed AS failing FROM docket_runs
     WHERE message IS NOT NULL AND task_name = ANY(CAST(:task_names AS text[])) AND (
-        (state = 'WAITING' AND wake_at <= statement_timestamp())
+        (state IN ('WAITING', 'CANCELLED') AND wake_at <= statement_timestamp())
         OR (state = 'RUNNING' AND lease_until <= statement_timestamp()
             AND (wake_at IS NULL OR wake_at <= statement_timestamp())))
     ORDER BY wake_at NULLS FIRST LIMIT :limit FOR UPDATE SKIP LOCKED),
@@ -48,7 +50,7 @@ seen AS (
         WHERE c.graph = due.graph AND c.execution_id = due.execution_id AND c.stage = due.stage) AS chunks),
 judged AS (
     SELECT graph, execution_id, dead > 0 AS died, CASE
-        WHEN state = 'RUNNING' OR dead > 0 THEN true
+        WHEN state IN ('RUNNING', 'CANCELLED') OR dead > 0 THEN true
         WHEN alive > 0 THEN false
         WHEN queued > 0 AND failing IS NOT TRUE THEN updated_at <= statement_timestamp() - {QUEUE_PATIENCE} * {_LEASE}
         ELSE updated_at <= statement_timestamp() - {_LEASE} END AS lost
@@ -60,7 +62,7 @@ dead AS (
         AND c.state = 'RUNNING' AND c.lease_until <= statement_timestamp())
 UPDATE docket_runs AS r SET
     updated_at = CASE WHEN judged.died THEN clock_timestamp() ELSE r.updated_at END,
-    wake_at = clock_timestamp() + CASE WHEN judged.lost AND NOT judged.died
+    wake_at = CASE WHEN r.state <> 'CANCELLED' THEN clock_timestamp() END + CASE WHEN judged.lost AND NOT judged.died
         THEN LEAST({LONGEST_LOOK_S} * {_SECOND}, GREATEST({_LEASE}, clock_timestamp() - r.updated_at))
         ELSE {_LEASE} END
 FROM judged WHERE r.graph = judged.graph AND r.execution_id = judged.execution_id

@@ -29,6 +29,9 @@ SCHEMA_VERSION = 4
 QUEUE_PATIENCE = 10
 """So many leases long may all chunks of a stage lie in a queue before they are taken for lost."""
 
+CANCEL_LOOK_S = 5
+"""So many seconds after a batch was cancelled its task is sent once more: its own messages may be lost."""
+
 LONGEST_LOOK_S = 3600
 """Most seconds between two looks at a run that seems lost: a long queue looks alike."""
 

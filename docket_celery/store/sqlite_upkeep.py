@@ -9,12 +9,22 @@ from sqlalchemy import Connection, bindparam, text
 
 from docket_celery.checkpoint import RunRow, RunState
 from docket_celery.chunks import LostRun
-from docket_celery.store.rows import LONGEST_LOOK_S, QUEUE_PATIENCE, Row, clean_text, dump_json, read_run
+from docket_celery.store.rows import (
+    CANCEL_LOOK_S,
+    LONGEST_LOOK_S,
+    QUEUE_PATIENCE,
+    Row,
+    clean_text,
+    dump_json,
+    read_run,
+)
 from docket_celery.store.sqlite import FIND_RUN, NOW, after, writing
 
 _IS_RUN = "graph = :graph AND execution_id = :execution_id"
+_LOOK = f"CASE WHEN message IS NOT NULL THEN {CANCEL_LOOK_S}.0 END"
 _CANCEL = text(f"""
-UPDATE docket_runs SET state = 'CANCELLED', lease_until = NULL, wake_at = NULL, error = :error, ended_at = {NOW},
+UPDATE docket_runs SET state = 'CANCELLED', lease_until = NULL, error = :error,
+    wake_at = {after(_LOOK)}, ended_at = {NOW},
     updated_at = {NOW}, expires_at = {after(":retention_s")}
 WHERE {_IS_RUN} AND state IN ('QUEUED', 'RUNNING', 'WAITING')
 """)
@@ -27,7 +37,7 @@ _FIND_DUE = text(f"""
 SELECT graph, execution_id, task_name, retries, stage, state, message, items_failed > items_allowed AS failing,
     (julianday({NOW}) - julianday(updated_at)) * 86400.0 AS idle_s
 FROM docket_runs
-WHERE message IS NOT NULL AND task_name IN :task_names AND ((state = 'WAITING' AND wake_at <= {NOW})
+WHERE message IS NOT NULL AND task_name IN :task_names AND ((state IN ('WAITING', 'CANCELLED') AND wake_at <= {NOW})
     OR (state = 'RUNNING' AND lease_until <= {NOW} AND (wake_at IS NULL OR wake_at <= {NOW})))
 ORDER BY wake_at LIMIT :limit
 """).bindparams(bindparam("task_names", expanding=True))
@@ -75,6 +85,8 @@ def find_lost(
             connection.execute(_GIVE_UP, {**row, "max_deliveries": max_deliveries})
             died = bool(chunks["dead"])
             wait_s = min(LONGEST_LOOK_S, max(lease_s, row["idle_s"])) if lost and not died else lease_s
+            if row["state"] == RunState.CANCELLED:
+                wait_s = None  # once
             connection.execute(_LOOK_LATER, {**row, "wait_s": wait_s, "died": died})
             if lost:
                 names = ("graph", "execution_id", "task_name", "retries", "stage")
@@ -83,7 +95,7 @@ def find_lost(
 
 
 def _is_lost(run: Row, chunks: Row, lease_s: float) -> bool:
-    if run["state"] == RunState.RUNNING or chunks["dead"]:
+    if run["state"] in {RunState.RUNNING, RunState.CANCELLED} or chunks["dead"]:
         return True
     if chunks["alive"]:
         return False

@@ -358,6 +358,18 @@ def test_a_run_that_has_ended_is_not_lost(bench: Bench, batches: BatchStore, sta
     assert find_lost(batches) == []
 
 
+def test_a_cancelled_batch_is_found_once_more(bench: Bench, batches: BatchStore) -> None:
+    """Its own messages may be lost, and whoever waits for its task must hear how it ended."""
+    opened(bench, batches)
+    batches.cancel(GRAPH, RUN, CANCELLED, 60.0)
+    assert find_lost(batches) == []
+    bench.pass_time(6)
+    assert find_lost(batches) == LOST
+    bench.pass_time(4000)
+    assert find_lost(batches) == []
+    assert bench.state() is RunState.CANCELLED
+
+
 def test_nobody_looks_for_a_run_without_a_message(bench: Bench, batches: BatchStore) -> None:
     """There is nothing to send."""
     opened(bench, batches, message=None)

@@ -441,6 +441,19 @@ def test_a_killed_worker_does_not_lose_its_chunks(
     gathered(journals, urls, run)
 
 
+def test_a_batch_without_its_chord_is_cancelled_for_its_caller_too(journals: Journals, urls: Urls) -> None:
+    """Nothing of it comes any more by itself; the caller hears of the end all the same."""
+    run = unique("orphan")
+    sent = paced.gather_all.apply_async((movies(run, 6),), execution_id=run)
+    journals.wait(f"{run}/began", 3)
+    with redis.Redis.from_url(urls.results) as client:
+        client.delete(*chord_keys(client))
+    assert paced.gather_all.handle(run).cancel("gone wrong")
+    with pytest.raises(RunCancelled, match="gone wrong"):
+        sent.get(timeout=WAIT_S)
+    assert journals.read(f"gather/{run}") == []
+
+
 def test_a_result_is_typed(journals: Journals) -> None:
     """What comes back of a stream are messages."""
     journal = unique("typed")

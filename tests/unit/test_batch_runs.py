@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from sqlalchemy import text
 
 from docket_celery import Graph, SQLStore
 from docket_celery.annotation import ValueKey
 from docket_celery.batch_plan import PAGE, PAGE_BYTES, BatchOrder, Layout, paged
+from docket_celery.batch_result import BatchPolicy
 from docket_celery.batch_run import BatchRun
 from docket_celery.checkpoint import Checkpoint
 from docket_celery.chunk_run import ChunkRun
 from docket_celery.chunks import Progress
 from docket_celery.configuration import Settings
 from docket_celery.engine import Outcome
-from docket_celery.errors import GraphChanged, InvalidArguments, RunNotFound
+from docket_celery.error_records import to_record
+from docket_celery.errors import (
+    CodecFailed,
+    GraphChanged,
+    InvalidArguments,
+    PayloadUnavailable,
+    RunNotFound,
+    StepFailed,
+)
 from docket_celery.events import Event, EventKind
 from docket_celery.items import Items
 from docket_celery.outcome import RunOutcome, Submission, digest_job
 from docket_celery.runtime import close_runtimes
+from docket_celery.stored_items import ItemPlace, StoredBatch, StoredItems
 from docket_celery.waiting import run_here
 from examples.documents.documents_pb2 import Document, DocumentSummary
 from examples.documents.graph import document_graph
@@ -261,3 +275,156 @@ def test_progress_is_told_in_process_too() -> None:
         document_graph.listeners.remove(listen)
         close_runtimes()
     assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+# --- nothing is left out in silence ------------------------------------------------------------------------------
+
+
+def picky(movie: Movie) -> EnrichedMovie:
+    """Fail for the first item."""
+    if movie.title == "0":
+        raise ConnectionError("the service is away")
+    return EnrichedMovie(original=movie)
+
+
+def failing(store: SQLStore, on_error: Literal["fail", "collect"], size: int = 6) -> Hands:
+    """Return a batch of one stage whose first item fails, under a policy."""
+    graph = Graph("failing")
+    graph.register(picky, name="rate")
+    policy = BatchPolicy(on_error)
+    hands = Hands(graph, store, EnrichedMovie, BatchOrder(chunk_size=size, policy=policy))
+    hands.submission = replace(hands.submission, policy=policy)
+    return hands
+
+
+def test_a_stage_that_has_failed_is_not_passed_by_a_laxer_submission(store: SQLStore) -> None:
+    """Items of its chunk were never worked on: it fails as its opener said, and the next submission works on them."""
+    strict = failing(store, "fail")
+    strict.open(ITEMS)
+    assert (strict.work(1, 0).receipt or {})["state"] == "FAILED"
+    lax = failing(store, "collect")
+    outcome = lax.open(ITEMS, task_id="t2")
+    assert isinstance(outcome.error, StepFailed)
+    again = lax.open(ITEMS, task_id="t3")
+    assert again.opened is not None
+    assert [chunk.lo for chunk in again.opened.chunks] == [0]
+    lax.work(1, 0)
+    found = lax.open(task_id="t3", retries=9).value
+    assert [each is not None for each in found.results] == [False, *[True] * 5]
+    assert list(found.errors) == [0]
+
+
+@pytest.mark.parametrize("on_error", ["fail", "collect"])
+def test_an_item_whose_error_could_not_be_stored_has_failed(
+    store: SQLStore, on_error: Literal["fail", "collect"]
+) -> None:
+    """The codec fails once, as the chunk ends: the failure is known by that then, and not forgotten."""
+    hands = failing(store, on_error)
+    hands.open(ITEMS)
+    hands.work(1, 0)
+    record = json.dumps({"0": to_record(CodecFailed("the errors of a chunk", "encode raised"))})
+    with store.engine.connect() as connection:
+        connection.execute(text("UPDATE docket_chunks SET errors = :errors"), {"errors": record})
+    outcome = hands.open()
+    if on_error == "fail":
+        assert isinstance(outcome.error, StepFailed)
+        assert outcome.error.item == "0"
+        assert outcome.error.caused_by(CodecFailed)
+    else:
+        assert [each is None for each in outcome.value.results] == [True, *[False] * 5]
+        assert outcome.value.errors[0].caused_by(CodecFailed)
+
+
+def test_a_stage_that_was_put_in_between_is_noticed(store: SQLStore) -> None:
+    """A deploy in mid-batch: chunks that are done did what the old code says, and their new outputs are not there."""
+    old = Graph("growing")
+    old.register(lambda_free_rate, name="rate")
+    before = Hands(old, store, EnrichedMovie)
+    before.open(ITEMS)
+    before.work(1, 0)
+
+    new = Graph("growing")
+
+    def pre(movie: Movie) -> Document:
+        return Document(title=movie.title)
+
+    def total(documents: Iterable[Document]) -> BatchStats:
+        return BatchStats(count=sum(1 for _ in documents))
+
+    def rate(movie: Movie, stats: BatchStats) -> EnrichedMovie:
+        return EnrichedMovie(original=movie, rating_percentile=stats.count)
+
+    new.register(pre, name="pre")
+    new.register_aggregate(total, name="total")
+    new.register(rate, name="rate")
+    after = Hands(new, store, EnrichedMovie)
+    for lo in (2, 4):
+        after.work(1, lo)
+    error = after.open(retries=9).error
+    assert isinstance(error, StepFailed)
+    assert error.step == "total"
+    assert error.caused_by(PayloadUnavailable)
+    assert "item 0 (of 2 such) did not fail and is not there" in str(error)
+
+
+def lambda_free_rate(movie: Movie) -> EnrichedMovie:
+    """What the old code does."""
+    return EnrichedMovie(original=movie)
+
+
+def test_a_missing_item_fails_its_chunk(store: SQLStore) -> None:
+    """It is not taken for one that failed before."""
+    hands = Hands(graph_with("rate", "total", "place"), store, EnrichedMovie)
+    hands.open(ITEMS)
+    with store.engine.connect() as connection:
+        connection.execute(text("DELETE FROM docket_cache WHERE step_name = '' AND item = '3'"))
+    assert (hands.work(1, 2).receipt or {})["state"] == "FAILED"
+    assert isinstance(hands.open().error, PayloadUnavailable)
+
+
+def test_a_purged_result_is_no_empty_one(store: SQLStore) -> None:
+    """What a reference stands for is gone: whoever reads it late is told, page by page too."""
+    hands = Hands(graph_with("rate", "total", "place"), store, EnrichedMovie)
+    hands.open(ITEMS)
+    for lo in (0, 2, 4):
+        hands.work(1, lo)
+    place = ItemPlace(graph="changing", execution_id=RUN, names=("rate",), kind=EnrichedMovie, total=6)
+    batch = StoredBatch(items=StoredItems(store, place))
+    assert len(batch.load()) == 6
+    with store.engine.connect() as connection:
+        connection.execute(text("DELETE FROM docket_cache"))
+    for read in (batch.load, lambda: batch.page(0)):
+        with pytest.raises(PayloadUnavailable, match=r"rate of run 'batch-1'.*item 0 \(of 6 such\)"):
+            read()
+
+
+def test_a_limit_counts_the_parts_of_an_item(store: SQLStore) -> None:
+    """A fan-out within an item has one part under way for each item that the limit allows."""
+    under_way, most, lock = [0], [0], threading.Lock()
+    graph = Graph("nested")
+
+    def split(movie: Movie) -> list[Document]:
+        return [Document(title=str(number)) for number in range(8)]
+
+    async def look(document: Document) -> DocumentSummary:
+        with lock:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        await asyncio.sleep(0.01)
+        with lock:
+            under_way[0] -= 1
+        return DocumentSummary()
+
+    def merge(parts: list[DocumentSummary]) -> EnrichedMovie:
+        return EnrichedMovie(rating_percentile=len(parts))
+
+    graph.register(split)
+    graph.register(look)
+    graph.register_aggregate(merge)
+    hands = Hands(graph, store, EnrichedMovie, BatchOrder(chunk_size=6, max_concurrency=3))
+    hands.open(ITEMS)
+    submission = replace(hands.submission, task_id="c")
+    settings = Settings.read({"docket_threads": 8})
+    run_here(ChunkRun(hands.plan, submission, settings, store, hands.order, 1, 0, 3))
+    assert [each.rating_percentile for each in hands.open().value] == [8] * 6
+    assert most[0] <= 3

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import itertools
+import sys
+import types
 import uuid
 from collections.abc import Generator
 from pathlib import Path
@@ -346,3 +348,22 @@ def test_parts_keep_to_the_lanes_of_the_worker_that_began(app: Celery) -> None:
     begun = chords.read_order(check_all, {"slots": 3, "threads": 4, "max_concurrency": 6}, threads=1)
     assert (here.slots, here.max_concurrency) == (lifecycle.worker_slots(), 8)
     assert begun.lanes(64) == [2, 2, 2]
+
+
+def test_a_batch_keeps_its_order_until_the_commit(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was asked of it travels with the job of then; a slip of the pen is told here and now."""
+    hooks: list[Any] = []
+    django: Any = types.ModuleType("django.db.transaction")
+    django.on_commit = hooks.append
+    monkeypatch.setitem(sys.modules, "django.db.transaction", django)
+
+    @graph_task(app, picky)
+    def check_all(movies: list[Movie]) -> list[EnrichedMovie]:
+        raise NotImplementedError
+
+    with pytest.raises(InvalidArguments, match="did you mean chunk_size"):
+        check_all.apply_async_on_commit((MOVIES,), chunksize=3)
+    check_all.apply_async_on_commit((MOVIES,), max_concurrency=1, chunk_size=3)
+    (hook,) = hooks
+    hook()
+    assert waiting(app)[1]["docket_batch"] == {"chunk_size": 3, "max_concurrency": 1}
