@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from docket_celery import chords, lifecycle, payloads, results, uploads, wire
 from docket_celery.batch_result import BatchResult
 from docket_celery.checkpoint import check_execution_id
-from docket_celery.chords import BATCH, CONTEXT, DIGEST, EXECUTION_ID, PART
+from docket_celery.chords import ATTACHED, BATCH, CONTEXT, DIGEST, EXECUTION_ID, PART
 from docket_celery.declaration import Declaration, add_routing, json_values
 from docket_celery.errors import InvalidArguments
 from docket_celery.graph import Graph
@@ -84,7 +84,8 @@ class SubmittedTask(OnCommitTask[P, R]):
         args, kwargs = args or (), kwargs or {}
         options.setdefault("argsrepr", chords.describe(headers) or f"({', '.join(map(_brief, args))})")
         options.setdefault("kwargsrepr", f"{{{', '.join(f'{k}={_brief(v)}' for k, v in kwargs.items())}}}")
-        if not options.get("retries") and PART not in headers:
+        # A copy that waits for its turn carries what its original did: nobody else may have stored that.
+        if not options.get("retries") and PART not in headers and ATTACHED not in headers:
             task_id = task_id or str(uuid.uuid4())
             run = queued_run(headers, task_id, options)
             args, kwargs = uploads.send(self, args, kwargs, run) or payloads.send(self, args, kwargs, run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, Protocol, TypeVar, cast
 
 from celery import Celery
@@ -13,11 +14,11 @@ from google.protobuf.message import Message
 from docket_celery import lifecycle
 from docket_celery.annotation import ValueKey
 from docket_celery.batch_plan import Layout, paged
-from docket_celery.checkpoint import Lease, RunRequest, RunRow, job_digest
+from docket_celery.checkpoint import Lease, RunRequest, RunRow, RunState, job_digest
 from docket_celery.chunks import UNFINISHED, BatchStore
 from docket_celery.configuration import Settings
 from docket_celery.declaration import Declaration
-from docket_celery.errors import InvalidArguments, InvalidSettings, RunConflict
+from docket_celery.errors import InvalidArguments, InvalidSettings, RunCancelled, RunConflict
 from docket_celery.graph import Graph
 from docket_celery.messages import ListDigest, brief, check_size, frame, to_bytes, type_name
 from docket_celery.outcome import job_parts, target_name
@@ -110,6 +111,7 @@ def upload(
         PayloadTooLarge: An item is too large.
         InvalidSettings: This process has no database.
         RunConflict: The run exists with another job, or is being submitted by another process.
+        RunCancelled: It was cancelled while its items were submitted.
         LeaseLost: It was so slow that another process began to submit it.
         StoreUnavailable: The database does not answer.
     """
@@ -162,6 +164,8 @@ class _Upload:
     def _compare(self, items: Iterable[Any], row: RunRow) -> None:
         """See whether the run that is there is of the same job; only reading all items tells."""
         graph, execution_id = row.graph, row.execution_id
+        if row.job_digest == UNFINISHED and row.state is RunState.CANCELLED:
+            raise RunCancelled(execution_id, "cancelled while its items were submitted")
         if row.job_digest == UNFINISHED:
             raise RunConflict(graph, execution_id, "submission under way")
         if row.target != self._request.target:
@@ -170,6 +174,9 @@ class _Upload:
             pass
         if self._store.keyed(self._job_digest()) != row.job_digest:
             raise RunConflict(graph, execution_id, "job")
+        # What is stored already must be there when a worker comes to it.
+        known = replace(self._request, job_digest=row.job_digest)
+        self._aside(lambda: self._store.enqueue(known, self._keep_s))
 
     def _checked(self, items: Iterable[Any]) -> Iterator[Message]:
         """Yield the messages of *items*, and take their digest."""

@@ -7,12 +7,13 @@ import itertools
 import sys
 import types
 import uuid
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from celery import Celery, _state
+from sqlalchemy import text
 
 from docket_celery import (
     BatchResult,
@@ -27,15 +28,19 @@ from docket_celery import (
 )
 from docket_celery.batch_plan import BatchOrder
 from docket_celery.checkpoint import Chunk
+from docket_celery.chords import ATTACHED
 from docket_celery.chunks import UNFINISHED
 from docket_celery.defaults import process_defaults
 from docket_celery.errors import (
     InvalidArguments,
     InvalidDeclaration,
+    LeaseLost,
     PayloadTooLarge,
+    RunCancelled,
     RunConflict,
     StepFailed,
 )
+from docket_celery.on_commit import PREPARED
 from examples.movies.graph import MOVIES, movie_graph
 from examples.movies.movies_pb2 import BatchStats, EnrichedMovie, Movie
 
@@ -367,3 +372,54 @@ def test_a_batch_keeps_its_order_until_the_commit(app: Celery, monkeypatch: pyte
     (hook,) = hooks
     hook()
     assert waiting(app)[1]["docket_batch"] == {"chunk_size": 3, "max_concurrency": 1}
+
+
+def test_a_batch_that_is_submitted_again_is_kept_for_its_worker(app: Celery, stored: SQLStore) -> None:
+    """Its retention may be about to end: what is stored must be there when its message is delivered."""
+
+    @graph_task(app, picky)
+    def check_all(movies: list[Movie]) -> list[EnrichedMovie]:
+        raise NotImplementedError
+
+    def kept_days() -> float:
+        with stored.engine.connect() as connection:
+            query = "SELECT julianday(expires_at) - julianday('now') FROM docket_runs"
+            return float(connection.execute(text(query)).scalar_one())
+
+    check_all.submit_batch(MOVIES, execution_id="again")
+    with stored.engine.connect() as connection:
+        connection.execute(text("UPDATE docket_runs SET expires_at = datetime('now', '+1 minute')"))
+    assert kept_days() < 1
+    check_all.submit_batch(MOVIES, execution_id="again")
+    assert kept_days() > 29
+
+
+def test_an_upload_that_was_cancelled_says_so(app: Celery, stored: SQLStore) -> None:
+    """Nobody is submitting it any more."""
+
+    @graph_task(app, picky)
+    def check_all(movies: list[Movie]) -> list[EnrichedMovie]:
+        raise NotImplementedError
+
+    def source() -> Iterator[Movie]:
+        yield MOVIES[0]
+        assert check_all.handle("stopped").cancel()
+
+    with pytest.raises(LeaseLost):
+        check_all.submit_batch(source(), execution_id="stopped")
+    with pytest.raises(RunCancelled, match="cancelled while its items were submitted"):
+        check_all.submit_batch(MOVIES, execution_id="stopped")
+
+
+def test_a_copy_that_waits_carries_its_list(app: Celery, stored: SQLStore) -> None:
+    """It came from a process without a database: only a run that is there has its items stored."""
+
+    @graph_task(app, picky)
+    def check_all(movies: list[Movie]) -> list[EnrichedMovie]:
+        raise NotImplementedError
+
+    big = MOVIES * 200
+    again: Any = check_all
+    again.apply_async((big,), headers={ATTACHED: True, "docket_execution_id": "copy"}, **{PREPARED: True})
+    assert waiting(app)[0] == [big]
+    assert stored.find_run("picky-task", "copy") is None
