@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from docket_celery.annotation import ValueKey
 from docket_celery.batch_result import BatchPolicy
 from docket_celery.checkpoint import Checkpoint, Chunk, RunState, item_key, workflow_key
-from docket_celery.chunks import ChunkRow, Progress
+from docket_celery.chunks import ChunkRow, Lanes, Progress
 from docket_celery.error_records import from_record
 from docket_celery.errors import DocketError, InvalidArguments, StepFailed
 from docket_celery.messages import Value, type_name, value_bytes
@@ -57,11 +57,11 @@ class BatchOrder:
         size = self.chunk_size or min(MOST_ITEMS, -(-count // wanted))
         return [Chunk(stage, lo, min(lo + size, count)) for lo in range(0, count, max(1, size))]
 
-    def lanes(self, chunks: int) -> list[int] | None:
-        """Return how many items may be under way at once in each lane; None: there is no limit over all workers.
+    def lanes(self, chunks: int) -> Lanes | None:
+        """Return the lanes of a stage; None: there is no limit over all workers.
 
-        A lane is a sequence of chunks that are worked on one after the other. There are as many as this worker runs
-        tasks at once, or as it takes to reach the limit with *threads* items in each.
+        There are as many as this worker runs tasks at once, or as it takes to reach the limit with *threads* items
+        in each.
 
         Args:
             chunks: Of the stage.
@@ -69,8 +69,7 @@ class BatchOrder:
         most = self.max_concurrency
         if most is None:
             return None
-        count = max(1, min(most, chunks, max(self.slots, -(-most // self.threads))))
-        return [most // count + (number < most % count) for number in range(count)]
+        return Lanes(most, max(1, min(most, chunks, max(self.slots, -(-most // self.threads)))))
 
 
 def is_spread(plan: Plan) -> bool:

@@ -255,18 +255,19 @@ class BatchRun(Run):
             return True
         assert self._held is not None
         progress = find_progress(self._plan, stage, rows, total)
-        self._batches.open_stage(
+        size = chunks[0].hi - chunks[0].lo
+        lanes = self._batches.open_stage(
             self._held.lease,
             stage,
             [] if rows else chunks,
             policy.allowed(total) - earlier,
             self._delivery.rows,
             progress=progress,
+            lanes=self._order.lanes(len(chunks)),
             message=self._message,
         )
         self._delivery.heartbeat().unwatch(self._held)
-        size = chunks[0].hi - chunks[0].lo
-        opened = OpenStage(stage=stage, chunks=tuple(undone), total=total, chunk_size=size)
+        opened = OpenStage(stage=stage, chunks=tuple(undone), total=total, chunk_size=size, lanes=lanes)
         self._conclude(RunOutcome(opened=opened, progress=progress))
         return False
 

@@ -194,18 +194,11 @@ def deliver(
     outcome = run_here(BatchRun(plan, values, submission, settings, store, order, message))
     if outcome.opened is not None:
         tell_progress(task.backend, _asked_for(request), outcome.progress)
-        lanes = order.lanes(-(-outcome.opened.total // outcome.opened.chunk_size))
-        _open(task, _headers(request, submission, order), outcome.opened, lanes, submission.retries)
+        _open(task, _headers(request, submission, order), outcome.opened, submission.retries)
     return outcome
 
 
-def _open(
-    task: BatchTask,
-    headers: Mapping[str, Any],
-    opened: OpenStage,
-    lanes: Sequence[int] | None,
-    retries: int,
-) -> None:
+def _open(task: BatchTask, headers: Mapping[str, Any], opened: OpenStage, retries: int) -> None:
     """Replace *task* with the chord of a stage.
 
     Raises:
@@ -219,7 +212,7 @@ def _open(
     body_headers: dict[str, Any] = {**headers, PART: body_part, RETRIES: retries + 1, ATTACHED: True}
     # Celery checks the arguments against the declared ones, on every submission.
     body = task.signature(*task.declaration.blank(), immutable=True, headers=body_headers, **options)
-    parts = _parts(opened) if lanes is None else _first_parts(opened, lanes)
+    parts = _parts(opened) if opened.lanes is None else _first_parts(opened, opened.lanes.shares())
     told = {"task": _asked_for(request)}
     chunks = [_chunk(task, {**headers, PART: {**part, **told}}, options) for part in parts]
     if request.ignore_result:

@@ -129,7 +129,7 @@ class ChunkRun(Run):
         values = {key: _by_index(key, rows, names) for key, names in each.items()}
         skips: set[int] = set()
         if earlier := earlier_stages(plan, self._stage):
-            found = self._batches.find_chunks(*run)
+            found = self._batches.find_failed(*run, chunk.lo, chunk.hi)
             skips |= failures_of(row for row in found if row.chunk.stage in earlier).keys()
         for key, found_values in values.items():
             place = ItemPlace(
@@ -206,6 +206,7 @@ class ChunkRun(Run):
             executions=tuple(delivery.rows),
             errors=errors,
             stops="fatal" in errors,
+            wake_in_s=(parked and parked.park_s) or 0.0,
         )
         receipt = {"lo": self._lo, "state": state.value, "failed": len(failures)}
         self._write_end(parked or RunOutcome(receipt=receipt), self._held, tries=1)

@@ -39,6 +39,23 @@ class Progress:
     stages: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """A limit over all workers: chunks of one lane are worked on one after the other.
+
+    Attributes:
+        most: Items under way at once.
+        count: How many lanes there are, no more than *most*.
+    """
+
+    most: int
+    count: int
+
+    def shares(self) -> list[int]:
+        """Return how many items each lane may have under way at once."""
+        return [self.most // self.count + (lane < self.most % self.count) for lane in range(self.count)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LostRun:
     """A run that nobody seems to advance.
@@ -125,6 +142,7 @@ class ChunkEnd:
         executions: Rows not yet written with a save.
         errors: As in `ChunkRow`.
         stops: Nothing of the stage shall start any more.
+        wake_in_s: QUEUED only: seconds until the other delivery is due.
     """
 
     state: RunState
@@ -132,6 +150,7 @@ class ChunkEnd:
     executions: Sequence[StepExecution] = ()
     errors: Mapping[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     stops: bool = False
+    wake_in_s: float = 0.0
 
     @property
     def failed(self) -> int:
@@ -229,11 +248,14 @@ class BatchStore(Store, Protocol):
         executions: Sequence[StepExecution] = (),
         *,
         progress: Progress | None = None,
+        lanes: Lanes | None = None,
         message: bytes | None = None,
-    ) -> None:
+    ) -> Lanes | None:
         """Leave the run WAITING at *stage*, with *chunks* to be worked on beside those that it has there.
 
-        Repeating it with the same lease does nothing more.
+        Repeating it with the same lease does nothing more. Where the stage is open already, what it was opened with
+        stays. The stage keeps the run's lease for the task that opened it, for `QUEUE_PATIENCE` leases and some from
+        the last sign of life: `Store.acquire` refuses other tasks the run meanwhile.
 
         Args:
             lease: The run's.
@@ -242,7 +264,11 @@ class BatchStore(Store, Protocol):
             allowed: How many items of the stage may fail.
             executions: Rows not yet written.
             progress: Where the stage stands now.
+            lanes: How it is to be worked on; kept with *progress*.
             message: What whoever finds the run lost needs to go on with it; None: nobody looks for it.
+
+        Returns:
+            The lanes in which the stage is to be worked on.
 
         Raises:
             LeaseLost: The run is no longer this lease's; nothing was written.
@@ -253,12 +279,16 @@ class BatchStore(Store, Protocol):
         """Return the chunks of all stages of a run, in order."""
         ...
 
+    def find_failed(self, graph: str, execution_id: str, lo: int, hi: int) -> list[ChunkRow]:
+        """Return the chunks with failed items that have to do with the items from *lo* to before *hi*, in order."""
+        ...
+
     def lease_chunk(self, request: ChunkRequest) -> Lease | ChunkRefusal:
         """Take a chunk's lease, or tell why not.
 
         Taken: QUEUED; RUNNING when the lease expired, when *owner* is the holder itself, or when the same task id
         comes with greater ``retries``. Taking over a lease that was never released counts as lost; at
-        ``max_deliveries`` the chunk becomes QUARANTINED instead.
+        ``max_deliveries`` the chunk becomes QUARANTINED instead, and nothing of its stage starts any more.
         """
         ...
 
@@ -285,7 +315,8 @@ class BatchStore(Store, Protocol):
 
         Lost is, by the database's clock: a run, or a chunk of the stage, whose lease is over; a stage of which
         nothing more will be worked on, for *lease_s* without anybody having gone on; and one with no chunk at work,
-        where none has ended for ten times that long: messages may well wait so long in a queue. The next look is as
+        where none has ended for ten times that long and none is due to be tried again: messages may well wait so
+        long in a queue. The next look is as
         far away as the last sign of life, an hour at most, so that a long queue is not filled with copies. Any number
         of processes may look side by side.
 

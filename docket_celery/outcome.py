@@ -22,7 +22,7 @@ from docket_celery.checkpoint import (
     Store,
     job_digest,
 )
-from docket_celery.chunks import BatchStore, Progress
+from docket_celery.chunks import BatchStore, Lanes, Progress
 from docket_celery.configuration import Settings
 from docket_celery.error_records import from_record, to_record
 from docket_celery.errors import (
@@ -54,6 +54,7 @@ _COLLECTED = b"collected"
 """Leads the stored result of a batch whose items may fail; no message type is called that."""
 
 _STORED = "docket_max_stored_bytes"
+_MOST_DOUBLINGS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,7 @@ class Submission:
         job_digest: Taken where the job was submitted; None: taken here over the inputs.
         number: Delivery number when there is no lease to count them.
         attached: This submission waits for the outcome of a run that somebody else advances.
+        waited: How often it was sent again for that.
         released: The task's delivery before this one ended in order.
         retried: Celery tries the task again, as `RunRequest.retried`.
         max_concurrency: Most steps at once, or, of a plan that fans out, most items.
@@ -88,6 +90,7 @@ class Submission:
     task_id: str | None = None
     retries: int = 0
     attached: bool = False
+    waited: int = 0
     released: bool = False
     retried: bool = True
     waits: bool = True
@@ -110,12 +113,14 @@ class OpenStage:
         chunks: Those that are not done.
         total: Items of the whole stage.
         chunk_size: Items of each chunk of the stage but the last.
+        lanes: How it is to be worked on, if there is a limit over all workers.
     """
 
     stage: int
     chunks: tuple[Chunk, ...]
     total: int
     chunk_size: int
+    lanes: Lanes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,13 +232,22 @@ def run_request(
 
 def is_busy(row: RunRow, submission: Submission) -> bool:
     """Tell whether `Store.acquire` would refuse *submission* the run because another one holds its lease."""
-    newer = (
-        submission.task_id is not None
-        and row.task_id == submission.task_id
-        and submission.retries > row.retries
-        and submission.retried
-    )
-    return row.state is RunState.RUNNING and (row.lease_left_s or 0.0) > 0.0 and not newer
+    if (row.lease_left_s or 0.0) <= 0.0:
+        return False
+    same = submission.task_id is not None and row.task_id == submission.task_id
+    if row.state is RunState.WAITING:
+        return not same
+    newer = same and submission.retries > row.retries and submission.retried
+    return row.state is RunState.RUNNING and not newer
+
+
+def find_busy_s(row: RunRow, submission: Submission) -> float:
+    """Return in how many seconds *submission*, which was refused a run that stands so, asks again."""
+    left_s = max(0.0, row.lease_left_s or 0.0)
+    if row.state is RunState.WAITING:
+        # What keeps an open stage to its task tells nothing of when that ends: ask less and less often.
+        return min(left_s, 2.0 ** min(submission.waited, _MOST_DOUBLINGS))
+    return left_s
 
 
 def run_end(

@@ -31,7 +31,15 @@ from docket_celery.hooks import load_hooks
 from docket_celery.inline import InlineCancellation, InlineHeartbeat, InlineRuntime
 from docket_celery.items import Aborts
 from docket_celery.messages import Value
-from docket_celery.outcome import RunOutcome, Submission, is_busy, read_outcome, run_end, run_request
+from docket_celery.outcome import (
+    RunOutcome,
+    Submission,
+    find_busy_s,
+    is_busy,
+    read_outcome,
+    run_end,
+    run_request,
+)
 from docket_celery.plan import Plan
 from docket_celery.record import read_checkpoints
 from docket_celery.runtime import Runtime, StepLoop, owns_thread, process_runtime
@@ -307,7 +315,7 @@ class Run:
 
     def _wait_for(self, row: RunRow) -> None:
         if not self.submission.waits:
-            self._conclude(RunOutcome(busy_s=max(0.0, row.lease_left_s or 0.0)))
+            self._conclude(RunOutcome(busy_s=find_busy_s(row, self.submission)))
         else:
             self._attached = self._looks = True
             self._runtime.timer.after(0.1, lambda: self._runtime.submit_surely(self._open))

@@ -15,14 +15,17 @@ import time
 from typing import Any
 
 from celery import Celery, _state, signals
+from celery.exceptions import OperationalError
 
 from docket_celery import lifecycle
 from docket_celery.chords import revive
-from docket_celery.chunks import BatchStore
+from docket_celery.chunks import BatchStore, LostRun
 from docket_celery.errors import DocketError, StoreUnavailable
 
 MOST_AT_ONCE = 20
 """So many runs does one look take at most: whoever looks next finds the others."""
+_TRIES = 20
+"""So often is it tried to send a run on; by then the store finds it lost once more."""
 _logger = logging.getLogger("docket_celery.sweep")
 
 
@@ -59,6 +62,7 @@ class Sweeper:
         self._app, self._schedule = app, schedule
         self._over = threading.Event()
         self._away = False
+        self._unsent: list[tuple[LostRun, int]] = []
 
     def start(self) -> bool:
         """Begin, if the app has tasks whose batches several workers share; tell whether it has."""
@@ -72,26 +76,40 @@ class Sweeper:
         self._over.set()
 
     def sweep(self) -> int:
-        """Look once; return how many runs were found lost and sent on.
+        """Look once; return how many runs were sent on: those found lost, and those that could not be sent before.
 
         Raises:
             DocketError: A store cannot be asked.
         """
-        settings, sent = lifecycle.app_settings(self._app), 0
+        settings = lifecycle.app_settings(self._app)
         for store, names in self._tasks():
-            found = store.find_lost(names, settings.lease_seconds, settings.max_deliveries, MOST_AT_ONCE)
-            for lost in found:
+            for lost in store.find_lost(names, settings.lease_seconds, settings.max_deliveries, MOST_AT_ONCE):
                 _logger.warning(
                     "run %r of graph %r is not advanced by anybody; task %s goes on with it",
                     *(lost.execution_id, lost.graph, lost.task_name),
                 )
-                try:
+                self._unsent.append((lost, 1))
+        return self._send()
+
+    def _send(self) -> int:
+        """Send on what was found lost; what cannot be sent now is kept: the store tells of it again much later."""
+        waiting, self._unsent = self._unsent, []
+        sent, is_reached = 0, True
+        for lost, tries in waiting:
+            try:
+                if is_reached:
                     revive(self._app, lost)
-                except Exception:
-                    # The others of this look must not wait for theirs.
-                    _logger.exception("run %r could not be sent on", lost.execution_id)
-                else:
                     sent += 1
+                    continue
+            except OperationalError:
+                # The broker is away: each of the others would take as long to find that out.
+                is_reached = False
+                _logger.warning("the broker cannot be reached; lost batches have to wait", exc_info=True)
+            except Exception:
+                # The others of this look must not wait for theirs.
+                _logger.exception("run %r could not be sent on", lost.execution_id)
+            if tries < _TRIES:
+                self._unsent.append((lost, tries + 1))
         return sent
 
     def _run(self) -> None:
@@ -102,6 +120,7 @@ class Sweeper:
             if self._over.wait(min(max(0.0, left_s), half_s)):
                 return
             if self._schedule.left_s() > 0:
+                self._send()
                 continue
             # Spread: the workers of a deployment started at one moment.
             pause_s = half_s * random.uniform(0.7, 1.3)  # noqa: S311 -- spreads load, keeps no secret

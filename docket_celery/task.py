@@ -156,6 +156,7 @@ class GraphTask(SubmittedTask[P, R]):
             task_id=request.id,
             retries=request.retries - skipped + int(headers.get(RETRIES) or 0),
             attached=bool(headers.get(ATTACHED)),
+            waited=int(headers.get(ATTACHED) or 0),
             released=headers.get(RELEASED) == request.retries,
             retried=request.retries > skipped,
             waits=bool(request.is_eager),
@@ -210,7 +211,8 @@ class GraphTask(SubmittedTask[P, R]):
         request = self.request
         most_s = min(busy_s, _BUSY_MOST_S, visibility_s(self.app) / 3)
         countdown = most_s * random.uniform(0.8, 1.0) + 0.1  # noqa: S311 -- spreads load, keeps no secret
-        headers = {**(request.headers or {}), ATTACHED: True}
+        known: Mapping[str, Any] = request.headers or {}
+        headers = {**known, ATTACHED: int(known.get(ATTACHED) or 0) + 1}
         # A worker took the job up in time: while it waits for its turn it does not expire.
         again: Any = self.signature_from_request(
             request, countdown=countdown, retries=request.retries, headers=headers, expires=None

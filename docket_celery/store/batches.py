@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from sqlalchemy import Connection
 
 from docket_celery.checkpoint import Checkpoint, Chunk, Lease, RunRequest, RunRow, StepExecution
-from docket_celery.chunks import ChunkEnd, ChunkRefusal, ChunkRequest, ChunkRow, LostRun, Progress
+from docket_celery.chunks import ChunkEnd, ChunkRefusal, ChunkRequest, ChunkRow, Lanes, LostRun, Progress
 from docket_celery.errors import CodecFailed
 from docket_celery.store.sealing import Seal
 
@@ -45,9 +45,13 @@ class BatchModule(Protocol):
         allowed: int,
         executions: Sequence[StepExecution],
         progress: Progress | None,
+        lanes: Lanes | None,
         message: bytes | None,
-    ) -> None: ...
+    ) -> Lanes | None: ...
     def find_chunks(self, connection: Connection, graph: str, execution_id: str) -> list[ChunkRow]: ...
+    def find_failed(
+        self, connection: Connection, graph: str, execution_id: str, lo: int, hi: int
+    ) -> list[ChunkRow]: ...
     def lease_chunk(self, connection: Connection, request: ChunkRequest) -> Lease | ChunkRefusal: ...
     def end_chunk(self, connection: Connection, lease: Lease, ending: ChunkEnd) -> Progress | None: ...
 
@@ -167,17 +171,18 @@ class BatchCalls:
         executions: Sequence[StepExecution] = (),
         *,
         progress: Progress | None = None,
+        lanes: Lanes | None = None,
         message: bytes | None = None,
-    ) -> None:
+    ) -> Lanes | None:
         """See `BatchStore.open_stage`."""
         rows = [one for row in executions if (one := self._seal.close_execution(row)) is not None]
         sealed = (
             None if message is None else self._seal.close_message(lease.graph, lease.execution_id, message)
         )
-        self._call(
+        return self._call(
             "open the stage",
             lambda connection: self._batches.open_stage(
-                connection, lease, stage, chunks, allowed, rows, progress, sealed
+                connection, lease, stage, chunks, allowed, rows, progress, lanes, sealed
             ),
         )
 
@@ -185,6 +190,14 @@ class BatchCalls:
         """See `BatchStore.find_chunks`."""
         found = self._call(
             "find the chunks", lambda connection: self._batches.find_chunks(connection, graph, execution_id)
+        )
+        return [self._seal.open_chunk(graph, execution_id, row) for row in found]
+
+    def find_failed(self, graph: str, execution_id: str, lo: int, hi: int) -> list[ChunkRow]:
+        """See `BatchStore.find_failed`."""
+        found = self._call(
+            "find the failed chunks",
+            lambda connection: self._batches.find_failed(connection, graph, execution_id, lo, hi),
         )
         return [self._seal.open_chunk(graph, execution_id, row) for row in found]
 

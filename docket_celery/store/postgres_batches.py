@@ -8,12 +8,13 @@ from typing import Any
 from sqlalchemy import Connection, text
 
 from docket_celery.checkpoint import Checkpoint, Chunk, Lease, RunState, StepExecution
-from docket_celery.chunks import ChunkEnd, ChunkRefusal, ChunkRequest, ChunkRow, Progress
+from docket_celery.chunks import ChunkEnd, ChunkRefusal, ChunkRequest, ChunkRow, Lanes, Progress
 from docket_celery.errors import LeaseLost
 from docket_celery.store.postgres import execution_arrays
 from docket_celery.store.postgres_sql import ADD_EXECUTIONS, ADD_MANY, FENCES, IS_CHUNK, checkpoint_arrays
 from docket_celery.store.rows import (
     CHECKPOINT_COLUMNS,
+    STAGE_PATIENCE,
     chunk_lease,
     chunk_values,
     clean_text,
@@ -22,6 +23,7 @@ from docket_celery.store.rows import (
     progress_values,
     read_chunk,
     read_in_order,
+    read_lanes,
     read_progress,
     refusal,
 )
@@ -55,6 +57,7 @@ _MEASURE = text(f"""
 SELECT count(*), COALESCE(sum(octet_length(output_data)), 0) FROM docket_cache
 WHERE {_IS_RUN} AND step_name = :name AND item_index IS NOT NULL AND item = item_index::text
 """)
+_STAGE_UNTIL = f"{_UNTIL} * {STAGE_PATIENCE}"
 _IS_OPEN = "(stage = :stage AND items_allowed IS NOT NULL)"
 
 
@@ -62,9 +65,9 @@ def _open_stage(executions: str) -> Any:
     return text(f"""
 WITH f AS (
     UPDATE docket_runs SET
-        state = 'WAITING', stage = :stage, lease_until = NULL, updated_at = clock_timestamp(),
-        wake_at = CASE WHEN CAST(:message AS bytea) IS NOT NULL
-            THEN {_UNTIL} END,
+        state = 'WAITING', stage = :stage, updated_at = clock_timestamp(),
+        wake_at = CASE WHEN CAST(:message AS bytea) IS NOT NULL THEN {_UNTIL} END,
+        lease_until = CASE WHEN CAST(:message AS bytea) IS NOT NULL THEN {_STAGE_UNTIL} END,
         message = CAST(:message AS bytea),
         -- Opened again by a copy: its chunks have counted meanwhile, and one may have stopped the rest.
         progress = CASE WHEN {_IS_OPEN} THEN progress ELSE CAST(:progress AS jsonb) END,
@@ -72,22 +75,28 @@ WITH f AS (
         items_failed = CASE WHEN {_IS_OPEN} THEN items_failed ELSE (
             SELECT COALESCE(sum(failed), 0) FROM docket_chunks WHERE {_IS_RUN} AND stage = :stage) END
     WHERE {_IS_RUN} AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'
-    RETURNING 1),
+    RETURNING CAST(progress AS text) AS progress),
 c AS (
     INSERT INTO docket_chunks (graph, execution_id, stage, lo, hi, state, epoch, retries, lost, failed)
     SELECT CAST(:graph AS text), CAST(:execution_id AS text), CAST(:stage AS integer), u.lo, u.hi, 'QUEUED',
         0, 0, 0, 0
     FROM unnest(CAST(:los AS bigint[]), CAST(:his AS bigint[])) AS u (lo, hi), f
     ON CONFLICT (graph, execution_id, stage, lo) DO NOTHING){executions}
-SELECT count(*) FROM f
+SELECT progress FROM f
 """)
 
 
 _OPEN_STAGE = {False: _open_stage(""), True: _open_stage(ADD_EXECUTIONS)}
-_FIND_STATE = text(f"SELECT owner, epoch, state FROM docket_runs WHERE {_IS_RUN}")
+_FIND_STATE = text(
+    f"SELECT owner, epoch, state, CAST(progress AS text) AS progress FROM docket_runs WHERE {_IS_RUN}"
+)
 _FIND_CHUNKS = text(f"""
 SELECT stage, lo, hi, state, failed, CAST(errors AS text) AS errors FROM docket_chunks
 WHERE {_IS_RUN} ORDER BY stage, lo
+""")
+_FIND_FAILED = text(f"""
+SELECT stage, lo, hi, state, failed, CAST(errors AS text) AS errors FROM docket_chunks
+WHERE {_IS_RUN} AND lo < :before AND hi > :first AND failed > 0 ORDER BY stage, lo
 """)
 _NEWER = "(c.task_id = CAST(:task_id AS text) AND CAST(:retries AS integer) > c.retries)"
 _CRASH = f"""(c.state = 'RUNNING' AND c.owner <> :owner
@@ -119,17 +128,27 @@ FROM (SELECT 1) AS one LEFT JOIN run ON true LEFT JOIN old ON true LEFT JOIN tak
 """)
 
 
+_DUE = "clock_timestamp() + CAST(:wake_in_s AS double precision) * interval '1 second'"
+_PATIENCE = f"CAST(:lease_s AS double precision) * {STAGE_PATIENCE} * interval '1 second'"
+# A statement of its own: together they would lock the run after its chunk.
+_STOP = text(f"""
+UPDATE docket_runs SET items_allowed = -1 WHERE {_IS_RUN} AND stage = :stage AND items_allowed >= 0
+""")
+
+
 def _end_chunk(checkpoints: str, executions: str) -> Any:
     # The run is locked before its chunk, as by all who touch both: ending, cancelling and opening it.
     return text(f"""
 WITH run AS (
     SELECT 1 FROM docket_runs WHERE {_IS_RUN} FOR UPDATE),
 f AS (
-    UPDATE docket_chunks AS c SET state = :state, lease_until = NULL, failed = :failed,
-        errors = CAST(:errors AS jsonb)
+    UPDATE docket_chunks AS c SET state = :state, failed = :failed, errors = CAST(:errors AS jsonb),
+        lease_until = CASE WHEN CAST(:wake_in_s AS double precision) > 0 THEN {_DUE} END
     FROM run WHERE {IS_CHUNK} RETURNING c.hi - c.lo AS items),
 r AS (
     UPDATE docket_runs AS r SET updated_at = clock_timestamp(),
+        lease_until = CASE WHEN r.state = 'WAITING' AND r.lease_until IS NOT NULL
+            THEN GREATEST(r.lease_until, {_STAGE_UNTIL}, {_DUE} + {_PATIENCE}) ELSE r.lease_until END,
         items_failed = items_failed + CAST(:failed AS bigint),
         items_allowed = CASE WHEN CAST(:stops AS boolean) THEN -1 ELSE items_allowed END,
         progress = CASE WHEN :state = 'SUCCEEDED' THEN jsonb_set(
@@ -197,18 +216,20 @@ def open_stage(
     allowed: int,
     executions: Sequence[StepExecution],
     progress: Progress | None,
+    lanes: Lanes | None,
     message: bytes | None,
-) -> None:
+) -> Lanes | None:
     """See `BatchStore.open_stage`."""
-    values = fence_values(lease) | execution_arrays(executions)
-    values |= {"stage": stage, "allowed": allowed, "message": message, "progress": progress_values(progress)}
-    values["lease_s"] = lease.lease_s
+    values = fence_values(lease) | execution_arrays(executions) | {"lease_s": lease.lease_s}
+    values |= {"stage": stage, "allowed": allowed, "message": message}
+    values["progress"] = progress_values(progress, lanes)
     values |= {"los": [chunk.lo for chunk in chunks], "his": [chunk.hi for chunk in chunks]}
-    if connection.execute(_OPEN_STAGE[bool(executions)], values).scalar_one():
-        return
-    row = connection.execute(_FIND_STATE, values).first()
-    if row is None or tuple(row) != (values["owner"], values["epoch"], RunState.WAITING):
-        raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+    row = connection.execute(_OPEN_STAGE[bool(executions)], values).first()
+    if row is None:
+        row = connection.execute(_FIND_STATE, values).first()
+        if row is None or tuple(row[:3]) != (values["owner"], values["epoch"], RunState.WAITING):
+            raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+    return read_lanes(row.progress)
 
 
 def find_chunks(connection: Connection, graph: str, execution_id: str) -> list[ChunkRow]:
@@ -217,12 +238,21 @@ def find_chunks(connection: Connection, graph: str, execution_id: str) -> list[C
     return [read_chunk(row) for row in connection.execute(_FIND_CHUNKS, values).mappings()]
 
 
+def find_failed(connection: Connection, graph: str, execution_id: str, lo: int, hi: int) -> list[ChunkRow]:
+    """See `BatchStore.find_failed`."""
+    values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id), "first": lo, "before": hi}
+    return [read_chunk(row) for row in connection.execute(_FIND_FAILED, values).mappings()]
+
+
 def lease_chunk(connection: Connection, request: ChunkRequest) -> Lease | ChunkRefusal:
     """See `BatchStore.lease_chunk`."""
-    row = connection.execute(_LEASE_CHUNK, chunk_values(request)).mappings().one()
+    values = chunk_values(request)
+    row = connection.execute(_LEASE_CHUNK, values).mappings().one()
     if row["state"] == RunState.RUNNING:
         return chunk_lease(request, row)
     state = row["state"] or row["was"]
+    if state == RunState.QUARANTINED:
+        connection.execute(_STOP, values)
     return refusal(state, is_open=row["open"], failing=row["failing"], lease_left_s=row["lease_left_s"])
 
 
@@ -232,6 +262,7 @@ def end_chunk(connection: Connection, lease: Lease, ending: ChunkEnd) -> Progres
     if ending.checkpoints:
         values |= checkpoint_arrays(ending.checkpoints)
     values |= {"state": ending.state.value, "failed": ending.failed, "stops": ending.stops}
+    values |= {"wake_in_s": ending.wake_in_s, "lease_s": lease.lease_s}
     values["errors"] = dump_json(dict(ending.errors)) if ending.errors else None
     statement = _END_CHUNK[bool(ending.checkpoints), bool(ending.executions)]
     found = connection.execute(statement, values).mappings().one()

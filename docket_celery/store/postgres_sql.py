@@ -58,7 +58,10 @@ ON CONFLICT (graph, execution_id) DO UPDATE SET
     updated_at = excluded.updated_at,
     error = NULL, result = NULL, result_checksum = NULL, wake_at = NULL, expires_at = NULL
 WHERE r.target = excluded.target AND r.job_digest = excluded.job_digest AND (
-    r.state IN ('QUEUED', 'WAITING')
+    r.state = 'QUEUED'
+    -- An open stage belongs to its task; a second one would open it beside.
+    OR (r.state = 'WAITING' AND (r.task_id = excluded.task_id
+        OR COALESCE(r.lease_until <= clock_timestamp(), true)))
     OR (r.state = 'FAILED' AND NOT CAST(:attached AS boolean)
         AND (excluded.task_id IS NULL OR r.task_id IS DISTINCT FROM excluded.task_id))
     OR (r.state = 'RUNNING'
@@ -336,7 +339,7 @@ t AS (
     UPDATE docket_cache SET expires_at = clock_timestamp() + ttl * {_SECOND} FROM f
     WHERE graph = :graph AND execution_id = :execution_id AND ttl IS NOT NULL),
 c AS (
-    UPDATE docket_chunks SET state = 'QUEUED', failed = 0, lost = 0, errors = NULL FROM f
+    UPDATE docket_chunks SET state = 'QUEUED', failed = 0, lost = 0, errors = NULL, lease_until = NULL FROM f
     WHERE CAST(:state AS text) = 'FAILED' AND graph = :graph AND execution_id = :execution_id
         AND (state <> 'SUCCEEDED' OR failed > 0))"""
 ADD_EXECUTIONS = f""",

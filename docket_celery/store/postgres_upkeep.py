@@ -43,7 +43,9 @@ WITH due AS (
     ORDER BY wake_at NULLS FIRST LIMIT :limit FOR UPDATE SKIP LOCKED),
 seen AS (
     SELECT due.*, chunks.* FROM due CROSS JOIN LATERAL (
-        SELECT count(*) FILTER (WHERE c.state = 'RUNNING' AND c.lease_until > statement_timestamp()) AS alive,
+        -- A chunk that is to be tried again is alive until its message may have been in a queue long enough.
+        SELECT count(*) FILTER (WHERE c.lease_until > statement_timestamp() - CASE WHEN c.state = 'QUEUED'
+            THEN {QUEUE_PATIENCE} * {_LEASE} ELSE interval '0' END AND c.state IN ('RUNNING', 'QUEUED')) AS alive,
             count(*) FILTER (WHERE c.state = 'RUNNING' AND c.lease_until <= statement_timestamp()) AS dead,
             count(*) FILTER (WHERE c.state = 'QUEUED') AS queued
         FROM docket_chunks AS c

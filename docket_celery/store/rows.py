@@ -20,7 +20,7 @@ from docket_celery.checkpoint import (
     StepExecution,
     digest,
 )
-from docket_celery.chunks import ChunkRefusal, ChunkRequest, ChunkRow, ChunkStop, Progress
+from docket_celery.chunks import ChunkRefusal, ChunkRequest, ChunkRow, ChunkStop, Lanes, Progress
 from docket_celery.errors import CorruptCheckpoint
 
 SCHEMA_VERSION = 4
@@ -28,6 +28,9 @@ SCHEMA_VERSION = 4
 
 QUEUE_PATIENCE = 10
 """So many leases long may all chunks of a stage lie in a queue before they are taken for lost."""
+
+STAGE_PATIENCE = QUEUE_PATIENCE + 2
+"""So many leases an open stage keeps its run to its own task: whoever looks for lost ones has looked by then."""
 
 CANCEL_LOOK_S = 5
 """So many seconds after a batch was cancelled its task is sent once more: its own messages may be lost."""
@@ -301,6 +304,7 @@ def may_take(
     task_id: str | None,
     retries: int,
     expired: bool,
+    live: bool,
 ) -> bool:
     """Tell whether *request* may take the run that stands so. Postgres decides the same in SQL."""
     if target != request.target or job_digest != request.job_digest:
@@ -310,7 +314,11 @@ def may_take(
         return expired or owner == request.owner or (newer and request.retried)
     if state == RunState.FAILED:
         return not request.attached and (request.task_id is None or task_id != request.task_id)
-    return state in {RunState.QUEUED, RunState.WAITING}
+    if state == RunState.WAITING:
+        # An open stage belongs to its task; a second one would open it beside.
+        same = request.task_id is not None and task_id == request.task_id
+        return same or not live
+    return state == RunState.QUEUED
 
 
 def is_crash(
@@ -401,11 +409,23 @@ def halt(*, failing: object, stopped: object) -> Halt | None:
     return Halt.FAILING if failing else None
 
 
-def progress_values(progress: Progress | None) -> str | None:
-    """Return *progress* as ``docket_runs`` keeps it."""
-    return None if progress is None else json.dumps(asdict(progress))
+def progress_values(progress: Progress | None, lanes: Lanes | None) -> str | None:
+    """Return *progress* as ``docket_runs`` keeps it, and beside it how the stage is worked on."""
+    if progress is None:
+        return None
+    limit = {} if lanes is None else {"lanes": [lanes.most, lanes.count]}
+    return json.dumps(asdict(progress) | limit)
 
 
 def read_progress(text: str | None) -> Progress | None:
-    """Return what `progress_values` wrote."""
-    return None if text is None else Progress(**json.loads(text))
+    """Return the progress that `progress_values` wrote."""
+    if text is None:
+        return None
+    found = json.loads(text)
+    return Progress(**{field.name: found[field.name] for field in fields(Progress)})
+
+
+def read_lanes(text: str | None) -> Lanes | None:
+    """Return the lanes that `progress_values` wrote."""
+    found = None if text is None else json.loads(text).get("lanes")
+    return None if found is None else Lanes(*found)

@@ -134,7 +134,7 @@ docket_runs = Table(
     Column("stage", Integer, nullable=False),
     Column("epoch", _BIG, nullable=False, comment="fencing token; grows with each delivery"),
     Column("owner", Text, comment="of the lease, or of the last one"),
-    Column("lease_until", _TIME, comment="NULL unless RUNNING"),
+    Column("lease_until", _TIME, comment="until then nobody else takes the run, if not NULL"),
     Column("lost", Integer, nullable=False, comment="takeovers of leases that were never released"),
     Column("failures", Integer, nullable=False, comment="ordinary Celery retries"),
     Column("wake_at", _TIME, comment="when a WAITING run's next delivery is due"),
@@ -267,13 +267,19 @@ def _to_3(connection: Connection) -> None:
         run(f"COMMENT ON COLUMN {column} IS '{comment}'")
 
 
+_COMMENTS_4 = {
+    "docket_runs.message": "what whoever finds the run lost sends to have it go on",
+    "docket_runs.lease_until": "until then nobody else takes the run, if not NULL",
+}
+
+
 def _to_4(connection: Connection) -> None:
     """Let anybody go on with a batch that was lost."""
     lite = connection.dialect.name != "postgresql"
     connection.exec_driver_sql(f"ALTER TABLE docket_runs ADD COLUMN message {'BLOB' if lite else 'bytea'}")
     if not lite:
-        comment = "what whoever finds the run lost sends to have it go on"
-        connection.exec_driver_sql(f"COMMENT ON COLUMN docket_runs.message IS '{comment}'")
+        for column, comment in _COMMENTS_4.items():
+            connection.exec_driver_sql(f"COMMENT ON COLUMN {column} IS '{comment}'")
 
 
 # A migration is written in plain SQL and never changed: it starts from the tables as they were then.

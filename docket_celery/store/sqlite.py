@@ -124,7 +124,7 @@ _EXTEND_CHUNK = text(
     "AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'"
 )
 _RESET_CHUNKS = text(f"""
-UPDATE docket_chunks SET state = 'QUEUED', failed = 0, lost = 0, errors = NULL
+UPDATE docket_chunks SET state = 'QUEUED', failed = 0, lost = 0, errors = NULL, lease_until = NULL
 WHERE {_IS_RUN} AND (state <> 'SUCCEEDED' OR failed > 0)
 """)
 _EXTEND_RUN = text(f"UPDATE docket_runs SET lease_until = {after(':lease_s')} WHERE {_FENCE}")
@@ -223,6 +223,7 @@ def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
             task_id=row["task_id"],
             retries=row["retries"],
             expired=bool(row["expired"]),
+            live=row["expired"] == 0,
         ):
             return read_run(row)
         running, ours = row["state"] == RunState.RUNNING, row["owner"] == request.owner

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from sqlalchemy import Connection, text
 
 from docket_celery.checkpoint import Checkpoint, Chunk, Lease, RunState, StepExecution
-from docket_celery.chunks import ChunkEnd, ChunkRefusal, ChunkRequest, ChunkRow, Progress
+from docket_celery.chunks import ChunkEnd, ChunkRefusal, ChunkRequest, ChunkRow, Lanes, Progress
 from docket_celery.errors import LeaseLost
 from docket_celery.store.rows import (
     CHECKPOINT_COLUMNS,
+    STAGE_PATIENCE,
     chunk_lease,
     chunk_values,
     clean_text,
@@ -20,6 +21,7 @@ from docket_celery.store.rows import (
     progress_values,
     read_chunk,
     read_in_order,
+    read_lanes,
     read_progress,
     refusal,
 )
@@ -50,8 +52,9 @@ WHERE {_IS_RUN} AND step_name = :name AND item_index IS NOT NULL AND item = CAST
 _IS_OPEN = "(stage = :stage AND items_allowed IS NOT NULL)"
 _OPEN_STAGE = text(f"""
 UPDATE docket_runs SET
-    state = 'WAITING', stage = :stage, lease_until = NULL, updated_at = {NOW}, message = :message,
+    state = 'WAITING', stage = :stage, updated_at = {NOW}, message = :message,
     wake_at = {after("CASE WHEN :message IS NOT NULL THEN :lease_s END")},
+    lease_until = {after(f"CASE WHEN :message IS NOT NULL THEN :lease_s * {STAGE_PATIENCE} END")},
     progress = CASE WHEN {_IS_OPEN} THEN progress ELSE :progress END,
     items_allowed = CASE WHEN {_IS_OPEN} THEN items_allowed ELSE :allowed END,
     items_failed = CASE WHEN {_IS_OPEN} THEN items_failed ELSE (
@@ -62,9 +65,13 @@ _ADD_CHUNK = text("""
 INSERT OR IGNORE INTO docket_chunks (graph, execution_id, stage, lo, hi, state, epoch, retries, lost, failed)
 VALUES (:graph, :execution_id, :stage, :lo, :hi, 'QUEUED', 0, 0, 0, 0)
 """)
-_FIND_STATE = text(f"SELECT owner, epoch, state FROM docket_runs WHERE {_IS_RUN}")
+_FIND_STATE = text(f"SELECT owner, epoch, state, progress FROM docket_runs WHERE {_IS_RUN}")
 _FIND_CHUNKS = text(f"""
 SELECT stage, lo, hi, state, failed, errors FROM docket_chunks WHERE {_IS_RUN} ORDER BY stage, lo
+""")
+_FIND_FAILED = text(f"""
+SELECT stage, lo, hi, state, failed, errors FROM docket_chunks
+WHERE {_IS_RUN} AND lo < :before AND hi > :first AND failed > 0 ORDER BY stage, lo
 """)
 _FIND_CHUNK = text(f"""
 SELECT stage, lo, hi, state, failed, errors, owner, epoch, lost, task_id, retries,
@@ -75,16 +82,23 @@ _FIND_RUN = text(f"""
 SELECT target, state IN ('WAITING', 'RUNNING') AND stage = :stage AS is_open, items_failed > items_allowed AS failing
 FROM docket_runs WHERE {_IS_RUN}
 """)
+_STOP = text(f"""
+UPDATE docket_runs SET items_allowed = -1 WHERE {_IS_RUN} AND stage = :stage AND items_allowed >= 0
+""")
 _TAKE = text(f"""
 UPDATE docket_chunks SET state = :state, lease_until = {after(":lease_s")}, lost = :lost, epoch = :epoch,
     owner = :owner, task_id = :task_id, retries = :retries
 WHERE {_IS_CHUNK}
 """)
 _END_CHUNK = text(f"""
-UPDATE docket_chunks SET state = :state, lease_until = NULL, failed = :failed, errors = :errors WHERE {CHUNK_FENCE}
+UPDATE docket_chunks SET state = :state, failed = :failed, errors = :errors,
+    lease_until = {after("CASE WHEN :wake_in_s > 0 THEN :wake_in_s END")}
+WHERE {CHUNK_FENCE}
 """)
 _NOTE_CHUNK = text(f"""
 UPDATE docket_runs SET updated_at = {NOW}, items_failed = items_failed + :failed,
+    lease_until = CASE WHEN state = 'WAITING' AND lease_until IS NOT NULL
+        THEN MAX(lease_until, {after(f":wake_in_s + :lease_s * {STAGE_PATIENCE}")}) ELSE lease_until END,
     items_allowed = CASE WHEN :stops THEN -1 ELSE items_allowed END,
     progress = CASE WHEN :state = 'SUCCEEDED' AND progress IS NOT NULL THEN json_set(
         progress, '$.done', json_extract(progress, '$.done') + (
@@ -146,26 +160,33 @@ def open_stage(
     allowed: int,
     executions: Sequence[StepExecution],
     progress: Progress | None,
+    lanes: Lanes | None,
     message: bytes | None,
-) -> None:
+) -> Lanes | None:
     """See `BatchStore.open_stage`."""
     values = fence_values(lease) | {"stage": stage, "allowed": allowed}
-    values |= {"message": message, "progress": progress_values(progress), "lease_s": lease.lease_s}
+    values |= {"message": message, "progress": progress_values(progress, lanes), "lease_s": lease.lease_s}
     with writing(connection):
         if connection.execute(_OPEN_STAGE, values).rowcount:
             for chunk in chunks:
                 connection.execute(_ADD_CHUNK, {**values, "lo": chunk.lo, "hi": chunk.hi})
             add_executions(connection, executions)
-            return
         row = connection.execute(_FIND_STATE, values).first()
-    if row is None or tuple(row) != (values["owner"], values["epoch"], RunState.WAITING):
+    if row is None or tuple(row[:3]) != (values["owner"], values["epoch"], RunState.WAITING):
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+    return read_lanes(row.progress)
 
 
 def find_chunks(connection: Connection, graph: str, execution_id: str) -> list[ChunkRow]:
     """See `BatchStore.find_chunks`."""
     values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
     return [read_chunk(row) for row in connection.execute(_FIND_CHUNKS, values).mappings()]
+
+
+def find_failed(connection: Connection, graph: str, execution_id: str, lo: int, hi: int) -> list[ChunkRow]:
+    """See `BatchStore.find_failed`."""
+    values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id), "first": lo, "before": hi}
+    return [read_chunk(row) for row in connection.execute(_FIND_FAILED, values).mappings()]
 
 
 def lease_chunk(connection: Connection, request: ChunkRequest) -> Lease | ChunkRefusal:
@@ -196,6 +217,8 @@ def lease_chunk(connection: Connection, request: ChunkRequest) -> Lease | ChunkR
             "retries": max(retries, request.retries) if same else request.retries,
         }
         connection.execute(_TAKE, values | taken)
+        if poison:
+            connection.execute(_STOP, values)
     if poison:
         return refusal("QUARANTINED", is_open=True, failing=False, lease_left_s=None)
     return chunk_lease(request, {**row, **taken, "target": run["target"]})
@@ -207,6 +230,8 @@ def end_chunk(connection: Connection, lease: Lease, ending: ChunkEnd) -> Progres
         "state": ending.state.value,
         "failed": ending.failed,
         "stops": ending.stops,
+        "wake_in_s": ending.wake_in_s,
+        "lease_s": lease.lease_s,
         "errors": dump_json(dict(ending.errors)) if ending.errors else None,
     }
     with writing(connection):

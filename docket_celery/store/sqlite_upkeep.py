@@ -42,7 +42,8 @@ WHERE message IS NOT NULL AND task_name IN :task_names AND ((state IN ('WAITING'
 ORDER BY wake_at LIMIT :limit
 """).bindparams(bindparam("task_names", expanding=True))
 _COUNT_CHUNKS = text(f"""
-SELECT TOTAL(state = 'RUNNING' AND lease_until > {NOW}) AS alive,
+SELECT TOTAL(state = 'RUNNING' AND lease_until > {NOW}
+        OR state = 'QUEUED' AND lease_until > {after(f"-:lease_s * {QUEUE_PATIENCE}")}) AS alive,
     TOTAL(state = 'RUNNING' AND lease_until <= {NOW}) AS dead, TOTAL(state = 'QUEUED') AS queued
 FROM docket_chunks WHERE {_IS_RUN} AND stage = :stage
 """)
@@ -80,7 +81,7 @@ def find_lost(
     values = {"task_names": list(map(clean_text, task_names)), "limit": limit}
     with writing(connection):
         for row in connection.execute(_FIND_DUE, values).mappings().all():
-            chunks = connection.execute(_COUNT_CHUNKS, dict(row)).mappings().one()
+            chunks = connection.execute(_COUNT_CHUNKS, {**row, "lease_s": lease_s}).mappings().one()
             lost = _is_lost(row, chunks, lease_s)
             connection.execute(_GIVE_UP, {**row, "max_deliveries": max_deliveries})
             died = bool(chunks["dead"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import redis
 from sqlalchemy import make_url
 
-from docket_celery.chunks import UNFINISHED, Progress
+from docket_celery.chords import revive
+from docket_celery.chunks import UNFINISHED, LostRun, Progress
 from docket_celery.errors import (
     InvalidArguments,
     InvalidSettings,
@@ -129,6 +131,47 @@ def test_a_limited_batch_goes_on_after_a_failure(journals: Journals) -> None:
     assert [each.original for each in found.get(timeout=WAIT_S)] == items
     assert max(map(int, journals.read(f"{run}/at-once"))) <= 2
     assert set(ended).isdisjoint(journals.read(f"{run}/ended")[len(ended) :])
+
+
+def test_a_second_submission_waits_for_the_first(journals: Journals, urls: Urls) -> None:
+    """Without the limit of the first it would open the stage beside, and work on all its chunks at once."""
+    run = unique("twice")
+    items = movies(run, 8)
+    first = paced.look_at_all.apply_async((items,), max_concurrency=1, execution_id=run)
+    assert len(journals.wait(f"{run}/began", 1)) == 1
+    second = paced.look_at_all.apply_async((items,), execution_id=run)
+    wait_until(lambda: second.state == "STARTED", within_s=WAIT_S, what="the second task")
+    let_go(urls, run, 8)
+    assert [each.original for each in first.get(timeout=WAIT_S)] == items
+    assert [each.original for each in second.get(timeout=WAIT_S)] == items
+    assert set(journals.read(f"{run}/at-once")) == {"1"}
+    assert len(journals.read(f"{run}/began")) == 8
+
+
+def test_a_stage_is_opened_again_in_the_lanes_that_it_has(journals: Journals, urls: Urls) -> None:
+    """The copy that goes on with a batch asks for no limit any more; that of the stage holds."""
+    run = unique("again")
+    items = movies(run, 8)
+    first = paced.look_at_all.apply_async((items,), max_concurrency=1, execution_id=run)
+    assert len(journals.wait(f"{run}/began", 1)) == 1
+    with redis.Redis.from_url(urls.results) as client:
+        client.delete(*chord_keys(client))
+    message = json.loads(query(urls, "SELECT message FROM docket_runs WHERE execution_id = %s", run)[0][0])
+    assert message["options"]["headers"]["docket_batch"].pop("max_concurrency") == 1
+    lost = LostRun(
+        graph="pacing",
+        execution_id=run,
+        task_name=paced.look_at_all.name,
+        retries=0,
+        stage=1,
+        message=json.dumps(message).encode(),
+    )
+    revive(paced.app, lost)
+    opened = "SELECT count(*) FROM docket_runs WHERE execution_id = %s AND state = 'WAITING' AND epoch = 2"
+    wait_until(lambda: query(urls, opened, run) == [(1,)], within_s=WAIT_S, what="the stage, opened again")
+    let_go(urls, run, 8)
+    assert [each.original for each in first.get(timeout=WAIT_S)] == items
+    assert set(journals.read(f"{run}/at-once")) == {"1"}
 
 
 def test_a_rate_limit_counts_each_task_of_a_batch() -> None:

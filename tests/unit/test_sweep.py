@@ -11,11 +11,16 @@ from typing import Any
 
 import pytest
 from celery import Celery, _state
+from kombu.utils.json import dumps
+from sqlalchemy import text
 
 from docket_celery import SQLStore, graph_task
+from docket_celery.checkpoint import Chunk, Lease, RunRequest
+from docket_celery.chords import EXECUTION_ID
 from docket_celery.defaults import process_defaults
 from docket_celery.errors import StoreUnavailable
 from docket_celery.sweep import Schedule, Sweeper
+from docket_celery.testing.workers import forget_connections
 from examples.movies.graph import movie_graph
 from examples.movies.movies_pb2 import EnrichedMovie, Movie
 
@@ -30,7 +35,7 @@ def app(tmp_path: Path) -> Generator[Celery]:
     store.migrate()
     store.close()
     made = Celery("sweeping", broker="memory://", backend="cache+memory://")
-    made.conf.update(docket_database_url=url, docket_lease_seconds=1)
+    made.conf.update(docket_database_url=url, docket_lease_seconds=1, task_default_queue=tmp_path.name)
 
     @graph_task(made, movie_graph, shared=False)
     def enrich(movies: list[Movie]) -> list[EnrichedMovie]:
@@ -90,3 +95,67 @@ def test_an_outage_is_told_once_and_looked_through(
     told = [record for record in caplog.records if "lost batches cannot be looked for" in record.message]
     assert len(told) == 1
     assert schedule.left_s() > 0
+
+
+def lose(app: Celery, execution_id: str, message: bytes | None = None) -> None:
+    """Leave a run that nobody advances."""
+    store = SQLStore(app.conf.docket_database_url)
+    task: Any = app.tasks["tests.unit.test_sweep.enrich"]
+    again = task.signature(args=([],), headers={EXECUTION_ID: execution_id})
+    request = RunRequest(
+        graph=movie_graph.name,
+        execution_id=execution_id,
+        target="list",
+        job=b"",
+        job_digest=b"d" * 32,
+        owner="gone",
+        lease_s=1.0,
+        max_deliveries=3,
+        task_name=task.name,
+        task_id=execution_id,
+    )
+    lease = store.acquire(request)
+    assert isinstance(lease, Lease)
+    store.open_stage(lease, 1, [Chunk(1, 0, 2)], 0, message=message or dumps(again).encode())
+    with store.engine.begin() as connection:
+        connection.execute(text("UPDATE docket_runs SET wake_at = '2000-01-01', updated_at = '2000-01-01'"))
+    store.close()
+
+
+def test_what_cannot_be_sent_is_kept(app: Celery, caplog: pytest.LogCaptureFixture) -> None:
+    """The store tells of a lost run once, then not for long: an outage of the broker must not take that time."""
+    for name in ("one", "two"):
+        lose(app, name)
+    app.conf.update(broker_url="redis://127.0.0.1:1/0", broker_transport_options={"max_retries": 0})
+    app.conf.task_publish_retry = False
+    sweeper = Sweeper(app, Schedule())
+    assert sweeper.sweep() == 0
+    assert len([one for one in caplog.records if "the broker cannot be reached" in one.message]) == 1
+    app.conf.update(broker_url="memory://")
+    forget_connections(app)
+    try:
+        assert sweeper.sweep() == 2
+        assert sweeper.sweep() == 0
+        with (
+            app.connection_for_read() as connection,
+            connection.SimpleQueue(app.conf.task_default_queue) as queue,
+        ):
+            sent = {queue.get(timeout=5).headers[EXECUTION_ID] for _ in range(2)}
+    finally:
+        forget_connections(app)
+    assert sent == {"one", "two"}
+
+
+def test_a_message_that_can_never_be_sent_keeps_nobody_waiting(
+    app: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is tried for a while, then left to the store; the others of the look are sent at once."""
+    lose(app, "broken", b"no message")
+    lose(app, "fine")
+    sweeper = Sweeper(app, Schedule())
+    assert sweeper.sweep() == 1
+    for _ in range(30):
+        assert sweeper.sweep() == 0
+    told = [one for one in caplog.records if "run 'broken' could not be sent on" in one.message]
+    assert len(told) == 20
+    forget_connections(app)

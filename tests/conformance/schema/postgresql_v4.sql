@@ -117,7 +117,7 @@ COMMENT ON COLUMN docket_runs.epoch IS 'fencing token; grows with each delivery'
 
 COMMENT ON COLUMN docket_runs.owner IS 'of the lease, or of the last one';
 
-COMMENT ON COLUMN docket_runs.lease_until IS 'NULL unless RUNNING';
+COMMENT ON COLUMN docket_runs.lease_until IS 'until then nobody else takes the run, if not NULL';
 
 COMMENT ON COLUMN docket_runs.lost IS 'takeovers of leases that were never released';
 
