@@ -6,7 +6,7 @@ by owner, save and publish by key, end by owner and state; the others do nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -89,7 +89,8 @@ def restore(
     rows = connection.execute(sql.RESTORE, wanted).mappings().all()
     checkpoints = [check_owner(read_checkpoint(row), fence["graph"], fence["execution_id"]) for row in rows]
     if any(row["dated"] for row in rows):
-        connection.execute(sql.UNDATE, fence)
+        while connection.execute(sql.UNDATE, fence).rowcount == sql.DATED_AT_ONCE:
+            pass
     return checkpoints
 
 
@@ -194,12 +195,20 @@ def end(connection: Connection, lease: Lease, ending: RunEnd) -> None:
     values = end_values(lease, ending) | {"wake_in_s": ending.wake_in_s, "retention_s": ending.retention_s}
     values |= execution_arrays(ending.executions)
     statement = sql.END[ending.state.ended, bool(ending.executions)]
-    if connection.execute(statement, values).scalar_one():
-        return
-    row = connection.execute(sql.FIND_RUN, values).mappings().first()
-    ours = (values["owner"], values["epoch"], values["state"])
-    if row is None or (row["owner"], row["epoch"], row["state"]) != ours:
-        raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+    found = connection.execute(statement, values).mappings().one()
+    if not found["fenced"]:
+        row = connection.execute(sql.FIND_RUN, values).mappings().first()
+        ours = (values["owner"], values["epoch"], values["state"])
+        if row is None or (row["owner"], row["epoch"], row["state"]) != ours:
+            raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+    if ending.state.ended and (not found["fenced"] or found["dated"] == sql.DATED_AT_ONCE):
+        date_rest(connection, values)
+
+
+def date_rest(connection: Connection, run: Mapping[str, Any]) -> None:
+    """Date what one statement could not of the checkpoints of a run that has ended."""
+    while connection.execute(sql.DATE_REST, run).rowcount == sql.DATED_AT_ONCE:
+        pass
 
 
 def find_run(connection: Connection, graph: str, execution_id: str) -> RunRow | None:

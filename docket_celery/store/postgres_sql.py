@@ -21,6 +21,8 @@ from docket_celery.store.rows import (
     clean_checkpoint,
 )
 
+DATED_AT_ONCE = 20_000
+"""So many checkpoints does one statement date: a batch has very many, and a statement 15 seconds."""
 _SECOND = "interval '1 second'"
 _RUN = """
     r.graph, r.execution_id, r.target, r.job_digest, r.state, r.epoch, r.owner, r.lost, r.failures, r.retries,
@@ -102,11 +104,13 @@ SELECT {_COLUMNS}, expires_at IS NOT NULL AS dated FROM docket_cache
 WHERE cache_key = ANY(CAST(:keys AS bytea[]))
     OR (graph = :graph AND execution_id = :execution_id AND (item = '' OR :items))
 """)
-UNDATE = text("""
+UNDATE = text(f"""
 UPDATE docket_cache AS c SET expires_at = NULL
 FROM docket_runs AS r
-WHERE c.graph = :graph AND c.execution_id = :execution_id AND c.expires_at IS NOT NULL
-    AND r.graph = c.graph AND r.execution_id = c.execution_id
+WHERE c.cache_key = ANY(ARRAY(
+        SELECT cache_key FROM docket_cache
+        WHERE graph = :graph AND execution_id = :execution_id AND expires_at IS NOT NULL LIMIT {DATED_AT_ONCE}))
+    AND r.graph = :graph AND r.execution_id = :execution_id
     AND r.state = 'RUNNING' AND r.epoch = :epoch AND r.owner = :owner
 """)
 
@@ -310,7 +314,7 @@ EXTEND = {
 """By whether claims are extended, and whether chunks are."""
 
 
-def _end(more: str) -> TextClause:
+def _end(more: str, dated: str) -> TextClause:
     return text(f"""
 WITH f AS (
     UPDATE docket_runs SET
@@ -329,15 +333,31 @@ WITH f AS (
         updated_at = clock_timestamp()
     WHERE graph = :graph AND execution_id = :execution_id AND epoch = :epoch AND owner = :owner
         AND state = 'RUNNING'
-    RETURNING 1){more}
-SELECT count(*) AS fenced FROM f
+    RETURNING ended_at){more}
+SELECT count(*) AS fenced{dated} FROM f
 """)
 
 
-_DATE_CHECKPOINTS = f""",
+DATE = f"""
 t AS (
-    UPDATE docket_cache SET expires_at = clock_timestamp() + ttl * {_SECOND} FROM f
-    WHERE graph = :graph AND execution_id = :execution_id AND ttl IS NOT NULL),
+    UPDATE docket_cache SET expires_at = f.ended_at + ttl * {_SECOND} FROM f
+    WHERE cache_key = ANY(ARRAY(
+        SELECT cache_key FROM docket_cache
+        WHERE graph = :graph AND execution_id = :execution_id AND ttl IS NOT NULL LIMIT {DATED_AT_ONCE}))
+    RETURNING 1)"""
+"""Dates checkpoints of a run that a statement called f has ended."""
+DATED = ", (SELECT count(*) FROM t) AS dated"
+DATE_REST = text(f"""
+WITH f AS (
+    SELECT ended_at FROM docket_runs
+    WHERE graph = :graph AND execution_id = :execution_id AND ended_at IS NOT NULL FOR SHARE)
+UPDATE docket_cache SET expires_at = f.ended_at + ttl * {_SECOND} FROM f
+WHERE cache_key = ANY(ARRAY(
+    SELECT c.cache_key FROM f, docket_cache AS c
+    WHERE c.graph = :graph AND c.execution_id = :execution_id AND c.ttl IS NOT NULL
+        AND c.expires_at IS DISTINCT FROM f.ended_at + c.ttl * {_SECOND} LIMIT {DATED_AT_ONCE}))
+""")
+_RESET_CHUNKS = """,
 c AS (
     UPDATE docket_chunks SET state = 'QUEUED', failed = 0, lost = 0, errors = NULL, lease_until = NULL FROM f
     WHERE CAST(:state AS text) = 'FAILED' AND graph = :graph AND execution_id = :execution_id
@@ -346,7 +366,10 @@ ADD_EXECUTIONS = f""",
 e AS ({_ADD_EXECUTION} SELECT u.* FROM unnest({_EXECUTION_ARRAYS}) AS u, f)"""
 """Writes rows after a fence called f."""
 END = {
-    (ended, executions): _end((_DATE_CHECKPOINTS if ended else "") + (ADD_EXECUTIONS if executions else ""))
+    (ended, executions): _end(
+        (f",{DATE}{_RESET_CHUNKS}" if ended else "") + (ADD_EXECUTIONS if executions else ""),
+        DATED if ended else ", 0 AS dated",
+    )
     for ended in (False, True)
     for executions in (False, True)
 }

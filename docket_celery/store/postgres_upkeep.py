@@ -9,14 +9,15 @@ from sqlalchemy import Connection, text
 
 from docket_celery.checkpoint import RunRow
 from docket_celery.chunks import LostRun
-from docket_celery.store.postgres import find_run
+from docket_celery.store.postgres import date_rest, find_run
+from docket_celery.store.postgres_sql import DATE, DATED, DATED_AT_ONCE
 from docket_celery.store.rows import CANCEL_LOOK_S, LONGEST_LOOK_S, QUEUE_PATIENCE, clean_text, dump_json
 
 _SECOND = "interval '1 second'"
 _LEASE = f"CAST(:lease_s AS double precision) * {_SECOND}"
 
 _CANCEL = text(f"""
-WITH r AS (
+WITH f AS (
     UPDATE docket_runs SET
         state = 'CANCELLED', lease_until = NULL, error = CAST(:error AS jsonb),
         -- Whoever waits for the task must hear of it, though its messages may be lost.
@@ -24,12 +25,11 @@ WITH r AS (
         ended_at = clock_timestamp(), updated_at = clock_timestamp(),
         expires_at = clock_timestamp() + CAST(:retention_s AS double precision) * {_SECOND}
     WHERE graph = :graph AND execution_id = :execution_id AND state IN ('QUEUED', 'RUNNING', 'WAITING')
-    RETURNING 1),
+    RETURNING ended_at),
 c AS (
-    UPDATE docket_chunks SET state = 'CANCELLED', lease_until = NULL FROM r
-    WHERE graph = :graph AND execution_id = :execution_id AND state IN ('QUEUED', 'RUNNING'))
-UPDATE docket_cache SET expires_at = clock_timestamp() + ttl * {_SECOND} FROM r
-WHERE graph = :graph AND execution_id = :execution_id AND ttl IS NOT NULL
+    UPDATE docket_chunks SET state = 'CANCELLED', lease_until = NULL FROM f
+    WHERE graph = :graph AND execution_id = :execution_id AND state IN ('QUEUED', 'RUNNING')),{DATE}
+SELECT count(*) AS fenced{DATED} FROM f
 """)
 
 # The last sign of life: the stage was opened, one of its chunks ended, or one was found dead, so somebody had it.
@@ -77,7 +77,9 @@ def cancel(
 ) -> RunRow | None:
     """See `Store.cancel`."""
     values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
-    connection.execute(_CANCEL, {**values, "error": dump_json(error), "retention_s": retention_s})
+    ending = {**values, "error": dump_json(error), "retention_s": retention_s}
+    if connection.execute(_CANCEL, ending).mappings().one()["dated"] == DATED_AT_ONCE:
+        date_rest(connection, values)
     return find_run(connection, graph, execution_id)
 
 

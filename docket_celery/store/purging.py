@@ -62,13 +62,15 @@ closed AS (
         AND GREATEST(deleted.executions, deleted.checkpoints, deleted.chunks) >= :rows)
 SELECT (SELECT count(*) FROM runs) AS runs, checkpoints, executions, chunks FROM deleted
 """)
-# The run is locked too: one that is being resumed at this moment keeps what it has.
+# The run is locked too: one that is being resumed at this moment keeps what it has. A date from before its end is
+# that of an earlier one: it is being replaced, or goes with the run.
 _DATED = text(f"""
 DELETE FROM docket_cache WHERE cache_key = ANY(ARRAY(
     SELECT c.cache_key FROM docket_cache AS c
     CROSS JOIN LATERAL (
         SELECT 1 FROM docket_runs AS r
         WHERE r.graph = c.graph AND r.execution_id = c.execution_id AND r.state IN ({_ENDED})
+            AND c.expires_at >= r.ended_at
         FOR SHARE SKIP LOCKED) AS ended
     WHERE c.expires_at <= statement_timestamp()
     ORDER BY c.expires_at LIMIT :rows FOR UPDATE OF c SKIP LOCKED))

@@ -63,6 +63,7 @@ _TIMES = [
     ("docket_runs", "expires_at"),
     ("docket_runs", "updated_at"),
     ("docket_runs", "wake_at"),
+    ("docket_runs", "ended_at"),
     ("docket_cache", "expires_at"),
     ("docket_cache", "claimed_at"),
     ("docket_claims", "lease_until"),

@@ -195,7 +195,7 @@ class TestStatements:
     def test_the_unhappy_ways_cost_one_more(
         self, bench: SQLBench, count: Callable[[Callable[[], Any]], int]
     ) -> None:
-        """A refused run, a winner and a repeated end are read in a second statement."""
+        """A refused run, a winner and a repeated end are read in a second statement; the end dates in a third."""
         store, lease = bench.store, bench.take()
         store.save(lease, output(), None)
         store.publish(shared(), "a", None)
@@ -203,7 +203,51 @@ class TestStatements:
         assert count(lambda: store.save(lease, output(), None)) == 2
         assert count(lambda: store.publish(shared(), "b", None)) == 2
         store.end(lease, ending())
-        assert count(lambda: store.end(lease, ending())) == 2
+        assert count(lambda: store.end(lease, ending())) == 3
+
+    def test_very_many_checkpoints_are_dated_in_pages(
+        self, bench: SQLBench, count: Callable[[Callable[[], Any]], int]
+    ) -> None:
+        """One statement has 15 seconds, and a batch may have a million items with a time to live."""
+        store = bench.store
+        bench.sql(
+            "INSERT INTO docket_cache (cache_key, graph, execution_id, step_name, step_version, item, item_index,"
+            " input_hash, output_type, output_data, checksum, ttl, created_at)"
+            " SELECT sha256(CAST(i::text AS bytea)), :graph, :run, 'rate', '', i::text, i, '', 'x', '', sha256(''),"
+            " 60, now() FROM generate_series(1, 45000) AS i",
+            graph=GRAPH,
+            run=RUN,
+        )
+
+        def dates() -> list[tuple[float | None, int]]:
+            """Return until when after the end of the run the checkpoints are kept, and how many."""
+            rows = bench.sql(
+                "SELECT CAST(EXTRACT(EPOCH FROM c.expires_at - r.ended_at) AS float), count(*)"
+                " FROM docket_cache AS c JOIN docket_runs AS r USING (graph, execution_id) GROUP BY 1"
+            )
+            return [tuple(row) for row in rows]
+
+        lease = bench.take()
+        store.save(lease, output(ttl_s=60.0), None)
+        assert count(lambda: store.end(lease, ending(RunState.FAILED))) == 3
+        assert dates() == [(60.0, 45001)]
+        again = bench.take(owner="again", task_id="t2")
+        assert count(lambda: store.restore(again, [])) == 4
+        assert dates() == [(None, 45001)]
+        assert count(lambda: store.cancel(GRAPH, RUN, {"code": "DC204", "args": [RUN, ""]}, 60.0)) == 4
+        assert dates() == [(60.0, 45001)]
+
+    def test_the_date_of_an_earlier_end_is_none(self, bench: SQLBench) -> None:
+        """While the checkpoints of a run that ended once more are dated anew, a purge takes none by its old date."""
+        lease = bench.take()
+        bench.store.save(lease, output(ttl_s=60.0), None)
+        bench.store.end(lease, ending(RunState.FAILED))
+        bench.pass_time(61)
+        bench.sql("UPDATE docket_runs SET ended_at = now()")
+        assert bench.store.purge(10).checkpoints == 0
+        bench.sql("UPDATE docket_cache SET expires_at = now() + interval '1 minute'")
+        bench.pass_time(61)
+        assert bench.store.purge(10).checkpoints == 1
 
     def test_a_quarantine_is_one_statement(
         self, bench: SQLBench, count: Callable[[Callable[[], Any]], int]
