@@ -100,7 +100,8 @@ def local_worker(module: str, concurrency: int = 2) -> Generator[None]:
         options = ("--concurrency", str(concurrency), "--loglevel", "INFO", "--without-mingle")
         with worker_process(module, options, os.environ, Path(folder) / "worker.log") as process:
             _await_answer(process)
-            yield
+            with _needed(process):
+                yield
 
 
 def run(main: Callable[[], bool]) -> int:
@@ -133,6 +134,21 @@ def _await_answer(process: subprocess.Popen[bytes]) -> None:
             raise RuntimeError(f"the worker ended with status {process.returncode}")
         if time.monotonic() > until:
             raise RuntimeError(f"the worker did not answer within {READY_WITHIN_S:g} s")
+
+
+@contextmanager
+def _needed(process: subprocess.Popen[bytes]) -> Generator[None]:
+    """Fail at once where *process* ends within the block: nobody else would answer."""
+
+    def look(_number: int, _frame: object) -> None:
+        if process.poll() is not None:
+            raise RuntimeError(f"the worker ended with status {process.returncode}")
+
+    before = signal.signal(signal.SIGCHLD, look)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _start(command: Sequence[str], environment: Mapping[str, str], output: int) -> subprocess.Popen[bytes]:

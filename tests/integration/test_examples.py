@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -132,8 +132,11 @@ def test_an_example_leaves_the_readers_servers_alone(
         assert connection.execute("SELECT count(*) FROM docket_runs").fetchone() == (0,)
 
 
-def test_an_interrupted_example_leaves_nothing_behind() -> None:
-    """Ctrl-C while its servers and its worker run: the status says so, and all of them are gone."""
+def end_example(end: Callable[[psutil.Process], None]) -> tuple[int, str]:
+    """Run an example until its worker works, call *end* with its process, and return its status and errors.
+
+    All that it started must be gone then.
+    """
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "examples.movies"],
         cwd=ROOT,
@@ -147,15 +150,35 @@ def test_an_interrupted_example_leaves_nothing_behind() -> None:
         for line in process.stdout:
             if line.startswith("on a worker:"):
                 break
-        family = psutil.Process(process.pid).children(recursive=True)
+        itself = psutil.Process(process.pid)
+        family = itself.children(recursive=True)
         assert {"postgres"} < {each.name() for each in family}
-        process.send_signal(signal.SIGINT)
+        end(itself)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
-    assert (process.returncode, errors) == (130, "\nInterrupted; everything is stopped.\n")
     assert psutil.wait_procs(family, timeout=30)[1] == []
+    return process.returncode, errors
+
+
+def test_an_interrupted_example_leaves_nothing_behind() -> None:
+    """Ctrl-C while its servers and its worker run: the status says so, and all of them are gone."""
+    ended = end_example(lambda process: process.send_signal(signal.SIGINT))
+    assert ended == (130, "\nInterrupted; everything is stopped.\n")
+
+
+def test_an_example_whose_worker_dies_says_so() -> None:
+    """At once: nobody else would answer it."""
+
+    def kill_worker(process: psutil.Process) -> None:
+        workers = [one for one in process.children() if "worker" in one.cmdline()]
+        assert len(workers) == 1
+        workers[0].kill()
+
+    status, errors = end_example(kill_worker)
+    assert status == 1
+    assert "RuntimeError: the worker ended with status -9" in errors
 
 
 def test_the_struct_step_is_tested_without_the_service() -> None:
