@@ -289,7 +289,7 @@ class BatchRun(Run):
         lazy = all(not step.is_async and step.gathered[step.inputs.index(key)] != "list" for step in steps)
         return items if lazy else list(items)
 
-    def _items(self, key: ValueKey) -> StoredItems:
+    def _items(self, key: ValueKey, job_digest: bytes | None = None) -> StoredItems:
         layout = self._layout
         place = ItemPlace(
             graph=layout.graph,
@@ -298,6 +298,7 @@ class BatchRun(Run):
             kind=key.kind,
             total=self._counts[layout.fan_outs[key]],
             failed=self._failures.get(layout.fan_outs[key], {}).keys(),
+            job_digest=job_digest,
         )
         return StoredItems(self._batches, place)
 
@@ -305,7 +306,8 @@ class BatchRun(Run):
         target = self._plan.target
         if not self._plan.collects:
             return self._values[target]
-        items = self._items(target)
+        digest = self.submission.job_digest
+        items = self._items(target, None if digest is None else self._batches.keyed(digest))
         collects = self._order.policy.on_error == "collect"
         errors = self._failures.get(self._layout.fan_outs[target], {})
         batch = StoredBatch(items=items, collects=collects, errors=errors)

@@ -88,6 +88,7 @@ def find_batch(app: Celery, reference: wire.Reference) -> StoredBatch:
         kind=wire.types.find(reference.type),
         total=reference.total,
         failed=reference.errors.keys(),
+        job_digest=reference.job_digest,
     )
     items = StoredItems(store, place)
     return StoredBatch(items=items, collects=reference.collects, errors=reference.errors)

@@ -335,6 +335,7 @@ def _read_result(plan: Plan, row: RunRow, store: Store) -> Any:
             kind=plan.target.kind,
             total=found["total"],
             failed=stored.keys(),
+            job_digest=row.job_digest,
         )
         return StoredBatch(
             items=StoredItems(store, place),

@@ -29,6 +29,7 @@ class ItemPlace:
         kind: Their message type.
         total: How many there were to be made.
         failed: Indexes of those that may be missing.
+        job_digest: Of the run that made them, as its row has it; None: whoever reads them holds the run.
     """
 
     graph: str
@@ -37,6 +38,11 @@ class ItemPlace:
     kind: type[Message]
     total: int
     failed: Collection[int] = ()
+    job_digest: bytes | None = None
+
+    def describe(self) -> str:
+        """Return what an error calls it."""
+        return f"{self.names[0] or 'the batch'} of run {self.execution_id!r} of graph {self.graph!r}"
 
 
 class StoredItems(Sequence[Message]):
@@ -75,7 +81,8 @@ class StoredItems(Sequence[Message]):
         """Return index and message of the items of the page that begins at *lo*, in order.
 
         Raises:
-            PayloadUnavailable: One is missing that did not fail: it was purged, or made by other code.
+            PayloadUnavailable: One is missing that did not fail: it was purged, or made by other code. Or the run of
+                that name has another job now.
         """
         place = self.place
         hi = min(lo + PAGE, place.total)
@@ -83,8 +90,27 @@ class StoredItems(Sequence[Message]):
         found = [
             (int(row.item), read_item(place.kind, row)) for row in rows if row.item == str(row.item_index)
         ]
+        # Afterwards: these rows were there before the run was looked at.
+        self._check_run()
         check_complete(place, range(lo, hi), {index for index, _ in found})
         return found
+
+    def _check_run(self) -> None:
+        """Look whether the run is still the one that made the items: its name becomes free when it is purged.
+
+        Raises:
+            PayloadUnavailable: It is not.
+        """
+        place = self.place
+        if place.job_digest is None:
+            return
+        row = self._store.find_run(place.graph, place.execution_id)
+        if row is None:
+            problem = "the run is gone: purged after docket_retention, or deleted; submit the batch again"
+            raise PayloadUnavailable(place.describe(), problem)
+        if row.job_digest != place.job_digest:
+            problem = "it was purged, and its name has another batch now; submit it under an execution_id of its own"
+            raise PayloadUnavailable(place.describe(), problem)
 
     def weight(self) -> int:
         """Return about how many bytes they would have in a message."""
@@ -139,12 +165,11 @@ def check_complete(place: ItemPlace, wanted: Iterable[int], found: Collection[in
     """
     missing = [index for index in wanted if index not in found and index not in place.failed]
     if missing:
-        what = f"{place.names[0] or 'the batch'} of run {place.execution_id!r} of graph {place.graph!r}"
         problem = (
             f"item {missing[0]} (of {len(missing)} such) did not fail and is not there: its row was purged, or the "
             f"code has changed since the batch began; submit the batch under a new execution_id"
         )
-        raise PayloadUnavailable(what, problem)
+        raise PayloadUnavailable(place.describe(), problem)
 
 
 def read_item(kind: type[Message], row: Checkpoint) -> Message:

@@ -117,6 +117,7 @@ class Reference:
     total: int
     collects: bool
     errors: Mapping[int, StepFailed]
+    job_digest: bytes | None = None
 
     def __json__(self) -> dict[str, Any]:
         return {"__type__": BATCH_MARKER, "__value__": {"stored": _describe(self)}}
@@ -219,13 +220,16 @@ def _encode_batch(batch: BatchResult[Any] | StoredBatch) -> dict[str, Any]:
         total=place.total,
         collects=batch.collects,
         errors=batch.errors,
+        job_digest=place.job_digest,
     )
     return {"stored": _describe(reference)}
 
 
 def _describe(reference: Reference) -> dict[str, Any]:
     names = ("graph", "execution_id", "names", "type", "total", "collects")
-    return {name: getattr(reference, name) for name in names} | {"errors": _records(reference.errors)}
+    told = {name: getattr(reference, name) for name in names} | {"errors": _records(reference.errors)}
+    digest = reference.job_digest
+    return told if digest is None else told | {"digest": base64.b64encode(digest).decode("ascii")}
 
 
 def _records(errors: Mapping[int, StepFailed]) -> dict[str, Any]:
@@ -250,6 +254,8 @@ def decode_batch(value: object) -> BatchResult[Any] | Reference | Undecodable:
             total=int(found["total"]),
             collects=bool(found["collects"]),
             errors=errors,
+            # One that was stored by the version before has none, and is read unchecked.
+            job_digest=base64.b64decode(found["digest"], validate=True) if "digest" in found else None,
         )
     except Exception as error:  # noqa: BLE001 -- a decoder that raises loses the message and hangs its caller
         return Undecodable(value, DecodeFailed("batch", f"{type(error).__name__}: {error}"))

@@ -18,6 +18,7 @@ from docket_celery.errors import (
     InvalidArguments,
     InvalidSettings,
     PayloadTooLarge,
+    PayloadUnavailable,
     RunCancelled,
     RunConflict,
     RunNotFound,
@@ -339,6 +340,32 @@ def test_a_stream_of_items_becomes_a_batch(journals: Journals, urls: Urls) -> No
     assert len(journals.read(f"{run}/began")) == 2500
     with pytest.raises(RunConflict):
         paced.look_at_all.submit_batch(iter(movies(run, 2499)), execution_id=run)
+
+
+def test_a_result_is_that_of_its_own_batch(journals: Journals, urls: Urls, store: SQLStore) -> None:
+    """The name of a purged run is free: whoever still holds its result must not get the items of another batch."""
+    run = unique("renamed")
+
+    def send(count: int) -> Any:
+        items = movies(run, count)
+        return paced.look_at_all.submit_batch(items, execution_id=run, context=OPEN, chunk_size=500)
+
+    held = send(1900)
+    stream = held.stream(WAIT_S)
+    assert next(stream).original.rating == 0
+    query(urls, "UPDATE docket_runs SET expires_at = now() WHERE execution_id = %s RETURNING 1", run)
+    while store.find_run("pacing", run) is not None:
+        store.purge(1000)
+    with pytest.raises(PayloadUnavailable, match="the run is gone"):
+        held.get(timeout=WAIT_S)
+    assert len(send(3).get(timeout=WAIT_S)) == 3
+    with pytest.raises(PayloadUnavailable, match="its name has another batch now"):
+        held.get(timeout=WAIT_S)
+    # The page that was read is right; the next one would be of the other batch.
+    seen: list[int] = []
+    with pytest.raises(PayloadUnavailable, match="its name has another batch now"):
+        seen.extend(each.original.rating for each in stream)
+    assert seen == list(range(1, 1000))
 
 
 def test_dicts_and_no_items_can_be_streamed(journals: Journals) -> None:

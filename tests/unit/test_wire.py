@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,3 +133,16 @@ def test_a_message_in_an_unset_result_does_not_recurse() -> None:
     """Copying and unpickling look attributes up before there is a message."""
     with pytest.raises(AttributeError):
         _ = Result.__new__(Result).message
+
+
+def test_the_place_of_a_batch_travels_with_the_digest_of_its_job() -> None:
+    """One from the version before has none; a damaged one is no reference."""
+    given: dict[str, Any] = {"graph": "g", "execution_id": "e", "names": ("rate",), "type": "t", "total": 3}
+    place = wire.Reference(**given, collects=False, errors={}, job_digest=b"d" * 32)
+    sent = place.__json__()["__value__"]
+    assert wire.decode_batch(sent) == place
+    del sent["stored"]["digest"]
+    assert wire.decode_batch(sent) == replace(place, job_digest=None)
+    for damaged in ("not base64", 17, None):
+        sent["stored"]["digest"] = damaged
+        assert isinstance(wire.decode_batch(sent), Undecodable)
