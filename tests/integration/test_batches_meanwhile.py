@@ -139,7 +139,7 @@ def test_a_cancelled_batch_stops_in_all_workers(
     """Two workers have a chunk each, one of which opened the stage: the items of both see that it is over."""
     run, queue = unique("everywhere"), unique("two")
     here, there = tmp_path_factory.mktemp("here"), tmp_path_factory.mktemp("there")
-    own = {"concurrency": 1, "env": ENV, "args": ["-Q", queue]}
+    own: dict[str, Any] = {"concurrency": 1, "env": ENV, "args": ["-Q", queue]}
     with serving(paced.app, urls, here, **own) as first, serving(paced.app, urls, there, **own) as second:
         names = [first.node_name, second.node_name]
         inspect: Any = paced.app.control.inspect(destination=names)
