@@ -350,18 +350,28 @@ class RunTimedOut(DocketError):
 
 
 class RunConflict(DocketError):
-    """The execution id already names a run of another job or target."""
+    """The execution id already names a run of another job or target, or one whose items are on their way.
+
+    Attributes:
+        what: What is another: ``job`` or ``target``; or `UNDER_WAY`.
+    """
 
     code = "DC302"
+    UNDER_WAY = "submission under way"
 
     def __init__(self, graph: str, execution_id: str, what: str) -> None:
         super().__init__(graph, execution_id, what)
         self.graph, self.execution_id, self.what = graph, execution_id, what
 
     def describe(self) -> str:
+        run = f"run {self.execution_id!r} of graph {self.graph!r}"
+        if self.what == self.UNDER_WAY:
+            return (
+                f"{run} has a submission under way; wait for that one, or submit again docket_lease_seconds after it "
+                "broke off"
+            )
         return (
-            f"run {self.execution_id!r} of graph {self.graph!r} exists with another {self.what}; use another "
-            "execution_id, or submit the same job again"
+            f"{run} exists with another {self.what}; use another execution_id, or submit the same job again"
         )
 
 

@@ -115,7 +115,8 @@ class SubmittedTask(OnCommitTask[P, R]):
             InvalidSettings: This process has no ``docket_database_url``.
             PayloadTooLarge: An item is too large.
             RunConflict: The run exists with another job, or is being submitted by another process.
-            StoreUnavailable: The database does not answer; submitting it again is safe.
+            StoreUnavailable: The database does not answer; submitting it again is safe, once the lease of what had
+                begun is over (``docket_lease_seconds``).
         """
         shared = self.declaration.bind_others(others)
         if self.app.conf.task_always_eager:

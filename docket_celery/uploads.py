@@ -167,7 +167,7 @@ class _Upload:
         if row.job_digest == UNFINISHED and row.state is RunState.CANCELLED:
             raise RunCancelled(execution_id, "cancelled while its items were submitted")
         if row.job_digest == UNFINISHED:
-            raise RunConflict(graph, execution_id, "submission under way")
+            raise RunConflict(graph, execution_id, RunConflict.UNDER_WAY)
         if row.target != self._request.target:
             raise RunConflict(graph, execution_id, "target")
         for _ in self._checked(items):
