@@ -343,18 +343,12 @@ class RunTimedOut(DocketError):
         self.execution_id, self.timeout_s = execution_id, timeout_s
 
     def describe(self) -> str:
-        return (
-            f"run {self.execution_id!r} passed its timeout of {self.timeout_s:g} s; "
-            "finished steps that persist are kept"
-        )
+        kept = "finished steps that persist are kept"
+        return f"run {self.execution_id!r} passed its timeout of {self.timeout_s:g} s; {kept}"
 
 
 class RunConflict(DocketError):
-    """The execution id already names a run of another job or target, or one whose items are on their way.
-
-    Attributes:
-        what: What is another: ``job`` or ``target``; or `UNDER_WAY`.
-    """
+    """The execution id names a run of another job or target (*what*), or one whose submission is `UNDER_WAY`."""
 
     code = "DC302"
     UNDER_WAY = "submission under way"
@@ -364,15 +358,10 @@ class RunConflict(DocketError):
         self.graph, self.execution_id, self.what = graph, execution_id, what
 
     def describe(self) -> str:
-        run = f"run {self.execution_id!r} of graph {self.graph!r}"
+        found = f"exists with another {self.what}; use another execution_id, or submit the same job again"
         if self.what == self.UNDER_WAY:
-            return (
-                f"{run} has a submission under way; wait for that one, or submit again docket_lease_seconds after it "
-                "broke off"
-            )
-        return (
-            f"{run} exists with another {self.what}; use another execution_id, or submit the same job again"
-        )
+            found = "has a submission under way; wait for it, or for docket_lease_seconds if it broke off"
+        return f"run {self.execution_id!r} of graph {self.graph!r} {found}"
 
 
 class RunNotFound(DocketError):

@@ -54,7 +54,7 @@ _COLLECTED = b"collected"
 """Leads the stored result of a batch whose items may fail; no message type is called that."""
 
 _STORED = "docket_max_stored_bytes"
-_MOST_DOUBLINGS = 10
+_MOST_DOUBLINGS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,22 +232,21 @@ def run_request(
 
 def is_busy(row: RunRow, submission: Submission) -> bool:
     """Tell whether `Store.acquire` would refuse *submission* the run because another one holds its lease."""
-    if (row.lease_left_s or 0.0) <= 0.0:
-        return False
-    same = submission.task_id is not None and row.task_id == submission.task_id
-    if row.state is RunState.WAITING:
-        return not same
-    newer = same and submission.retries > row.retries and submission.retried
-    return row.state is RunState.RUNNING and not newer
+    newer = (
+        submission.task_id is not None
+        and row.task_id == submission.task_id
+        and submission.retries > row.retries
+        and submission.retried
+    )
+    return row.state is RunState.RUNNING and (row.lease_left_s or 0.0) > 0.0 and not newer
 
 
-def find_busy_s(row: RunRow, submission: Submission) -> float:
-    """Return in how many seconds *submission*, which was refused a run that stands so, asks again."""
-    left_s = max(0.0, row.lease_left_s or 0.0)
+def find_busy_s(row: RunRow, waited: int) -> float:
+    """Return in how many seconds to ask again for a run that stands so, having asked *waited* times before."""
     if row.state is RunState.WAITING:
         # What keeps an open stage to its task tells nothing of when that ends: ask less and less often.
-        return min(left_s, 2.0 ** min(submission.waited, _MOST_DOUBLINGS))
-    return left_s
+        return 2.0 ** min(waited, _MOST_DOUBLINGS)
+    return max(0.0, row.lease_left_s or 0.0)
 
 
 def run_end(

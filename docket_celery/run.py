@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from docket_celery.checkpoint import Lease, RunRequest, RunRow, Store
+from docket_celery.checkpoint import Lease, RunRequest, RunRow, RunState, Store
 from docket_celery.clock import Clock, system_clock
 from docket_celery.configuration import Settings
 from docket_celery.context import Cancellation
@@ -97,7 +97,7 @@ class Run:
         self._began = self._cancellation.now()
         self._until = None if submission.timeout_s is None else self._began + submission.timeout_s
         self._owner = str(uuid.uuid4()) if self.store is not None else ""
-        self._attached = submission.attached
+        self._attached, self._waited = submission.attached, 0
         # Whoever has met a holder asks how the run stands before it sends the whole job once more.
         self._looks = submission.attached and not submission.released
         self._delivery = self._new_delivery(submission.number)
@@ -315,10 +315,13 @@ class Run:
 
     def _wait_for(self, row: RunRow) -> None:
         if not self.submission.waits:
-            self._conclude(RunOutcome(busy_s=find_busy_s(row, self.submission)))
+            self._conclude(RunOutcome(busy_s=find_busy_s(row, self.submission.waited)))
         else:
             self._attached = self._looks = True
-            self._runtime.timer.after(0.1, lambda: self._runtime.submit_surely(self._open))
+            # The end of a run that is held may be near; an open stage has others to wait for.
+            wait_s = find_busy_s(row, self._waited) / 10 if row.state is RunState.WAITING else 0.1
+            self._waited += 1
+            self._runtime.timer.after(wait_s, lambda: self._runtime.submit_surely(self._open))
 
     # --- building ----------------------------------------------------------------------------------------------
 

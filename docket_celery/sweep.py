@@ -62,7 +62,7 @@ class Sweeper:
         self._app, self._schedule = app, schedule
         self._over = threading.Event()
         self._away = False
-        self._unsent: list[tuple[LostRun, int]] = []
+        self._unsent: dict[tuple[str, str], tuple[LostRun, int]] = {}
 
     def start(self) -> bool:
         """Begin, if the app has tasks whose batches several workers share; tell whether it has."""
@@ -82,20 +82,25 @@ class Sweeper:
             DocketError: A store cannot be asked.
         """
         settings = lifecycle.app_settings(self._app)
-        for store, names in self._tasks():
-            for lost in store.find_lost(names, settings.lease_seconds, settings.max_deliveries, MOST_AT_ONCE):
-                _logger.warning(
-                    "run %r of graph %r is not advanced by anybody; task %s goes on with it",
-                    *(lost.execution_id, lost.graph, lost.task_name),
-                )
-                self._unsent.append((lost, 1))
-        return self._send()
+        try:
+            for store, names in self._tasks():
+                for lost in store.find_lost(
+                    names, settings.lease_seconds, settings.max_deliveries, MOST_AT_ONCE
+                ):
+                    _logger.warning(
+                        "run %r of graph %r is not advanced by anybody; task %s goes on with it",
+                        *(lost.execution_id, lost.graph, lost.task_name),
+                    )
+                    self._unsent[lost.graph, lost.execution_id] = (lost, 0)
+        finally:
+            sent = self._send()
+        return sent
 
     def _send(self) -> int:
         """Send on what was found lost; what cannot be sent now is kept: the store tells of it again much later."""
-        waiting, self._unsent = self._unsent, []
+        waiting, self._unsent = self._unsent, {}
         sent, is_reached = 0, True
-        for lost, tries in waiting:
+        for name, (lost, tries) in waiting.items():
             try:
                 if is_reached:
                     revive(self._app, lost)
@@ -108,8 +113,8 @@ class Sweeper:
             except Exception:
                 # The others of this look must not wait for theirs.
                 _logger.exception("run %r could not be sent on", lost.execution_id)
-            if tries < _TRIES:
-                self._unsent.append((lost, tries + 1))
+            if tries + 1 < _TRIES:
+                self._unsent[name] = (lost, tries + 1)
         return sent
 
     def _run(self) -> None:

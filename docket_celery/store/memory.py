@@ -89,7 +89,6 @@ class _Run:
             task_id=held.task_id,
             retries=held.retries,
             expired=self.lease_until is not None and self.lease_until <= now,
-            live=self.lease_until is not None and self.lease_until > now,
         )
 
     def crashed(self, request: RunRequest) -> bool:

@@ -14,6 +14,7 @@ from sqlalchemy import TextClause, text
 
 from docket_celery.checkpoint import Checkpoint
 from docket_celery.store.rows import (
+    BODY_PATIENCE,
     CHECKPOINT_COLUMNS,
     EXECUTION_COLUMNS,
     KEPT_FOR_DELIVERY,
@@ -34,6 +35,16 @@ _IS_RELEASED = f"(CAST(:released AS boolean) AND COALESCE({_TAKES_NEW}, false))"
 _IS_CRASH = f"(r.state = 'RUNNING' AND r.owner <> excluded.owner AND NOT {_IS_RELEASED})"
 _IS_POISON = f"({_IS_CRASH} AND r.lost + 1 >= CAST(:max_deliveries AS integer))"
 _UNTIL = f"clock_timestamp() + CAST(:lease_s AS double precision) * {_SECOND}"
+
+_OPEN_CHUNKS = """
+    SELECT 1 FROM docket_chunks AS c
+    WHERE c.graph = r.graph AND c.execution_id = r.execution_id AND c.stage = r.stage"""
+_IS_KEPT = f"""(
+    EXISTS ({_OPEN_CHUNKS} AND c.state = 'RUNNING' AND c.lease_until > clock_timestamp())
+    OR (r.lease_until > clock_timestamp() AND (
+        r.updated_at > clock_timestamp() - CAST(:lease_s AS double precision) * {BODY_PATIENCE} * {_SECOND}
+        OR (COALESCE(r.items_failed <= r.items_allowed, true)
+            AND EXISTS ({_OPEN_CHUNKS} AND c.state = 'QUEUED')))))"""
 
 ACQUIRE = text(f"""
 INSERT INTO docket_runs AS r (
@@ -62,8 +73,7 @@ ON CONFLICT (graph, execution_id) DO UPDATE SET
 WHERE r.target = excluded.target AND r.job_digest = excluded.job_digest AND (
     r.state = 'QUEUED'
     -- An open stage belongs to its task; a second one would open it beside.
-    OR (r.state = 'WAITING' AND (r.task_id = excluded.task_id
-        OR COALESCE(r.lease_until <= clock_timestamp(), true)))
+    OR (r.state = 'WAITING' AND (r.lease_until IS NULL OR r.task_id = excluded.task_id OR NOT {_IS_KEPT}))
     OR (r.state = 'FAILED' AND NOT CAST(:attached AS boolean)
         AND (excluded.task_id IS NULL OR r.task_id IS DISTINCT FROM excluded.task_id))
     OR (r.state = 'RUNNING'

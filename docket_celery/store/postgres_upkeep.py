@@ -11,7 +11,14 @@ from docket_celery.checkpoint import RunRow
 from docket_celery.chunks import LostRun
 from docket_celery.store.postgres import date_rest, find_run
 from docket_celery.store.postgres_sql import DATE, DATED, DATED_AT_ONCE
-from docket_celery.store.rows import CANCEL_LOOK_S, LONGEST_LOOK_S, QUEUE_PATIENCE, clean_text, dump_json
+from docket_celery.store.rows import (
+    CANCEL_LOOK_S,
+    LONGEST_LOOK_S,
+    QUEUE_PATIENCE,
+    STAGE_PATIENCE,
+    clean_text,
+    dump_json,
+)
 
 _SECOND = "interval '1 second'"
 _LEASE = f"CAST(:lease_s AS double precision) * {_SECOND}"
@@ -43,15 +50,18 @@ WITH due AS (
     ORDER BY wake_at NULLS FIRST LIMIT :limit FOR UPDATE SKIP LOCKED),
 seen AS (
     SELECT due.*, chunks.* FROM due CROSS JOIN LATERAL (
-        -- A chunk that is to be tried again is alive until its message may have been in a queue long enough.
-        SELECT count(*) FILTER (WHERE c.lease_until > statement_timestamp() - CASE WHEN c.state = 'QUEUED'
-            THEN {QUEUE_PATIENCE} * {_LEASE} ELSE interval '0' END AND c.state IN ('RUNNING', 'QUEUED')) AS alive,
+        SELECT count(*) FILTER (WHERE (c.state = 'RUNNING' AND c.lease_until > statement_timestamp())
+                -- To be tried again, until its message may have been in a queue long enough.
+                OR (c.state = 'QUEUED' AND due.failing IS NOT TRUE
+                    AND c.lease_until > statement_timestamp() - {QUEUE_PATIENCE} * {_LEASE})) AS alive,
+            bool_or(c.state = 'RUNNING' AND c.lease_until <= statement_timestamp()
+                AND c.lost + 1 >= CAST(:max_deliveries AS integer)) AS poisoned,
             count(*) FILTER (WHERE c.state = 'RUNNING' AND c.lease_until <= statement_timestamp()) AS dead,
             count(*) FILTER (WHERE c.state = 'QUEUED') AS queued
         FROM docket_chunks AS c
         WHERE c.graph = due.graph AND c.execution_id = due.execution_id AND c.stage = due.stage) AS chunks),
 judged AS (
-    SELECT graph, execution_id, dead > 0 AS died, CASE
+    SELECT graph, execution_id, poisoned, dead > 0 AS died, CASE
         WHEN state IN ('RUNNING', 'CANCELLED') OR dead > 0 THEN true
         WHEN alive > 0 THEN false
         WHEN queued > 0 AND failing IS NOT TRUE THEN updated_at <= statement_timestamp() - {QUEUE_PATIENCE} * {_LEASE}
@@ -64,6 +74,9 @@ dead AS (
         AND c.state = 'RUNNING' AND c.lease_until <= statement_timestamp())
 UPDATE docket_runs AS r SET
     updated_at = CASE WHEN judged.died THEN clock_timestamp() ELSE r.updated_at END,
+    lease_until = CASE WHEN judged.died AND r.state = 'WAITING' AND r.lease_until IS NOT NULL
+        THEN GREATEST(r.lease_until, clock_timestamp() + {STAGE_PATIENCE} * {_LEASE}) ELSE r.lease_until END,
+    items_allowed = CASE WHEN judged.poisoned AND r.items_allowed IS NOT NULL THEN -1 ELSE r.items_allowed END,
     wake_at = CASE WHEN r.state <> 'CANCELLED' THEN clock_timestamp() END + CASE WHEN judged.lost AND NOT judged.died
         THEN LEAST({LONGEST_LOOK_S} * {_SECOND}, GREATEST({_LEASE}, clock_timestamp() - r.updated_at))
         ELSE {_LEASE} END

@@ -29,8 +29,9 @@ SCHEMA_VERSION = 4
 QUEUE_PATIENCE = 10
 """So many leases long may all chunks of a stage lie in a queue before they are taken for lost."""
 
-STAGE_PATIENCE = QUEUE_PATIENCE + 2
-"""So many leases an open stage keeps its run to its own task: whoever looks for lost ones has looked by then."""
+STAGE_PATIENCE, BODY_PATIENCE = QUEUE_PATIENCE + 2, 3
+"""So many leases from the last sign of life does an open stage keep its run to its own task, and one of which nothing
+more will be worked on: whoever looks for lost ones has looked by then."""
 
 CANCEL_LOOK_S = 5
 """So many seconds after a batch was cancelled its task is sent once more: its own messages may be lost."""
@@ -304,9 +305,12 @@ def may_take(
     task_id: str | None,
     retries: int,
     expired: bool,
-    live: bool,
+    kept: bool = False,
 ) -> bool:
-    """Tell whether *request* may take the run that stands so. Postgres decides the same in SQL."""
+    """Tell whether *request* may take the run that stands so, *kept* for its task by an open stage or not.
+
+    Postgres decides the same in SQL.
+    """
     if target != request.target or job_digest != request.job_digest:
         return False
     if state == RunState.RUNNING:
@@ -317,7 +321,7 @@ def may_take(
     if state == RunState.WAITING:
         # An open stage belongs to its task; a second one would open it beside.
         same = request.task_id is not None and task_id == request.task_id
-        return same or not live
+        return same or not kept
     return state == RunState.QUEUED
 
 

@@ -32,6 +32,7 @@ from docket_celery.errors import LeaseLost
 from docket_celery.store import schema
 from docket_celery.store.purging import purge_sqlite
 from docket_celery.store.rows import (
+    BODY_PATIENCE,
     CHECKPOINT_COLUMNS,
     EXECUTION_COLUMNS,
     KEPT_FOR_DELIVERY,
@@ -73,6 +74,15 @@ SELECT graph, execution_id, target, job_digest, state, epoch, owner, lost, failu
     task_id, result, result_checksum, error,
     (julianday(lease_until) - julianday({NOW})) * 86400.0 AS lease_left_s, lease_until <= {NOW} AS expired
 FROM docket_runs WHERE {_IS_RUN}
+""")
+_OPEN_CHUNKS = """
+    SELECT 1 FROM docket_chunks AS c
+    WHERE c.graph = r.graph AND c.execution_id = r.execution_id AND c.stage = r.stage"""
+_IS_KEPT = text(f"""
+SELECT EXISTS ({_OPEN_CHUNKS} AND c.state = 'RUNNING' AND c.lease_until > {NOW}) OR (r.lease_until > {NOW} AND (
+    r.updated_at > {after(f"-:lease_s * {BODY_PATIENCE}")}
+    OR (COALESCE(r.items_failed <= r.items_allowed, true) AND EXISTS ({_OPEN_CHUNKS} AND c.state = 'QUEUED'))))
+FROM docket_runs AS r WHERE {_IS_RUN} AND r.lease_until IS NOT NULL
 """)
 _FIND_JOB = text(f"SELECT job FROM docket_runs WHERE {_IS_RUN}")
 _INSERT_RUN = text(f"""
@@ -223,7 +233,7 @@ def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
             task_id=row["task_id"],
             retries=row["retries"],
             expired=bool(row["expired"]),
-            live=row["expired"] == 0,
+            kept=row["state"] == RunState.WAITING and bool(connection.execute(_IS_KEPT, values).scalar()),
         ):
             return read_run(row)
         running, ours = row["state"] == RunState.RUNNING, row["owner"] == request.owner

@@ -204,6 +204,8 @@ def lease_chunk(connection: Connection, request: ChunkRequest) -> Lease | ChunkR
             state == RunState.RUNNING and (row["expired"] or ours or (same and request.retries > retries))
         )
         if not (free and run["is_open"] and run["failing"] == 0):
+            if state == RunState.QUARANTINED:
+                connection.execute(_STOP, values)
             is_open, failing = bool(run["is_open"]), bool(run["failing"])
             return refusal(state, is_open=is_open, failing=failing, lease_left_s=row["lease_left_s"])
         crashed = is_crash(request, state=state, owner=row["owner"], task_id=task_id, retries=retries)

@@ -13,6 +13,7 @@ from docket_celery.store.rows import (
     CANCEL_LOOK_S,
     LONGEST_LOOK_S,
     QUEUE_PATIENCE,
+    STAGE_PATIENCE,
     Row,
     clean_text,
     dump_json,
@@ -42,8 +43,9 @@ WHERE message IS NOT NULL AND task_name IN :task_names AND ((state IN ('WAITING'
 ORDER BY wake_at LIMIT :limit
 """).bindparams(bindparam("task_names", expanding=True))
 _COUNT_CHUNKS = text(f"""
-SELECT TOTAL(state = 'RUNNING' AND lease_until > {NOW}
-        OR state = 'QUEUED' AND lease_until > {after(f"-:lease_s * {QUEUE_PATIENCE}")}) AS alive,
+SELECT TOTAL(state = 'RUNNING' AND lease_until > {NOW} OR state = 'QUEUED' AND :failing IS NOT 1
+        AND lease_until > {after(f"-:lease_s * {QUEUE_PATIENCE}")}) AS alive,
+    TOTAL(state = 'RUNNING' AND lease_until <= {NOW} AND lost + 1 >= :max_deliveries) AS poisoned,
     TOTAL(state = 'RUNNING' AND lease_until <= {NOW}) AS dead, TOTAL(state = 'QUEUED') AS queued
 FROM docket_chunks WHERE {_IS_RUN} AND stage = :stage
 """)
@@ -53,7 +55,10 @@ UPDATE docket_chunks SET lost = lost + 1, lease_until = NULL,
 WHERE {_IS_RUN} AND stage = :stage AND state = 'RUNNING' AND lease_until <= {NOW}
 """)
 _LOOK_LATER = text(f"""
-UPDATE docket_runs SET wake_at = {after(":wait_s")}, updated_at = CASE WHEN :died THEN {NOW} ELSE updated_at END
+UPDATE docket_runs SET wake_at = {after(":wait_s")}, updated_at = CASE WHEN :died THEN {NOW} ELSE updated_at END,
+    lease_until = CASE WHEN :died AND state = 'WAITING' AND lease_until IS NOT NULL
+        THEN MAX(lease_until, {after(f":lease_s * {STAGE_PATIENCE}")}) ELSE lease_until END,
+    items_allowed = CASE WHEN :poisoned AND items_allowed IS NOT NULL THEN -1 ELSE items_allowed END
 WHERE {_IS_RUN}
 """)
 
@@ -81,14 +86,16 @@ def find_lost(
     values = {"task_names": list(map(clean_text, task_names)), "limit": limit}
     with writing(connection):
         for row in connection.execute(_FIND_DUE, values).mappings().all():
-            chunks = connection.execute(_COUNT_CHUNKS, {**row, "lease_s": lease_s}).mappings().one()
+            known = {**row, "lease_s": lease_s, "max_deliveries": max_deliveries}
+            chunks = connection.execute(_COUNT_CHUNKS, known).mappings().one()
             lost = _is_lost(row, chunks, lease_s)
-            connection.execute(_GIVE_UP, {**row, "max_deliveries": max_deliveries})
+            connection.execute(_GIVE_UP, known)
             died = bool(chunks["dead"])
             wait_s = min(LONGEST_LOOK_S, max(lease_s, row["idle_s"])) if lost and not died else lease_s
             if row["state"] == RunState.CANCELLED:
                 wait_s = None  # once
-            connection.execute(_LOOK_LATER, {**row, "wait_s": wait_s, "died": died})
+            known |= {"wait_s": wait_s, "died": died, "poisoned": bool(chunks["poisoned"])}
+            connection.execute(_LOOK_LATER, known)
             if lost:
                 names = ("graph", "execution_id", "task_name", "retries", "stage")
                 found.append(LostRun(**{name: row[name] for name in names}, message=bytes(row["message"])))

@@ -74,6 +74,46 @@ def test_an_open_stage_keeps_its_run_to_its_task(bench: Bench, batches: BatchSto
     assert bench.take(owner="body", task_id="t1", retries=1).epoch == 2
 
 
+def test_a_stage_keeps_its_run_while_a_chunk_is_at_work(bench: Bench, batches: BatchStore) -> None:
+    """However long that takes; no chunk may end for hours."""
+    opened(bench, batches)
+    chunk = take(batches)
+    for _ in range(20):
+        bench.pass_time(25)
+        batches.extend([chunk])
+    bench.refused(owner="rival", task_id="t2")
+    bench.pass_time(31)
+    assert bench.take(owner="rival", task_id="t2").epoch == 2
+
+
+def test_the_death_of_a_chunk_is_a_sign_of_life(bench: Bench, batches: BatchStore) -> None:
+    """Somebody had it; the copies that work on it now may have to wait in a queue."""
+    opened(bench, batches)
+    bench.pass_time(KEPT_S - 60)
+    take(batches)
+    bench.pass_time(31)
+    assert is_lost(batches)
+    bench.pass_time(KEPT_S - 5)
+    bench.refused(owner="rival", task_id="t2")
+    bench.pass_time(10)
+    assert bench.take(owner="rival", task_id="t2").epoch == 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_stage_that_has_come_to_its_end_is_given_up_soon(
+    bench: Bench, batches: BatchStore, *, fails: bool
+) -> None:
+    """Only its body is missing, which a sweep has sent by then; it may have been revoked."""
+    opened(bench, batches)
+    batches.end_chunk(take(batches), ChunkEnd(state=RunState.FAILED, stops=True) if fails else DONE)
+    if not fails:
+        batches.end_chunk(take(batches, 2), DONE)
+    bench.pass_time(3 * LEASE_S - 5)
+    bench.refused(owner="rival", task_id="t2")
+    bench.pass_time(10)
+    assert bench.take(owner="rival", task_id="t2").epoch == 2
+
+
 def test_a_stage_that_shows_no_life_is_given_up(bench: Bench, batches: BatchStore) -> None:
     """Each chunk that ends is a sign of life."""
     opened(bench, batches)
@@ -140,6 +180,22 @@ def test_a_chunk_that_is_due_later_is_not_lost(bench: Bench, batches: BatchStore
     assert is_lost(batches)
 
 
+@pytest.mark.parametrize("how", ["fails", "kills its workers"])
+def test_a_stage_that_failed_waits_for_no_retry(bench: Bench, batches: BatchStore, how: str) -> None:
+    """The chunk would not be worked on when it is due: only the body is missing."""
+    opened(bench, batches)
+    batches.end_chunk(take(batches), ChunkEnd(state=RunState.QUEUED, wake_in_s=3600.0))
+    if how == "fails":
+        batches.end_chunk(take(batches, 2), ChunkEnd(state=RunState.FAILED, stops=True))
+    else:
+        for owner in ("dies", "dies too"):
+            take(batches, 2, owner=owner)
+            bench.pass_time(31)
+        assert ask(batches, 2, owner="next") == ChunkRefusal(reason=ChunkStop.QUARANTINED)
+    bench.pass_time(LEASE_S + 5)
+    assert is_lost(batches)
+
+
 def test_a_chunk_that_is_due_later_may_be_taken_now(bench: Bench, batches: BatchStore) -> None:
     """By a copy of the body, if it comes to that."""
     opened(bench, batches)
@@ -165,6 +221,21 @@ def test_a_quarantined_chunk_stops_its_stage(bench: Bench, batches: BatchStore) 
         bench.pass_time(31)
     running = take(batches, 2, owner="runs")
     assert ask(batches, owner="next") == ChunkRefusal(reason=ChunkStop.QUARANTINED)
+    assert batches.extend([running]) == {running.name: Halt.STOPPED}
+    batches.end_chunk(running, ChunkEnd(state=RunState.QUEUED))
+    assert ask(batches, 2) == ChunkRefusal(reason=ChunkStop.FAILING)
+
+
+def test_a_chunk_that_a_sweep_quarantines_stops_its_stage_too(bench: Bench, batches: BatchStore) -> None:
+    """Its worker died for the last time, and nobody has asked for it since."""
+    opened(bench, batches)
+    take(batches)
+    bench.pass_time(31)
+    assert batches.find_lost([TASK], LEASE_S, 2, 10)
+    take(batches, owner="dies too")
+    bench.pass_time(31)
+    running = take(batches, 2)
+    assert batches.find_lost([TASK], LEASE_S, 2, 10)
     assert batches.extend([running]) == {running.name: Halt.STOPPED}
     batches.end_chunk(running, ChunkEnd(state=RunState.QUEUED))
     assert ask(batches, 2) == ChunkRefusal(reason=ChunkStop.FAILING)

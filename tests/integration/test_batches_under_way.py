@@ -402,7 +402,7 @@ def test_a_stream_that_breaks_off_can_be_submitted_again(urls: Urls, store: SQLS
     assert row is not None
     assert row.job_digest == UNFINISHED
     assert len(store.read_items("pacing", run, [""], 0, 5000)) == 1000
-    with pytest.raises(RunConflict, match="has a submission under way; wait for that one"):
+    with pytest.raises(RunConflict, match="has a submission under way; wait for it"):
         paced.look_at_all.submit_batch(movies(run, 3), execution_id=run)
     query(
         urls,

@@ -117,6 +117,13 @@ def lose(app: Celery, execution_id: str, message: bytes | None = None) -> None:
     lease = store.acquire(request)
     assert isinstance(lease, Lease)
     store.open_stage(lease, 1, [Chunk(1, 0, 2)], 0, message=message or dumps(again).encode())
+    store.close()
+    make_due(app)
+
+
+def make_due(app: Celery) -> None:
+    """Have every run be looked at next, and be found lost."""
+    store = SQLStore(app.conf.docket_database_url)
     with store.engine.begin() as connection:
         connection.execute(text("UPDATE docket_runs SET wake_at = '2000-01-01', updated_at = '2000-01-01'"))
     store.close()
@@ -159,3 +166,20 @@ def test_a_message_that_can_never_be_sent_keeps_nobody_waiting(
     told = [one for one in caplog.records if "run 'broken' could not be sent on" in one.message]
     assert len(told) == 20
     forget_connections(app)
+
+
+def test_a_run_that_is_found_again_is_sent_once(app: Celery) -> None:
+    """The broker is away for long, the store tells of the run more than once: one copy is enough."""
+    lose(app, "one")
+    app.conf.update(broker_url="redis://127.0.0.1:1/0", broker_transport_options={"max_retries": 0})
+    app.conf.task_publish_retry = False
+    sweeper = Sweeper(app, Schedule())
+    for _ in range(3):
+        assert sweeper.sweep() == 0
+        make_due(app)
+    app.conf.update(broker_url="memory://")
+    forget_connections(app)
+    try:
+        assert sweeper.sweep() == 1
+    finally:
+        forget_connections(app)
