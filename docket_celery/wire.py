@@ -258,7 +258,8 @@ def decode_batch(value: object) -> BatchResult[Any] | Reference | Undecodable:
             job_digest=base64.b64decode(found["digest"], validate=True) if "digest" in found else None,
         )
     except Exception as error:  # noqa: BLE001 -- a decoder that raises loses the message and hangs its caller
-        return Undecodable(value, DecodeFailed("batch", f"{type(error).__name__}: {error}"))
+        problem = DecodeFailed("batch", f"{type(error).__name__}: {error}")
+        return Undecodable(value, problem, BATCH_MARKER)
 
 
 def install() -> None:

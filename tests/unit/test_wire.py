@@ -143,6 +143,11 @@ def test_the_place_of_a_batch_travels_with_the_digest_of_its_job() -> None:
     assert wire.decode_batch(sent) == place
     del sent["stored"]["digest"]
     assert wire.decode_batch(sent) == replace(place, job_digest=None)
-    for damaged in ("not base64", 17, None):
+    for damaged in ("not base64", 17, None, "ä"):
         sent["stored"]["digest"] = damaged
-        assert isinstance(wire.decode_batch(sent), Undecodable)
+        text = json.dumps({"__type__": wire.BATCH_MARKER, "__value__": sent})
+        found = loads(text)
+        assert isinstance(found, Undecodable)
+        assert type(found.error) is DecodeFailed
+        # Whoever gets it next reads the same, and is told the same.
+        assert json.loads(dumps(found)) == json.loads(text)
