@@ -219,10 +219,12 @@ class BatchStore(Store, Protocol):
         lo: int,
         hi: int,
         keys: Sequence[bytes] = (),
+        *,
+        job_digest: bytes | None = None,
     ) -> list[Checkpoint]:
         """Return what is stored of steps *names* for the items from *lo* to before *hi*, and what is under *keys*.
 
-        Verified, the items in their order.
+        Verified, the items in their order. With *job_digest* nothing where the run is gone or has another one.
 
         Raises:
             CorruptCheckpoint: A row fails its checksum.

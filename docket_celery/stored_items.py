@@ -86,17 +86,20 @@ class StoredItems(Sequence[Message]):
         """
         place = self.place
         hi = min(lo + PAGE, place.total)
-        rows = self._store.read_items(place.graph, place.execution_id, place.names, lo, hi)
+        run, digest = (place.graph, place.execution_id), place.job_digest
+        rows = self._store.read_items(*run, place.names, lo, hi, job_digest=digest)
+        if not rows:
+            self._check_run()
         found = [
             (int(row.item), read_item(place.kind, row)) for row in rows if row.item == str(row.item_index)
         ]
-        # Afterwards: these rows were there before the run was looked at.
-        self._check_run()
         check_complete(place, range(lo, hi), {index for index, _ in found})
         return found
 
     def _check_run(self) -> None:
         """Look whether the run is still the one that made the items: its name becomes free when it is purged.
+
+        Of any other nothing is read, so this need not be asked for each page; the row may be big.
 
         Raises:
             PayloadUnavailable: It is not.

@@ -31,6 +31,7 @@ class BatchModule(Protocol):
         lo: int,
         hi: int,
         keys: Sequence[bytes],
+        job_digest: bytes | None,
     ) -> list[Checkpoint]: ...
     def measure_items(
         self, connection: Connection, graph: str, execution_id: str, name: str
@@ -140,11 +141,15 @@ class BatchCalls:
         lo: int,
         hi: int,
         keys: Sequence[bytes] = (),
+        *,
+        job_digest: bytes | None = None,
     ) -> list[Checkpoint]:
         """See `BatchStore.read_items`."""
         found = self._call(
             "read the items",
-            lambda connection: self._batches.read_items(connection, graph, execution_id, names, lo, hi, keys),
+            lambda connection: self._batches.read_items(
+                connection, graph, execution_id, names, lo, hi, keys, job_digest
+            ),
         )
         return [self._seal.open_checkpoint(checkpoint) for checkpoint in found]
 

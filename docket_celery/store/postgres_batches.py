@@ -36,11 +36,15 @@ _UNTIL = "clock_timestamp() + CAST(:lease_s AS double precision) * interval '1 s
 _SAVE_MANY = {
     chunk: text(f"WITH f AS ({fence}){_ADD_MANY} SELECT count(*) FROM f") for chunk, fence in FENCES.items()
 }
+# Looked at once, and in the statement that reads: no other run can come between.
+_IS_ITS_JOB = f"""(CAST(:job_digest AS bytea) IS NULL
+    OR EXISTS (SELECT 1 FROM docket_runs WHERE {_IS_RUN} AND job_digest = CAST(:job_digest AS bytea)))"""
 _READ_ITEMS = text(f"""
 SELECT {_COLUMNS} FROM docket_cache
 WHERE {_IS_RUN} AND step_name = ANY(CAST(:names AS text[])) AND item_index >= :lo AND item_index < :hi
+    AND {_IS_ITS_JOB}
 UNION ALL
-SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = ANY(CAST(:keys AS bytea[])) AND {_IS_RUN}
+SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = ANY(CAST(:keys AS bytea[])) AND {_IS_RUN} AND {_IS_ITS_JOB}
 """)
 # One step into the index for each name, however many items there are.
 _FIND_NAMES = text(f"""
@@ -187,11 +191,12 @@ def read_items(
     lo: int,
     hi: int,
     keys: Sequence[bytes],
+    job_digest: bytes | None,
 ) -> list[Checkpoint]:
     """See `BatchStore.read_items`."""
     run = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
     listed = [clean_text(name) for name in names]
-    values = {**run, "names": listed, "lo": lo, "hi": hi, "keys": list(keys)}
+    values = {**run, "names": listed, "lo": lo, "hi": hi, "keys": list(keys), "job_digest": job_digest}
     return read_in_order(connection.execute(_READ_ITEMS, values).mappings().all(), **run)
 
 

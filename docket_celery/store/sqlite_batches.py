@@ -39,11 +39,13 @@ _COLUMNS = ", ".join(CHECKPOINT_COLUMNS)
 _IS_RUN = "graph = :graph AND execution_id = :execution_id"
 _IS_CHUNK = f"{_IS_RUN} AND stage = :stage AND lo = :lo"
 
+_IS_ITS_JOB = f"""(:job_digest IS NULL
+    OR EXISTS (SELECT 1 FROM docket_runs WHERE {_IS_RUN} AND job_digest = :job_digest))"""
 _OF_STEP = text(f"""
 SELECT {_COLUMNS} FROM docket_cache
-WHERE {_IS_RUN} AND step_name = :name AND item_index >= :lo AND item_index < :hi
+WHERE {_IS_RUN} AND step_name = :name AND item_index >= :lo AND item_index < :hi AND {_IS_ITS_JOB}
 """)
-_OF_KEY = text(f"SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = :key AND {_IS_RUN}")
+_OF_KEY = text(f"SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = :key AND {_IS_RUN} AND {_IS_ITS_JOB}")
 _MEASURE = text(f"""
 SELECT count(*), COALESCE(sum(length(output_data)), 0) FROM docket_cache
 WHERE {_IS_RUN} AND step_name = :name AND item_index IS NOT NULL AND item = CAST(item_index AS text)
@@ -125,17 +127,19 @@ def read_items(
     lo: int,
     hi: int,
     keys: Sequence[bytes],
+    job_digest: bytes | None,
 ) -> list[Checkpoint]:
     """See `BatchStore.read_items`."""
     run = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
+    its = {**run, "job_digest": job_digest}
     rows = [
         row
         for name in names
         for row in connection.execute(
-            _OF_STEP, {**run, "name": clean_text(name), "lo": lo, "hi": hi}
+            _OF_STEP, {**its, "name": clean_text(name), "lo": lo, "hi": hi}
         ).mappings()
     ]
-    rows += [row for key in keys for row in connection.execute(_OF_KEY, {**run, "key": key}).mappings()]
+    rows += [row for key in keys for row in connection.execute(_OF_KEY, {**its, "key": key}).mappings()]
     return read_in_order(rows, **run)
 
 

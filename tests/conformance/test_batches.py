@@ -85,6 +85,23 @@ def test_items_are_read_by_range_in_order(bench: Bench, batches: BatchStore) -> 
     assert batches.read_items(GRAPH, "another", ["rate"], 0, 12, [once.key]) == []
 
 
+def test_items_are_those_of_the_job_that_is_asked_for(bench: Bench, batches: BatchStore) -> None:
+    """Nothing is read once the run has another job, or is gone."""
+    lease, once = bench.take(), output("stats", b"\x08\x63")
+    batches.save_many(lease, [*items("rate", range(3)), once])
+
+    def read(digest: bytes | None) -> list[str]:
+        found = batches.read_items(GRAPH, RUN, ["rate"], 0, 9, [once.key], job_digest=digest)
+        return [one.item for one in found]
+
+    assert read(b"d" * 32) == read(None) == ["", "0", "1", "2"]
+    assert read(b"e" * 32) == read(b"") == []
+    assert isinstance(bench, SQLBench)
+    bench.sql("DELETE FROM docket_runs")
+    assert read(b"d" * 32) == []
+    assert len(read(None)) == 4
+
+
 def test_many_are_saved_under_the_fence_only(bench: Bench, batches: BatchStore) -> None:
     """Whoever lost the run saves nothing."""
     lease = bench.take()

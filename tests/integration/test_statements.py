@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Annotated, Any
 
 import pytest
 from sqlalchemy import event
 
-from docket_celery import Graph, Named, Scope
+from docket_celery import Graph, Named, PayloadUnavailable, Scope
+from docket_celery.checkpoint import Lease
 from docket_celery.store import SQLStore
+from docket_celery.stored_items import PAGE, ItemPlace, StoredItems
+from tests.conformance.samples import GRAPH, RUN, ending, output, request
 from tests.infra.servers import connect
 from tests.unit.protos.shop_pb2 import Money, Order
 
@@ -121,6 +125,26 @@ def test_a_refresh_makes_four_statements_and_forgetting_one(store: SQLStore) -> 
     with counted(store) as statements:
         assert graph.forget(find_rate, order)
     assert len(statements) == 1, statements
+
+
+def test_a_page_of_a_batch_makes_one_statement(store: SQLStore) -> None:
+    """That it is of the same job is part of it; only where nothing is found the run is asked why."""
+    lease, total = store.acquire(request()), 2 * PAGE + 1
+    assert isinstance(lease, Lease)
+    kind = Money.DESCRIPTOR.full_name
+    rows = [output("rate", b"\x08\x07", item=str(n), item_index=n, output_type=kind) for n in range(total)]
+    store.save_many(lease, rows)
+    store.end(lease, ending())
+    place = ItemPlace(
+        graph=GRAPH, execution_id=RUN, names=("rate",), kind=Money, total=total, job_digest=b"d" * 32
+    )
+    with counted(store) as statements:
+        found = list(StoredItems(store, place).numbered())
+    assert found == [(number, Money(cents=7)) for number in range(total)]
+    assert len(statements) == 3, statements
+    with counted(store) as statements, pytest.raises(PayloadUnavailable, match="has another batch now"):
+        StoredItems(store, replace(place, job_digest=b"e" * 32)).page(0)
+    assert len(statements) == 2, statements
 
 
 def test_a_run_that_saves_nothing_does_not_even_connect(store: SQLStore, database_url: str) -> None:

@@ -6,14 +6,15 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 from sqlalchemy import text
 
-from docket_celery import Graph, SQLStore
+from docket_celery import Codec, Graph, SQLStore, batch_run
 from docket_celery.annotation import ValueKey
 from docket_celery.batch_plan import PAGE, PAGE_BYTES, BatchOrder, Layout, paged
 from docket_celery.batch_result import BatchPolicy
@@ -42,6 +43,7 @@ from examples.documents.documents_pb2 import Document, DocumentSummary
 from examples.documents.graph import document_graph
 from examples.movies.graph import movie_graph
 from examples.movies.movies_pb2 import BatchStats, EnrichedMovie, Movie
+from tests.codecs import CODEC
 
 RUN = "batch-1"
 SETTINGS = Settings.read({"docket_threads": 2})
@@ -396,6 +398,54 @@ def test_a_purged_result_is_no_empty_one(store: SQLStore) -> None:
         connection.execute(text("DELETE FROM docket_cache"))
     for read in (batch.load, lambda: batch.page(0)):
         with pytest.raises(PayloadUnavailable, match=r"rate of run 'batch-1'.*item 0 \(of 6 such\)"):
+            read()
+
+
+@pytest.mark.parametrize("codec", [None, CODEC])
+def test_a_stored_result_names_the_job_as_the_row_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: Codec | None
+) -> None:
+    """Made just now or read from the row of a run that had ended; the codec's key is in the digest or not."""
+    monkeypatch.setattr(batch_run, "INLINE_BYTES", 0)
+    with closing(SQLStore(f"sqlite:///{tmp_path / 'store.db'}", codec=codec)) as store:
+        store.migrate()
+        hands = Hands(graph_with("rate", "total", "place"), store, EnrichedMovie)
+        hands.open(ITEMS)
+        for lo in (0, 2, 4):
+            hands.work(1, lo)
+        made, again = hands.open().value, hands.open(ITEMS, task_id="t2").value
+        row = store.find_run("changing", RUN)
+        assert row is not None
+        assert (row.job_digest == hands.submission.job_digest) is (codec is None)
+        for batch in (made, again):
+            assert isinstance(batch, StoredBatch)
+            assert batch.items.place.job_digest == row.job_digest
+            assert [each.original for each in cast("list[EnrichedMovie]", batch.load())] == ITEMS
+
+
+def test_a_page_of_failed_items_is_not_read_from_another_run(store: SQLStore) -> None:
+    """There is no item that could be missing: who has the name of the run by now is asked all the same."""
+    hands = Hands(graph_with("rate", "total", "place"), store, EnrichedMovie)
+    hands.open(ITEMS)
+    failed = dict.fromkeys(range(6), StepFailed("rate", 1, False, ["builtins.ValueError"], "no"))
+    place = ItemPlace(
+        graph="changing",
+        execution_id=RUN,
+        names=("rate",),
+        kind=EnrichedMovie,
+        total=6,
+        failed=failed.keys(),
+        job_digest=hands.submission.job_digest,
+    )
+    batch = StoredBatch(items=StoredItems(store, place), collects=True, errors=failed)
+    assert batch.page(0) == [None] * 6
+    other = StoredBatch(
+        items=StoredItems(store, replace(place, job_digest=b"o" * 32)), collects=True, errors=failed
+    )
+    for read in (other.load, lambda: other.page(0)):
+        with pytest.raises(
+            PayloadUnavailable, match=r"rate of run 'batch-1'.*its name has another batch now"
+        ):
             read()
 
 
