@@ -8,9 +8,19 @@ from typing import Any
 import pytest
 import redis
 from celery import group
+from celery.result import AsyncResult
+from sqlalchemy import text
 
 from docket_celery.checkpoint import idempotency_key
-from docket_celery.errors import AbortError, BatchFailed, RunConflict, RunQuarantined, StepFailed
+from docket_celery.errors import (
+    AbortError,
+    BatchFailed,
+    PayloadUnavailable,
+    RunConflict,
+    RunQuarantined,
+    StepFailed,
+)
+from docket_celery.results import GraphResult
 from docket_celery.store import SQLStore
 from examples.documents.documents_pb2 import Document
 from examples.movies.graph import MOVIES, movie_graph
@@ -207,6 +217,64 @@ def test_a_big_result_stays_in_the_database(urls: Urls) -> None:
     assert [each.original for each in found] == items
     with redis.Redis.from_url(urls.results) as client:
         assert len(client.get(f"celery-task-meta-{result.id}") or b"") < 2000  # type: ignore[arg-type, unused-ignore]
+
+
+@pytest.fixture
+def store(urls: Urls) -> Generator[SQLStore]:
+    """The store, to purge it."""
+    opened = SQLStore(urls.database)
+    yield opened
+    opened.close()
+
+
+def purge(store: SQLStore, run: str) -> None:
+    """Purge an ended run of the movies' graph, as if its retention were over."""
+    with store.engine.begin() as connection:
+        due = text("UPDATE docket_runs SET expires_at = created_at WHERE execution_id = :run")
+        assert connection.execute(due, {"run": run}).rowcount == 1
+    while store.purge(10_000):
+        pass
+    assert store.find_run(movie_graph.name, run) is None
+
+
+def submitted(run: str, title: str) -> tuple[GraphResult[list[EnrichedMovie]], list[Movie]]:
+    """Run a batch whose result takes three pages in the database; return its promise and its items."""
+    items = [Movie(title=f"{title} {number} " + "x" * 100, rating=number) for number in range(2100)]
+    result = batches.enrich.apply_async((items,), execution_id=run)
+    assert [each.original for each in result.get(timeout=WAIT_S)] == items
+    return result, items
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_big_result_is_not_taken_from_another_batch(store: SQLStore, again: bool) -> None:
+    """One with as many items as the purged one had: not by a promise, a stream that has begun, or a later task."""
+    run = unique("purged")
+    first, items = submitted(run, "first")
+    reference: Any = AsyncResult(first.id, app=batches.app).get(timeout=WAIT_S)
+    assert batches.app.send_task("batches.sum_rated", (reference,)).get(timeout=WAIT_S).count == 2100
+    stream = first.stream(WAIT_S)
+    seen = [next(stream).original]
+    purge(store, run)
+    told = "the run is gone"
+    if again:
+        second, others = submitted(run, "second")
+        told = "its name has another batch now"
+        assert [each.original for each in second.stream(WAIT_S)] == others
+    old = batches.enrich.AsyncResult(first.id)
+    sent = batches.app.send_task("batches.sum_rated", (reference,))
+    for read in (
+        lambda: old.get(timeout=WAIT_S),
+        lambda: next(old.stream(WAIT_S)),
+        lambda: sent.get(timeout=WAIT_S),
+        lambda: seen.extend(each.original for each in stream),
+    ):
+        with pytest.raises(PayloadUnavailable, match=f"of run '{run}' of graph 'movies'.*{told}"):
+            read()
+    # The page that was read before is right.
+    assert seen == items[:1000]
+    if not again:
+        submitted(run, "first")
+        assert [each.original for each in old.get(timeout=WAIT_S)] == items
 
 
 def test_parts_keep_what_the_job_said(urls: Urls, journals: Journals) -> None:

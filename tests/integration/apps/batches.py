@@ -96,6 +96,12 @@ def sum_all(movies: list[Movie]) -> BatchStats:
     raise NotImplementedError
 
 
+@graph_task(app, acting, name="batches.sum_rated")
+def sum_rated(rated: list[EnrichedMovie]) -> BatchStats:
+    """No stage: the result of another batch is summed up."""
+    raise NotImplementedError
+
+
 @graph_task(app, acting, chunk_size=2)
 def place_all(movies: list[Movie]) -> list[Document]:
     """Two stages with an aggregate between."""
