@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: A warm shutdown lets steps finish; what takes longer than this is ended.
 STOPPED_WITHIN_S = 5.0
 READY_WITHIN_S = 60.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOT_OURS = (
     "DOCKET_DATABASE_URL",
     "DOCKET_CELERY_DATABASE_URL",
@@ -109,8 +110,7 @@ def run(main: Callable[[], bool]) -> int:
 
     Ctrl-C and SIGTERM leave in order.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    leave_on_signals()
     try:
         return 0 if main() else 1
     except SystemExit as interrupted:
@@ -118,11 +118,40 @@ def run(main: Callable[[], bool]) -> int:
         return int(interrupted.code or 0)
 
 
+class Interrupted(SystemExit):
+    """A signal came; its number and 128 are the status."""
+
+
+class WorkerEnded(RuntimeError):
+    """The worker is gone."""
+
+
+def leave_on_signals() -> None:
+    """Have Ctrl-C, SIGTERM and SIGHUP raise `Interrupted` in the main thread, once."""
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
+    sys.unraisablehook = _raise_again
+
+
 def _interrupt(number: int, _frame: object) -> None:
     """Leave in order, once: impatience must not cut the clean-up short."""
-    for again in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for again in SIGNALS:
         signal.signal(again, signal.SIG_IGN)
-    raise SystemExit(128 + number)
+    raise Interrupted(128 + number)
+
+
+def _raise_again(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python drops what is raised while a finalizer runs (Celery's results have one): raise it a moment later."""
+    error = unraisable.exc_value
+    if not isinstance(error, (Interrupted, WorkerEnded)):
+        sys.__unraisablehook__(unraisable)
+        return
+
+    def raise_now(_number: int, _frame: object) -> None:
+        raise error
+
+    signal.signal(signal.SIGALRM, raise_now)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def _await_answer(process: subprocess.Popen[bytes]) -> None:
@@ -142,7 +171,7 @@ def _needed(process: subprocess.Popen[bytes]) -> Generator[None]:
 
     def look(_number: int, _frame: object) -> None:
         if process.poll() is not None:
-            raise RuntimeError(f"the worker ended with status {process.returncode}")
+            raise WorkerEnded(f"the worker ended with status {process.returncode}")
 
     before = signal.signal(signal.SIGCHLD, look)
     try:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
-from types import FrameType
 
 from docket_celery import DocketError
 from docket_celery.devserver import dev_servers
 from examples.demo.claims import ClaimFailed
 from examples.demo.database import Database
 from examples.demo.worker import CONCURRENCY, migrate, running_worker
-from examples.local import leave_others_alone
+from examples.local import leave_on_signals, leave_others_alone
 
 
 def play() -> None:
@@ -46,8 +44,7 @@ def play() -> None:
 
 def main() -> int:
     """Play the demo and return the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    leave_on_signals()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a text stream outside of tests
     began = time.monotonic()
     try:
@@ -63,13 +60,6 @@ def main() -> int:
         return 1
     print(f"\nEvery line marked [ok] was checked. {time.monotonic() - began:.0f} s, nothing is left running.")
     return 0
-
-
-def _interrupt(number: int, _frame: FrameType | None) -> None:
-    """Leave in order, once: impatience must not cut the clean-up short."""
-    for again in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(again, signal.SIG_IGN)
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

@@ -168,6 +168,30 @@ def test_an_interrupted_example_leaves_nothing_behind() -> None:
     assert ended == (130, "\nInterrupted; everything is stopped.\n")
 
 
+def test_an_interruption_in_a_finalizer_is_not_lost() -> None:
+    """Python drops what is raised there, and Celery's results have one."""
+    script = """
+import os, signal, time
+from examples import local
+
+class Result:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)
+
+def main():
+    Result()
+    time.sleep(60)
+    return True
+
+raise SystemExit(local.run(main))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "\nInterrupted; everything is stopped.\n")
+
+
 def test_an_example_whose_worker_dies_says_so() -> None:
     """At once: nobody else would answer it."""
 
@@ -178,7 +202,7 @@ def test_an_example_whose_worker_dies_says_so() -> None:
 
     status, errors = end_example(kill_worker)
     assert status == 1
-    assert "RuntimeError: the worker ended with status -9" in errors
+    assert "WorkerEnded: the worker ended with status -9" in errors
 
 
 def test_the_struct_step_is_tested_without_the_service() -> None:
