@@ -256,8 +256,8 @@ class BatchStore(Store, Protocol):
         """Leave the run WAITING at *stage*, with *chunks* to be worked on beside those that it has there.
 
         Repeating it with the same lease does nothing more. Where the stage is open already, what it was opened with
-        stays. The stage keeps the run's lease for the task that opened it, for `QUEUE_PATIENCE` leases and some from
-        the last sign of life: `Store.acquire` refuses other tasks the run meanwhile.
+        stays. With a *message* the stage keeps the run for the task that opened it: while a chunk is at work, and for
+        `STAGE_PATIENCE` leases from the last sign of life, or `BODY_PATIENCE` where nothing more will be worked on.
 
         Args:
             lease: The run's.
