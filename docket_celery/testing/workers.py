@@ -15,7 +15,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from docket_celery.devserver.processes import signal_on_parent_death
 from docket_celery.errors import InvalidArguments
@@ -229,20 +229,33 @@ def pointed_at(app: Celery, servers: Servers) -> Generator[None]:
                 os.environ[name] = value
 
 
+def _let_go(app: Any, pool: Any) -> None:
+    """Have *app* ask for a pool anew if it has that one."""
+    amqp: Any = app.__dict__.get("amqp")
+    if app._pool is pool:
+        app._pool = None
+    if amqp is not None and amqp._producer_pool is pool:
+        amqp._producer_pool = None
+
+
 def forget_connections(app: Any) -> None:
     """Close what the app has open, and have it open anew by the configuration in force."""
+    from celery import _state
     from kombu import pools
 
     amqp: Any = app.__dict__.get("amqp")
     opened: list[Any] = [app._pool, None if amqp is None else amqp._producer_pool]
     groups: list[Any] = [pools.connections, pools.producers]
+    # kombu keeps pools by address for all apps; a closed one would be handed out again, and others may hold it.
+    others: list[Any] = list(cast("Any", _state)._get_active_apps())
     for pool in opened:
         if pool is not None:
             pool.force_close_all()
-            # kombu keeps pools by address for all apps; a closed one would be handed out again.
             for group in groups:
                 for key in [key for key, value in group.items() if value is pool]:
                     group.pop(key)  # which, unlike del, takes what keys() gives here
+            for other in others:
+                _let_go(other, pool)
     backend: Any = app._backend
     if backend is not None:
         client: Any = backend.__dict__.get("client")

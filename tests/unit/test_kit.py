@@ -29,6 +29,7 @@ from docket_celery import (
 from docket_celery.checkpoint import idempotency_key
 from docket_celery.events import EventKind
 from docket_celery.testing import FakeClock, eager, inline, record_events, run_step, step_context
+from docket_celery.testing.workers import forget_connections
 from tests.unit.graphs import reached
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Shipment
 
@@ -402,3 +403,16 @@ def test_the_apps_settings_are_back_after_the_block(namespace: str | None) -> No
     with eager(other), pytest.raises(ZeroDivisionError):
         _ = 1 / 0
     assert (other.conf.task_always_eager, other.conf.task_eager_propagates) == (False, True)
+
+
+def test_an_app_that_forgets_its_connections_leaves_those_of_others() -> None:
+    """There is one pool of an address for all apps of a process."""
+    first, other = (Celery(name, broker="memory://", set_as_current=False) for name in ("first", "other"))
+    for each in (first, other):
+        with each.producer_pool.acquire(block=True) as producer:
+            assert producer.connection
+    assert first.producer_pool is other.producer_pool
+    forget_connections(first)
+    with other.producer_pool.acquire(block=True) as producer:
+        assert producer.connection
+    forget_connections(other)

@@ -19,7 +19,7 @@ from docket_celery import graph_task
 from examples.documents.documents_pb2 import Document
 from examples.movies.movies_pb2 import Movie
 from tests.integration.apps.batches import acting
-from tests.integration.apps.journal import note
+from tests.integration.apps.journal import RESULTS, note
 
 app = Celery("tests.integration.apps.joins")
 app.conf.broker_connection_retry_on_startup = True
@@ -57,6 +57,8 @@ def _publish(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 @signals.worker_init.connect(weak=False)
 def _arm(**_: Any) -> None:
-    """In the worker alone: the test's own process imports this module too."""
+    """In the worker alone: the test's own process imports this module too, and may run a worker in a thread."""
+    if RESULTS not in os.environ:
+        return
     RedisBackend.on_chord_part_return = _count  # type: ignore[method-assign, unused-ignore]
     Signature.delay = _publish  # type: ignore[method-assign, unused-ignore]

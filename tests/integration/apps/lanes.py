@@ -71,5 +71,7 @@ def _replace_or_die(self: Any, sig: Any) -> Any:
 
 @signals.worker_init.connect(weak=False)
 def _arm(**_: Any) -> None:
-    """In the worker alone: the test's own process imports this module too."""
+    """In the worker alone: the test's own process imports this module too, and may run a worker in a thread."""
+    if RESULTS not in os.environ:
+        return
     Task.replace = _replace_or_die  # type: ignore[method-assign, unused-ignore]
