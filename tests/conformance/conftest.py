@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from docket_celery.chunks import BatchStore
 from docket_celery.store import MemoryStore, SQLStore
 from tests.codecs import CODEC
 from tests.conformance.samples import Bench, SQLBench
@@ -70,3 +71,11 @@ def sql_bench(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[SQLBe
         store.migrate()
         yield SQLBench(store)
         store.close()
+
+
+@pytest.fixture
+def batches(bench: Bench) -> BatchStore:
+    """A store that several workers can share."""
+    if not isinstance(bench.store, BatchStore):
+        pytest.skip("memory serves one process")
+    return bench.store

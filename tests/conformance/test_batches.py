@@ -25,14 +25,6 @@ pytestmark = pytest.mark.leaves_lease
 ERROR = {"code": "DC200", "args": ["sold out", None]}
 
 
-@pytest.fixture
-def batches(bench: Bench) -> BatchStore:
-    """A store that several workers can share."""
-    if not isinstance(bench.store, BatchStore):
-        pytest.skip("memory serves one process")
-    return bench.store
-
-
 def items(step: str, indexes: Sequence[int]) -> list[Checkpoint]:
     """Return an output of *step* for each index."""
     return [output(step, bytes([8, index]), item=str(index), item_index=index) for index in indexes]

@@ -20,14 +20,6 @@ TASKS = ["shop.rate_all"]
 
 
 @pytest.fixture
-def batches(bench: Bench) -> BatchStore:
-    """A store that several workers can share."""
-    if not isinstance(bench.store, BatchStore):
-        pytest.skip("memory serves one process")
-    return bench.store
-
-
-@pytest.fixture
 def rival(database_url: str) -> Generator[Connection]:
     """A connection of somebody else's, who does not commit before the test says so."""
     engine = create_engine(database_url)

@@ -20,14 +20,6 @@ TASK = "shop.rate_all"
 DONE = ChunkEnd(state=RunState.SUCCEEDED)
 
 
-@pytest.fixture
-def batches(bench: Bench) -> BatchStore:
-    """A store that several workers can share."""
-    if not isinstance(bench.store, BatchStore):
-        pytest.skip("memory serves one process")
-    return bench.store
-
-
 def opened(
     bench: Bench, batches: BatchStore, lanes: Lanes | None = None, *, stage: int = 1, **changes: Any
 ) -> Lanes | None:

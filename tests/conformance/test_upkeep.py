@@ -21,14 +21,6 @@ MESSAGE = b'{"headers": {"docket_context": {"user": "ann"}}}'
 TASKS = ["shop.rate_all"]
 
 
-@pytest.fixture
-def batches(bench: Bench) -> BatchStore:
-    """A store that several workers can share."""
-    if not isinstance(bench.store, BatchStore):
-        pytest.skip("memory serves one process")
-    return bench.store
-
-
 def item(index: int, data: bytes = b"\x08\x01") -> Checkpoint:
     """Return an item of the sample run's batch."""
     return output(

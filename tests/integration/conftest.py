@@ -32,6 +32,8 @@ from tests.infra.process_docker import ProcessDockerClient, process_client, uses
 from tests.infra.processes import ROOT
 from tests.infra.rabbitmq import RabbitMQ
 from tests.infra.workers import WorkerSpec
+from tests.integration.apps.journal import Journals
+from tests.integration.apps.serving import Urls, own_urls
 
 # The versions of compose.yaml.
 REDIS_IMAGE = "redis:8.2.1-bookworm"
@@ -190,3 +192,15 @@ def node_database(request: pytest.FixtureRequest) -> NodeDatabase:
     config = request.getfixturevalue("celery_postgres").config()
     servers.migrate(config["host_url"])
     return NodeDatabase(url=config["url"], host_url=config["host_url"])
+
+
+@pytest.fixture(scope="module")
+def urls(_celery_connections: None, server_urls: servers.ServerUrls, session_database_url: str) -> Urls:
+    """This module's servers."""
+    return own_urls(server_urls, session_database_url)
+
+
+@pytest.fixture
+def journals(urls: Urls) -> Journals:
+    """What steps noted."""
+    return Journals(urls.results)

@@ -7,22 +7,15 @@ from collections.abc import Generator
 import pytest
 
 from examples.movies.movies_pb2 import Movie
-from tests.infra import servers
 from tests.infra.workers import WorkerProcess
 from tests.integration.apps import joins
 from tests.integration.apps.journal import Journals
-from tests.integration.apps.serving import Urls, own_urls, serving, unique
+from tests.integration.apps.serving import Urls, serving, unique
 
 pytestmark = pytest.mark.integration
 WAIT_S = 20
 # Longer than any test: neither an expired lease nor the sweep brings a batch on.
 ENV = {"DOCKET_CELERY_LEASE_SECONDS": "120"}
-
-
-@pytest.fixture(scope="module")
-def urls(_celery_connections: None, server_urls: servers.ServerUrls, session_database_url: str) -> Urls:
-    """This module's servers."""
-    return own_urls(server_urls, session_database_url)
 
 
 @pytest.fixture(scope="module", autouse=True)

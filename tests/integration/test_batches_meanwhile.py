@@ -23,19 +23,14 @@ from tests.infra.processes import wait_until
 from tests.infra.workers import WorkerProcess
 from tests.integration.apps import paced
 from tests.integration.apps.journal import Journals
-from tests.integration.apps.serving import Urls, drop_queue, own_urls, queue_length, serving, unique
+from tests.integration.apps.paced import let_go, movies
+from tests.integration.apps.serving import Urls, drop_queue, query, queue_length, serving, unique
 
 pytestmark = pytest.mark.integration
 WAIT_S = 30
 # Short, so that what hangs on heartbeats and sweeps takes seconds.
 ENV = {"DOCKET_CELERY_LEASE_SECONDS": "2", "DOCKET_CELERY_THREADS": "4"}
 OPEN = {"open": True}
-
-
-@pytest.fixture(scope="module")
-def urls(_celery_connections: None, server_urls: servers.ServerUrls, session_database_url: str) -> Urls:
-    """This module's servers."""
-    return own_urls(server_urls, session_database_url)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,34 +41,11 @@ def worker(urls: Urls, tmp_path_factory: pytest.TempPathFactory) -> Generator[Wo
 
 
 @pytest.fixture
-def journals(urls: Urls) -> Journals:
-    """What steps noted."""
-    return Journals(urls.results)
-
-
-@pytest.fixture
 def short_lease() -> Generator[float]:
     """Submit from this process under a lease of a second, and return that."""
     paced.app.conf.docket_lease_seconds = 1
     yield 1.0
     paced.app.conf.docket_lease_seconds = None
-
-
-def movies(journal: str, count: int) -> list[Movie]:
-    """Return that many movies, rated by their number."""
-    return [Movie(title=journal, rating=number) for number in range(count)]
-
-
-def let_go(urls: Urls, journal: str, count: int) -> None:
-    """Let as many items pass."""
-    with redis.Redis.from_url(urls.results) as client:
-        client.rpush(f"journal:{journal}/go", *["go"] * count)
-
-
-def query(urls: Urls, statement: str, *values: object) -> list[tuple[Any, ...]]:
-    """Look into the database behind the store's back."""
-    with servers.connect(urls.database) as connection:
-        return connection.execute(statement, values).fetchall()  # type: ignore[arg-type, unused-ignore]
 
 
 def lease_is_over(urls: Urls, run: str) -> bool:

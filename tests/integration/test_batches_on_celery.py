@@ -25,11 +25,10 @@ from docket_celery.store import SQLStore
 from examples.documents.documents_pb2 import Document
 from examples.movies.graph import MOVIES, movie_graph
 from examples.movies.movies_pb2 import EnrichedMovie, Movie
-from tests.infra import servers
 from tests.infra.workers import WorkerProcess
 from tests.integration.apps import batches
 from tests.integration.apps.journal import Journals
-from tests.integration.apps.serving import Urls, own_urls, serving, unique
+from tests.integration.apps.serving import Urls, serving, unique
 
 pytestmark = pytest.mark.integration
 WAIT_S = 20
@@ -37,23 +36,11 @@ WAIT_S = 20
 ENV = {"DOCKET_CELERY_LEASE_SECONDS": "120", "DOCKET_CELERY_MAX_DELIVERIES": "3"}
 
 
-@pytest.fixture(scope="module")
-def urls(_celery_connections: None, server_urls: servers.ServerUrls, session_database_url: str) -> Urls:
-    """This module's servers."""
-    return own_urls(server_urls, session_database_url)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def worker(urls: Urls, tmp_path_factory: pytest.TempPathFactory) -> Generator[WorkerProcess]:
     """A prefork worker with two children."""
     with serving(batches.app, urls, tmp_path_factory.mktemp("worker"), concurrency=2, env=ENV) as started:
         yield started
-
-
-@pytest.fixture
-def journals(urls: Urls) -> Journals:
-    """What steps noted."""
-    return Journals(urls.results)
 
 
 def movies(journal: str, *deeds: str) -> list[Movie]:

@@ -7,10 +7,8 @@ import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
-import psycopg
 import pytest
 import redis
-from sqlalchemy import make_url
 
 from docket_celery.chords import revive
 from docket_celery.chunks import UNFINISHED, LostRun, Progress
@@ -27,24 +25,18 @@ from docket_celery.errors import (
 from docket_celery.progress import tell_progress
 from docket_celery.store import SQLStore
 from examples.movies.movies_pb2 import BatchStats, EnrichedMovie, Movie
-from tests.infra import servers
 from tests.infra.processes import wait_until
 from tests.infra.workers import WorkerProcess
 from tests.integration.apps import paced
 from tests.integration.apps.journal import Journals
-from tests.integration.apps.serving import Urls, connected, drop_queue, own_urls, serving, unique
+from tests.integration.apps.paced import let_go, movies
+from tests.integration.apps.serving import Urls, connected, drop_queue, query, serving, unique
 
 pytestmark = pytest.mark.integration
 WAIT_S = 30
 # Short, so that what hangs on heartbeats and sweeps takes seconds.
 ENV = {"DOCKET_CELERY_LEASE_SECONDS": "2", "DOCKET_CELERY_THREADS": "4"}
 OPEN = {"open": True}
-
-
-@pytest.fixture(scope="module")
-def urls(_celery_connections: None, server_urls: servers.ServerUrls, session_database_url: str) -> Urls:
-    """This module's servers."""
-    return own_urls(server_urls, session_database_url)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,35 +47,11 @@ def worker(urls: Urls, tmp_path_factory: pytest.TempPathFactory) -> Generator[Wo
 
 
 @pytest.fixture
-def journals(urls: Urls) -> Journals:
-    """What steps noted."""
-    return Journals(urls.results)
-
-
-@pytest.fixture
 def store(urls: Urls) -> Generator[SQLStore]:
     """The store, to look into it."""
     opened = SQLStore(urls.database)
     yield opened
     opened.close()
-
-
-def movies(journal: str, count: int) -> list[Movie]:
-    """Return that many movies, rated by their number."""
-    return [Movie(title=journal, rating=number) for number in range(count)]
-
-
-def let_go(urls: Urls, journal: str, count: int) -> None:
-    """Let as many items pass."""
-    with redis.Redis.from_url(urls.results) as client:
-        client.rpush(f"journal:{journal}/go", *["go"] * count)
-
-
-def query(urls: Urls, statement: str, *values: object) -> list[tuple[Any, ...]]:
-    """Look into the database behind the store's back."""
-    plain = make_url(urls.database).set(drivername="postgresql").render_as_string(hide_password=False)
-    with psycopg.connect(plain, autocommit=True) as connection:
-        return connection.execute(statement, values).fetchall()
 
 
 def state_of(urls: Urls, run: str) -> str | None:

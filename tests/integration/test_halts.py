@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any
 
 import pytest
 import redis
@@ -13,12 +12,11 @@ from docket_celery.chunks import LostRun
 from docket_celery.errors import AbortError
 from docket_celery.store import SQLStore
 from examples.movies.movies_pb2 import Movie
-from tests.infra import servers
 from tests.infra.processes import wait_until
 from tests.infra.workers import WorkerProcess
 from tests.integration.apps import halting
 from tests.integration.apps.journal import Journals
-from tests.integration.apps.serving import Urls, own_urls, serving, unique
+from tests.integration.apps.serving import Urls, query, serving, unique
 
 pytestmark = pytest.mark.integration
 WAIT_S = 30
@@ -26,23 +24,11 @@ WAIT_S = 30
 ENV = {"DOCKET_CELERY_LEASE_SECONDS": "2", "DOCKET_CELERY_THREADS": "4"}
 
 
-@pytest.fixture(scope="module")
-def urls(_celery_connections: None, server_urls: servers.ServerUrls, session_database_url: str) -> Urls:
-    """This module's servers."""
-    return own_urls(server_urls, session_database_url)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def worker(urls: Urls, tmp_path_factory: pytest.TempPathFactory) -> Generator[WorkerProcess]:
     """A prefork worker with two children."""
     with serving(halting.app, urls, tmp_path_factory.mktemp("worker"), concurrency=2, env=ENV) as started:
         yield started
-
-
-@pytest.fixture
-def journals(urls: Urls) -> Journals:
-    """What steps noted."""
-    return Journals(urls.results)
 
 
 def movies(journal: str, count: int) -> list[Movie]:
@@ -54,12 +40,6 @@ def tell(urls: Urls, journal: str) -> None:
     """Write a line that steps wait for."""
     with redis.Redis.from_url(urls.results) as client:
         client.rpush(f"journal:{journal}", "now")
-
-
-def query(urls: Urls, statement: str, run: str) -> list[tuple[Any, ...]]:
-    """Look into the database behind the store's back."""
-    with servers.connect(urls.database) as connection:
-        return connection.execute(statement, [run]).fetchall()  # type: ignore[arg-type, unused-ignore]
 
 
 def test_an_abort_reaches_chunks_of_other_processes(journals: Journals, urls: Urls) -> None:

@@ -7,12 +7,11 @@ from collections.abc import Generator
 import pytest
 
 from examples.movies.movies_pb2 import Movie
-from tests.infra import servers
 from tests.infra.servers import connect
 from tests.infra.workers import WorkerProcess
 from tests.integration.apps import lanes
 from tests.integration.apps.journal import Journals
-from tests.integration.apps.serving import Urls, own_urls, serving, unique
+from tests.integration.apps.serving import Urls, serving, unique
 
 pytestmark = pytest.mark.integration
 WAIT_S = 20
@@ -21,23 +20,11 @@ ENV = {"DOCKET_CELERY_LEASE_SECONDS": "120"}
 ITEMS = 6
 
 
-@pytest.fixture(scope="module")
-def urls(_celery_connections: None, server_urls: servers.ServerUrls, session_database_url: str) -> Urls:
-    """This module's servers."""
-    return own_urls(server_urls, session_database_url)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def worker(urls: Urls, tmp_path_factory: pytest.TempPathFactory) -> Generator[WorkerProcess]:
     """A prefork worker with one child more than there are lanes."""
     with serving(lanes.app, urls, tmp_path_factory.mktemp("worker"), concurrency=3, env=ENV) as started:
         yield started
-
-
-@pytest.fixture
-def journals(urls: Urls) -> Journals:
-    """What steps noted."""
-    return Journals(urls.results)
 
 
 @pytest.mark.parametrize("when", ["unsent", "sent"])

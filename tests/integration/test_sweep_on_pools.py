@@ -9,12 +9,11 @@ import pytest
 import redis
 
 from examples.movies.movies_pb2 import Movie
-from tests.infra import servers
 from tests.infra.processes import wait_until
 from tests.infra.workers import WorkerProcess
 from tests.integration.apps import paced
 from tests.integration.apps.journal import Journals
-from tests.integration.apps.serving import Urls, own_urls, serving, unique
+from tests.integration.apps.serving import Urls, serving, unique
 
 pytestmark = pytest.mark.integration
 WAIT_S = 30
@@ -54,12 +53,6 @@ def pool(request: pytest.FixtureRequest) -> Pool:
     return found
 
 
-@pytest.fixture(scope="module")
-def urls(_celery_connections: None, server_urls: servers.ServerUrls, session_database_url: str) -> Urls:
-    """This module's servers."""
-    return own_urls(server_urls, session_database_url)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def worker(pool: Pool, urls: Urls, tmp_path_factory: pytest.TempPathFactory) -> Generator[WorkerProcess]:
     """A worker with that pool."""
@@ -68,12 +61,6 @@ def worker(pool: Pool, urls: Urls, tmp_path_factory: pytest.TempPathFactory) -> 
         paced.app, urls, directory, pool=pool.name, concurrency=pool.concurrency, env=ENV, args=pool.args
     ) as started:
         yield started
-
-
-@pytest.fixture
-def journals(urls: Urls) -> Journals:
-    """What steps noted."""
-    return Journals(urls.results)
 
 
 def test_a_batch_whose_join_is_lost_ends(journals: Journals, urls: Urls, worker: WorkerProcess) -> None:

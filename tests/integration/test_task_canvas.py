@@ -10,7 +10,6 @@ from celery import chain, chord, group
 from celery.exceptions import ChordError
 
 from docket_celery import InvalidArguments, StepFailed
-from tests.infra import servers
 from tests.infra.workers import WorkerProcess
 from tests.integration.apps.canvas import (
     CardRefusedError,
@@ -24,19 +23,13 @@ from tests.integration.apps.canvas import (
     total,
 )
 from tests.integration.apps.journal import Journals
-from tests.integration.apps.serving import Urls, own_urls, serving, unique
+from tests.integration.apps.serving import Urls, serving, unique
 from tests.unit.protos.shop_pb2 import Charge, Order, Shipment
 
 pytestmark = pytest.mark.integration
 WAIT_S = 15
 ORDER = Order(order_id="17", amount_cents=1000)
 FREE = Order(order_id="18")
-
-
-@pytest.fixture(scope="module")
-def urls(_celery_connections: None, server_urls: servers.ServerUrls, session_database_url: str) -> Urls:
-    """This module's servers."""
-    return own_urls(server_urls, session_database_url)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,22 +8,15 @@ from typing import Any
 import pytest
 
 from docket_celery import GraphResult, GraphTask, InvalidArguments
-from tests.infra import servers
 from tests.infra.workers import WorkerProcess
 from tests.integration.apps.declared import NAMES, app, labelled, named, task_of
-from tests.integration.apps.serving import Urls, drop_queue, own_urls, queue_length, serving, unique
+from tests.integration.apps.serving import Urls, drop_queue, queue_length, serving, unique
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Shipment
 
 pytestmark = pytest.mark.integration
 WAIT_S = 15
 ORDER = Order(order_id="17", amount_cents=1000)
 UNSERVED = "unserved"
-
-
-@pytest.fixture(scope="module")
-def urls(_celery_connections: None, server_urls: servers.ServerUrls, session_database_url: str) -> Urls:
-    """This module's servers."""
-    return own_urls(server_urls, session_database_url)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,18 +18,12 @@ from tests.infra.workers import WorkerProcess
 from tests.integration.apps import options
 from tests.integration.apps.journal import Journals
 from tests.integration.apps.options import BusyError, app
-from tests.integration.apps.serving import Urls, own_urls, queue_length, serving, unique
+from tests.integration.apps.serving import Urls, queue_length, serving, unique
 from tests.unit.protos.shop_pb2 import Label, Order, Shipment
 
 pytestmark = pytest.mark.integration
 WAIT_S = 20
 JOB = (Order(order_id="17"),)
-
-
-@pytest.fixture(scope="module")
-def urls(_celery_connections: None, server_urls: servers.ServerUrls, session_database_url: str) -> Urls:
-    """This module's servers."""
-    return own_urls(server_urls, session_database_url)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,12 +12,11 @@ import pytest
 import redis
 from billiard.exceptions import WorkerLostError
 
-from tests.infra import servers
 from tests.infra.processes import ROOT, wait_until
 from tests.infra.workers import WorkerProcess
 from tests.integration.apps import plain
 from tests.integration.apps.journal import Journals
-from tests.integration.apps.serving import Urls, own_urls, queue_length, serving, unique
+from tests.integration.apps.serving import Urls, queue_length, serving, unique
 
 pytestmark = pytest.mark.integration
 WAIT_S = 20
@@ -30,12 +29,6 @@ CHANGED = {
         "{'visibility_timeout': 14400, 'unacked_restore_interval': 10, 'unacked_restore_throttle': 1}"
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def urls(_celery_connections: None, server_urls: servers.ServerUrls, session_database_url: str) -> Urls:
-    """This module's servers."""
-    return own_urls(server_urls, session_database_url)
 
 
 @pytest.fixture(scope="module", params=["bare", "configured"])

@@ -16,10 +16,9 @@ import pytest
 
 from docket_celery import DecodeFailed, DocketError, InvalidArguments, PayloadTooLarge, UnknownMessageType
 from docket_celery.wire import Undecodable
-from tests.infra import servers
 from tests.infra.processes import ROOT
 from tests.infra.workers import WorkerProcess
-from tests.integration.apps.serving import Urls, own_urls, queue_length, serving
+from tests.integration.apps.serving import Urls, queue_length, serving
 from tests.integration.apps.wired import LIMIT_BYTES, app, make_label, measure_label, ship_order
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Nest, Order, Shipment
 
@@ -27,12 +26,6 @@ pytestmark = pytest.mark.integration
 WAIT_S = 15
 MIB = 1024 * 1024
 ORDER = "docket.tests.unit.Order"
-
-
-@pytest.fixture(scope="module")
-def urls(_celery_connections: None, server_urls: servers.ServerUrls, session_database_url: str) -> Urls:
-    """This module's servers."""
-    return own_urls(server_urls, session_database_url)
 
 
 @pytest.fixture(scope="module", params=["prefork", "threads"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import redis
 from celery import Celery
@@ -15,6 +16,9 @@ from celery import Celery
 from docket_celery import BatchResult, Graph, Scope, StepContext, graph_task
 from examples.movies.movies_pb2 import BatchStats, EnrichedMovie, Movie
 from tests.integration.apps.journal import RESULTS, note
+
+if TYPE_CHECKING:
+    from tests.integration.apps.serving import Urls
 
 app = Celery("tests.integration.apps.paced")
 app.conf.broker_connection_retry_on_startup = True
@@ -80,3 +84,14 @@ def look_slowly(movies: list[Movie]) -> list[EnrichedMovie]:
 def add_one(stats: BatchStats) -> int:
     """A plain task behind a batch."""
     return stats.count + 1
+
+
+def movies(journal: str, count: int) -> list[Movie]:
+    """Return that many movies, rated by their number."""
+    return [Movie(title=journal, rating=number) for number in range(count)]
+
+
+def let_go(urls: Urls, journal: str, count: int) -> None:
+    """Let as many items pass."""
+    with redis.Redis.from_url(urls.results) as client:
+        client.rpush(f"journal:{journal}/go", *["go"] * count)

@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import redis
@@ -109,3 +110,9 @@ def drop_queue(url: str, queue: str) -> None:
     """Forget the messages that wait in a Redis *queue*."""
     with redis.Redis.from_url(url) as client:
         client.delete(queue)
+
+
+def query(urls: Urls, statement: str, *values: object) -> list[tuple[Any, ...]]:
+    """Look into the database behind the store's back."""
+    with servers.connect(urls.database) as connection:
+        return connection.execute(statement, values).fetchall()  # type: ignore[arg-type, unused-ignore]
