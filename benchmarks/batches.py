@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ import redis
 from celery import Celery, chord
 
 from docket_celery import Graph, graph_task
+from docket_celery.devserver.processes import signal_on_parent_death
 from docket_celery.store import SQLStore
 from examples.movies.movies_pb2 import EnrichedMovie, Movie
 
@@ -125,7 +127,12 @@ def measure_alone(run: Callable[[int], int], items: int) -> Measured:
         client.flushall()
     with tempfile.TemporaryFile() as log:
         command = [sys.executable, "-m", "celery", "-A", "benchmarks.batches", "worker", "-c", "2"]
-        with subprocess.Popen(command, stdout=log, stderr=log) as started:
+        with subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            preexec_fn=signal_on_parent_death(signal.SIGTERM),  # noqa: PLW1509 -- no thread runs yet
+        ) as started:
             try:
                 run(2)
                 return measure(run, items, psutil.Process(started.pid))

@@ -110,7 +110,9 @@ def run(main: Callable[[], bool]) -> int:
 
     Ctrl-C and SIGTERM leave in order.
     """
-    leave_on_signals()
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
+    sys.unraisablehook = _raise_again
     try:
         return 0 if main() else 1
     except SystemExit as interrupted:
@@ -124,13 +126,6 @@ class Interrupted(SystemExit):
 
 class WorkerEnded(RuntimeError):
     """The worker is gone."""
-
-
-def leave_on_signals() -> None:
-    """Have Ctrl-C, SIGTERM and SIGHUP raise `Interrupted` in the main thread, once."""
-    for number in SIGNALS:
-        signal.signal(number, _interrupt)
-    sys.unraisablehook = _raise_again
 
 
 def _interrupt(number: int, _frame: object) -> None:

@@ -13,7 +13,7 @@ from docket_celery.devserver import dev_servers
 from examples.demo.claims import ClaimFailed
 from examples.demo.database import Database
 from examples.demo.worker import CONCURRENCY, migrate, running_worker
-from examples.local import leave_on_signals, leave_others_alone
+from examples.local import leave_others_alone, run
 
 
 def play() -> None:
@@ -44,22 +44,23 @@ def play() -> None:
 
 def main() -> int:
     """Play the demo and return the exit status."""
-    leave_on_signals()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a text stream outside of tests
+    return run(_holds)
+
+
+def _holds() -> bool:
+    """Play the demo, and tell whether all of it held."""
     began = time.monotonic()
     try:
         play()
-    except SystemExit as interrupted:
-        print("\nInterrupted; everything is stopped.", file=sys.stderr)
-        return int(interrupted.code or 0)
     except ClaimFailed as failure:
         print(f"\nThis did not hold: {failure}", file=sys.stderr)
-        return 1
+        return False
     except DocketError as error:
         print(f"\n{error}", file=sys.stderr)
-        return 1
+        return False
     print(f"\nEvery line marked [ok] was checked. {time.monotonic() - began:.0f} s, nothing is left running.")
-    return 0
+    return True
 
 
 if __name__ == "__main__":

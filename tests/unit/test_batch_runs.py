@@ -19,7 +19,7 @@ from docket_celery.annotation import ValueKey
 from docket_celery.batch_plan import PAGE, PAGE_BYTES, BatchOrder, Layout, paged
 from docket_celery.batch_result import BatchPolicy
 from docket_celery.batch_run import BatchRun
-from docket_celery.checkpoint import Checkpoint
+from docket_celery.checkpoint import Checkpoint, RunRow, RunState
 from docket_celery.chunk_run import ChunkRun
 from docket_celery.chunks import Progress
 from docket_celery.configuration import Settings
@@ -35,7 +35,7 @@ from docket_celery.errors import (
 )
 from docket_celery.events import Event, EventKind
 from docket_celery.items import Items
-from docket_celery.outcome import RunOutcome, Submission, digest_job
+from docket_celery.outcome import RunOutcome, Submission, digest_job, find_busy_s
 from docket_celery.runtime import close_runtimes
 from docket_celery.stored_items import ItemPlace, StoredBatch, StoredItems
 from docket_celery.waiting import run_here
@@ -479,3 +479,25 @@ def test_a_limit_counts_the_parts_of_an_item(store: SQLStore) -> None:
     run_here(ChunkRun(hands.plan, submission, settings, store, hands.order, 1, 0, 3))
     assert [each.rating_percentile for each in hands.open().value] == [8] * 6
     assert most[0] <= 3
+
+
+def test_whoever_is_refused_an_open_stage_asks_less_and_less_often() -> None:
+    """What keeps it tells nothing of its end, as a lease does of a run that somebody holds."""
+    row = RunRow(
+        graph="g",
+        execution_id="e",
+        target="t",
+        job_digest=b"d" * 32,
+        state=RunState.WAITING,
+        epoch=1,
+        lost=0,
+        failures=0,
+        retries=0,
+        task_name="t",
+        task_id="t1",
+        lease_left_s=360.0,
+    )
+    assert [find_busy_s(row, waited) for waited in (0, 1, 2, 3, 4, 5, 1000)] == [1, 2, 4, 8, 16, 16, 16]
+    held = replace(row, state=RunState.RUNNING, lease_left_s=7.0)
+    assert [find_busy_s(held, waited) for waited in (0, 5)] == [7.0, 7.0]
+    assert find_busy_s(replace(held, lease_left_s=-3.0), 0) == 0.0
