@@ -96,8 +96,9 @@ proto: $(READY) ## Generate *_pb2.py and *_pb2.pyi beside each .proto
 	@$(BIN)/python tools/proto.py
 
 .PHONY: docs
-docs: $(READY) ## Write the generated parts of docs/errors.md
+docs: $(READY) ## Write the generated parts of docs/errors.md and docs/contributing/map.md
 	@$(BIN)/python -m tests.error_page
+	@$(BIN)/python -m tools.draw_map
 
 .PHONY: proto-check
 proto-check: $(READY) ## Check that the committed generated code is what the .proto files give

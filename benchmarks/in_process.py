@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from benchmarks.measure import Figure, compare
 from docket_celery import Graph, Named
-from docket_celery.configuration import default_threads
+from docket_celery.engine.process.settings import default_threads
 from examples.parallel.parallel_pb2 import EnrichedUser, UserActivity, UserID, UserPreferences, UserProfile
 
 CHAIN: tuple[type[Message], ...] = (

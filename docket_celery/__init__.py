@@ -9,16 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from docket_celery.defaults import process_defaults
+from docket_celery.engine.process.state import process_defaults
 
 if TYPE_CHECKING:
-    from docket_celery.annotation import Named
-    from docket_celery.appdefaults import configure
-    from docket_celery.batch_result import BatchResult
-    from docket_celery.checkpoint import RunState, Store
-    from docket_celery.codec import Codec
-    from docket_celery.context import StepContext, current_context
-    from docket_celery.decorators import graph_task, shared_graph_task
+    from docket_celery.engine.handles import RunHandle, StartedRun
     from docket_celery.errors import (
         AbortError,
         BatchFailed,
@@ -53,14 +47,20 @@ if TYPE_CHECKING:
         WrongResult,
     )
     from docket_celery.graph import Graph
-    from docket_celery.handle import RunHandle
-    from docket_celery.lifecycle import settings
-    from docket_celery.plan import Plan
-    from docket_celery.policy import ExponentialBackoff, FixedBackoff, RetryPolicy, Scope, StepOptions
-    from docket_celery.results import GraphResult, StoredResult
+    from docket_celery.plan.annotation import Named
+    from docket_celery.plan.batch import BatchResult
+    from docket_celery.plan.context import StepContext, current_context
+    from docket_celery.plan.options import ExponentialBackoff, FixedBackoff, RetryPolicy, Scope, StepOptions
+    from docket_celery.plan.plan import Plan
     from docket_celery.store import MemoryStore, SQLStore
-    from docket_celery.task import GraphTask
-    from docket_celery.waiting import StartedRun
+    from docket_celery.store.codec import Codec
+    from docket_celery.store.contract import Store
+    from docket_celery.store.records import RunState
+    from docket_celery.task.app_defaults import configure
+    from docket_celery.task.app_settings import settings
+    from docket_celery.task.decorators import graph_task, shared_graph_task
+    from docket_celery.task.result import GraphResult, StoredResult
+    from docket_celery.task.task import GraphTask
 
 __all__ = [  # noqa: RUF022 -- grouped by what people look for
     # Declaring a graph
@@ -127,22 +127,24 @@ __all__ = [  # noqa: RUF022 -- grouped by what people look for
 
 
 _HOMES = {
-    **dict.fromkeys(("ExponentialBackoff", "FixedBackoff", "RetryPolicy", "Scope", "StepOptions"), "policy"),
-    **dict.fromkeys(("GraphResult", "StoredResult"), "results"),
-    **dict.fromkeys(("graph_task", "shared_graph_task"), "decorators"),
+    **dict.fromkeys(
+        ("ExponentialBackoff", "FixedBackoff", "RetryPolicy", "Scope", "StepOptions"), "plan.options"
+    ),
+    **dict.fromkeys(("GraphResult", "StoredResult"), "task.result"),
+    **dict.fromkeys(("graph_task", "shared_graph_task"), "task.decorators"),
     **dict.fromkeys(("MemoryStore", "SQLStore"), "store"),
-    **dict.fromkeys(("StepContext", "current_context"), "context"),
-    "BatchResult": "batch_result",
-    "Codec": "codec",
+    **dict.fromkeys(("StepContext", "current_context"), "plan.context"),
+    "BatchResult": "plan.batch",
+    "Codec": "store.codec",
     "Graph": "graph",
-    "GraphTask": "task",
-    "Named": "annotation",
-    "Plan": "plan",
-    "RunHandle": "handle",
-    "RunState": "checkpoint",
-    "StartedRun": "waiting",
-    "configure": "appdefaults",
-    "settings": "lifecycle",
+    "GraphTask": "task.task",
+    "Named": "plan.annotation",
+    "Plan": "plan.plan",
+    "RunHandle": "engine.handles",
+    "RunState": "store.records",
+    "StartedRun": "engine.handles",
+    "configure": "task.app_defaults",
+    "settings": "task.app_settings",
 }
 """Where each name is; all others are errors. Imported on first use: a script that runs graphs in process pays for
 neither Celery nor SQLAlchemy, and pytest, which loads our plugin everywhere, for nothing."""

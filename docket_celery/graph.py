@@ -9,16 +9,17 @@ from typing import Any, Literal, TypeVar, cast, overload
 
 from google.protobuf.message import Message
 
-from docket_celery.batch_result import BatchPolicy, BatchResult, OnError
-from docket_celery.cache import check_inputs, find_shared_step, forget
-from docket_celery.checkpoint import Store
-from docket_celery.defaults import process_defaults
-from docket_celery.messages import Value
-from docket_celery.policy import Seconds
-from docket_celery.registry import value_key
+from docket_celery.engine.cache import check_inputs, find_shared_step, forget
+from docket_celery.engine.handles import StartedRun
+from docket_celery.engine.process.loops import CallerLoop
+from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.waiting import read_outcome, read_value, run_on_loop
+from docket_celery.plan.batch import BatchPolicy, BatchResult, OnError
+from docket_celery.plan.messages import Value
+from docket_celery.plan.options import Seconds
+from docket_celery.plan.registry import value_key
 from docket_celery.runner import Runner, make_submission
-from docket_celery.runtime import CallerLoop
-from docket_celery.waiting import StartedRun, read_outcome, read_value, run_on_loop
+from docket_celery.store.contract import Store
 
 T = TypeVar("T", bound=Message)
 

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
 from google.protobuf.message import Message
 
-from docket_celery.ambient import ambient
-from docket_celery.annotation import ValueKey
-from docket_celery.batch_plan import is_spread
-from docket_celery.checkpoint import Store, check_execution_id
-from docket_celery.chunks import BatchStore
-from docket_celery.configuration import Settings
-from docket_celery.defaults import process_defaults
+from docket_celery.engine.outcome import RunOutcome, Submission
+from docket_celery.engine.overrides import ambient, surrounded
+from docket_celery.engine.process.loops import CallerLoop
+from docket_celery.engine.process.perprocess import PerProcess
+from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.run import Run
+from docket_celery.engine.waiting import run_here
 from docket_celery.errors import InvalidArguments, InvalidSettings, StoreMissing
-from docket_celery.events import Listener
-from docket_celery.messages import Value
-from docket_celery.mutation import checked
-from docket_celery.outcome import RunOutcome, Submission
-from docket_celery.plan import Plan
-from docket_celery.policy import Seconds, to_seconds
-from docket_celery.registry import Registry
-from docket_celery.run import Run
-from docket_celery.runtime import CallerLoop
-from docket_celery.waiting import run_here
+from docket_celery.observe.events import Listener
+from docket_celery.plan.annotation import ValueKey
+from docket_celery.plan.messages import Value
+from docket_celery.plan.mutation import checked
+from docket_celery.plan.options import Seconds, to_seconds
+from docket_celery.plan.override import Overriding, Substitute
+from docket_celery.plan.plan import Plan, is_spread
+from docket_celery.plan.registry import Registry
+from docket_celery.store.contract import BatchStore, Store
+from docket_celery.store.identity import check_execution_id
 
 
 class Runner(Registry):
@@ -38,9 +41,33 @@ class Runner(Registry):
     """
 
     def __init__(self, name: str, *, store: Store | None = None) -> None:
-        super().__init__(name)
+        super().__init__(name, PerProcess(threading.Lock).get)
         self.store = store
         self.listeners: list[Listener] = []
+
+    def replaced(self) -> Overriding | None:
+        around = ambient()
+        return None if around is None else around.replaced.get(self)
+
+    @contextmanager
+    def override(self, steps: Mapping[Any, Substitute]) -> Generator[None]:
+        """Replace steps in a ``with`` block, for tests; the graph itself stays as it is.
+
+        Holds for what this thread or asyncio task executes in the block, however deep, and for nobody else. Blocks
+        inside each other add up.
+
+        Args:
+            steps: What stands in, by the step's name, its output's message type, or what was registered. A message
+                is the output at once: no inputs, no options. Anything to call is wired by its own signature and keeps
+                the step's options; without a single annotation (a lambda, a mock) it is called like the step itself.
+
+        Raises:
+            GraphError: With all faults: a key that is no step, something that cannot stand in for it.
+        """
+        outer = self.replaced()
+        found = self.read_overrides(steps)
+        with surrounded(replaced={self: Overriding({**(outer.steps if outer else {}), **found})}):
+            yield
 
     def deliver(
         self,

@@ -1,8 +1,8 @@
-"""Run mutation tests of single modules: ``python tools/mutants.py engine plan``.
+"""Run mutation tests of single modules: ``python tools/mutants.py engine/execution plan/plan``.
 
 Each mutant is one small change of the code; a good suite fails on it. mutmut makes the mutants, in a copy of the
 tree under .docket/, and runs the tests that reach them. It is no part of the lock: install it beside the project,
-``uv pip install mutmut``. docs/mutation-testing.md tells what was found.
+``uv pip install mutmut``. docs/contributing/mutation-testing.md tells what was found.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def make_tree(modules: list[str]) -> None:
 def main() -> int:
     """Run mutmut on the modules that the command line names; its results are kept under .docket/."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("modules", nargs="+", help=f"names of modules of {PACKAGE}, such as: engine plan")
+    parser.add_argument(
+        "modules", nargs="+", help=f"names of modules of {PACKAGE}, such as: engine/execution plan/plan"
+    )
     parser.add_argument(
         "--only", nargs="*", default=[], help="patterns of mutants, such as: 'docket_celery.plan*'"
     )

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 import click
 
-from docket_celery import lifecycle
-from docket_celery.checkpoint import Purged
 from docket_celery.cli.apps import as_click, loaded_app
 from docket_celery.errors import DocketError
 from docket_celery.store import SQLStore
+from docket_celery.store.records import Purged
+from docket_celery.task import app_settings
 
 
 @click.command()
@@ -54,7 +54,7 @@ def _store(ctx: click.Context, url: str | None) -> Generator[SQLStore]:
     """Open the database that the command is about."""
     app = loaded_app(ctx)
     try:
-        url = url or lifecycle.check_settings(app).database_url
+        url = url or app_settings.check_settings(app).database_url
         if url is None:
             raise click.ClickException(
                 "no database: set docket_database_url (or DOCKET_CELERY_DATABASE_URL), or pass --url"

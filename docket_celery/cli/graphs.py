@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from docket_celery import lifecycle
 from docket_celery.cli.apps import as_click, loaded_app
 from docket_celery.errors import DocketError
+from docket_celery.task import checks
 
 
 @click.command()
@@ -14,8 +14,8 @@ from docket_celery.errors import DocketError
 def check(ctx: click.Context) -> None:
     """Check the settings, the wiring of every GraphTask, and the database's tables. Exit status 1 if at fault."""
     app = loaded_app(ctx)
-    tasks = list(lifecycle.graph_tasks(app))
-    faults = lifecycle.find_faults(app)
+    tasks = list(checks.graph_tasks(app))
+    faults = checks.find_faults(app)
     for fault in faults:
         click.echo(fault, err=True)
     if faults:
@@ -32,7 +32,7 @@ def check(ctx: click.Context) -> None:
 def plan(ctx: click.Context, task: str, mermaid: bool) -> None:
     """Show the steps of TASK in their order, and what may run together."""
     app = loaded_app(ctx)
-    found = {one.name: one for one in lifecycle.graph_tasks(app)}
+    found = {one.name: one for one in checks.graph_tasks(app)}
     named = found.get(task) or next(
         (one for name, one in found.items() if name.rpartition(".")[2] == task), None
     )

@@ -10,7 +10,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from docket_celery.checkpoint import (
+from docket_celery.errors import LeaseLost
+from docket_celery.store.codec import Codec
+from docket_celery.store.records import (
     Checkpoint,
     Halt,
     Lease,
@@ -21,19 +23,8 @@ from docket_celery.checkpoint import (
     RunState,
     StepExecution,
 )
-from docket_celery.codec import Codec
-from docket_celery.errors import LeaseLost
-from docket_celery.store.rows import (
-    KEPT_FOR_DELIVERY,
-    SCHEMA_VERSION,
-    check_owner,
-    dump_json,
-    is_crash,
-    known_retries,
-    lease_from,
-    may_take,
-    result_checksum,
-)
+from docket_celery.store.rows import SCHEMA_VERSION, check_owner, dump_json, lease_from, result_checksum
+from docket_celery.store.rules import KEPT_FOR_DELIVERY, is_crash, known_retries, may_take
 
 
 @dataclass(slots=True)

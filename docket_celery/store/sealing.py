@@ -16,20 +16,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final, Literal
 
-from docket_celery.checkpoint import (
+from docket_celery.error_records import to_record
+from docket_celery.errors import CodecFailed, InvalidArguments, StoreUnavailable
+from docket_celery.store.codec import Codec, find_fault, hash_key_of
+from docket_celery.store.identity import digest
+from docket_celery.store.records import (
     Checkpoint,
     Chunk,
+    ChunkEnd,
+    ChunkRow,
     Lease,
     RunEnd,
     RunRequest,
     RunRow,
     StepExecution,
-    digest,
 )
-from docket_celery.chunks import ChunkEnd, ChunkRow
-from docket_celery.codec import Codec, find_fault, hash_key_of
-from docket_celery.error_records import to_record
-from docket_celery.errors import CodecFailed, InvalidArguments, StoreUnavailable
 from docket_celery.store.rows import clean_text, dump_json
 
 MARK: Final = b"\x00docket\x01"

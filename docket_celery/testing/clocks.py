@@ -7,7 +7,7 @@ import selectors
 import threading
 from typing import Any
 
-from docket_celery.policy import Seconds, to_seconds
+from docket_celery.plan.options import Seconds, to_seconds
 
 _WALL_START_S = 946_684_800.0  # 2000-01-01T00:00:00Z
 

@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import Message
 
-from docket_celery.ambient import surrounded
-from docket_celery.annotation import ValueKey
-from docket_celery.checkpoint import Store, check_execution_id
+from docket_celery.engine.outcome import Submission
+from docket_celery.engine.overrides import surrounded
+from docket_celery.engine.waiting import read_value
 from docket_celery.errors import InvalidArguments
 from docket_celery.graph import Graph
-from docket_celery.outcome import Submission
-from docket_celery.overriding import Overriding
-from docket_celery.registry import value_key
+from docket_celery.plan.annotation import ValueKey
+from docket_celery.plan.override import Overriding
+from docket_celery.plan.registry import value_key
+from docket_celery.store.contract import Store
+from docket_celery.store.identity import check_execution_id
 from docket_celery.testing.forking import in_child
 from docket_celery.testing.matrix import NAME, CrashReport, Job, Scene, delete_job, run_matrix, to_text
 from docket_celery.testing.watching import (
@@ -29,7 +31,6 @@ from docket_celery.testing.watching import (
     Journal,
     Watch,
 )
-from docket_celery.waiting import read_value
 
 if TYPE_CHECKING:
     from docket_celery.store import SQLStore

@@ -13,13 +13,14 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from docket_celery.annotation import ValueKey
-from docket_celery.checkpoint import Checkpoint, Lease, Store
 from docket_celery.errors import InvalidArguments
 from docket_celery.graph import Graph
-from docket_celery.messages import brief, from_bytes, to_bytes
-from docket_celery.plan import Plan
-from docket_celery.step import Step
+from docket_celery.plan.annotation import ValueKey
+from docket_celery.plan.messages import brief, from_bytes, to_bytes
+from docket_celery.plan.plan import Plan
+from docket_celery.plan.step import Step
+from docket_celery.store.contract import Store
+from docket_celery.store.records import Checkpoint, Lease
 from docket_celery.testing.forking import Ended
 from docket_celery.testing.watching import (
     BODY,
@@ -152,7 +153,7 @@ def delete_job(store: Any, job: Job, keys: Sequence[str]) -> None:
     """Delete what the job left in the user's database, the shared results that it made included."""
     from sqlalchemy import delete
 
-    from docket_celery.store import schema
+    from docket_celery.store.sql import schema
 
     raw = [bytes.fromhex(key) for key in keys]
     with store.engine.begin() as connection:

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from docket_celery.ambient import ambient, surrounded
-from docket_celery.checkpoint import Store
-from docket_celery.configuration import PREFIX, Settings
+from docket_celery.engine.overrides import ambient, surrounded
+from docket_celery.engine.process.settings import PREFIX, Settings
 from docket_celery.errors import InvalidSettings
+from docket_celery.store.contract import Store
 from docket_celery.testing.clocks import FakeClock
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from docket_celery.store import SQLStore
-    from docket_celery.task import GraphTask
+    from docket_celery.task.task import GraphTask
     from docket_celery.testing.databases import Databases
     from docket_celery.testing.matrix import CrashReport
     from docket_celery.testing.modes import Bench

@@ -7,9 +7,9 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import overload
 
-from docket_celery.ambient import surrounded
-from docket_celery.events import Event, EventKind
+from docket_celery.engine.overrides import surrounded
 from docket_celery.graph import Graph
+from docket_celery.observe.events import Event, EventKind
 
 _ENDS = (EventKind.STEP_SUCCEEDED, EventKind.STEP_RESTORED)
 

@@ -8,17 +8,18 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from docket_celery.checkpoint import Store, check_execution_id, idempotency_key
-from docket_celery.context import Cancellation, StepContext
-from docket_celery.defaults import process_defaults
+from docket_celery.engine.outcome import Submission
+from docket_celery.engine.process.inline import InlineCancellation, InlineRuntime
+from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.waiting import read_value
 from docket_celery.errors import InvalidArguments
 from docket_celery.graph import Graph
-from docket_celery.inline import InlineCancellation, InlineRuntime
-from docket_celery.outcome import Submission
-from docket_celery.policy import Seconds, to_seconds
+from docket_celery.plan.context import Cancellation, StepContext
+from docket_celery.plan.options import Seconds, to_seconds
+from docket_celery.store.contract import Store
+from docket_celery.store.identity import check_execution_id, idempotency_key
 from docket_celery.testing.clocks import FakeClock
 from docket_celery.testing.modes import ambient_store
-from docket_celery.waiting import read_value
 
 
 def step_context(

@@ -10,10 +10,10 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from docket_celery.checkpoint import check_execution_id
 from docket_celery.errors import InvalidArguments
 from docket_celery.store import SQLStore
-from docket_celery.task import GraphTask
+from docket_celery.store.identity import check_execution_id
+from docket_celery.task.task import GraphTask
 from docket_celery.testing.forking import Ended
 from docket_celery.testing.matrix import NAME, CrashReport, Job, Scene, delete_job, run_matrix, to_text
 from docket_celery.testing.watching import Boundary, Journal, Orders

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
-from docket_celery.checkpoint import Checkpoint, Lease, RunEnd, Store
-from docket_celery.events import Event, EventKind
-from docket_celery.step import Step
+from docket_celery.observe.events import Event, EventKind
+from docket_celery.plan.step import Step
+from docket_celery.store.contract import Store
+from docket_celery.store.records import Checkpoint, Lease, RunEnd
 
 BODY, RETURNED, SAVE, SAVED, END, ENDED, OVER = (
     *("body", "returned", "save", "saved"),

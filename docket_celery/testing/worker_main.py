@@ -26,7 +26,7 @@ def main(order: dict[str, Any]) -> int:
     from celery import signals
     from celery.app.utils import find_app
 
-    from docket_celery.lifecycle import settings
+    from docket_celery.task.app_settings import settings
 
     app: Any = find_app(order["app"])
     settings(database_url=order["database_url"])
@@ -45,10 +45,10 @@ def _watch(app: Any, watched: dict[str, str], database_url: str) -> None:
     """Have each process of the pool tell what it does with one task, and die where it is told to."""
     from celery import signals
 
-    from docket_celery.ambient import surrounded
-    from docket_celery.lifecycle import settings
-    from docket_celery.overriding import Overriding
+    from docket_celery.engine.overrides import surrounded
+    from docket_celery.plan.override import Overriding
     from docket_celery.store import SQLStore
+    from docket_celery.task.app_settings import settings
     from docket_celery.testing.watching import Orders, WorkerWatch
 
     # A dead process's claim on a shared result holds the next one up for so long.

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 
-from docket_celery.events import Event, EventKind
+from docket_celery.observe.events import Event, EventKind
 from docket_celery.store import SQLStore
 from examples.checkpointing.checkpointing_pb2 import UploadedVideo, VideoJob
 from examples.checkpointing.graph import video_graph

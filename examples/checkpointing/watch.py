@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from docket_celery.events import EventKind
+from docket_celery.observe.events import EventKind
 
 ROOT = Path(__file__).resolve().parents[2]
 _SHOWN = {

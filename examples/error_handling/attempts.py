@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from docket_celery.events import Event, EventKind
+from docket_celery.observe.events import Event, EventKind
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from docket_celery.events import Event, EventKind
+from docket_celery.observe.events import Event, EventKind
 
 
 @dataclass(slots=True)

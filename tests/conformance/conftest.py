@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from docket_celery.chunks import BatchStore
 from docket_celery.store import MemoryStore, SQLStore
+from docket_celery.store.contract import BatchStore
 from tests.codecs import CODEC
 from tests.conformance.samples import Bench, SQLBench
 

@@ -7,19 +7,10 @@ from typing import Any
 
 from sqlalchemy import text
 
-from docket_celery.checkpoint import (
-    Checkpoint,
-    Lease,
-    RunEnd,
-    RunRequest,
-    RunRow,
-    RunState,
-    StepExecution,
-    Store,
-    global_key,
-    workflow_key,
-)
 from docket_celery.store import SQLStore
+from docket_celery.store.contract import Store
+from docket_celery.store.identity import global_key, workflow_key
+from docket_celery.store.records import Checkpoint, Lease, RunEnd, RunRequest, RunRow, RunState, StepExecution
 
 GRAPH = "checkout"
 RUN = "order-17"

@@ -7,18 +7,23 @@ from typing import Any
 
 import pytest
 
-from docket_celery.checkpoint import Checkpoint, Chunk, Halt, Lease, RunState, item_key
-from docket_celery.chunks import (
-    BatchStore,
+from docket_celery.errors import CorruptCheckpoint, LeaseLost
+from docket_celery.store import MemoryStore
+from docket_celery.store.contract import BatchStore
+from docket_celery.store.identity import item_key
+from docket_celery.store.records import (
+    Checkpoint,
+    Chunk,
     ChunkEnd,
     ChunkRefusal,
     ChunkRequest,
     ChunkRow,
     ChunkStop,
+    Halt,
+    Lease,
     Progress,
+    RunState,
 )
-from docket_celery.errors import CorruptCheckpoint, LeaseLost
-from docket_celery.store import MemoryStore
 from tests.conformance.samples import GRAPH, RUN, Bench, SQLBench, ending, execution, output
 
 pytestmark = pytest.mark.leaves_lease

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from docket_celery.checkpoint import Checkpoint, RunState, workflow_key
 from docket_celery.errors import CorruptCheckpoint, LeaseLost
+from docket_celery.store.identity import workflow_key
+from docket_celery.store.records import Checkpoint, RunState
 from docket_celery.store.rows import SCHEMA_VERSION
 from tests.conformance.samples import GRAPH, RUN, Bench, ending, execution, output, request, shared
 

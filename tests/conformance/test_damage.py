@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from docket_celery.checkpoint import RunState
 from docket_celery.errors import CorruptCheckpoint
 from docket_celery.store import SQLStore
+from docket_celery.store.records import RunState
 from tests.conformance.samples import GRAPH, RUN, Bench, SQLBench, ending, output, shared
 
 pytestmark = pytest.mark.leaves_lease

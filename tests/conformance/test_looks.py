@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import Connection, create_engine
 
-from docket_celery.checkpoint import Chunk, Lease, RunState
-from docket_celery.chunks import BatchStore, ChunkEnd, ChunkRequest
-from docket_celery.store import SQLStore, postgres_upkeep
-from docket_celery.store.rows import LONGEST_LOOK_S
+from docket_celery.store import SQLStore
+from docket_celery.store.contract import BatchStore
+from docket_celery.store.records import Chunk, ChunkEnd, ChunkRequest, Lease, RunState
+from docket_celery.store.rules import LONGEST_LOOK_S
+from docket_celery.store.sql import postgres_upkeep
 from tests.conformance.samples import GRAPH, Bench, SQLBench
 
 LEASE_S = 30.0

@@ -6,8 +6,19 @@ from typing import Any
 
 import pytest
 
-from docket_celery.checkpoint import Chunk, Halt, Lease, RunState
-from docket_celery.chunks import BatchStore, ChunkEnd, ChunkRefusal, ChunkRequest, ChunkStop, Lanes, Progress
+from docket_celery.store.contract import BatchStore
+from docket_celery.store.records import (
+    Chunk,
+    ChunkEnd,
+    ChunkRefusal,
+    ChunkRequest,
+    ChunkStop,
+    Halt,
+    Lanes,
+    Lease,
+    Progress,
+    RunState,
+)
 from tests.conformance.samples import GRAPH, RUN, Bench, SQLBench, ending
 
 pytestmark = pytest.mark.leaves_lease

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from docket_celery.checkpoint import Purged, RunState
+from docket_celery.store.records import Purged, RunState
 from tests.conformance.samples import GRAPH, RUN, Bench, SQLBench, ending, execution, output, request, shared
 
 pytestmark = pytest.mark.leaves_lease

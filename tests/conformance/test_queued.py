@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from docket_celery.checkpoint import RunRow, RunState
+from docket_celery.store.records import RunRow, RunState
 from tests.conformance.samples import GRAPH, RUN, Bench, SQLBench, ending, request
 
 pytestmark = pytest.mark.leaves_lease

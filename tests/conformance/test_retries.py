@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from docket_celery.checkpoint import RunState
+from docket_celery.store.records import RunState
 from tests.conformance.samples import GRAPH, RUN, Bench, ending
 
 pytestmark = pytest.mark.leaves_lease

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from docket_celery.checkpoint import RunState
 from docket_celery.store import SQLStore
+from docket_celery.store.records import RunState
 from tests.conformance.samples import RUN, SQLBench, ending, execution, output, shared
 
 pytestmark = pytest.mark.leaves_lease

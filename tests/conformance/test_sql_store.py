@@ -9,7 +9,6 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.pool import StaticPool
 
-from docket_celery.checkpoint import Lease
 from docket_celery.errors import (
     CorruptCheckpoint,
     InvalidArguments,
@@ -17,7 +16,9 @@ from docket_celery.errors import (
     SchemaMismatch,
     StoreUnavailable,
 )
-from docket_celery.store import SQLStore, schema
+from docket_celery.store import SQLStore
+from docket_celery.store.records import Lease
+from docket_celery.store.sql import schema
 from tests.conformance.samples import GRAPH, RUN, ending, output, request
 
 

@@ -12,9 +12,10 @@ import pytest
 from sqlalchemy import Connection, inspect
 from sqlalchemy.exc import DBAPIError
 
-from docket_celery.checkpoint import Checkpoint, RunState
 from docket_celery.errors import SchemaMismatch, StoreUnavailable
-from docket_celery.store import SQLStore, schema
+from docket_celery.store import SQLStore
+from docket_celery.store.records import Checkpoint, RunState
+from docket_celery.store.sql import schema
 from tests.conformance.samples import GRAPH, SQLBench, ending, output, shared
 from tests.conformance.schema import freeze
 from tests.infra import servers

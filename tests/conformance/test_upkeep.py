@@ -6,10 +6,22 @@ from typing import Any
 
 import pytest
 
-from docket_celery.checkpoint import Checkpoint, Chunk, Lease, RunRow, RunState, item_key
-from docket_celery.chunks import UNFINISHED, BatchStore, ChunkEnd, ChunkRefusal, ChunkRequest, ChunkStop
 from docket_celery.error_records import to_record
 from docket_celery.errors import LeaseLost, RunCancelled
+from docket_celery.store.contract import BatchStore
+from docket_celery.store.identity import item_key
+from docket_celery.store.records import (
+    UNFINISHED,
+    Checkpoint,
+    Chunk,
+    ChunkEnd,
+    ChunkRefusal,
+    ChunkRequest,
+    ChunkStop,
+    Lease,
+    RunRow,
+    RunState,
+)
 from tests.conformance.samples import GRAPH, RUN, Bench, SQLBench, ending, execution, output, request
 
 pytestmark = pytest.mark.leaves_lease

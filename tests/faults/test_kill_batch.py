@@ -17,7 +17,7 @@ import pytest
 import redis
 from celery import Celery
 
-from docket_celery.results import GraphResult
+from docket_celery.task.result import GraphResult
 from tests.conftest import StartWorker
 from tests.infra.workers import WorkerProcess
 from tests.integration.apps.billing import Receiver, app, ship_all

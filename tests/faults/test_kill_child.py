@@ -15,7 +15,7 @@ import psutil
 import pytest
 from celery import Celery
 
-from docket_celery.results import GraphResult
+from docket_celery.task.result import GraphResult
 from tests.conftest import StartWorker
 from tests.integration.apps.book import Book
 from tests.integration.apps.lease_app import app, process

@@ -25,7 +25,7 @@ class Recorder:
     """The modules entered so far.
 
     Attributes:
-        modules: Names below the package (``store`` for all of its files), each once, in the order of first entry.
+        modules: Their paths below the package, such as ``task/submit``, each once, in the order of first entry.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Recorder:
         name = str(frame.f_globals.get("__name__", ""))
         is_function = bool(frame.f_code.co_flags & inspect.CO_NEWLOCALS)
         if event == "call" and is_function and name.startswith(_PACKAGE) and not _is_import(frame):
-            self.modules.setdefault(name.removeprefix(_PACKAGE).partition(".")[0])
+            self.modules.setdefault(name.removeprefix(_PACKAGE).replace(".", "/"))
 
 
 def _is_import(frame: FrameType) -> bool:

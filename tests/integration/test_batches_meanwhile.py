@@ -11,12 +11,12 @@ import pytest
 import redis
 from sqlalchemy import event
 
-from docket_celery import lifecycle
-from docket_celery.chunks import UNFINISHED
-from docket_celery.defaults import process_defaults
+from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.stored_items import PAGE
 from docket_celery.errors import RunCancelled, RunConflict, StoreUnavailable
 from docket_celery.store import SQLStore
-from docket_celery.stored_items import PAGE
+from docket_celery.store.records import UNFINISHED
+from docket_celery.task import app_settings
 from examples.movies.movies_pb2 import Movie
 from tests.infra import servers
 from tests.infra.processes import wait_until
@@ -231,7 +231,7 @@ def test_a_result_is_read_one_page_at_a_time(urls: Urls) -> None:
     sent = paced.look_at_all.submit_batch(
         movies(run, 2 * PAGE + 500), execution_id=run, context=OPEN, chunk_size=500
     )
-    settings = lifecycle.app_settings(paced.app)
+    settings = app_settings.app_settings(paced.app)
     store = process_defaults.store(settings.database_url, settings.codec)
     assert isinstance(store, SQLStore)
 

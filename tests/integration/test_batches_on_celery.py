@@ -11,7 +11,6 @@ from celery import group
 from celery.result import AsyncResult
 from sqlalchemy import text
 
-from docket_celery.checkpoint import idempotency_key
 from docket_celery.errors import (
     AbortError,
     BatchFailed,
@@ -20,8 +19,9 @@ from docket_celery.errors import (
     RunQuarantined,
     StepFailed,
 )
-from docket_celery.results import GraphResult
 from docket_celery.store import SQLStore
+from docket_celery.store.identity import idempotency_key
+from docket_celery.task.result import GraphResult
 from examples.documents.documents_pb2 import Document
 from examples.movies.graph import MOVIES, movie_graph
 from examples.movies.movies_pb2 import EnrichedMovie, Movie

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import redis
 
-from docket_celery.chords import revive
-from docket_celery.chunks import UNFINISHED, LostRun, Progress
 from docket_celery.errors import (
     InvalidArguments,
     InvalidSettings,
@@ -22,8 +20,10 @@ from docket_celery.errors import (
     RunNotFound,
     StepFailed,
 )
-from docket_celery.progress import tell_progress
 from docket_celery.store import SQLStore
+from docket_celery.store.records import UNFINISHED, LostRun, Progress
+from docket_celery.task.chords import revive
+from docket_celery.task.progress import tell_progress
 from examples.movies.movies_pb2 import BatchStats, EnrichedMovie, Movie
 from tests.infra.processes import wait_until
 from tests.infra.workers import WorkerProcess

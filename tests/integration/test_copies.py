@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from celery import Celery, states, uuid
 
-from docket_celery.retrying import is_stored
+from docket_celery.task.retries import is_stored
 
 pytestmark = [
     pytest.mark.integration,

@@ -12,7 +12,8 @@ import pytest
 from celery import Celery
 from google.protobuf import json_format
 
-from docket_celery import GraphResult, wire
+from docket_celery import GraphResult
+from docket_celery.task import envelope
 from tests.conftest import StartWorker
 from tests.infra.processes import ROOT, wait_until
 from tests.infra.servers import connect
@@ -71,7 +72,7 @@ def project(empty_database_url: str, worker_env: dict[str, str]) -> Project:
 def submit(connect_app: Callable[[Celery], Celery]) -> Callable[[str, Order], GraphResult[Any]]:
     """A function that submits an order to one of the project's tasks, by name, from outside of Django."""
     for kind in (Label, Shipment):
-        wire.types.allow(kind)
+        envelope.types.allow(kind)
     app = connect_app(Celery("outside", set_as_current=False))
 
     def send(name: str, order: Order) -> GraphResult[Any]:

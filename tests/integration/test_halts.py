@@ -7,10 +7,10 @@ from collections.abc import Generator
 import pytest
 import redis
 
-from docket_celery import chords
-from docket_celery.chunks import LostRun
 from docket_celery.errors import AbortError
 from docket_celery.store import SQLStore
+from docket_celery.store.records import LostRun
+from docket_celery.task import chords
 from examples.movies.movies_pb2 import Movie
 from tests.infra.processes import wait_until
 from tests.infra.workers import WorkerProcess

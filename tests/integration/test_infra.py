@@ -17,7 +17,7 @@ from celery import Celery, chord
 from pytest_celery import CeleryTestSetup
 from pytest_celery.vendors.worker.tasks import add, xsum
 
-from docket_celery.store.schema import VERSION
+from docket_celery.store.sql.schema import VERSION
 from tests.conftest import StartFlower, StartWorker
 from tests.infra import leaks, servers
 from tests.infra.nodes import NodeDatabase, PostgresNode

@@ -19,7 +19,7 @@ from docket_celery import (
     StoredResult,
     settings,
 )
-from docket_celery.payloads import StoredJob
+from docket_celery.task.large_jobs import StoredJob
 from tests.infra import servers
 from tests.infra.servers import connect
 from tests.infra.workers import WorkerProcess

@@ -9,8 +9,8 @@ import pytest
 import redis
 from celery import Celery, states
 
-from docket_celery.chunks import Progress
-from docket_celery.progress import PROGRESS, tell_progress
+from docket_celery.store.records import Progress
+from docket_celery.task.progress import PROGRESS, tell_progress
 from tests.integration.apps.serving import unique
 
 pytestmark = [

@@ -9,11 +9,12 @@ import pytest
 from celery import Celery
 
 from docket_celery import GraphChanged, InputsChanged, RunCancelled, RunConflict, StepFailed
-from docket_celery.checkpoint import Purged, idempotency_key
-from docket_celery.context import StepContext
 from docket_celery.graph import Graph
-from docket_celery.policy import Scope
+from docket_celery.plan.context import StepContext
+from docket_celery.plan.options import Scope
 from docket_celery.store import SQLStore
+from docket_celery.store.identity import idempotency_key
+from docket_celery.store.records import Purged
 from tests.conftest import StartWorker
 from tests.integration.apps.deploys import app, charge_order, ship_order
 from tests.integration.apps.journal import Journals

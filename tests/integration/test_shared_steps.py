@@ -16,9 +16,9 @@ from celery import Celery
 from sqlalchemy.pool import QueuePool
 
 from docket_celery import Graph, Scope, StepFailed
-from docket_celery.checkpoint import global_key
-from docket_celery.messages import to_bytes, type_name
+from docket_celery.plan.messages import to_bytes, type_name
 from docket_celery.store import SQLStore
+from docket_celery.store.identity import global_key
 from tests.conformance.samples import SQLBench, shared
 from tests.conftest import StartWorker
 from tests.infra.processes import ROOT, wait_until

@@ -11,9 +11,9 @@ import pytest
 from sqlalchemy import event
 
 from docket_celery import Graph, Named, PayloadUnavailable, Scope
-from docket_celery.checkpoint import Lease
+from docket_celery.engine.stored_items import PAGE, ItemPlace, StoredItems
 from docket_celery.store import SQLStore
-from docket_celery.stored_items import PAGE, ItemPlace, StoredItems
+from docket_celery.store.records import Lease
 from tests.conformance.samples import GRAPH, RUN, ending, output, request
 from tests.infra.servers import connect
 from tests.unit.protos.shop_pb2 import Money, Order

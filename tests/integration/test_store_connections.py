@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, make_url, text
 
-from docket_celery.checkpoint import Lease, RunState
 from docket_celery.devserver import ServerProcess, start_postgres
 from docket_celery.errors import SchemaMismatch, StoreUnavailable
-from docket_celery.store import SQLStore, postgres, schema
+from docket_celery.store import SQLStore
+from docket_celery.store.records import Lease, RunState
+from docket_celery.store.sql import postgres, schema
 from tests.conformance.samples import GRAPH, RUN, SQLBench, ending, execution, output, request
 
 pytestmark = [pytest.mark.integration, pytest.mark.leaves_lease]

@@ -7,9 +7,10 @@ import pytest
 from sqlalchemy import Connection, create_engine, event, make_url
 from sqlalchemy.pool import QueuePool
 
-from docket_celery.checkpoint import Checkpoint, Lease, RunState
 from docket_celery.errors import LeaseLost
-from docket_celery.store import SQLStore, postgres
+from docket_celery.store import SQLStore
+from docket_celery.store.records import Checkpoint, Lease, RunState
+from docket_celery.store.sql import postgres
 from tests.conformance.blocking import blocked
 from tests.conformance.samples import GRAPH, RUN, SQLBench, ending, execution, output, request, shared
 

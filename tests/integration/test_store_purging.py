@@ -8,9 +8,10 @@ from collections.abc import Generator
 import pytest
 from sqlalchemy import Connection, TextClause, create_engine, make_url, text
 
-from docket_celery.checkpoint import Purged, RunState
-from docket_celery.store import SQLStore, postgres, purging
-from docket_celery.store import postgres_sql as sql
+from docket_celery.store import SQLStore
+from docket_celery.store.records import Purged, RunState
+from docket_celery.store.sql import postgres, purging
+from docket_celery.store.sql import postgres_sql as sql
 from tests.conformance.blocking import blocked
 from tests.conformance.samples import RUN, SQLBench, ending, execution, output, request, shared
 

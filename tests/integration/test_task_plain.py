@@ -99,7 +99,7 @@ def test_declaring_graph_tasks_changes_no_setting_and_no_task(urls: Urls) -> Non
     """The app and its plain tasks are what they are without the library."""
     bare, declares = describe(urls, "bare"), describe(urls, "declares")
     assert bare["docket"] == []
-    assert "docket_celery.task" in declares["docket"]
+    assert "docket_celery.task.task" in declares["docket"]
     assert declares["conf"] == bare["conf"]
     assert declares["tasks"] == bare["tasks"]
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from docket_celery import DecodeFailed, DocketError, InvalidArguments, PayloadTooLarge, UnknownMessageType
-from docket_celery.wire import Undecodable
+from docket_celery.task.envelope import Undecodable
 from tests.infra.processes import ROOT
 from tests.infra.workers import WorkerProcess
 from tests.integration.apps.serving import Urls, queue_length, serving

@@ -11,8 +11,8 @@ from google.protobuf import any_pb2, duration_pb2, struct_pb2, timestamp_pb2
 from google.protobuf.message import Message
 
 from docket_celery.graph import Graph
-from docket_celery.messages import MAX_JSON_BYTES
-from docket_celery.policy import Scope
+from docket_celery.plan.messages import MAX_JSON_BYTES
+from docket_celery.plan.options import Scope
 from docket_celery.store import SQLStore
 from tests.conformance.samples import SQLBench
 from tests.unit.graphs import within

@@ -11,11 +11,11 @@ from typing import Annotated, Any, TypeVar
 
 from google.protobuf.message import Message
 
-from docket_celery.annotation import Named, ValueKey
-from docket_celery.checkpoint import Store
-from docket_celery.configuration import Settings
+from docket_celery.engine.outcome import RunOutcome, Submission
+from docket_celery.engine.process.settings import Settings
 from docket_celery.graph import Graph
-from docket_celery.outcome import RunOutcome, Submission
+from docket_celery.plan.annotation import Named, ValueKey
+from docket_celery.store.contract import Store
 from tests.unit.protos.shop_pb2 import Money
 
 T = TypeVar("T")

@@ -16,8 +16,8 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import Message
 
-from docket_celery.annotation import Named, ValueKey
-from docket_celery.policy import Scope
+from docket_celery.plan.annotation import Named, ValueKey
+from docket_celery.plan.options import Scope
 from tests.unit.protos.shop_pb2 import Money
 
 MOST_STEPS = 320

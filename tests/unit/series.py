@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Annotated, Any
 
-from docket_celery.annotation import Named, ValueKey
 from docket_celery.graph import Graph
-from docket_celery.policy import Scope
+from docket_celery.plan.annotation import Named, ValueKey
+from docket_celery.plan.options import Scope
 from tests.unit.protos.shop_pb2 import Money
 
 MODULUS = 1_000_003

@@ -17,18 +17,20 @@ from typing import Any, Protocol
 from google.protobuf.message import Message
 from sqlalchemy import text
 
-from docket_celery.checkpoint import RunRow, RunState, StepExecution, Store
-from docket_celery.clock import Clock
-from docket_celery.configuration import Settings
-from docket_celery.context import StepContext
+from docket_celery.engine.outcome import RunOutcome, Submission
+from docket_celery.engine.process.clock import Clock
+from docket_celery.engine.process.inline import InlineTimer
+from docket_celery.engine.process.runtime import process_runtime
+from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.process.timer import Alarm, Timer
 from docket_celery.errors import AbortError, StoreUnavailable
-from docket_celery.events import Event
 from docket_celery.graph import Graph
-from docket_celery.inline import InlineTimer
-from docket_celery.outcome import RunOutcome, Submission
-from docket_celery.policy import FixedBackoff, RetryPolicy
-from docket_celery.runtime import Alarm, Timer, process_runtime
+from docket_celery.observe.events import Event
+from docket_celery.plan.context import StepContext
+from docket_celery.plan.options import FixedBackoff, RetryPolicy
 from docket_celery.store import MemoryStore, SQLStore
+from docket_celery.store.contract import Store
+from docket_celery.store.records import RunRow, RunState, StepExecution
 from tests.unit.graphs import WAIT_S, within
 from tests.unit.protos.shop_pb2 import Label, Order
 from tests.unit.scripted import LATE_VALUE, Fault, Script

@@ -6,7 +6,7 @@ import pytest
 from celery import Celery
 
 from docket_celery import InvalidSettings, configure
-from docket_celery.appdefaults import Change
+from docket_celery.task.app_defaults import Change
 
 WANTED = {
     "worker_prefetch_multiplier": 1,

@@ -10,12 +10,13 @@ from typing import Any, cast
 
 import pytest
 
-from docket_celery.context import StepContext, current_context
+from docket_celery.engine.process.loops import LoopThread
+from docket_celery.engine.process.runtime import process_runtime
 from docket_celery.errors import AbortError, InvalidArguments, StepFailed, StepTimedOut, WrongResult
-from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
-from docket_celery.policy import ErrorClassifier, ExponentialBackoff, FixedBackoff, RetryPolicy
-from docket_celery.runtime import LoopThread, process_runtime
+from docket_celery.observe.events import Event, EventKind
+from docket_celery.plan.context import StepContext, current_context
+from docket_celery.plan.options import ErrorClassifier, ExponentialBackoff, FixedBackoff, RetryPolicy
 from tests.unit.graphs import WAIT_S, execute, reached, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Reservation, Shipment
 from tests.unit.stage import Deadlines

@@ -14,16 +14,21 @@ from typing import Any, Literal, cast
 import pytest
 from sqlalchemy import text
 
-from docket_celery import Codec, Graph, SQLStore, batch_run
-from docket_celery.annotation import ValueKey
-from docket_celery.batch_plan import PAGE, PAGE_BYTES, BatchOrder, Layout, paged
-from docket_celery.batch_result import BatchPolicy
-from docket_celery.batch_run import BatchRun
-from docket_celery.checkpoint import Checkpoint, RunRow, RunState
-from docket_celery.chunk_run import ChunkRun
-from docket_celery.chunks import Progress
-from docket_celery.configuration import Settings
-from docket_celery.engine import Outcome
+from docket_celery import Codec, Graph, SQLStore
+from docket_celery.batch import run as batch_run
+from docket_celery.batch.chunk import ChunkRun
+from docket_celery.batch.layout import PAGE, PAGE_BYTES, Layout, paged
+from docket_celery.batch.options import BatchOrder
+from docket_celery.batch.run import BatchRun
+from docket_celery.engine.execution import Outcome
+from docket_celery.engine.items import Items
+from docket_celery.engine.job import digest_job
+from docket_celery.engine.outcome import RunOutcome, Submission
+from docket_celery.engine.process.runtime import close_runtimes
+from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.run_row import find_busy_s
+from docket_celery.engine.stored_items import ItemPlace, StoredBatch, StoredItems
+from docket_celery.engine.waiting import run_here
 from docket_celery.error_records import to_record
 from docket_celery.errors import (
     CodecFailed,
@@ -33,12 +38,10 @@ from docket_celery.errors import (
     RunNotFound,
     StepFailed,
 )
-from docket_celery.events import Event, EventKind
-from docket_celery.items import Items
-from docket_celery.outcome import RunOutcome, Submission, digest_job, find_busy_s
-from docket_celery.runtime import close_runtimes
-from docket_celery.stored_items import ItemPlace, StoredBatch, StoredItems
-from docket_celery.waiting import run_here
+from docket_celery.observe.events import Event, EventKind
+from docket_celery.plan.annotation import ValueKey
+from docket_celery.plan.batch import BatchPolicy
+from docket_celery.store.records import Checkpoint, Progress, RunRow, RunState
 from examples.documents.documents_pb2 import Document, DocumentSummary
 from examples.documents.graph import document_graph
 from examples.movies.graph import movie_graph

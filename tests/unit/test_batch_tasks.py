@@ -15,22 +15,9 @@ import pytest
 from celery import Celery, _state
 from sqlalchemy import text
 
-from docket_celery import (
-    BatchResult,
-    Graph,
-    GraphTask,
-    SQLStore,
-    StepContext,
-    chords,
-    graph_task,
-    lifecycle,
-    uploads,
-)
-from docket_celery.batch_plan import BatchOrder
-from docket_celery.checkpoint import Chunk
-from docket_celery.chords import ATTACHED
-from docket_celery.chunks import UNFINISHED, Lanes
-from docket_celery.defaults import process_defaults
+from docket_celery import BatchResult, Graph, GraphTask, SQLStore, StepContext, graph_task
+from docket_celery.batch.options import BatchOrder
+from docket_celery.engine.process.state import process_defaults
 from docket_celery.errors import (
     InvalidArguments,
     InvalidDeclaration,
@@ -40,7 +27,10 @@ from docket_celery.errors import (
     RunConflict,
     StepFailed,
 )
-from docket_celery.on_commit import PREPARED
+from docket_celery.store.records import UNFINISHED, Chunk, Lanes
+from docket_celery.task import app_settings, checks, chords, upload
+from docket_celery.task.chords import ATTACHED
+from docket_celery.task.on_commit import PREPARED
 from examples.movies.graph import MOVIES, movie_graph
 from examples.movies.movies_pb2 import BatchStats, EnrichedMovie, Movie
 
@@ -159,10 +149,10 @@ def test_a_backend_without_chords_is_a_fault(app: Celery, tmp_path: Path, backen
     def enrich(movies: list[Movie]) -> list[EnrichedMovie]:
         raise NotImplementedError
 
-    (fault,) = lifecycle.find_faults(app, "prefork")
+    (fault,) = checks.find_faults(app, "prefork")
     assert words in fault
     assert "set result_backend" in fault
-    assert (lifecycle.find_faults(app, "threads") == []) == (backend == "cache+memory://")
+    assert (checks.find_faults(app, "threads") == []) == (backend == "cache+memory://")
 
 
 @pytest.mark.parametrize(
@@ -329,7 +319,7 @@ def test_a_batch_does_not_grow_for_ever(
     app: Celery, stored: SQLStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A source that never ends is stopped; nothing is sent."""
-    monkeypatch.setattr(uploads, "MOST_ITEMS", 1500)
+    monkeypatch.setattr(upload, "MOST_ITEMS", 1500)
 
     @graph_task(app, picky)
     def check_all(movies: list[Movie]) -> list[EnrichedMovie]:
@@ -351,7 +341,7 @@ def test_parts_keep_to_the_lanes_of_the_worker_that_began(app: Celery) -> None:
 
     here = chords.read_order(check_all)
     begun = chords.read_order(check_all, {"slots": 3, "threads": 4, "max_concurrency": 6}, threads=1)
-    assert (here.slots, here.max_concurrency) == (lifecycle.worker_slots(), 8)
+    assert (here.slots, here.max_concurrency) == (app_settings.worker_slots(), 8)
     assert begun.lanes(64) == Lanes(6, 3)
 
 

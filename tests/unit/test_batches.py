@@ -27,9 +27,9 @@ from docket_celery import (
     graph_task,
     settings,
 )
-from docket_celery.batch_result import BatchPolicy
-from docket_celery.events import Event, EventKind
-from docket_celery.policy import FixedBackoff
+from docket_celery.observe.events import Event, EventKind
+from docket_celery.plan.batch import BatchPolicy
+from docket_celery.plan.options import FixedBackoff
 from tests.unit.protos.shop_pb2 import Address, Charge, Label, Money, Order, Reservation, Shipment
 
 ORDERS = [Order(order_id=f"o{number}", amount_cents=100 * number) for number in range(1, 8)]

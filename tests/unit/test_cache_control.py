@@ -9,9 +9,6 @@ from typing import Annotated, Any
 import pytest
 
 from docket_celery import settings
-from docket_celery.annotation import Named
-from docket_celery.checkpoint import Checkpoint, RunState
-from docket_celery.context import StepContext
 from docket_celery.errors import (
     CacheMismatch,
     CorruptCheckpoint,
@@ -21,8 +18,11 @@ from docket_celery.errors import (
     StoreMissing,
 )
 from docket_celery.graph import Graph
-from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
+from docket_celery.plan.annotation import Named
+from docket_celery.plan.context import StepContext
+from docket_celery.plan.options import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore
+from docket_celery.store.records import Checkpoint, RunState
 from tests.unit.graphs import WAIT_S, pass_on, reached, start, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Shipment
 

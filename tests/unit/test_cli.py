@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from docket_celery.checkpoint import Lease
 from docket_celery.store import SQLStore
+from docket_celery.store.records import Lease
 from docket_celery.store.rows import SCHEMA_VERSION
 from tests.conformance.samples import ending, execution, output, request
 

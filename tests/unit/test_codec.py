@@ -27,8 +27,8 @@ from docket_celery import (
     StoreUnavailable,
     settings,
 )
-from docket_celery.checkpoint import RunState
-from docket_celery.configuration import Settings
+from docket_celery.engine.process.settings import Settings
+from docket_celery.store.records import RunState
 from docket_celery.store.rows import result_checksum
 from docket_celery.store.sealing import MARK, Seal
 from tests import codecs

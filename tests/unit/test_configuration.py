@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from docket_celery.configuration import Settings, check_environment, default_threads
+from docket_celery.engine.process.inline import InlineHeartbeat
+from docket_celery.engine.process.settings import Settings, check_environment, default_threads
 from docket_celery.errors import InvalidSettings
-from docket_celery.inline import InlineHeartbeat
 from docket_celery.store import MemoryStore
 
 

@@ -22,7 +22,7 @@ from docket_celery import (
     SQLStore,
     StepContext,
 )
-from docket_celery.checkpoint import Checkpoint
+from docket_celery.store.records import Checkpoint
 from docket_celery.testing import CrashMatrixFailed, crash_matrix, inline
 from docket_celery.testing.forking import in_child
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment

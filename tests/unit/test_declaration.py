@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import pytest
 
 from docket_celery import InvalidArguments, InvalidDeclaration, Named, StepContext
-from docket_celery.declaration import add_routing, is_empty, read_function, read_generic, take_routing
 from docket_celery.errors import DecodeFailed
-from docket_celery.wire import Result, Undecodable
+from docket_celery.task.declaration import add_routing, is_empty, read_function, read_generic, take_routing
+from docket_celery.task.envelope import Result, Undecodable
 from tests.unit.protos.shop_pb2 import Charge, Money, Order, Shipment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ PYTHONS = BESIDE or [Path(sys.executable)]
 @pytest.mark.parametrize("python", PYTHONS, ids=lambda path: path.parts[-3])
 def test_other_pythons_compile_empty_bodies_to_what_is_known(python: Path) -> None:
     """Bytecode differs between releases; the function is tried under each that is installed beside this one."""
-    source = (ROOT / "docket_celery" / "declaration.py").read_text(encoding="utf-8")
+    source = (ROOT / "docket_celery" / "task" / "declaration.py").read_text(encoding="utf-8")
     start = source.index("_EMPTY_OPS = ")
     ops = source[start : source.index("\n\n\n", start)]
     begin = source.index("def is_empty(")

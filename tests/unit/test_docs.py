@@ -8,11 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import docket_celery
-from docket_celery import appdefaults, errors
-from docket_celery.checkpoint import RunState
-from docket_celery.configuration import ENV_PREFIX, PREFIX, Settings
+from docket_celery import errors
+from docket_celery.engine.process.settings import ENV_PREFIX, PREFIX, Settings
 from docket_celery.errors import DocketError
+from docket_celery.store.records import RunState
+from docket_celery.task import app_defaults
 from tests import error_page
+from tools import draw_map
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -102,10 +104,10 @@ def test_settings_page_has_what_configure_changes() -> None:
     listed = {row[0].strip("`"): row[1] for row in rows("settings.md") if len(row) == 2}
     assert {key: value for key, value in listed.items() if "Redis" not in key} == {
         change.key: f"{change.value:g}" if not isinstance(change.value, bool) else str(change.value).lower()
-        for change in appdefaults._WANTED
+        for change in app_defaults._WANTED
     }
     redis = next(value for key, value in listed.items() if "Redis" in key)
-    assert redis == ", ".join(f"`{key}` {value}" for key, value in appdefaults._REDIS.items())
+    assert redis == ", ".join(f"`{key}` {value}" for key, value in app_defaults._REDIS.items())
 
 
 def test_glossary_has_each_word_once_and_every_state() -> None:
@@ -126,7 +128,7 @@ def test_guarantees_say_first_what_holds_without_a_database() -> None:
 
 def test_decisions_are_numbered_without_gaps_and_titled_alike() -> None:
     """A number names one decision."""
-    files = sorted((DOCS / "adr").glob("*.md"))
+    files = sorted((DOCS / "contributing" / "adr").glob("*.md"))
     assert [int(file.name[:4]) for file in files] == list(range(1, len(files) + 1))
     for file in files:
         text = file.read_text(encoding="utf-8")
@@ -144,7 +146,7 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 def test_parity_page_proves_each_row_or_says_that_it_does_not() -> None:
     """Each claim of the guide has a test, or the plain words "not yet" or "no, because"."""
-    listed = rows("guide-parity.md")
+    listed = rows("contributing/guide-parity.md")
     assert len(listed) > 60
     for row in listed:
         assert len(row) == 3, row
@@ -154,7 +156,7 @@ def test_parity_page_proves_each_row_or_says_that_it_does_not() -> None:
 
 def test_parity_page_names_what_exists() -> None:
     """Each file, test and example that is named can be found."""
-    text = (DOCS / "guide-parity.md").read_text(encoding="utf-8")
+    text = (DOCS / "contributing" / "guide-parity.md").read_text(encoding="utf-8")
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
     assert len(named) == text.count("::test_")
     missing = [
@@ -170,3 +172,9 @@ def test_parity_page_names_what_exists() -> None:
         name for name in sorted(examples) if not (ROOT / "examples" / name / "__main__.py").exists()
     ] == []
     assert len(examples) >= 6
+
+
+def test_the_map_shows_the_rooms_of_today() -> None:
+    """The picture is drawn from the code; ``make docs`` brings it up to date."""
+    page = draw_map.PAGE.read_text(encoding="utf-8")
+    assert page == draw_map.render(page), "run: make docs"

@@ -10,22 +10,23 @@ from typing import Any
 
 import pytest
 
-from docket_celery.attempt import Attempt
-from docket_celery.call import StepCall
-from docket_celery.checkpoint import workflow_key
-from docket_celery.configuration import Settings
-from docket_celery.context import Cancellation, StepContext
-from docket_celery.delivery import Delivery
-from docket_celery.engine import Execution, Outcome
+from docket_celery.engine.attempt import Attempt
+from docket_celery.engine.delivery import Delivery
+from docket_celery.engine.execution import Execution, Outcome
+from docket_celery.engine.outcome import Submission
+from docket_celery.engine.process.inline import InlineRuntime
+from docket_celery.engine.process.limits import slots_of
+from docket_celery.engine.process.runtime import process_runtime
+from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.step_run import StepCall
 from docket_celery.errors import AbortError, RunCancelled, StepFailed, StepTimedOut
-from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
-from docket_celery.inline import InlineRuntime
-from docket_celery.outcome import Submission
-from docket_celery.plan import Plan
-from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
-from docket_celery.runtime import process_runtime
+from docket_celery.observe.events import Event, EventKind
+from docket_celery.plan.context import Cancellation, StepContext
+from docket_celery.plan.options import FixedBackoff, RetryPolicy, Scope
+from docket_celery.plan.plan import Plan
 from docket_celery.store import MemoryStore
+from docket_celery.store.identity import workflow_key
 from tests.unit.graphs import WAIT_S, add_step, build, deliver, execute, key, reached, start, total, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
 from tests.unit.stage import Deadlines, poll
@@ -462,8 +463,9 @@ def test_a_step_that_a_stop_keeps_from_beginning_leaves_no_trace(monkeypatch: py
     executions[0].help()
     assert [type(outcome.error) for outcome in outcomes] == [RunCancelled]
     assert delivery.rows == []
-    assert plan.steps[0].step.slots is not None
-    assert plan.steps[0].step.slots.get().free == 1
+    slots = slots_of(plan.steps[0].step)
+    assert slots is not None
+    assert slots.free == 1
 
 
 def test_only_what_is_wanted_of_a_plan_is_computed() -> None:

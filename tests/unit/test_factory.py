@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from docket_celery import settings
+from docket_celery.engine.process.instances import close_instances
+from docket_celery.engine.process.limits import slots_of
+from docket_celery.engine.process.runtime import process_runtime
 from docket_celery.errors import GraphError, RunCancelled, StepFailed, StepTimedOut
-from docket_celery.events import EventKind
-from docket_celery.factory import close_instances
 from docket_celery.graph import Graph
-from docket_celery.policy import FixedBackoff, RetryPolicy
-from docket_celery.runtime import process_runtime
+from docket_celery.observe.events import EventKind
+from docket_celery.plan.options import FixedBackoff, RetryPolicy
 from tests.unit.graphs import WAIT_S, execute, reached, start, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Order
 from tests.unit.stage import Deadlines
@@ -201,8 +202,9 @@ def test_an_instance_that_comes_after_the_deadline_is_not_called_for_it() -> Non
         settings(threads=None)
     reached(late)
     (step,) = graph._read().steps
-    assert step.slots is not None
-    assert step.slots.get().free == 1
+    slots = slots_of(step)
+    assert slots is not None
+    assert slots.free == 1
     run.cancel()
     with pytest.raises(RunCancelled):
         run.result(WAIT_S)

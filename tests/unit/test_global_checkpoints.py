@@ -6,18 +6,19 @@ from typing import Annotated, Any, TypeAlias
 
 import pytest
 
-from docket_celery.annotation import Named
-from docket_celery.call import StepCall
-from docket_celery.checkpoint import Checkpoint, StepExecution
-from docket_celery.context import StepContext
-from docket_celery.engine import Execution
+from docket_celery.engine.execution import Execution
+from docket_celery.engine.process.heartbeat import process_heartbeat
+from docket_celery.engine.process.runtime import process_runtime
+from docket_celery.engine.process.timer import Alarm, Timer
+from docket_celery.engine.step_run import StepCall
 from docket_celery.errors import AbortError, InvalidArguments, LeaseLost, StepFailed, StoreUnavailable
-from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
-from docket_celery.heartbeat import process_heartbeat
-from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
-from docket_celery.runtime import Alarm, Timer, process_runtime
+from docket_celery.observe.events import Event, EventKind
+from docket_celery.plan.annotation import Named
+from docket_celery.plan.context import StepContext
+from docket_celery.plan.options import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore
+from docket_celery.store.records import Checkpoint, StepExecution
 from tests.unit.graphs import WAIT_S, execute, pass_on, reached, start, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Reservation, Shipment
 

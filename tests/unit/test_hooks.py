@@ -13,16 +13,17 @@ import pytest
 from celery import Celery
 from google.protobuf.message import Message
 
-from docket_celery import graph_task, lifecycle
-from docket_celery.annotation import ValueKey
-from docket_celery.checkpoint import Store
-from docket_celery.configuration import Settings
-from docket_celery.context import StepContext, current_context
+from docket_celery import graph_task
+from docket_celery.engine.outcome import Submission
+from docket_celery.engine.process.settings import Settings
 from docket_celery.errors import InvalidSettings, StepFailed, StepTimedOut
 from docket_celery.graph import Graph
-from docket_celery.outcome import Submission
-from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
+from docket_celery.plan.annotation import ValueKey
+from docket_celery.plan.context import StepContext, current_context
+from docket_celery.plan.options import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore
+from docket_celery.store.contract import Store
+from docket_celery.task import checks
 from tests.unit.graphs import WAIT_S, reached, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Shipment
 
@@ -363,7 +364,7 @@ def test_an_import_path_that_leads_nowhere_stops_runs_and_workers(path: str, sho
     assert f"entry {path!r} {shown}" in str(refused.value)
     app = Celery("hooks", set_as_current=False)
     app.conf.docket_step_hooks = [path]
-    (fault,) = lifecycle.find_faults(app, "prefork")
+    (fault,) = checks.find_faults(app, "prefork")
     assert path in fault
 
 

@@ -13,8 +13,8 @@ from typing import Any, ParamSpec
 
 import pytest
 
-from docket_celery.checkpoint import RunState
-from docket_celery.context import StepContext, current_context
+from docket_celery.engine.handles import StartedRun
+from docket_celery.engine.outcome import Submission
 from docket_celery.errors import (
     AbortError,
     InvalidArguments,
@@ -24,12 +24,12 @@ from docket_celery.errors import (
     StepFailed,
     StepTimedOut,
 )
-from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
-from docket_celery.outcome import Submission
-from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
+from docket_celery.observe.events import Event, EventKind
+from docket_celery.plan.context import StepContext, current_context
+from docket_celery.plan.options import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore, SQLStore
-from docket_celery.waiting import StartedRun
+from docket_celery.store.records import RunState
 from tests.unit.graphs import WAIT_S, add_step, key, reached, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Shipment
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from docket_celery.checkpoint import (
-    Checkpoint,
+from docket_celery.errors import CorruptCheckpoint, InvalidArguments
+from docket_celery.store.identity import (
     cache_key,
     check_execution_id,
     digest,
@@ -15,7 +15,7 @@ from docket_celery.checkpoint import (
     job_digest,
     workflow_key,
 )
-from docket_celery.errors import CorruptCheckpoint, InvalidArguments
+from docket_celery.store.records import Checkpoint
 
 # Changing one of these loses every checkpoint and renames every payment: raise the tag's number instead.
 GOLDEN = {

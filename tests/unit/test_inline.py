@@ -11,10 +11,10 @@ import pytest
 from celery import Celery, current_task
 
 from docket_celery import GraphTask, Named, SQLStore, graph_task
-from docket_celery.context import StepContext
 from docket_celery.errors import StepFailed
 from docket_celery.graph import Graph
-from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
+from docket_celery.plan.context import StepContext
+from docket_celery.plan.options import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore
 from tests.unit.graphs import WAIT_S, reached, start
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Shipment

@@ -26,8 +26,8 @@ from docket_celery import (
     current_context,
     graph_task,
 )
-from docket_celery.checkpoint import idempotency_key
-from docket_celery.events import EventKind
+from docket_celery.observe.events import EventKind
+from docket_celery.store.identity import idempotency_key
 from docket_celery.testing import FakeClock, eager, inline, record_events, run_step, step_context
 from docket_celery.testing.workers import forget_connections
 from tests.unit.graphs import reached

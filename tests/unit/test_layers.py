@@ -94,12 +94,12 @@ def test_a_broken_contract_would_be_noticed(tmp_path: Path) -> None:
         copy.write_bytes(path.read_bytes())
     (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
     assert lint_imports(tmp_path).returncode == 0
-    with (package / "events.py").open("a") as leaf:
+    with (package / "observe/events.py").open("a") as leaf:
         leaf.write("\n\ndef lazily() -> None:\n    import celery\n    import docket_celery.graph\n")
     done = lint_imports(tmp_path)
     assert done.returncode != 0
-    assert "docket_celery.events -> celery" in done.stdout
-    assert "docket_celery.events -> docket_celery.graph" in done.stdout
+    assert "docket_celery.observe.events -> celery" in done.stdout
+    assert "docket_celery.observe.events -> docket_celery.graph" in done.stdout
 
 
 def test_a_graph_in_process_loads_neither_celery_nor_sql() -> None:

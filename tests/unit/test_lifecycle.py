@@ -16,11 +16,10 @@ from docket_celery import (
     SQLStore,
     StoreMissing,
     graph_task,
-    lifecycle,
     settings,
-    wire,
 )
-from docket_celery.defaults import Defaults, process_defaults
+from docket_celery.engine.process.state import Defaults, process_defaults
+from docket_celery.task import app_settings, checks, envelope
 from tests.unit.protos.shop_pb2 import Charge, Order, Shipment
 
 THREADS = "DOCKET_CELERY_THREADS"
@@ -30,15 +29,15 @@ THREADS = "DOCKET_CELERY_THREADS"
 def _own_values() -> Generator[None]:
     """Hide the tasks of other tests' apps, which Celery shares, and take back what a test set for the process."""
     state: Any = _state
-    limit, shared = wire.types.limit_bytes, set(state._on_app_finalizers)
+    limit, shared = envelope.types.limit_bytes, set(state._on_app_finalizers)
     state._on_app_finalizers.intersection_update(
         {one for one in shared if one.__module__ == "celery.app.builtins"}
     )
     yield
     state._on_app_finalizers.clear()
     state._on_app_finalizers.update(shared)
-    settings(**dict.fromkeys(lifecycle._KEYS))
-    wire.types.limit_bytes = limit
+    settings(**dict.fromkeys(app_settings._KEYS))
+    envelope.types.limit_bytes = limit
     process_defaults.close()
 
 
@@ -92,7 +91,7 @@ def test_settings_are_found_in_a_configuration_object(
     """Under a namespace, in upper case, and in lower case."""
     app = Celery("lifecycle", set_as_current=False)
     app.config_from_object(source, namespace=namespace)
-    assert lifecycle.check_settings(app).threads == threads
+    assert app_settings.check_settings(app).threads == threads
 
 
 @pytest.mark.parametrize("namespace", ["CELERY", None])
@@ -102,8 +101,8 @@ def test_an_unknown_setting_is_refused_with_the_nearest(namespace: str | None) -
     app = Celery("lifecycle", set_as_current=False)
     app.config_from_object(wrong, namespace=namespace)
     with pytest.raises(InvalidSettings, match="docket_treads: unknown setting; did you mean docket_threads"):
-        lifecycle.check_settings(app)
-    assert lifecycle.find_faults(app) == [
+        app_settings.check_settings(app)
+    assert checks.find_faults(app) == [
         "[DC102] setting docket_treads: unknown setting; did you mean docket_threads?"
     ]
 
@@ -113,7 +112,7 @@ def test_an_unknown_variable_is_refused_where_settings_are_checked(monkeypatch: 
     monkeypatch.setenv("DOCKET_CELERY_TREADS", "3")
     app = make_app()
     said = "setting DOCKET_CELERY_TREADS: unknown setting; did you mean DOCKET_CELERY_THREADS?"
-    assert lifecycle.find_faults(app) == [f"[DC102] {said}"]
+    assert checks.find_faults(app) == [f"[DC102] {said}"]
     fresh = Defaults()
     for _ in range(2):
         with pytest.raises(InvalidSettings, match="did you mean DOCKET_CELERY_THREADS"):
@@ -129,13 +128,13 @@ def test_the_app_wins_over_the_environment_and_the_process_over_the_app(
 ) -> None:
     """settings() is the last word."""
     monkeypatch.setenv(THREADS, "2")
-    assert lifecycle.app_settings(make_app()).threads == 2
+    assert app_settings.app_settings(make_app()).threads == 2
     app = make_app(docket_threads=3)
-    assert lifecycle.app_settings(app).threads == 3
+    assert app_settings.app_settings(app).threads == 3
     assert settings(threads=4).threads == 4
-    assert lifecycle.app_settings(app).threads == 4
+    assert app_settings.app_settings(app).threads == 4
     settings(threads=None)
-    assert lifecycle.app_settings(app).threads == 3
+    assert app_settings.app_settings(app).threads == 3
 
 
 def test_settings_of_the_process_are_checked_before_they_hold() -> None:
@@ -150,21 +149,21 @@ def test_settings_of_the_process_are_checked_before_they_hold() -> None:
 
 def test_the_decoder_takes_what_the_most_generous_app_takes() -> None:
     """It is called without an app: reading another app's settings must not refuse this one's messages."""
-    most = 2 * wire.types.limit_bytes
+    most = 2 * envelope.types.limit_bytes
     apps = [make_app(docket_max_message_bytes=limit) for limit in (4321, most, 8642)]
     for app in apps:
-        lifecycle.app_settings(app)
-    assert wire.types.limit_bytes == most
+        app_settings.app_settings(app)
+    assert envelope.types.limit_bytes == most
     apps[1].conf.docket_max_message_bytes = 2 * most
-    lifecycle.app_settings(apps[1])
-    assert wire.types.limit_bytes == 2 * most
+    app_settings.app_settings(apps[1])
+    assert envelope.types.limit_bytes == 2 * most
 
 
 def test_a_task_without_a_store_is_a_fault_and_a_typed_error() -> None:
     """Before a worker starts, and where somebody runs it all the same."""
     app = make_app()
     task = declare(app, Graph("without"))
-    (fault,) = lifecycle.find_faults(app)
+    (fault,) = checks.find_faults(app)
     assert fault.startswith("task lifecycle.ship: [DC400]")
     assert "set docket_database_url" in fault
     with pytest.raises(StoreMissing):
@@ -178,7 +177,7 @@ def test_a_memory_store_is_for_one_process(pool: str | None, faults: int) -> Non
     """Other pools, and other workers, could not see it."""
     app = make_app()
     declare(app, Graph("memory", store=MemoryStore()))
-    found = lifecycle.find_faults(app, pool)
+    found = checks.find_faults(app, pool)
     assert len(found) == faults
     assert all("MemoryStore" in fault for fault in found)
 
@@ -188,19 +187,19 @@ def test_tables_are_checked_and_no_connection_is_kept(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/shop.db"
     app = make_app(docket_database_url=url)
     declare(app, Graph("tables"))
-    (fault,) = lifecycle.find_faults(app, "prefork")
+    (fault,) = checks.find_faults(app, "prefork")
     assert "docket migrate" in fault
     store = SQLStore(url)
     store.migrate()
     store.close()
-    assert lifecycle.find_faults(app, "prefork") == []
+    assert checks.find_faults(app, "prefork") == []
 
 
 def test_a_database_that_does_not_answer_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
     """A worker starts degraded and its deliveries wait; the log says so, without the password."""
     app = make_app(docket_database_url="postgresql+psycopg://ann:s3cret@127.0.0.1:1/shop")
     declare(app, Graph("silent"))
-    assert lifecycle.find_faults(app, "prefork") == []
+    assert checks.find_faults(app, "prefork") == []
     assert "the schema could not be checked" in caplog.text
     assert "s3cret" not in caplog.text
 
@@ -209,7 +208,7 @@ def test_a_check_without_a_worker_needs_the_database() -> None:
     """`celery docket check` may not pass what it could not look at."""
     app = make_app(docket_database_url="postgresql+psycopg://ann:s3cret@127.0.0.1:1/shop")
     declare(app, Graph("silent_check"))
-    (fault,) = lifecycle.find_faults(app)
+    (fault,) = checks.find_faults(app)
     assert "DC401" in fault
     assert "s3cret" not in fault
 
@@ -218,7 +217,7 @@ def test_a_url_that_cannot_be_used_is_a_fault() -> None:
     """And not an error that Celery's signals would swallow."""
     app = make_app(docket_database_url="nowhere://ann:s3cret@host")
     declare(app, Graph("nowhere"))
-    (fault,) = lifecycle.find_faults(app, "prefork")
+    (fault,) = checks.find_faults(app, "prefork")
     assert "docket_database_url" in fault
     assert "s3cret" not in fault
 
@@ -233,7 +232,7 @@ def test_faults_of_all_tasks_come_in_one_report() -> None:
         raise NotImplementedError
 
     declare(app, Graph("without"))
-    found = lifecycle.find_faults(app)
+    found = checks.find_faults(app)
     assert [fault.partition(":")[0] for fault in found] == ["task lifecycle.charge", "task lifecycle.ship"]
 
 
@@ -269,10 +268,10 @@ def test_a_worker_without_step_threads_does_not_start(pool: str) -> None:
     """Its own thread would be busy with steps; in process and eagerly the same app is fine."""
     app = make_app(docket_threads=0)
     declare(app, Graph("inline"), persist=None)
-    (fault,) = lifecycle.find_faults(app, pool)
+    (fault,) = checks.find_faults(app, pool)
     assert "docket_threads" in fault
     assert "set at least 1" in fault
-    assert lifecycle.find_faults(app) == []
+    assert checks.find_faults(app) == []
 
 
 def test_an_eager_task_without_step_threads_runs_on_the_calling_thread() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from docket_celery.errors import DecodeFailed, InvalidArguments, PayloadTooLarge
-from docket_celery.messages import (
+from docket_celery.plan.messages import (
     MAX_JSON_BYTES,
     brief,
     check_size,

@@ -29,13 +29,16 @@ from docket_celery import (
     graph_task,
     settings,
 )
-from docket_celery.checkpoint import Lease, Purged, RunEnd, RunRequest, RunState, job_digest
+from docket_celery.engine.job import job_parts
+from docket_celery.engine.outcome import Submission
+from docket_celery.engine.run_row import run_request
 from docket_celery.errors import UnknownMessageType
-from docket_celery.messages import to_bytes
-from docket_celery.outcome import Submission, job_parts, run_request
-from docket_celery.payloads import QueuedRun, StoredJob, give_up, receive, send, wait_s, wrap
-from docket_celery.policy import MAX_SECONDS
-from docket_celery.wire import Undecodable
+from docket_celery.plan.messages import to_bytes
+from docket_celery.plan.options import MAX_SECONDS
+from docket_celery.store.identity import job_digest
+from docket_celery.store.records import Lease, Purged, RunEnd, RunRequest, RunState
+from docket_celery.task.envelope import Undecodable
+from docket_celery.task.large_jobs import QueuedRun, StoredJob, give_up, receive, send, wait_s, wrap
 from tests.unit.protos.shop_pb2 import Label, Money, Order
 
 SIZE = 2 * 1024 * 1024

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from docket_celery.policy import ExponentialBackoff, FixedBackoff, RetryPolicy, to_seconds
+from docket_celery.plan.options import ExponentialBackoff, FixedBackoff, RetryPolicy, to_seconds
 
 SECONDS = st.floats(0, 1e6, allow_nan=False)
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from celery import Celery, states
 
-from docket_celery.chunks import Progress
-from docket_celery.progress import PROGRESS, tell_progress
+from docket_celery.store.records import Progress
+from docket_celery.task.progress import PROGRESS, tell_progress
 
 TASK = "t1"
 

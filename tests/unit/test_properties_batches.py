@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from docket_celery.annotation import Named, ValueKey
-from docket_celery.batch_result import BatchPolicy
-from docket_celery.configuration import Settings
-from docket_celery.context import current_context
+from docket_celery.engine.outcome import Submission
+from docket_celery.engine.process.settings import Settings
 from docket_celery.errors import GraphError, StepFailed
 from docket_celery.graph import Graph
-from docket_celery.outcome import Submission
-from docket_celery.policy import Scope
+from docket_celery.plan.annotation import Named, ValueKey
+from docket_celery.plan.batch import BatchPolicy
+from docket_celery.plan.context import current_context
+from docket_celery.plan.options import Scope
 from docket_celery.store import MemoryStore
 from tests.unit.protos.shop_pb2 import Money
 

@@ -11,8 +11,11 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from docket_celery.checkpoint import (
-    Checkpoint,
+from docket_celery.graph import Graph
+from docket_celery.plan.messages import to_bytes, type_name
+from docket_celery.plan.options import Scope
+from docket_celery.store import MemoryStore
+from docket_celery.store.identity import (
     cache_key,
     digest,
     global_key,
@@ -21,10 +24,7 @@ from docket_celery.checkpoint import (
     job_digest,
     workflow_key,
 )
-from docket_celery.graph import Graph
-from docket_celery.messages import to_bytes, type_name
-from docket_celery.policy import Scope
-from docket_celery.store import MemoryStore
+from docket_celery.store.records import Checkpoint
 from tests.unit.graphs import within
 from tests.unit.protos.shop_pb2 import Address, Charge, Order, Payment
 from tests.unit.test_identity import CHECKPOINT

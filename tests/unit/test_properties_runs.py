@@ -14,13 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import docket_celery.inline
-from docket_celery.checkpoint import RunState, StepExecution
+from docket_celery.engine.outcome import RunOutcome
+from docket_celery.engine.process import inline
 from docket_celery.errors import AbortError, StepFailed, StepTimedOut, StoreUnavailable, WrongResult
-from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
-from docket_celery.outcome import RunOutcome
-from docket_celery.policy import Scope
+from docket_celery.observe.events import Event, EventKind
+from docket_celery.plan.options import Scope
+from docket_celery.store.records import RunState, StepExecution
 from tests.unit.scripted import Fate, Fault, Forecast, Script, draw_scripts, fate, forecast
 from tests.unit.stage import (
     Call,
@@ -55,7 +55,7 @@ def examples(count: int) -> settings:
 def deadlines(monkeypatch: pytest.MonkeyPatch) -> Deadlines:
     """The deadlines of all runs of a test, with and without threads."""
     made = Deadlines()
-    monkeypatch.setattr(docket_celery.inline, "InlineTimer", made.inline_timer)
+    monkeypatch.setattr(inline, "InlineTimer", made.inline_timer)
     return made
 
 

@@ -8,10 +8,10 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from docket_celery.batch_result import BatchPolicy
-from docket_celery.configuration import Settings
+from docket_celery.engine.outcome import Submission
+from docket_celery.engine.process.settings import Settings
 from docket_celery.graph import Graph
-from docket_celery.outcome import Submission
+from docket_celery.plan.batch import BatchPolicy
 from docket_celery.store import MemoryStore
 from tests.unit.series import ITEMS, Series, build, draw, in_plain_python, key, money
 

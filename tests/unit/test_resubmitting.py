@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from docket_celery.checkpoint import Purged, RunState, idempotency_key
-from docket_celery.context import StepContext
 from docket_celery.errors import GraphChanged, InputsChanged, RunCancelled, StepFailed
-from docket_celery.events import EventKind
 from docket_celery.graph import Graph
-from docket_celery.policy import Scope
+from docket_celery.observe.events import EventKind
+from docket_celery.plan.context import StepContext
+from docket_celery.plan.options import Scope
 from docket_celery.store import MemoryStore
+from docket_celery.store.identity import idempotency_key
+from docket_celery.store.records import Purged, RunState
 from tests.unit.graphs import WAIT_S, reached, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Shipment
 

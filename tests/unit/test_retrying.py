@@ -16,8 +16,8 @@ from docket_celery import (
     StepFailed,
     StoreUnavailable,
 )
-from docket_celery.checkpoint import Lease
-from docket_celery.retrying import backoff_s, matches, park_s, with_causes
+from docket_celery.store.records import Lease
+from docket_celery.task.retries import backoff_s, matches, park_s, with_causes
 from tests.unit.protos.shop_pb2 import Label, Order, Shipment
 
 graph = Graph("retrying")

@@ -24,10 +24,9 @@ from docket_celery import (
     Scope,
     StepContext,
     graph_task,
-    heartbeat,
-    lifecycle,
-    runtime,
 )
+from docket_celery.engine.process import heartbeat, runtime
+from docket_celery.task import app_settings, checks
 from tests.unit.protos.shop_pb2 import Order, Shipment
 
 
@@ -140,12 +139,12 @@ def test_the_row_bounds_retries_of_tasks_declared_after_the_app_was_finalized(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A worker looks at all tasks when it starts."""
-    monkeypatch.setattr(lifecycle._process, "pool", None)
+    monkeypatch.setattr(app_settings.process, "pool", None)
     app = make_app()
     app.finalize()
     task = declare(app, make_graph("late", Scope.WORKFLOW, MemoryStore()))
     # Celery shares each app's tasks with all others: those of other tests' modules are not this one's concern.
-    monkeypatch.setattr(lifecycle, "graph_tasks", lambda _: iter([task]))
+    monkeypatch.setattr(checks, "graph_tasks", lambda _: iter([task]))
     assert task.max_retries == 3
     worker_init.send(sender=Starting(app))
     assert (task.max_retries, task.declared_max_retries) == (None, 3)
@@ -154,7 +153,7 @@ def test_the_row_bounds_retries_of_tasks_declared_after_the_app_was_finalized(
 @pytest.mark.parametrize("where", ["task", "app"])
 def test_a_message_without_limits_has_those_of_its_task(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in prefork, where Celery looks at the message, then the task, then the app."""
-    monkeypatch.setattr(lifecycle._process, "pool", "threads")
+    monkeypatch.setattr(app_settings.process, "pool", "threads")
     app = make_app()
     if where == "app":
         app.conf.task_soft_time_limit = 0.1
@@ -163,7 +162,7 @@ def test_a_message_without_limits_has_those_of_its_task(where: str, monkeypatch:
     order = Order(order_id="slow")
     with delivered(task, order), pytest.raises(SoftTimeLimitExceeded):
         task.run(order)
-    pool = runtime.process_runtime(lifecycle.app_settings(app).threads).pool
+    pool = runtime.process_runtime(app_settings.app_settings(app).threads).pool
     deadline = time.monotonic() + 10
     while pool.abandoned() and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -9,18 +9,12 @@ from typing import Any, Literal
 
 import pytest
 
-from docket_celery.annotation import ValueKey
-from docket_celery.checkpoint import (
-    Checkpoint,
-    Lease,
-    RunEnd,
-    RunRequest,
-    RunRow,
-    RunState,
-    StepExecution,
-    Store,
-)
-from docket_celery.context import StepContext
+from docket_celery.engine.job import job_parts
+from docket_celery.engine.outcome import Submission
+from docket_celery.engine.process.heartbeat import process_heartbeat
+from docket_celery.engine.process.runtime import process_runtime
+from docket_celery.engine.process.timer import Alarm, Timer
+from docket_celery.engine.run_row import is_busy
 from docket_celery.errors import (
     AbortError,
     GraphChanged,
@@ -34,15 +28,16 @@ from docket_celery.errors import (
     StoreMissing,
     StoreUnavailable,
 )
-from docket_celery.events import EventKind
 from docket_celery.graph import Graph
-from docket_celery.heartbeat import process_heartbeat
-from docket_celery.lifecycle import settings
-from docket_celery.messages import to_bytes, value_bytes
-from docket_celery.outcome import Submission, is_busy, job_parts
-from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
-from docket_celery.runtime import Alarm, Timer, process_runtime
+from docket_celery.observe.events import EventKind
+from docket_celery.plan.annotation import ValueKey
+from docket_celery.plan.context import StepContext
+from docket_celery.plan.messages import to_bytes, value_bytes
+from docket_celery.plan.options import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore
+from docket_celery.store.contract import Store
+from docket_celery.store.records import Checkpoint, Lease, RunEnd, RunRequest, RunRow, RunState, StepExecution
+from docket_celery.task.app_settings import settings
 from tests.unit.graphs import WAIT_S, execute, pass_on, reached, start, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Shipment
 

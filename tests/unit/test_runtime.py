@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 
-from docket_celery.checkpoint import RunState
-from docket_celery.context import StepContext
+from docket_celery.engine.process.heartbeat import process_heartbeat
+from docket_celery.engine.process.loops import LoopThread
+from docket_celery.engine.process.pool import Pool, Worker
+from docket_celery.engine.process.runtime import process_runtime
+from docket_celery.engine.process.timer import Timer
 from docket_celery.errors import (
     RunCancelled,
     RunTimedOut,
@@ -25,12 +28,12 @@ from docket_celery.errors import (
     StoreUnavailable,
     TooManyAbandoned,
 )
-from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
-from docket_celery.heartbeat import process_heartbeat
-from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
-from docket_celery.runtime import LoopThread, Pool, Timer, Worker, process_runtime
+from docket_celery.observe.events import Event, EventKind
+from docket_celery.plan.context import StepContext
+from docket_celery.plan.options import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore
+from docket_celery.store.records import RunState
 from tests.unit.graphs import WAIT_S, build, deliver, execute, pass_on, reached, start, total, within
 from tests.unit.protos.shop_pb2 import Charge, Money, Order, Reservation, Shipment
 
@@ -288,7 +291,7 @@ def test_a_moment_without_threads_leaves_no_run_hanging(
             raise ValueError("again")
         return Shipment(tracking_id=charge.charge_id)
 
-    monkeypatch.setattr("docket_celery.runtime._LATER_S", 0.01)
+    monkeypatch.setattr("docket_celery.engine.process.runtime._LATER_S", 0.01)
     refusing = Refusing(
         process_runtime(2).pool, moment if callable(moment) else lambda calls: calls == moment
     )
@@ -319,7 +322,7 @@ def test_a_run_that_is_stopped_while_there_is_no_thread_ends_in_its_row(
     run = graph.start(Charge, Order(), execution_id="run")
     reached(waiting)
     poll(lambda: run._run.pool._outstanding == 0)
-    monkeypatch.setattr("docket_celery.runtime._LATER_S", 0.01)
+    monkeypatch.setattr("docket_celery.engine.process.runtime._LATER_S", 0.01)
     refusing = Refusing(run._run.pool, lambda _: True)
     monkeypatch.setattr(run._run.pool, "submit", refusing)
     assert run.cancel()
@@ -483,7 +486,7 @@ def test_a_child_that_is_forked_while_a_graph_is_read_can_read_it() -> None:
     def charge(order: Order) -> Charge:
         return Charge()
 
-    with graph._lock.get():
+    with graph._guard():
         child = os.fork()
         if child == 0:
             status = 1

@@ -16,19 +16,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from docket_celery.call import StepCall
-from docket_celery.checkpoint import Checkpoint, Lease, StepExecution
-from docket_celery.configuration import Settings
-from docket_celery.context import Cancellation, StepContext
-from docket_celery.delivery import Delivery
-from docket_celery.engine import Execution
+from docket_celery.engine.delivery import Delivery
+from docket_celery.engine.execution import Execution
+from docket_celery.engine.outcome import Submission
+from docket_celery.engine.process.limits import Slots, slots_of
+from docket_celery.engine.process.runtime import process_runtime
+from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.process.timer import Alarm, Timer
+from docket_celery.engine.step_run import StepCall
 from docket_celery.errors import AbortError, RunCancelled, StepFailed, StepTimedOut, TooManyAbandoned
 from docket_celery.graph import Graph
-from docket_celery.outcome import Submission
-from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
-from docket_celery.runtime import Alarm, Timer, process_runtime
-from docket_celery.slots import Slots
+from docket_celery.plan.context import Cancellation, StepContext
+from docket_celery.plan.options import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore
+from docket_celery.store.records import Checkpoint, Lease, StepExecution
 from tests.infra.processes import wait_until
 from tests.unit.graphs import WAIT_S, add_step, execute, key, reached, start, total, value, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
@@ -56,16 +57,17 @@ class Gauge:
                 self.now -= 1
 
 
-def slots_of(graph: Graph, name: str = "charge") -> Slots:
+def slots_in(graph: Graph, name: str = "charge") -> Slots:
     """Return this process's slots of a step."""
     (step,) = (step for step in graph._read().steps if step.name == name)
-    assert step.slots is not None
-    return step.slots.get()
+    slots = slots_of(step)
+    assert slots is not None
+    return slots
 
 
 def in_line(graph: Graph, count: int) -> None:
     """Wait until *count* calls of the step charge wait for a slot."""
-    wait_until(lambda: len(slots_of(graph).line) == count, within_s=WAIT_S, what=f"{count} in the line")
+    wait_until(lambda: len(slots_in(graph).line) == count, within_s=WAIT_S, what=f"{count} in the line")
 
 
 def holding(**options: Any) -> tuple[Graph, threading.Event, threading.Event]:
@@ -105,7 +107,7 @@ def test_no_more_calls_run_at_once_than_there_are_slots(threads: int, is_async: 
     ]
     assert [run.result(WAIT_S).charge_id for run in runs] == [str(n) for n in range(30)]
     assert gauge.most <= 2
-    assert slots_of(graph).free == 2
+    assert slots_in(graph).free == 2
 
 
 def test_a_slot_is_handed_on_in_the_order_of_asking() -> None:
@@ -215,7 +217,7 @@ def test_a_call_that_is_refused_gives_its_slot_back() -> None:
     go.set()
     with pytest.raises(TooManyAbandoned):
         run.result(WAIT_S)
-    assert slots_of(graph).free == 1
+    assert slots_in(graph).free == 1
     leave.set()
 
 
@@ -234,7 +236,7 @@ def test_a_call_whose_deadline_cannot_be_watched_gives_its_slot_back() -> None:
     process_runtime(1).timer = Broken()
     with pytest.raises(StepFailed, match="can't start new thread"):
         within(lambda: execute(graph, Charge, Order(), threads=1))
-    assert slots_of(graph).free == 1
+    assert slots_in(graph).free == 1
 
 
 def test_a_cancelled_coroutine_keeps_its_slot_until_it_has_cleaned_up() -> None:
@@ -424,7 +426,7 @@ def test_a_cancelled_run_leaves_the_line() -> None:
     leave.set()
     assert stays.result(WAIT_S) == Charge(charge_id="stays 1")
     holder.result(WAIT_S)
-    assert slots_of(graph).free == 1
+    assert slots_in(graph).free == 1
 
 
 def test_a_failing_run_takes_its_waiting_step_back() -> None:
@@ -488,7 +490,7 @@ def test_a_step_that_stops_all_leaves_no_slot_taken() -> None:
     for _ in range(3):
         with pytest.raises(AbortError):
             within(lambda: execute(graph, Charge, Order()))
-    assert slots_of(graph).free == 1
+    assert slots_in(graph).free == 1
 
 
 @pytest.mark.parametrize("threads", [0, 1, 4])
@@ -504,7 +506,7 @@ def test_a_run_inside_a_step_shares_the_slot_of_that_step(threads: int) -> None:
         return Charge(charge_id=inner.charge_id + "i")
 
     assert within(lambda: execute(graph, Charge, Order(amount_cents=3), threads=threads)).charge_id == "iii"
-    assert slots_of(graph).free == 1
+    assert slots_in(graph).free == 1
 
 
 def test_a_context_that_outlives_its_call_shares_nothing_any_more() -> None:
@@ -552,7 +554,7 @@ def test_a_forked_child_has_slots_of_its_own() -> None:
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert slots_of(graph).free == 0
+    assert slots_in(graph).free == 0
     leave.set()
     holder.result(WAIT_S)
 
@@ -609,9 +611,9 @@ def test_any_mix_of_runs_ends_and_respects_the_limit(data: st.DataObject, limit:
     runs = [start(lambda n=n: _one(graph, n, kinds[n], threads)) for n in range(len(kinds))]  # type: ignore[misc] # n is bound
     for run in runs:
         run.result(WAIT_S)
-    wait_until(lambda: slots_of(graph, "limited").free == limit, within_s=WAIT_S, what="all slots given back")
+    wait_until(lambda: slots_in(graph, "limited").free == limit, within_s=WAIT_S, what="all slots given back")
     assert gauge.most <= limit
-    assert not slots_of(graph, "limited").line
+    assert not slots_in(graph, "limited").line
 
 
 def _typed(call: Any) -> Any:

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Optional, Union
 
 import pytest
 
-from docket_celery.annotation import Named
-from docket_celery.context import StepContext
 from docket_celery.errors import GraphError
 from docket_celery.graph import Graph
-from docket_celery.policy import RetryPolicy, Scope, StepOptions
+from docket_celery.plan.annotation import Named
+from docket_celery.plan.context import StepContext
+from docket_celery.plan.options import RetryPolicy, Scope, StepOptions
 from tests.unit.protos import shop_pb2 as pb
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
 

@@ -13,14 +13,14 @@ from random import Random
 
 import pytest
 
-from docket_celery.checkpoint import RunState
-from docket_celery.context import StepContext
+from docket_celery.engine.process.runtime import process_runtime
 from docket_celery.errors import StepTimedOut, TooManyAbandoned
-from docket_celery.events import Event, EventKind
 from docket_celery.graph import Graph
-from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
-from docket_celery.runtime import process_runtime
+from docket_celery.observe.events import Event, EventKind
+from docket_celery.plan.context import StepContext
+from docket_celery.plan.options import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore
+from docket_celery.store.records import RunState
 from tests.unit.graphs import WAIT_S, execute, reached, start, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Order
 from tests.unit.stage import Deadlines, MemoryShelf, Shelf, SQLiteShelf, poll

@@ -14,10 +14,10 @@ import pytest
 
 import docket_celery
 from docket_celery import settings
-from docket_celery.context import StepContext
 from docket_celery.errors import AbortError, StepFailed
 from docket_celery.graph import Graph
-from docket_celery.policy import FixedBackoff, RetryPolicy, Scope
+from docket_celery.plan.context import StepContext
+from docket_celery.plan.options import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore
 from tests.unit.graphs import execute, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Shipment

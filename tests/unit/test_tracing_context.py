@@ -15,9 +15,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanContext, Tracer, get_current_span
 
 from docket_celery import graph_task
-from docket_celery.context import StepContext
 from docket_celery.graph import Graph
-from docket_celery.policy import FixedBackoff, RetryPolicy
+from docket_celery.plan.context import StepContext
+from docket_celery.plan.options import FixedBackoff, RetryPolicy
 from tests.unit.graphs import WAIT_S
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Shipment
 

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kombu.utils.json import dumps, loads
 
-from docket_celery import DecodeFailed, PayloadTooLarge, UnknownMessageType, wire
-from docket_celery.wire import MARKER, Result, Types, Undecodable
+from docket_celery import DecodeFailed, PayloadTooLarge, UnknownMessageType
+from docket_celery.task import envelope
+from docket_celery.task.envelope import MARKER, Result, Types, Undecodable
 from tests.unit.protos.shop_pb2 import Address, Nest, Order, Payment
 
 ORDER = Order(order_id="17", amount_cents=1000, stock={"a": 1, "b": 2})
@@ -26,14 +27,14 @@ JSON = st.recursive(
 @pytest.fixture(autouse=True, scope="module")
 def types() -> Generator[Types]:
     """The process's types with two of ours among them."""
-    before, limit = dict(wire.types._kinds), wire.types.limit_bytes
-    wire.install()
+    before, limit = dict(envelope.types._kinds), envelope.types.limit_bytes
+    envelope.install()
     for kind in (Order, Payment):
-        wire.types.allow(kind)
-    wire.types._kinds.pop(Nest.DESCRIPTOR.full_name, None)
-    yield wire.types
-    wire.types._kinds = before
-    wire.types.limit_bytes = limit
+        envelope.types.allow(kind)
+    envelope.types._kinds.pop(Nest.DESCRIPTOR.full_name, None)
+    yield envelope.types
+    envelope.types._kinds = before
+    envelope.types.limit_bytes = limit
 
 
 def test_a_message_travels_through_celerys_json() -> None:
@@ -82,14 +83,14 @@ def test_what_cannot_be_read_becomes_a_placeholder(content: Any, error: type[Exc
 @given(content=JSON | st.fixed_dictionaries({"t": JSON, "b": JSON}))
 def test_the_decoder_never_raises(content: Any) -> None:
     """Whatever stands in the envelope."""
-    found = wire.decode(content)
+    found = envelope.decode(content)
     assert isinstance(found, (Undecodable, Order, Payment))
 
 
 @given(data=st.binary(max_size=200))
 def test_any_bytes_give_a_message_or_a_placeholder(data: bytes) -> None:
     """Damaged bytes never raise in the decoder."""
-    found = wire.decode({"t": "docket.tests.unit.Order", "b": base64.b64encode(data).decode()})
+    found = envelope.decode({"t": "docket.tests.unit.Order", "b": base64.b64encode(data).decode()})
     assert isinstance(found, (Undecodable, Order))
 
 
@@ -98,9 +99,9 @@ def test_the_size_is_looked_at_before_decoding(types: Types) -> None:
     exact = Order(order_id="x" * 997)
     assert exact.ByteSize() == 1000
     types.limit_bytes = 1000
-    assert wire.decode(wire.encode(exact)) == exact
+    assert envelope.decode(envelope.encode(exact)) == exact
     for content in ({"t": "no.such", "b": "A" * 1340}, {"t": "docket.tests.unit.Order", "b": "@" * 1340}):
-        found = wire.decode(content)
+        found = envelope.decode(content)
         assert isinstance(found, Undecodable)
         assert isinstance(found.error, PayloadTooLarge)
         assert (found.error.size_bytes, found.error.limit_bytes) == (1005, 1000)
@@ -109,7 +110,7 @@ def test_the_size_is_looked_at_before_decoding(types: Types) -> None:
 
 def test_a_long_type_name_does_not_flood_the_error() -> None:
     """Texts from outside are bounded."""
-    found = wire.decode({"t": "x" * 100_000, "b": ""})
+    found = envelope.decode({"t": "x" * 100_000, "b": ""})
     assert isinstance(found, Undecodable)
     assert len(str(found.error)) < 1000
 
@@ -138,14 +139,14 @@ def test_a_message_in_an_unset_result_does_not_recurse() -> None:
 def test_the_place_of_a_batch_travels_with_the_digest_of_its_job() -> None:
     """One from the version before has none; a damaged one is no reference."""
     given: dict[str, Any] = {"graph": "g", "execution_id": "e", "names": ("rate",), "type": "t", "total": 3}
-    place = wire.Reference(**given, collects=False, errors={}, job_digest=b"d" * 32)
+    place = envelope.Reference(**given, collects=False, errors={}, job_digest=b"d" * 32)
     sent = place.__json__()["__value__"]
-    assert wire.decode_batch(sent) == place
+    assert envelope.decode_batch(sent) == place
     del sent["stored"]["digest"]
-    assert wire.decode_batch(sent) == replace(place, job_digest=None)
+    assert envelope.decode_batch(sent) == replace(place, job_digest=None)
     for damaged in ("not base64", 17, None, "ä"):
         sent["stored"]["digest"] = damaged
-        text = json.dumps({"__type__": wire.BATCH_MARKER, "__value__": sent})
+        text = json.dumps({"__type__": envelope.BATCH_MARKER, "__value__": sent})
         found = loads(text)
         assert isinstance(found, Undecodable)
         assert type(found.error) is DecodeFailed

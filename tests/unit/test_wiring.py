@@ -9,8 +9,8 @@ import pytest
 
 from docket_celery.errors import GraphError, InvalidArguments
 from docket_celery.graph import Graph
-from docket_celery.plan import Plan
-from docket_celery.policy import Scope
+from docket_celery.plan.options import Scope
+from docket_celery.plan.plan import Plan
 from tests.unit.graphs import add_step, build, deliver, key, total
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Payment, Reservation, Shipment
 

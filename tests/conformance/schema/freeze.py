@@ -15,8 +15,9 @@ from typing import Any
 from sqlalchemy import DateTime, Dialect, create_mock_engine, make_url
 from sqlalchemy.dialects import postgresql, sqlite
 
-from docket_celery.checkpoint import RunState
-from docket_celery.store import SQLStore, schema
+from docket_celery.store import SQLStore
+from docket_celery.store.records import RunState
+from docket_celery.store.sql import schema
 from tests.conformance.samples import SQLBench, ending, execution, output, shared
 from tests.infra import servers
 

@@ -7,7 +7,7 @@ import os
 from celery import Celery
 
 from docket_celery import Graph, Scope, StepContext, graph_task
-from docket_celery.events import Event, EventKind
+from docket_celery.observe.events import Event, EventKind
 from tests.integration.apps.journal import note
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Shipment
 

@@ -18,7 +18,7 @@ from celery import Celery, current_task, signals
 from celery.utils.log import get_task_logger
 
 from docket_celery import AbortError, FixedBackoff, Graph, RetryPolicy, Scope, StepContext, graph_task
-from docket_celery.defaults import process_defaults
+from docket_celery.engine.process.state import process_defaults
 from docket_celery.store import SQLStore
 from tests.integration.apps import book
 from tests.unit.protos.shop_pb2 import Address, Charge, Label, Money, Order, Reservation, Shipment

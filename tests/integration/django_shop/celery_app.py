@@ -6,11 +6,11 @@ import os
 
 from celery import Celery
 
-from docket_celery import runtime
+from docket_celery.engine.process import pool
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "tests.integration.django_shop.settings")
 if "DJANGO_SHOP_IDLE_S" in os.environ:
-    runtime.IDLE_S = float(os.environ["DJANGO_SHOP_IDLE_S"])
+    pool.IDLE_S = float(os.environ["DJANGO_SHOP_IDLE_S"])
 
 app = Celery("django_shop")
 app.config_from_object("django.conf:settings", namespace="CELERY")

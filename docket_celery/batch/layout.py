@@ -1,0 +1,184 @@
+"""What a plan means once its items lie in a store: where values are, and who works on which items."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from docket_celery.error_records import from_record
+from docket_celery.errors import DocketError, StepFailed
+from docket_celery.plan.annotation import ValueKey
+from docket_celery.plan.messages import Value, type_name, value_bytes
+from docket_celery.plan.plan import Part, Plan
+from docket_celery.plan.step import Step
+from docket_celery.store.identity import item_key, workflow_key
+from docket_celery.store.records import Checkpoint, ChunkRow, Progress, RunState
+
+PAGE, PAGE_BYTES = 1000, 4 * 1024 * 1024
+"""So many items, or a little over so many bytes of them, go to the store in one statement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the values of a run's plan lie.
+
+    Attributes:
+        plan: It has parts.
+    """
+
+    plan: Plan
+    graph: str
+    execution_id: str
+    makers: Mapping[ValueKey, Step]
+    fan_outs: Mapping[ValueKey, str]
+
+    @classmethod
+    def of(cls, plan: Plan, execution_id: str) -> Layout:
+        """Return the layout of *plan* for one run."""
+        makers = {planned.step.output: planned.step for planned in plan.steps}
+        fan_outs: dict[ValueKey, str] = {} if plan.batch is None else {plan.batch: ""}
+        for part in plan.parts:
+            for planned in part.plan.steps:
+                if part.fan_out is not None:
+                    fan_outs[planned.step.output] = part.fan_out
+                elif planned.step.splits:
+                    fan_outs[planned.step.output] = planned.step.name
+        return cls(plan, plan.graph, execution_id, makers, fan_outs)
+
+    def names(self, key: ValueKey) -> tuple[str, ...]:
+        """Return the step names under which a value's rows may lie."""
+        return step_names(self.makers[key]) if key in self.makers else ("",)
+
+    def once_key(self, key: ValueKey) -> bytes:
+        """Return the cache key of a value that is there once."""
+        if key in self.makers:
+            return workflow_key(self.graph, self.execution_id, self.makers[key].identity)
+        return item_key(self.graph, self.execution_id, "", f"@{key}")
+
+    def count_key(self, fan_out: str) -> bytes:
+        """Return the cache key of the row that says how many items a fan-out has."""
+        return item_key(self.graph, self.execution_id, fan_out, "@count")
+
+    def shared(self) -> list[ValueKey]:
+        """Return the values that are there once: handed in, or made by what runs once."""
+        given = [key for key in self.plan.given if key != self.plan.batch]
+        made = [p.step.output for part in self.plan.parts if part.fan_out is None for p in part.plan.steps]
+        return [key for key in (*given, *made) if key not in self.fan_outs]
+
+    def splitters(self) -> list[str]:
+        """Return the fan-outs whose items are cut from one value: of the batch, and of steps that run once."""
+        return sorted({part.fan_out for part in self.plan.parts if part.fan_out is not None})
+
+    def given_row(self, key: ValueKey, value: Value) -> Checkpoint:
+        """Return the row of a value that was handed in once."""
+        return self._row("", f"@{key}", None, self.once_key(key), type_name(key.kind), value_bytes(value))
+
+    def count_row(self, fan_out: str, count: int) -> Checkpoint:
+        """Return the row that says how many items a fan-out has; stored after them."""
+        key = self.count_key(fan_out)
+        return self._row(fan_out, "@count", None, key, "count", str(count).encode())
+
+    def item_rows(self, fan_out: str, messages: Iterable[Value]) -> Iterator[Checkpoint]:
+        """Yield the rows of a fan-out's items."""
+        kind = self._item_kind(fan_out)
+        for index, message in enumerate(messages):
+            key = item_key(self.graph, self.execution_id, fan_out, str(index))
+            yield self._row(fan_out, str(index), index, key, kind, value_bytes(message))
+
+    def _item_kind(self, fan_out: str) -> str:
+        key = next(key for key, name in self.fan_outs.items() if name == fan_out and self._opens(key, name))
+        return type_name(key.kind)
+
+    def _opens(self, key: ValueKey, fan_out: str) -> bool:
+        return key == self.plan.batch if not fan_out else self.makers[key].name == fan_out
+
+    def _row(
+        self, step: str, item: str, index: int | None, key: bytes, output_type: str, data: bytes
+    ) -> Checkpoint:
+        return Checkpoint(
+            key=key,
+            graph=self.graph,
+            execution_id=self.execution_id,
+            step_name=step,
+            item=item,
+            item_index=index,
+            input_hash="",
+            output_type=output_type,
+            output_data=data,
+        )
+
+
+def paged(rows: Iterable[Checkpoint], every_s: float = math.inf) -> Iterator[list[Checkpoint]]:
+    """Yield *rows* in pages that one statement can take, however large they are.
+
+    Args:
+        rows: From any source.
+        every_s: A row that comes so long after the last page ends its own.
+    """
+    page: list[Checkpoint] = []
+    size, since = 0, time.monotonic()
+    for row in rows:
+        page.append(row)
+        size += len(row.output_data)
+        if len(page) == PAGE or size >= PAGE_BYTES or time.monotonic() - since >= every_s:
+            yield page
+            page, size, since = [], 0, time.monotonic()
+    if page:
+        yield page
+
+
+def step_names(step: Step) -> tuple[str, ...]:
+    """Return the names under which a step's rows may lie."""
+    return tuple(dict.fromkeys((step.name, *step.options.renamed_from)))
+
+
+def is_undone(row: ChunkRow) -> bool:
+    """Tell whether a chunk has to be worked on."""
+    return row.state in {RunState.QUEUED, RunState.RUNNING}
+
+
+def stage_rows(rows: Iterable[ChunkRow], stage: int) -> list[ChunkRow]:
+    """Return the chunks of one stage."""
+    return [row for row in rows if row.chunk.stage == stage]
+
+
+def find_progress(plan: Plan, stage: int, rows: Iterable[ChunkRow], total: int) -> Progress:
+    """Return how far a stage of *total* items is, whose chunks stand so."""
+    stages = [number for number, part in enumerate(plan.parts, 1) if part.fan_out is not None]
+    done = sum(row.chunk.hi - row.chunk.lo for row in rows if row.state is RunState.SUCCEEDED)
+    return Progress(done=done, total=total, stage=stages.index(stage) + 1, stages=len(stages))
+
+
+def failures_of(rows: Iterable[ChunkRow]) -> dict[int, StepFailed]:
+    """Return why items failed, by index."""
+    found: dict[int, StepFailed] = {}
+    for row in rows:
+        for index, record in row.errors.items():
+            error = from_record(record)
+            if index == "fatal":
+                continue
+            if not isinstance(error, StepFailed):
+                # Its text could not be stored or read; that it failed must not be lost with that.
+                error = StepFailed.from_cause("of the stage", 1, False, error)
+                error.place(index)
+            found[int(index)] = error
+    return found
+
+
+def fatal_of(rows: Iterable[ChunkRow]) -> DocketError | None:
+    """Return what stopped the whole batch, if anything did."""
+    return next((from_record(row.errors["fatal"]) for row in rows if "fatal" in row.errors), None)
+
+
+def earlier_stages(plan: Plan, stage: int) -> set[int]:
+    """Return the stages before *stage* over the same items."""
+    fan_out = plan.parts[stage - 1].fan_out
+    return {number for number, part in enumerate(plan.parts[: stage - 1], 1) if part.fan_out == fan_out}
+
+
+def find_part(plan: Plan, stage: int) -> Part | None:
+    """Return the part that a stage works on, or None if this plan has no such stage."""
+    part = plan.parts[stage - 1] if 0 < stage <= len(plan.parts) else None
+    return part if part is not None and part.fan_out is not None else None

@@ -1,0 +1,65 @@
+"""How a batch is to be worked on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from docket_celery.errors import InvalidArguments
+from docket_celery.plan.batch import BatchPolicy
+from docket_celery.store.records import Chunk, Lanes
+
+CHUNKS = 64
+"""Without ``chunk_size`` a stage has about so many chunks: enough to spread, few enough to be cheap to join."""
+
+
+CHUNKS_OF_A_SLOT = 4
+"""On a worker that runs many tasks at once there are at least so many chunks for each: the last ones end alike."""
+
+
+MOST_ITEMS = 500
+"""Without ``chunk_size``, most items of a chunk: what one statement reads and one task holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchOrder:
+    """How a batch is to be worked on.
+
+    Attributes:
+        policy: How items are treated.
+        chunk_size: Items of a chunk; None: chosen from their number and *slots*.
+        max_concurrency: Most items at once over all workers; None: as many as there are threads.
+        slots: How many tasks the worker that began runs at once.
+        threads: How many items each of them has under way at once.
+    """
+
+    policy: BatchPolicy = field(default_factory=BatchPolicy)
+    chunk_size: int | None = None
+    max_concurrency: int | None = None
+    slots: int = 1
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_size", "max_concurrency"):
+            value: object = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InvalidArguments(name, f"must be at least 1, not {value!r}")
+
+    def cut(self, stage: int, count: int) -> list[Chunk]:
+        """Return the chunks of a stage of *count* items."""
+        wanted = max(CHUNKS, CHUNKS_OF_A_SLOT * self.slots)
+        size = self.chunk_size or min(MOST_ITEMS, -(-count // wanted))
+        return [Chunk(stage, lo, min(lo + size, count)) for lo in range(0, count, max(1, size))]
+
+    def lanes(self, chunks: int) -> Lanes | None:
+        """Return the lanes of a stage; None: there is no limit over all workers.
+
+        There are as many as this worker runs tasks at once, or as it takes to reach the limit with *threads* items
+        in each.
+
+        Args:
+            chunks: Of the stage.
+        """
+        most = self.max_concurrency
+        if most is None:
+            return None
+        return Lanes(most, max(1, min(most, chunks, max(self.slots, -(-most // self.threads)))))

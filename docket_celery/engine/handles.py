@@ -1,0 +1,160 @@
+"""A run by its name, from any process that sees its store."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from types import TracebackType
+from typing import Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from docket_celery.engine.outcome import RunOutcome
+from docket_celery.engine.process.pool import Worker
+from docket_celery.engine.run import Run
+from docket_celery.engine.waiting import LOOK_S, call_aside, read_value, refuse_on_loop, require_threads
+from docket_celery.error_records import to_record
+from docket_celery.errors import RunCancelled, RunNotFound
+from docket_celery.store.contract import Store
+from docket_celery.store.records import RunRow, RunState
+
+
+class RunHandle:
+    """A run of a task, made by `GraphTask.handle`.
+
+    Attributes:
+        graph: Name of the graph.
+        execution_id: Name of the run.
+
+    Args:
+        store: Where the run is.
+        graph: Name of the graph.
+        execution_id: Name of the run.
+        retention_s: Seconds that an ended run is kept.
+        threads: `Settings.threads`.
+    """
+
+    def __init__(
+        self, store: Store, graph: str, execution_id: str, *, retention_s: float, threads: int
+    ) -> None:
+        self.graph, self.execution_id = graph, execution_id
+        self._store, self._retention_s, self._threads = store, retention_s, threads
+
+    def __repr__(self) -> str:
+        return f"<RunHandle {self.execution_id!r} of graph {self.graph!r}>"
+
+    def cancel(self, reason: str = "cancelled by its execution id") -> bool:
+        """End the run as CANCELLED, wherever it is: its task fails with `RunCancelled`.
+
+        What waits in a queue does not start. What runs hears of it within a quarter of ``docket_lease_seconds``: its
+        contexts are cancelled, and nothing that it still makes is saved. Finished steps stay. Does not wait for that.
+
+        Args:
+            reason: Why, for the error and the run's row.
+
+        Returns:
+            False if the run had ended before in another way.
+
+        Raises:
+            RunNotFound: No worker has begun it yet, and it was not submitted through the store; or it was purged.
+            StoreUnavailable: The database does not answer; trying again is safe.
+        """
+        error = to_record(RunCancelled(self.execution_id, reason))
+
+        def cancel() -> RunRow | None:
+            return self._store.cancel(self.graph, self.execution_id, error, self._retention_s)
+
+        row = call_aside(cancel, self._threads)
+        if row is None:
+            raise RunNotFound(self.graph, self.execution_id)
+        return row.state is RunState.CANCELLED
+
+
+T = TypeVar("T", bound=Message)
+
+
+class StartedRun(Generic[T]):
+    """A run that goes on in the background; made by `Graph.start`. Safe to share between threads.
+
+    Attributes:
+        execution_id: The name of the run.
+    """
+
+    def __init__(self, run: Run, target: type[T]) -> None:
+        self.execution_id = run.submission.execution_id
+        self._run, self._target = run, target
+        self._outcome: RunOutcome | None = None
+        self._trace: TracebackType | None = None
+        self._outcomes: queue.SimpleQueue[RunOutcome] = queue.SimpleQueue()
+        require_threads(run)
+        run.pool.check_abandoned()
+        run.start(self._end)
+        run.watch()
+
+    def __repr__(self) -> str:
+        return f"<StartedRun {self.execution_id!r}: {'done' if self.done() else 'running'}>"
+
+    def done(self) -> bool:
+        """Tell whether the run has ended, whichever way."""
+        return self._outcome is not None
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait for the end and return the target's message; may be called again.
+
+        Args:
+            timeout: Most seconds to wait; the run itself goes on. None: as long as it takes.
+
+        Raises:
+            TimeoutError: The run has not ended yet.
+            RunCancelled: `cancel` ended it.
+            InvalidArguments: Called before the end in an ``async def`` step, which must not block.
+            StepFailed, AbortError, RunTimedOut, RunConflict, RunQuarantined, GraphChanged: As from `Graph.execute`.
+        """
+        if self._outcome is None:
+            refuse_on_loop("result")
+        thread = threading.current_thread()
+        if self._outcome is None and isinstance(thread, Worker) and thread.pool is self._run.pool:
+            # A step that waits for another run: its thread waits for work of the pool that it belongs to.
+            with thread.pool.blocking():
+                return read_value(self._wait(timeout), self._target)
+        return read_value(self._wait(timeout), self._target)
+
+    def cancel(self, reason: str = "cancelled by whoever started it") -> bool:
+        """End the run with `RunCancelled`: nothing new starts, contexts are cancelled, late results are discarded.
+
+        A run that persists ends in the state CANCELLED, its finished steps are kept. Does not wait for that.
+
+        Args:
+            reason: Why, for the error and the run's row.
+
+        Returns:
+            False if the run had ended before. After True, `result` tells what came first.
+        """
+        if self.done():
+            return False
+        self._run.stop(RunCancelled(self.execution_id, reason))
+        return True
+
+    def _end(self, outcome: RunOutcome) -> None:
+        if outcome.error is not None:
+            self._trace = outcome.error.__traceback__
+        self._outcome = outcome
+        self._outcomes.put(outcome)
+
+    def _wait(self, timeout_s: float | None) -> RunOutcome:
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        while self._outcome is None:
+            wait_s = LOOK_S if until is None else min(LOOK_S, until - time.monotonic())
+            if wait_s <= 0:
+                raise TimeoutError(f"run {self.execution_id!r} has not ended within {timeout_s:g} s")
+            try:
+                outcome = self._outcomes.get(timeout=wait_s)
+            except queue.Empty:
+                continue
+            # Back again for the next one who waits.
+            self._outcomes.put(outcome)
+        if self._outcome.error is not None:
+            # Each raise adds frames: those of earlier calls are none of this one's.
+            self._outcome.error.__traceback__ = self._trace
+        return self._outcome

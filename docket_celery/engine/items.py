@@ -1,0 +1,160 @@
+"""Executions of one part of a plan, one for each item, a limited number at once."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from docket_celery.engine.execution import Outcome
+from docket_celery.errors import StepFailed
+
+
+class Aborts(Protocol):
+    """What a run needs of its execution, whatever it is, to stop it."""
+
+    def abort(self, error: BaseException) -> None: ...
+
+
+class Runs(Aborts, Protocol):
+    """An execution of a plan, with fan-outs or without."""
+
+    @property
+    def closed(self) -> bool: ...
+    def start(self) -> None: ...
+    def dispatch(self) -> None: ...
+    def hold(self) -> None: ...
+
+
+class Items:
+    """Executions of one part, one for each item, a limited number at once.
+
+    Args:
+        count: How many there are.
+        make: Returns the execution of an item, which tells how it ended.
+        on_end: Called once, on any thread, after the last one, or when one of them ended the run.
+        limit: Most at once.
+        allowed: How many may fail without stopping the others.
+        on_item: Called after each with how many have ended, failed ones too, and how many there are.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        make: Callable[[int, Callable[[Outcome], None]], Runs],
+        on_end: Callable[[Items], None],
+        *,
+        limit: int,
+        allowed: int,
+        on_item: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.results: list[tuple[Any, ...] | None] = [None] * count
+        self.failures: dict[int, StepFailed] = {}
+        self.fatal: BaseException | None = None
+        self.failing = False
+        self._make, self._on_end, self._limit, self._allowed = make, on_end, limit, allowed
+        self._on_item = on_item
+        self._done = 0
+        self._cut = False
+        self._lock = threading.Lock()
+        self._running: dict[int, Runs] = {}
+        self._next = 0
+        self._asked = 0
+        self._over = False
+
+    def skip(self, failures: Mapping[int, StepFailed]) -> None:
+        """Leave out items that failed in an earlier part."""
+        self.failures = dict(failures)
+        self._done = len(self.failures)
+
+    @property
+    def complete(self) -> bool:
+        """Whether each of them was begun, and none was cut short."""
+        return self._next >= len(self.results) and not self._cut
+
+    def fill(self) -> None:
+        """Start items while there is room, and see whether all have ended. One thread at a time does it."""
+        with self._lock:
+            self._asked += 1
+            if self._asked > 1:
+                return  # whoever is at it looks again
+        while True:
+            while (begun := self._begin()) is not None:
+                self._start(*begun)
+            with self._lock:
+                over = not self._over and not self._running and (self._idle() or self.fatal is not None)
+                self._over = self._over or over
+                again, self._asked = self._asked > 1, 1
+                if not again:
+                    self._asked = 0
+            if over:
+                self._on_end(self)
+            if not again:
+                return
+
+    def hold(self) -> None:
+        """Start nothing more; what is running finishes and is saved."""
+        with self._lock:
+            self.failing = True
+            running = list(self._running.values())
+        for execution in running:
+            execution.hold()
+        self.fill()
+
+    def abort(self, error: BaseException) -> None:
+        """End at once with *error*; `on_end` is not called any more."""
+        with self._lock:
+            self._over = self.failing = True
+            running = list(self._running.values())
+        for execution in running:
+            execution.abort(error)
+
+    def _idle(self) -> bool:
+        return self.failing or self._next >= len(self.results)
+
+    def _begin(self) -> tuple[int, Runs] | None:
+        with self._lock:
+            while not self._idle() and self._next in self.failures:
+                self._next += 1
+            if self._idle() or len(self._running) >= self._limit:
+                return None
+            index, self._next = self._next, self._next + 1
+            execution = self._make(index, functools.partial(self._ended, index))
+            self._running[index] = execution
+            return index, execution
+
+    def _start(self, index: int, execution: Runs) -> None:
+        try:
+            execution.start()
+            execution.dispatch()
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the run must end
+            self._ended(index, Outcome(error=error))
+
+    def _ended(self, index: int, outcome: Outcome) -> None:
+        stopped: list[Runs] = []
+        with self._lock:
+            if self._running.pop(index, None) is None or self._over:
+                return
+            error = outcome.error
+            self._done = done = self._done + 1
+            if error is None:
+                self.results[index] = outcome.values or None
+                # Held between two of its steps it ends without an error, and without what it was to make.
+                self._cut = self._cut or not outcome.values
+            elif isinstance(error, StepFailed):
+                self.failures[index] = error
+                if len(self.failures) > self._allowed and not self.failing:
+                    self.failing = True
+                    stopped = list(self._running.values())
+            elif self.fatal is None:
+                self.fatal, self.failing = error, True
+                stopped = list(self._running.values())
+        for execution in stopped:
+            if self.fatal is None:
+                execution.hold()
+            else:
+                execution.abort(self.fatal)
+        if self._on_item is not None:
+            self._on_item(done, len(self.results))
+        self.fill()

@@ -1,0 +1,72 @@
+"""What a block of code has put around the runs that begin inside it, in place of what the process has.
+
+Context-local: other threads and asyncio tasks see nothing of it; steps, and what they execute, do. The test kit
+fills it in; in production it is empty, and asking for it costs one lookup a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from docket_celery.engine.process.clock import Clock
+from docket_celery.engine.process.settings import Settings
+from docket_celery.observe.events import Listener
+from docket_celery.plan.override import Overriding
+from docket_celery.store.contract import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ambient:
+    """What surrounds the runs.
+
+    Attributes:
+        replaced: The replaced steps, by graph.
+        settings: Fields of `Settings` that win over all others.
+        store: Wins over the graph's and over ``docket_database_url``; what a call names wins over this.
+        clock: For runs on the calling thread.
+        listeners: Hear of the runs beside the graphs' own.
+    """
+
+    replaced: Mapping[object, Overriding] = field(default_factory=dict[object, Overriding])
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    store: Store | None = None
+    clock: Clock | None = None
+    listeners: tuple[Listener, ...] = ()
+
+    def adjust(self, settings: Settings) -> Settings:
+        """Return *settings* with those of the block."""
+        return replace(settings, **self.settings) if self.settings else settings
+
+
+_NOTHING = Ambient()
+_current: ContextVar[Ambient | None] = ContextVar("docket_celery_ambient", default=None)
+
+
+def ambient() -> Ambient | None:
+    """Return what surrounds the caller, or None."""
+    return _current.get()
+
+
+@contextmanager
+def surrounded(**changes: Any) -> Generator[Ambient]:
+    """Change what surrounds the runs that begin in the block.
+
+    Args:
+        **changes: Fields of `Ambient`; mappings and listeners are added to those of the blocks around.
+    """
+    outer = _current.get() or _NOTHING
+    for name in ("replaced", "settings"):
+        if name in changes:
+            changes[name] = {**getattr(outer, name), **changes[name]}
+    if "listeners" in changes:
+        changes["listeners"] = (*outer.listeners, *changes["listeners"])
+    inner = replace(outer, **changes)
+    token = _current.set(inner)
+    try:
+        yield inner
+    finally:
+        _current.reset(token)

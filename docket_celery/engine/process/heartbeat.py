@@ -1,0 +1,179 @@
+"""Keeps the leases and claims of this process alive: one thread, one statement for all of a store's runs.
+
+The thread only writes plain attributes; whoever waits for a run looks at them. So it may be a native thread even
+where gevent has patched `threading`: a step that hogs the CPU then costs no lease.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from docket_celery.errors import DocketError
+from docket_celery.store.contract import Store
+from docket_celery.store.records import Halt, Lease
+
+_logger = logging.getLogger("docket_celery.heartbeat")
+
+
+class HeldLease:
+    """A lease that this process holds, and until when it may be trusted without asking the database.
+
+    Attributes:
+        halt: Of a chunk: what has become of the rest of its stage, as of the last heartbeat.
+    """
+
+    __slots__ = ("_margin_s", "_now", "halt", "lease", "lost", "trusted_until")
+
+    def __init__(
+        self,
+        lease: Lease,
+        asked_at: float,
+        margin_s: float,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.lease, self._margin_s, self._now, self.lost = lease, margin_s, now, False
+        self.halt: Halt | None = None
+        self.trusted_until = 0.0
+        self.renew(asked_at)
+
+    def renew(self, asked_at: float) -> None:
+        """Count the lease from *asked_at*, the moment before the database was asked."""
+        self.trusted_until = asked_at + self.lease.lease_s - self._margin_s
+
+    def trusted(self) -> bool:
+        """Tell whether the run is surely still ours; False means: start nothing, save nothing."""
+        return not self.lost and self._now() < self.trusted_until
+
+
+class Heartbeat:
+    """Extends what is watched, at a quarter of the shortest lease, on a thread that lives while there is any."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = _native("_thread", "allocate_lock")()
+        self._held: dict[int, HeldLease] = {}
+        self._claims: dict[tuple[bytes, str], float] = {}
+        self._alive = False
+
+    def watch(self, held: HeldLease) -> None:
+        """Keep *held* alive until `unwatch`."""
+        with self._lock:
+            self._held[id(held)] = held
+            self._ensure_thread()
+
+    def unwatch(self, held: HeldLease) -> None:
+        """Stop extending *held*."""
+        with self._lock:
+            self._held.pop(id(held), None)
+
+    def watch_claim(self, key: bytes, owner: str, lease_s: float) -> None:
+        """Keep the claim on a GLOBAL checkpoint alive until `unwatch_claim`."""
+        with self._lock:
+            self._claims[key, owner] = lease_s
+            self._ensure_thread()
+
+    def unwatch_claim(self, key: bytes, owner: str) -> None:
+        """Stop extending *owner*'s claim; another owner's on the same key goes on."""
+        with self._lock:
+            self._claims.pop((key, owner), None)
+
+    def _ensure_thread(self) -> None:
+        if not self._alive:
+            _start_native(self._run)
+            self._alive = True
+
+    def interval_s(self) -> float:
+        """Return the seconds between two extensions: a quarter of the shortest lease watched."""
+        leases = [held.lease.lease_s for held in self._held.values()]
+        return min([*leases, *self._claims.values()]) / 4
+
+    def _run(self) -> None:
+        sleep: Callable[[float], None] = _native("time", "sleep")
+        beat_at = time.monotonic()
+        while True:
+            with self._lock:
+                if not self._held and not self._claims:
+                    self._alive = False
+                    return
+                due = beat_at + self.interval_s()
+            wait_s = due - time.monotonic()
+            if wait_s > 0:
+                # Short naps instead of a condition: the thread may not touch patched locks, and ends when idle.
+                sleep(min(wait_s, 0.25))
+                continue
+            beat_at = time.monotonic()
+            self._beat(beat_at)
+
+    def _beat(self, asked_at: float) -> None:
+        with self._lock:
+            held = list(self._held.values())
+            claims = [(key, owner, lease_s) for (key, owner), lease_s in self._claims.items()]
+        try:
+            kept = self._store.extend([h.lease for h in held], claims)
+        except DocketError as error:
+            _logger.warning("the heartbeat of %d runs failed: %s", len(held), error)
+            return
+        except Exception:
+            # Without this thread every run of the process would lose its lease, not only these.
+            _logger.exception("the heartbeat of %d runs failed", len(held))
+            return
+        newest: dict[tuple[str | int, ...], int] = {}
+        for one in held:
+            newest[one.lease.name] = max(one.lease.epoch, newest.get(one.lease.name, 0))
+        for one in held:
+            # The store names runs: where this process took a run over from itself, the older epoch is gone.
+            if one.lease.name in kept and one.lease.epoch == newest[one.lease.name]:
+                one.halt = kept[one.lease.name]
+                one.renew(asked_at)
+            else:
+                one.lost = True
+
+
+class _Process:
+    """The heartbeats of this process by store; a forked child starts with none."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.beats: dict[int, tuple[Store, Heartbeat]] = {}
+        self._inherited: list[dict[int, tuple[Store, Heartbeat]]] = []
+
+    def reset(self) -> None:
+        # Kept, not freed: finalizing the parent's connections here would end its database sessions.
+        self._inherited.append(self.beats)
+        self.lock = threading.Lock()
+        self.beats = {}
+
+
+_process = _Process()
+os.register_at_fork(after_in_child=_process.reset)
+
+
+def process_heartbeat(store: Store) -> Heartbeat:
+    """Return this process's heartbeat for *store*, over connections of its own."""
+    with _process.lock:
+        found = _process.beats.get(id(store))
+        if found is None:
+            found = _process.beats[id(store)] = (store, Heartbeat(store.twin()))
+        return found[1]
+
+
+def _native(module: str, name: str) -> Any:
+    """Return an attribute as it was before gevent patched it, where gevent did."""
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None:
+        return monkey.get_original(module, name)
+    return getattr(sys.modules[module], name)
+
+
+def _start_native(target: Callable[[], None]) -> None:
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None and monkey.is_module_patched("threading"):
+        monkey.get_original("_thread", "start_new_thread")(target, ())
+        return
+    threading.Thread(target=target, name="docket-heartbeat", daemon=True).start()

@@ -1,0 +1,145 @@
+"""``max_concurrent``: at most so many calls of a step at once, handed on in the order of asking."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context, ContextVar
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from docket_celery.engine.process.perprocess import PerProcess
+from docket_celery.plan.step import Mark, Step
+
+T = TypeVar("T")
+
+
+class Slots:
+    """The slots of one step in one process. Nobody waits on a thread: whose turn it is gets called.
+
+    Args:
+        limit: How many there are.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.lock = threading.Lock()
+        self.free = limit
+        self.line: dict[Slot, None] = {}
+        # A finalizer may run while this thread has the lock; what it gives back lies here for the next who comes.
+        self.dropped: deque[Slot] = deque()
+
+    def reclaim(self) -> None:
+        """Hand on what finalizers have given back."""
+        while self.dropped:
+            self.dropped.popleft().cancel()
+
+    def lent(self, base: Context) -> bool:
+        """Tell whether what runs in *base* is part of a call that holds one of these slots.
+
+        Such a call waits for what it has started; a second slot could be one that never comes.
+        """
+        held = base.get(_held, ())
+        return any(slot.held and slot.slots is self for slot in held)
+
+
+class Slot:
+    """One call's place in the line, then its slot.
+
+    Args:
+        slots: Whose.
+        turn: Called once, by whoever gives its slot back to this one, unless `take` was successful.
+
+    Attributes:
+        held: Whether this call has a slot now.
+    """
+
+    __slots__ = ("_turn", "held", "slots")
+
+    def __init__(self, slots: Slots, turn: Callable[[], None]) -> None:
+        self.slots, self._turn = slots, turn
+        self.held = False
+
+    def take(self) -> bool:
+        """Take a free slot; False: there is none, this one stands in the line."""
+        with self.slots.lock:
+            if self.slots.free:
+                self.slots.free -= 1
+                self.held = True
+            else:
+                self.slots.line[self] = None
+            return self.held
+
+    def cancel(self) -> None:
+        """Give the slot to the next in the line, or leave the line; may be called again."""
+        slots = self.slots
+        with slots.lock:
+            slots.line.pop(self, None)
+            if not self.held:
+                return
+            self.held = False
+            following = next(iter(slots.line), None)
+            if following is None:
+                slots.free += 1
+            else:
+                del slots.line[following]
+                following.held = True
+        if following is not None:
+            following._turn()
+
+    def bind(self) -> None:
+        """Let what is started within the present `contextvars` context share this slot."""
+        _held.set((*_held.get(), self))
+
+
+class HeldCoroutine(Coroutine[Any, Any, T]):
+    """A coroutine that gives a slot back when it really ends, also if it is cancelled before it began.
+
+    Args:
+        coroutine: What runs.
+        slot: What it holds.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, T], slot: Slot) -> None:
+        self._coroutine, self._slot = coroutine, slot
+
+    def send(self, value: Any, /) -> Any:
+        return self._advance(lambda: self._coroutine.send(value))
+
+    def throw(self, *error: Any) -> Any:
+        return self._advance(lambda: self._coroutine.throw(*error))
+
+    def close(self) -> None:
+        try:
+            self._coroutine.close()
+        finally:
+            self._slot.cancel()
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self._coroutine.__await__()
+
+    def __del__(self) -> None:
+        if self._slot.held:
+            # Its loop was closed under it.
+            self._slot.slots.dropped.append(self._slot)
+
+    def _advance(self, resume: Callable[[], Any]) -> Any:
+        try:
+            return resume()
+        except BaseException:
+            self._slot.cancel()
+            raise
+
+
+_held: ContextVar[tuple[Slot, ...]] = ContextVar("docket_celery_slots", default=())
+_slots: PerProcess[WeakKeyDictionary[Mark, Slots]] = PerProcess(WeakKeyDictionary)
+
+
+def slots_of(step: Step) -> Slots | None:
+    """Return the slots of *step* in this process, or None if it has no limit."""
+    most = step.options.max_concurrent
+    if most is None:
+        return None
+    known = _slots.get()
+    found = known.get(step.mark)
+    return known.setdefault(step.mark, Slots(most)) if found is None else found

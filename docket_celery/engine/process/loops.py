@@ -1,0 +1,99 @@
+"""Where ``async def`` steps run: the caller's loop, or one loop thread per process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+_logger = logging.getLogger("docket_celery.runtime")
+
+
+def is_loop_thread() -> bool:
+    """Tell whether the calling thread is a `LoopThread`'s."""
+    return isinstance(threading.current_thread(), _LoopOwner)
+
+
+class StepLoop(Protocol):
+    """Where ``async def`` steps run."""
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Run *coroutine*; cancelling the future cancels it."""
+        ...
+
+
+class CallerLoop:
+    """The running asyncio loop of the caller, for the ``async def`` steps of ``aexecute``.
+
+    Args:
+        loop: The loop; it outlives the run, or the run is being cancelled with it.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Run *coroutine* on the loop.
+
+        Raises:
+            RuntimeError: The loop is closed.
+        """
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:
+            coroutine.close()
+            raise
+
+    def tell(self, call: Callable[[], object]) -> None:
+        """Make *call* on the loop's thread; on a loop that is closed nobody listens any more."""
+        try:
+            self._loop.call_soon_threadsafe(call)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+
+
+class _LoopOwner(threading.Thread):
+    """The thread of a `LoopThread`."""
+
+
+class LoopThread:
+    """An asyncio loop on a thread of its own, for ``async def`` steps outside ``aexecute``."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._closing = False
+        self._thread = _LoopOwner(target=self._run, name="docket-loop", daemon=True)
+        self._thread.start()
+
+    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Run *coroutine* on the loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close(self) -> None:
+        """Cancel what runs on the loop, stop it and wait for its thread."""
+        self._closing = True
+        self._loop.call_soon_threadsafe(self._cancel_all)
+        self._thread.join(5.0)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._loop.run_forever()
+            except BaseException:
+                # asyncio lets SystemExit and KeyboardInterrupt of any task through; other runs need the loop.
+                _logger.exception("a task ended the loop of async steps; it goes on")
+            if self._closing:
+                return
+
+    def _cancel_all(self) -> None:
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        # Two rounds: one for the tasks to see it, one for their futures to be told.
+        self._loop.call_soon(self._loop.call_soon, self._loop.stop)

@@ -1,0 +1,187 @@
+"""The pool of step threads: grown one by one, replaced when a step does not come back."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from docket_celery.engine.process.django_orm import close_connections
+from docket_celery.engine.process.timer import Work
+from docket_celery.errors import TooManyAbandoned
+
+_logger = logging.getLogger("docket_celery.runtime")
+
+IDLE_S = 30.0
+"""A pool thread without work for so many seconds ends, and with it what is bound to it: database connections."""
+
+
+class Worker(threading.Thread):
+    """A pool thread. It ends after its present work once the pool has given it up."""
+
+    def __init__(self, pool: Pool, number: int) -> None:
+        super().__init__(name=f"docket-step-{number}", daemon=True)
+        self.pool = pool
+        self.given_up = False
+
+    def run(self) -> None:
+        try:
+            self._work()
+        finally:
+            close_connections()
+
+    def _work(self) -> None:
+        while True:
+            if (work := self.pool.take()) is not None:
+                try:
+                    work()
+                except BaseException:
+                    # Steps report their own errors; reaching here is a defect of this library, not of a step.
+                    _logger.exception("work on a step thread failed")
+            if self.pool.leave(self, worked=work is not None):
+                return
+            del work
+
+
+class Pool:
+    """Threads that run work in the order of submission, grown one by one up to *size*; idle ones end.
+
+    Nothing that runs here waits for other work of the pool, so one thread is enough for any graph. A step that
+    executes a graph itself is the exception, declared by `blocking`.
+
+    Args:
+        size: Most threads.
+        idle_s: Seconds without work after which a thread ends; default: `IDLE_S`.
+    """
+
+    def __init__(self, size: int, idle_s: float | None = None) -> None:
+        self._most_abandoned = 2 * size
+        self._size, self._idle_s = size, IDLE_S if idle_s is None else idle_s
+        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._outstanding = 0
+        self._closed = False
+        self._workers: set[Worker] = set()
+        self._abandoned: dict[Worker, str] = {}
+        self._numbers = itertools.count(1)
+
+    def submit(self, work: Work) -> None:
+        """Run *work* on a pool thread; it must handle its own errors.
+
+        Raises:
+            RuntimeError: There is no thread and none can be started; *work* was not taken.
+        """
+        with self._lock:
+            self._outstanding += 1
+            try:
+                self._grow()
+            except RuntimeError:
+                if not self._workers:
+                    self._outstanding -= 1
+                    raise
+                _logger.warning("no further step thread can be started; %d go on", len(self._workers))
+        self._queue.put(work)
+
+    @contextmanager
+    def blocking(self) -> Generator[None]:
+        """Let another thread take the place of the calling worker while it waits for work of this pool.
+
+        Raises:
+            RuntimeError: No other thread can be started; the caller must not wait.
+        """
+        with self._lock:
+            self._size += 1
+            try:
+                self._grow()
+            except BaseException:
+                self._size -= 1
+                raise
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._size -= 1
+
+    def take(self) -> Work | None:
+        """Wait for the next work; None: look whether it is time to leave."""
+        try:
+            return self._queue.get(timeout=self._idle_s)
+        except queue.Empty:
+            return None
+
+    def leave(self, worker: Worker, *, worked: bool) -> bool:
+        """Count *worker*'s work as finished; True if the worker must end: given up, not needed, or closed."""
+        with self._lock:
+            if worker.given_up:
+                self._abandoned.pop(worker, None)
+                return True
+            self._outstanding -= worked
+            # Idle: whatever is outstanding, be it handed in this moment, has one of the others to do it.
+            idle = not worked and self._outstanding < len(self._workers)
+            spare = idle or len(self._workers) > self._size or (self._closed and not self._outstanding)
+            if spare:
+                self._workers.discard(worker)
+        if spare and self._closed:
+            # Each that leaves wakes the next: a wake-up may have gone to one that found work instead.
+            self._queue.put(None)
+        return spare
+
+    def abandon(self, worker: Worker, why: str) -> None:
+        """Give up a worker whose step does not stop; another thread takes its place.
+
+        The caller makes sure that the worker is inside that step until this returns.
+
+        Args:
+            worker: The thread that is still inside the step.
+            why: The step's name, for the report.
+        """
+        with self._lock:
+            if worker.given_up:
+                return
+            worker.given_up = True
+            self._workers.discard(worker)
+            self._abandoned[worker] = why
+            self._outstanding -= 1
+            try:
+                self._grow()
+            except RuntimeError:
+                _logger.warning("the thread that step %r holds cannot be replaced now", why)
+
+    def abandoned(self) -> list[str]:
+        """Return the names of the steps that still hold an abandoned thread."""
+        with self._lock:
+            return sorted(self._abandoned.values())
+
+    def check_abandoned(self) -> None:
+        """Refuse what may come to hold another thread.
+
+        Raises:
+            TooManyAbandoned: Steps that do not stop hold twice as many threads as the pool has.
+        """
+        held = self.abandoned() if self._abandoned else []
+        if held and len(held) >= self._most_abandoned:
+            raise TooManyAbandoned(len(held), self._most_abandoned, sorted(set(held)))
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """End the idle threads and wait for them; abandoned ones are left alone.
+
+        Work that is still handed in, by a run that ends late, is done; its thread ends after it.
+        """
+        with self._lock:
+            self._closed = True
+            workers = list(self._workers)
+        self._queue.put(None)
+        until = time.monotonic() + timeout_s
+        for worker in workers:
+            if worker is not threading.current_thread():
+                worker.join(max(0.0, until - time.monotonic()))
+
+    def _grow(self) -> None:
+        if self._outstanding > len(self._workers) and len(self._workers) < self._size:
+            worker = Worker(self, next(self._numbers))
+            worker.start()
+            self._workers.add(worker)

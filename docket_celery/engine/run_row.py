@@ -1,0 +1,221 @@
+"""What a submission asks of the run's row, and what a delivery leaves in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from google.protobuf.message import Message
+
+from docket_celery.engine.job import digest_job, job_parts, target_name
+from docket_celery.engine.outcome import RunOutcome, Submission
+from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.stored_items import ItemPlace, StoredBatch, StoredItems
+from docket_celery.error_records import from_record, to_record
+from docket_celery.errors import (
+    DocketError,
+    RunCancelled,
+    RunQuarantined,
+    StepFailed,
+    StoreUnavailable,
+)
+from docket_celery.plan.batch import BatchResult
+from docket_celery.plan.messages import (
+    Value,
+    check_size,
+    frame,
+    from_bytes,
+    many_from_bytes,
+    unframe,
+    value_bytes,
+)
+from docket_celery.plan.plan import Plan
+from docket_celery.store.contract import BatchStore, Store
+from docket_celery.store.records import (
+    RunEnd,
+    RunRequest,
+    RunRow,
+    RunState,
+    StepExecution,
+)
+
+_PLACE = b"stored"
+"""Leads the stored result of a batch whose results lie in rows of their own; no message type is called that."""
+
+
+_COLLECTED = b"collected"
+"""Leads the stored result of a batch whose items may fail; no message type is called that."""
+
+
+_STORED = "docket_max_stored_bytes"
+
+
+_MOST_DOUBLINGS = 4
+
+
+def run_request(
+    plan: Plan,
+    inputs: Sequence[Value],
+    submission: Submission,
+    settings: Settings,
+    store: Store,
+    *,
+    owner: str,
+    attached: bool,
+) -> RunRequest:
+    """Return what *submission* asks *store* for.
+
+    Args:
+        plan: What to do.
+        inputs: The job.
+        submission: Who asks for it.
+        settings: Those in force.
+        store: Keeps the job's digest in its own form.
+        owner: Who will hold the lease.
+        attached: The submission has met another holder of the run before.
+
+    Raises:
+        PayloadTooLarge: The job is too large to be stored.
+    """
+    job = job_parts(plan.given, inputs)
+    framed = frame(part for name, data in job for part in (name.encode(), data))
+    check_size(f"the job of run {submission.execution_id!r}", len(framed), settings.max_stored_bytes, _STORED)
+    return RunRequest(
+        graph=plan.graph,
+        execution_id=submission.execution_id,
+        target=target_name(plan),
+        job=framed,
+        job_digest=store.keyed(submission.job_digest or digest_job(plan.given, inputs)),
+        owner=owner,
+        lease_s=settings.lease_seconds,
+        max_deliveries=settings.max_deliveries,
+        task_name=submission.task_name,
+        task_id=submission.task_id,
+        retries=submission.retries,
+        attached=attached,
+        released=submission.released,
+        retried=submission.retried,
+    )
+
+
+def is_busy(row: RunRow, submission: Submission) -> bool:
+    """Tell whether `Store.acquire` would refuse *submission* the run because another one holds its lease."""
+    newer = (
+        submission.task_id is not None
+        and row.task_id == submission.task_id
+        and submission.retries > row.retries
+        and submission.retried
+    )
+    return row.state is RunState.RUNNING and (row.lease_left_s or 0.0) > 0.0 and not newer
+
+
+def find_busy_s(row: RunRow, waited: int) -> float:
+    """Return in how many seconds to ask again for a run that stands so, having asked *waited* times before."""
+    if row.state is RunState.WAITING:
+        # What keeps an open stage to its task tells nothing of when that ends: ask less and less often.
+        return 2.0 ** min(waited, _MOST_DOUBLINGS)
+    return max(0.0, row.lease_left_s or 0.0)
+
+
+def run_end(
+    outcome: RunOutcome, submission: Submission, rows: Sequence[StepExecution], settings: Settings
+) -> RunEnd:
+    """Return how *outcome* leaves the run's row.
+
+    Args:
+        outcome: How the delivery ended.
+        submission: Whose delivery it was.
+        rows: Step executions that no save has carried.
+        settings: For how long an ended run is kept, and how large a result may be.
+
+    Raises:
+        PayloadTooLarge: The result is too large to be stored.
+    """
+    end = RunEnd(state=RunState.SUCCEEDED, executions=tuple(rows), retention_s=settings.retention)
+    if outcome.value is not None:
+        result = _result_bytes(outcome.value)
+        what = f"the result of run {submission.execution_id!r}"
+        check_size(what, len(result), settings.max_stored_bytes, _STORED)
+        return replace(end, result=result)
+    error = outcome.error
+    record = to_record(error) if isinstance(error, DocketError) else None
+    if outcome.park_s is not None:
+        ordinary = not isinstance(error, StoreUnavailable)
+        return replace(
+            end, state=RunState.WAITING, error=record, failed_once=ordinary, wake_in_s=outcome.park_s
+        )
+    ends_process = error is not None and not isinstance(error, Exception)
+    if ends_process or isinstance(error, (StoreUnavailable, *submission.hands_back)):
+        return replace(end, state=RunState.WAITING, error=record)
+    if record is None:
+        # An interruption by the host, such as a soft time limit, is no error of ours; its text must do.
+        record = to_record(RunCancelled(submission.execution_id, repr(error)))
+    state = RunState.CANCELLED if isinstance(error, RunCancelled) else RunState.FAILED
+    state = RunState.QUARANTINED if isinstance(error, RunQuarantined) else state
+    return replace(end, state=state, error=record)
+
+
+def read_outcome(row: RunRow, plan: Plan, store: Store) -> RunOutcome:
+    """Return the stored outcome of an ended run."""
+    if row.state is RunState.SUCCEEDED:
+        try:
+            return RunOutcome(value=_read_result(plan, row, store), replayed=True, stored=row.result)
+        except DocketError as error:
+            return RunOutcome(error=error)
+    if row.state is RunState.QUARANTINED:
+        return RunOutcome(error=RunQuarantined(row.graph, row.execution_id, row.lost), replayed=True)
+    if row.error is not None:
+        return RunOutcome(error=from_record(row.error), replayed=True)
+    return RunOutcome(error=RunCancelled(row.execution_id, "cancelled earlier"), replayed=True)
+
+
+def _result_bytes(value: Any) -> bytes:
+    """Return a run's result as it is stored: of collected items, what failed first, then what there is."""
+    if isinstance(value, StoredBatch):
+        return frame((_PLACE, json.dumps(_describe(value)).encode()))
+    if not isinstance(value, BatchResult):
+        return value_bytes(value)
+    collected = cast("BatchResult[Message]", value)
+    errors = {str(index): to_record(error) for index, error in collected.errors.items()}
+    made = [each for _, each in collected.succeeded()]
+    return frame((_COLLECTED, json.dumps(errors).encode(), value_bytes(made)))
+
+
+def _describe(batch: StoredBatch) -> dict[str, Any]:
+    place = batch.items.place
+    errors = {str(index): to_record(error) for index, error in batch.errors.items()}
+    return {"names": place.names, "total": place.total, "collects": batch.collects, "errors": errors}
+
+
+def _read_result(plan: Plan, row: RunRow, store: Store) -> Any:
+    data = row.result or b""
+    if not plan.collects:
+        return from_bytes(plan.target.kind, data)
+    parts = unframe(data)
+    if parts[:1] == [_PLACE] and isinstance(store, BatchStore):
+        found = json.loads(parts[1])
+        stored = {int(index): from_record(record) for index, record in found["errors"].items()}
+        place = ItemPlace(
+            graph=row.graph,
+            execution_id=row.execution_id,
+            names=tuple(found["names"]),
+            kind=plan.target.kind,
+            total=found["total"],
+            failed=stored.keys(),
+            job_digest=row.job_digest,
+        )
+        return StoredBatch(
+            items=StoredItems(store, place),
+            collects=found["collects"],
+            errors=cast("dict[int, StepFailed]", stored),
+        )
+    if parts[:1] != [_COLLECTED]:
+        return many_from_bytes(plan.target.kind, data)
+    _, errors, made = parts
+    failures = {int(index): from_record(record) for index, record in json.loads(errors).items()}
+    values = iter(many_from_bytes(plan.target.kind, made))
+    total = len(failures) + len(unframe(made)) // 2
+    results = tuple(None if index in failures else next(values) for index in range(total))
+    return BatchResult(results, cast("dict[int, StepFailed]", failures))

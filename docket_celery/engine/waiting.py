@@ -1,0 +1,208 @@
+"""The ways to wait for a run: with the calling thread, on the caller's asyncio loop, or later by a handle.
+
+A thread that waits here runs no SQL and no step of a run that has a lease: it sits in short `queue.SimpleQueue`
+waits, where a signal may interrupt it without leaving a lock or a transaction behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from docket_celery.engine.outcome import RunOutcome
+from docket_celery.engine.process.loops import CallerLoop, is_loop_thread
+from docket_celery.engine.process.pool import Worker
+from docket_celery.engine.process.runtime import process_runtime
+from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.run import Run
+from docket_celery.engine.stored_items import StoredBatch
+from docket_celery.errors import InvalidArguments, InvalidSettings
+
+T = TypeVar("T", bound=Message)
+R = TypeVar("R")
+
+_logger = logging.getLogger("docket_celery.run")
+_LEAVE_S = 5.0
+LOOK_S = 0.5
+
+
+def run_here(run: Run) -> RunOutcome:
+    """Start *run* and wait for its end with the calling thread.
+
+    Raises:
+        BaseException: Whatever interrupted the waiting thread (a soft time limit, SystemExit, Ctrl-C); the run was
+            cancelled and its lease given up before.
+        InvalidArguments: The calling thread runs the ``async def`` steps, which would all wait with it.
+        TooManyAbandoned: Too many threads are held by timed-out steps.
+    """
+    if run.inline is None:
+        refuse_on_loop("execute")
+    run.pool.check_abandoned()
+    outcomes: queue.SimpleQueue[RunOutcome] = queue.SimpleQueue()
+    try:
+        run.start(outcomes.put)
+        if run.inline is not None:
+            run.watch()
+            run.inline.drive(lambda: run.concluded)
+            return outcomes.get()
+        thread = threading.current_thread()
+        if isinstance(thread, Worker) and thread.pool is run.pool:
+            # A step that executes a graph: its thread waits for work of the pool that it belongs to.
+            with thread.pool.blocking():
+                return _wait(run, outcomes)
+        return _wait(run, outcomes)
+    except BaseException as interruption:
+        run.stop(interruption)
+        parked = _leave(run, outcomes, interruption)
+        if parked is not None:
+            return parked
+        raise
+    finally:
+        if run.inline is not None:
+            run.inline.close()
+
+
+async def run_on_loop(run: Run, loop: CallerLoop) -> RunOutcome:
+    """Start *run* and wait for its end without blocking the running loop.
+
+    Raises:
+        asyncio.CancelledError: The waiting task was cancelled; the run was cancelled and its lease given up before.
+        TooManyAbandoned: Too many threads are held by timed-out steps.
+    """
+    require_threads(run)
+    run.pool.check_abandoned()
+    ended: asyncio.Future[RunOutcome] = asyncio.get_running_loop().create_future()
+
+    def report(outcome: RunOutcome) -> None:
+        loop.tell(functools.partial(ended.set_result, outcome))
+
+    try:
+        run.start(report)
+        run.watch()
+        # A cancelled wait leaves the future alone: the outcome still has to come.
+        await asyncio.wait([ended])
+    except BaseException as interruption:
+        run.stop(interruption)
+        if run.store is not None:
+            await asyncio.wait([ended], timeout=_LEAVE_S)
+            if not ended.done():
+                _warn_of_lease(run)
+        raise
+    return ended.result()
+
+
+def call_aside(work: Callable[[], R], threads: int) -> R:
+    """Do *work*, such as SQL, where the host does not interrupt it: on this thread, else on the pool.
+
+    Args:
+        work: What to do.
+        threads: `Settings.threads`.
+
+    Raises:
+        BaseException: Whatever *work* raised, or whatever interrupted the waiting thread.
+    """
+    if threads == 0 or process_defaults.may_help():
+        return work()
+    done: Future[R] = Future()
+
+    def do() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001 -- it is for whoever waits
+            done.set_exception(error)
+        finally:
+            told.put(None)
+
+    told: queue.SimpleQueue[None] = queue.SimpleQueue()
+    process_runtime(threads).pool.submit(do)
+    while not done.done():
+        with contextlib.suppress(queue.Empty):
+            told.get(timeout=LOOK_S)
+    return done.result()
+
+
+def read_value(outcome: RunOutcome, target: type[T]) -> T:
+    """Return the message that a run ended with.
+
+    Raises:
+        BaseException: The error it ended with.
+    """
+    if outcome.error is not None:
+        raise outcome.error
+    if not isinstance(outcome.value, target):
+        raise AssertionError(f"a run ended without a value: {outcome!r}")
+    return outcome.value
+
+
+def read_outcome(outcome: RunOutcome) -> object:
+    """Return what a run ended with.
+
+    Raises:
+        BaseException: The error it ended with.
+    """
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.value.load() if isinstance(outcome.value, StoredBatch) else outcome.value
+
+
+def _wait(run: Run, outcomes: queue.SimpleQueue[RunOutcome]) -> RunOutcome:
+    while True:
+        wait_s = run.look_after()
+        try:
+            return outcomes.get(timeout=wait_s)
+        except queue.Empty:
+            continue
+
+
+def _leave(
+    run: Run, outcomes: queue.SimpleQueue[RunOutcome], interruption: BaseException
+) -> RunOutcome | None:
+    """Give the pool a moment to hand back the lease; an expired lease is the fallback.
+
+    Returns:
+        The outcome, where the host decided that this interruption has the run delivered again; else None.
+    """
+    if run.store is None:
+        outcome = run.parked_or_failed(interruption)
+    else:
+        if run.inline is not None:
+            run.inline.drive(lambda: run.concluded, _LEAVE_S)
+        try:
+            outcome = outcomes.get(timeout=_LEAVE_S if run.inline is None else 0.001)
+        except queue.Empty:
+            _warn_of_lease(run)
+            return None
+    # A process that is told to end ends: only what fails the run can be cured by another delivery.
+    parks = isinstance(interruption, Exception) and outcome.error is interruption
+    return outcome if parks and outcome.park_s is not None else None
+
+
+def require_threads(run: Run) -> None:
+    """Refuse a run whose steps all run on the calling thread, which is not to wait for them here."""
+    if run.inline is not None:
+        raise InvalidSettings(
+            "docket_threads", "0 runs everything on the calling thread; aexecute and start need at least 1"
+        )
+
+
+def refuse_on_loop(what: str) -> None:
+    """Refuse to block the thread that runs all ``async def`` steps."""
+    if is_loop_thread():
+        raise InvalidArguments(
+            what,
+            "would block the thread of all async def steps, this run's too; inside an async def step: "
+            "await graph.aexecute(...), or make the step a plain def",
+        )
+
+
+def _warn_of_lease(run: Run) -> None:
+    _logger.warning("run %r: its lease was not given back in time", run.submission.execution_id)

@@ -1,0 +1,276 @@
+"""From a target to the minimal steps that make it, in an order that respects their inputs."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from docket_celery.errors import InvalidArguments
+from docket_celery.plan.annotation import ValueKey
+from docket_celery.plan.options import Scope
+from docket_celery.plan.step import Step
+from docket_celery.plan.wiring import Wiring
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedStep:
+    """A step with its place in a plan.
+
+    Attributes:
+        index: Position in the plan.
+        sources: For each input, the slot that holds its value: given values first, then one slot for each step.
+        slot: Where its own output goes.
+        consumers: Indexes of the planned steps that take its output, each once.
+    """
+
+    step: Step
+    index: int
+    sources: tuple[int, ...]
+    slot: int
+    consumers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What a plan with fan-outs does in one go.
+
+    Attributes:
+        plan: The steps, to be run once, or once for each item of *fan_out*.
+        outputs: What later parts need of it.
+        fan_out: The step whose parts the items are, '' for the batch itself; None: the steps run once.
+        each: Which of the plan's given values are the item's own; the others are the same for all items.
+    """
+
+    plan: Plan
+    outputs: tuple[ValueKey, ...]
+    fan_out: str | None = None
+    each: frozenset[ValueKey] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The minimal ordered steps from given values to a target. Iterating yields the steps' names.
+
+    Attributes:
+        graph: The graph's name.
+        target: What the plan makes.
+        given: What the caller hands in, in the order of their slots.
+        steps: In an order that respects inputs; ties by registration.
+        output_slots: The slots that must be filled, the target's first.
+        pending: For each step, how many other steps it waits for.
+        known_names: Every present or former step name of the whole graph.
+        parts: The same steps cut at the aggregates, in order; empty where nothing fans out.
+        batch: Which of the given values is a batch, one item after the other.
+        collects: The target is made for each item of a fan-out, and wanted as a list.
+    """
+
+    graph: str
+    target: ValueKey
+    given: tuple[ValueKey, ...]
+    steps: tuple[PlannedStep, ...]
+    output_slots: tuple[int, ...]
+    pending: tuple[int, ...]
+    known_names: frozenset[str]
+    persists: bool
+    keeps_run: bool
+    parts: tuple[Part, ...] = ()
+    batch: ValueKey | None = None
+    collects: bool = False
+
+    def __iter__(self) -> Iterator[str]:
+        return (planned.step.name for planned in self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def levels(self) -> tuple[tuple[str, ...], ...]:
+        """The steps' names grouped by what may run together."""
+        depth = [0] * len(self.steps)
+        groups: list[list[str]] = []
+        for planned in self.steps:
+            at = depth[planned.index]
+            while len(groups) <= at:
+                groups.append([])
+            groups[at].append(planned.step.name)
+            for consumer in planned.consumers:
+                depth[consumer] = max(depth[consumer], at + 1)
+        return tuple(tuple(group) for group in groups)
+
+    def mermaid(self) -> str:
+        """Return the plan as a Mermaid flowchart."""
+        lines = ["flowchart TD"]
+        lines += [f'    in{slot}(["{_label(key)}"])' for slot, key in enumerate(self.given)]
+        lines += self._mermaid_steps()
+        for planned in self.steps:
+            for key, slot in zip(planned.step.inputs, planned.sources, strict=True):
+                start = f"in{slot}" if slot < len(self.given) else f"s{slot - len(self.given)}"
+                lines.append(f'    {start} -->|"{_label(key)}"| s{planned.index}')
+        return "\n".join(lines)
+
+    def _mermaid_steps(self) -> list[str]:
+        """Return the nodes; those that run for each item of a fan-out in a box of their own."""
+        number = {planned.step.name: planned.index for planned in self.steps}
+        lines: list[str] = []
+        inside: set[str] = set()
+        for index, part in enumerate(self.parts):
+            if part.fan_out is not None:
+                title = f"for each of {part.fan_out}" if part.fan_out else "for each item"
+                lines.append(f'    subgraph p{index}["{title}"]')
+                lines += [f'        s{number[name]}["{name}"]' for name in part.plan]
+                lines.append("    end")
+                inside.update(part.plan)
+        return [f'    s{p.index}["{p.step.name}"]' for p in self.steps if p.step.name not in inside] + lines
+
+    def __repr__(self) -> str:
+        given, names = _brief([str(key) for key in self.given]), _brief(list(self))
+        return f"<Plan {_short(self.graph)}: {given} -> {_short(str(self.target))} by {names}>"
+
+
+def compile_plan(wiring: Wiring, target: ValueKey, given: Sequence[ValueKey]) -> Plan:
+    """Find the steps that *target* needs, given values of the types *given*.
+
+    Raises:
+        GraphError: The graph has faults; no step makes a needed value, or steps wait for each other.
+        InvalidArguments: A type is given twice.
+    """
+    slots = {key: slot for slot, key in enumerate(given)}
+    if len(slots) != len(given):
+        twice = next(key for key in given if list(given).count(key) > 1)
+        raise InvalidArguments(
+            f"graph {wiring.graph!r}", f"{twice} is given twice; one value of a type is used once"
+        )
+    wiring.check(slots, target=target)
+    ordered = order_steps(wiring, slots, wiring.needed(target, slots))
+    return assemble(wiring.graph, ordered, tuple(given), (target,), wiring.names())
+
+
+def assemble(
+    graph: str,
+    steps: Sequence[Step],
+    given: tuple[ValueKey, ...],
+    outputs: Sequence[ValueKey],
+    known_names: frozenset[str],
+) -> Plan:
+    """Return the plan of *steps*, which are in order and need nothing but *given*.
+
+    Args:
+        graph: The graph's name.
+        steps: In an order that respects inputs.
+        given: What the caller hands in.
+        outputs: What must be made, the target first.
+        known_names: Every present or former step name of the graph.
+    """
+    slots = {key: slot for slot, key in enumerate((*given, *(step.output for step in steps)))}
+    consumers: list[dict[int, None]] = [{} for _ in steps]
+    pending = [0] * len(steps)
+    for index, step in enumerate(steps):
+        for slot in {slots[key] for key in step.inputs}:
+            if slot >= len(given):
+                consumers[slot - len(given)][index] = None
+                pending[index] += 1
+    planned = tuple(
+        PlannedStep(
+            step=step,
+            index=index,
+            sources=tuple(slots[key] for key in step.inputs),
+            slot=len(given) + index,
+            consumers=tuple(consumers[index]),
+        )
+        for index, step in enumerate(steps)
+    )
+    return Plan(
+        graph=graph,
+        target=outputs[0],
+        given=given,
+        steps=planned,
+        output_slots=tuple(slots[key] for key in outputs),
+        pending=tuple(pending),
+        known_names=known_names,
+        persists=any(step.persist is not None for step in steps),
+        keeps_run=any(step.persist is Scope.WORKFLOW for step in steps),
+    )
+
+
+def find_needed(plan: Plan, outputs: Iterable[int], stored: Container[int]) -> tuple[set[int], list[int]]:
+    """Return which steps have to run, from the wanted outputs down, and which stored values they use.
+
+    Args:
+        plan: The plan.
+        outputs: Slots that must be filled.
+        stored: Steps whose values are at hand: they do not run, nor do those that only they need.
+    """
+    first = len(plan.given)
+    needed: set[int] = set()
+    used: dict[int, None] = {}
+    todo = [slot - first for slot in outputs if slot >= first]
+    while todo:
+        index = todo.pop()
+        if index in stored:
+            used[index] = None
+        elif index not in needed:
+            needed.add(index)
+            todo += [slot - first for slot in plan.steps[index].sources if slot >= first]
+    return needed, list(used)
+
+
+def count_pending(plan: Plan, needed: Collection[int]) -> list[int]:
+    """Return for each step how many of the *needed* ones it waits for."""
+    first = len(plan.given)
+    pending = [0] * len(plan.steps)
+    for index in needed:
+        pending[index] = sum(slot - first in needed for slot in set(plan.steps[index].sources))
+    return pending
+
+
+def order_steps(
+    wiring: Wiring, given: Collection[ValueKey], needed: Mapping[str, Step] | None = None
+) -> list[Step]:
+    """Return *needed* steps (None: all) in an order that respects their inputs; ties by registration.
+
+    Raises:
+        GraphError: Steps wait for each other.
+    """
+    if needed is None:
+        needed = {step.name: step for step in wiring.steps if step.output not in given}
+    waiting: dict[str, int] = {}
+    users: dict[str, list[Step]] = {name: [] for name in needed}
+    for step in needed.values():
+        sources = {key for key in step.inputs if key not in given}
+        waiting[step.name] = len(sources)
+        for key in sources:
+            users[wiring.producers[key].name].append(step)
+    ready = [(step.order, step.name) for step in needed.values() if not waiting[step.name]]
+    heapq.heapify(ready)
+    ordered: list[Step] = []
+    while ready:
+        step = needed[heapq.heappop(ready)[1]]
+        ordered.append(step)
+        for user in users[step.name]:
+            waiting[user.name] -= 1
+            if not waiting[user.name]:
+                heapq.heappush(ready, (user.order, user.name))
+    if len(ordered) != len(needed):
+        wiring.check(given)
+    return ordered
+
+
+def _label(key: ValueKey) -> str:
+    label = key.kind.DESCRIPTOR.name
+    return f"{label} {key.name}" if key.name else label
+
+
+def _brief(names: Sequence[str]) -> str:
+    """Return the first *names*, short enough for a line of a log."""
+    shown = [_short(name) for name in names[:8]]
+    return ", ".join(shown) + (f", … {len(names) - 8} more" if len(names) > 8 else "") or "nothing"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 60 else name[:59] + "…"
+
+
+def is_spread(plan: Plan) -> bool:
+    """Tell whether a part of *plan* runs for each item of a batch or fan-out."""
+    return any(part.fan_out is not None for part in plan.parts)

@@ -1,0 +1,384 @@
+"""Where steps are registered, checked and planned."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar, Unpack, overload
+
+from google.protobuf.message import Message
+
+from docket_celery.errors import GraphError, InvalidArguments
+from docket_celery.plan.annotation import SignatureFault, ValueKey, read_many
+from docket_celery.plan.messages import is_message_type
+from docket_celery.plan.options import StepOptionFields, StepOptions
+from docket_celery.plan.override import Overriding, Substitute, find_step, read_overrides
+from docket_celery.plan.plan import Plan
+from docket_celery.plan.stages import Asked, compile_asked, find_faults
+from docket_celery.plan.step import Make, Registration, Step, default_name, locate
+from docket_celery.plan.wiring import Wiring, read_wiring
+
+
+class Computes(Protocol):
+    """What a factory makes: an object with ``compute``."""
+
+    @property
+    def compute(self) -> Callable[..., Any]:
+        """The step's code."""
+        ...
+
+
+C = TypeVar("C", bound=Computes)
+Makes = Callable[[], C] | Callable[[], AbstractContextManager[C]]
+"""Returns the instance, or a context manager to enter for it."""
+F = TypeVar("F", bound=Callable[..., Any])
+M = TypeVar("M", bound=Message)
+
+_ATTEMPTS = "retry=RetryPolicy(max_attempts=...)"
+# What Celery and others call it: spelling alone would lead from retries to retriable.
+_ELSEWHERE = {
+    **dict.fromkeys(("retries", "max_retries", "attempts", "max_attempts"), _ATTEMPTS),
+    **dict.fromkeys(("backoff", "retry_backoff", "retry_policy"), "retry=RetryPolicy(backoff=...)"),
+    **dict.fromkeys(("autoretry_for", "retry_on", "retry_for"), "retriable="),
+    **dict.fromkeys(("time_limit", "soft_time_limit", "deadline"), "timeout="),
+    **dict.fromkeys(("cached", "checkpoint", "persistence", "scope"), "persist=Scope.WORKFLOW or GLOBAL"),
+    **dict.fromkeys(("concurrency", "max_concurrency", "rate_limit"), "max_concurrent="),
+    "expires": "ttl=",
+}
+
+
+class Registry:
+    """The steps of a graph and the plans made of them.
+
+    Args:
+        name: Names the graph in the store, in logs and in every identity; 1 to 200 printable characters.
+        guard: Returns what keeps other threads out while steps are registered and read.
+    """
+
+    def __init__(self, name: str, guard: Callable[[], AbstractContextManager[Any]]) -> None:
+        if not isinstance(name, str) or not name or len(name) > 200 or not name.isprintable():
+            raise InvalidArguments("Graph", f"name must be 1 to 200 printable characters, got {name!r}")
+        self.name = name
+        self._registrations: list[Registration] = []
+        self._wiring: Wiring | None = None
+        self._plans: dict[Asked, Plan] = {}
+        self._frozen = False
+        self._guard = guard
+
+    def __repr__(self) -> str:
+        return f"<Graph {self.name!r}: {len(self._registrations)} steps>"
+
+    # --- registering -------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, function: F, /) -> F: ...
+
+    @overload
+    def step(
+        self, preset: StepOptions | None = None, /, **options: Unpack[StepOptionFields]
+    ) -> Callable[[F], F]: ...
+
+    def step(self, preset: Any = None, /, **options: Any) -> Any:
+        """Decorate a function as a step and return it unchanged.
+
+        Use as ``@graph.step``, ``@graph.step(persist=..., retry=...)`` or ``@graph.step(PRESET, timeout=5)``.
+
+        Args:
+            preset: `StepOptions` to start from.
+            **options: The fields of `StepOptions`.
+
+        Raises:
+            TypeError: An option does not exist.
+            GraphError: The graph is frozen because it has run, or the step needs ``name=``.
+        """
+        return self._decorate(preset, options, aggregates=False)
+
+    @overload
+    def aggregate(self, function: F, /) -> F: ...
+
+    @overload
+    def aggregate(
+        self, preset: StepOptions | None = None, /, **options: Unpack[StepOptionFields]
+    ) -> Callable[[F], F]: ...
+
+    def aggregate(self, preset: Any = None, /, **options: Any) -> Any:
+        """Decorate a function as a step that sees all items of a fan-out at once; used like `step`.
+
+        It takes them as ``list[T]``, or as ``Iterable[T]`` where it looks at one after the other. The items are those
+        of a batch, or what a step returned as ``list[T]``.
+
+        Args:
+            preset: `StepOptions` to start from.
+            **options: The fields of `StepOptions`.
+
+        Raises:
+            TypeError: An option does not exist.
+            GraphError: The graph is frozen because it has run, or the step needs ``name=``.
+        """
+        return self._decorate(preset, options, aggregates=True)
+
+    def _decorate(self, preset: Any, options: dict[str, Any], *, aggregates: bool) -> Any:
+        if callable(preset) and not isinstance(preset, StepOptions):
+            self._add(preset, _options(None, options), aggregates=aggregates)
+            return preset
+        chosen = _options(preset, options)
+
+        def decorate(function: F) -> F:
+            self._add(function, chosen, aggregates=aggregates)
+            return function
+
+        return decorate
+
+    @overload
+    def register(
+        self,
+        target: type[C],
+        preset: StepOptions | None = None,
+        /,
+        *,
+        factory: Makes[C],
+        **options: Unpack[StepOptionFields],
+    ) -> None: ...
+
+    @overload
+    def register(
+        self, target: object, preset: StepOptions | None = None, /, **options: Unpack[StepOptionFields]
+    ) -> None: ...
+
+    def register(
+        self,
+        target: object,
+        preset: StepOptions | None = None,
+        /,
+        *,
+        factory: Callable[[], object] | None = None,
+        **options: Unpack[StepOptionFields],
+    ) -> None:
+        """Add a function, a bound method or an object with ``compute`` as a step.
+
+        Args:
+            target: What to call, or a class with ``compute`` if there is a factory.
+            preset: `StepOptions` to start from.
+            factory: Returns the instance to call, or a context manager that is entered for it. It is called once
+                per process, at the step's first call and on its thread; an error of it is the step's, and the next
+                attempt calls it again. When the process ends the context manager is left, or ``close()`` called
+                where the instance has one.
+            **options: The fields of `StepOptions`.
+
+        Raises:
+            TypeError: An option does not exist.
+            GraphError: The graph is frozen because it has run, or the step needs ``name=``.
+        """
+        make = None if factory is None else Make(target, factory)
+        self._add(target, _options(preset, {**options}), make)
+
+    def register_aggregate(
+        self, target: object, preset: StepOptions | None = None, /, **options: Unpack[StepOptionFields]
+    ) -> None:
+        """Add an aggregate, as `aggregate` does, that is a function, a bound method or an object with ``compute``.
+
+        Arguments and errors as for `register`.
+        """
+        self._add(target, _options(preset, {**options}), aggregates=True)
+
+    def _add(
+        self, target: Any, options: StepOptions, make: Make | None = None, *, aggregates: bool = False
+    ) -> None:
+        name = options.name if options.name is not None else default_name(target)
+        if not name:
+            where = locate(target)
+            raise GraphError(
+                self.name,
+                [
+                    f"DC110 no name: lambdas and partials have none of their own; give this one name=... ({where})"
+                ],
+            )
+        if not isinstance(name, str) or len(name) > 200 or not name.isprintable():
+            raise GraphError(
+                self.name,
+                [f"DC110 bad name: name= is 1 to 200 printable characters, got {name!r} ({locate(target)})"],
+            )
+        with self._guard():
+            if self._frozen:
+                late = f"step {name!r} ({locate(target)}) comes after the first run"
+                raise GraphError(self.name, [f"DC116 frozen: {late}; register all steps before running"])
+            self._registrations.append(
+                Registration(
+                    target=target,
+                    options=options,
+                    name=name,
+                    order=len(self._registrations),
+                    where=locate(target),
+                    make=make,
+                    aggregates=aggregates,
+                )
+            )
+            self._wiring = None
+            self._plans.clear()
+
+    # --- checking and planning ---------------------------------------------------------------------------------
+
+    def validate(self, *given: type[Message | list[Any]]) -> None:
+        """Check all signatures and the wiring.
+
+        Args:
+            *given: The types callers hand in, a batch as ``list[T]``. Without any, each type that no step returns
+                counts as handed in.
+
+        Raises:
+            GraphError: With all faults in one report, each with its code, its place and the fix.
+        """
+        keys, batch = given_keys(given, "validate")
+        wiring = self._read()
+        wiring.check(keys, complete=bool(given))
+        faults = find_faults(wiring, keys, batch)
+        if faults:
+            raise GraphError(self.name, faults)
+
+    def plan(self, target: type[Message | list[M]], /, *given: type[Message | list[Any]]) -> Plan:
+        """Return the minimal ordered steps from *given* to *target*.
+
+        A batch is given as ``list[T]``; what is made for each item is asked for as ``list[T]``.
+
+        Args:
+            target: The message type to make.
+            *given: The types handed in. Without any, each type that no step returns counts as handed in.
+
+        Raises:
+            GraphError: The graph has faults, or a needed value has no producer.
+        """
+        (wanted,), collected = given_keys([target], "plan")
+        keys, batch = given_keys(given, "plan")
+        if not given:
+            wiring = self._read()
+            sources = dict.fromkeys(key for step in wiring.steps for key in step.inputs)
+            keys = tuple(key for key in sources if key not in wiring.producers)
+            batch = next((key for key in keys if key in wiring.gathered()), None)
+        return self.compiled(wanted, keys, batch, collects=collected is not None)
+
+    def compiled(
+        self,
+        target: ValueKey,
+        given: tuple[ValueKey, ...],
+        batch: ValueKey | None = None,
+        *,
+        collects: bool = False,
+    ) -> Plan:
+        """Return the plan for these values, compiled once.
+
+        Args:
+            target: What to make.
+            given: What is handed in.
+            batch: Which of *given* comes as a list, item by item.
+            collects: The target is wanted for each item.
+        """
+        asked = Asked(target, given, batch, collects)
+        replaced = self.replaced()
+        if replaced is not None:
+            return replaced.compiled(self._read(), asked)
+        found = self._plans.get(asked)
+        if found is None:
+            wiring = self._read()
+            found = compile_asked(wiring, asked)
+            with self._guard():
+                if wiring is self._wiring:
+                    self._plans[asked] = found
+        return found
+
+    def missing(self, target: ValueKey, given: Collection[ValueKey]) -> list[ValueKey]:
+        """Return what the way to *target* needs besides *given* and no step returns."""
+        producers = self._read().producers
+        seen: dict[ValueKey, None] = {}
+        todo = [target]
+        while todo:
+            key = todo.pop()
+            if key not in seen and key not in given:
+                seen[key] = None
+                todo += producers[key].inputs if key in producers else ()
+        return [key for key in seen if key not in producers]
+
+    # --- replacing ---------------------------------------------------------------------------------------------
+
+    def replaced(self) -> Overriding | None:
+        """Return what stands in for steps where this is called, or None."""
+        return None
+
+    def read_overrides(self, steps: Mapping[Any, Substitute]) -> dict[str, Step]:
+        """Return what stands in for which step.
+
+        Raises:
+            GraphError: With all faults: a key that is no step, something that cannot stand in for it.
+        """
+        return dict(read_overrides(self._read(), self._registrations, steps))
+
+    def find_step(self, key: Any) -> Step:
+        """Return the step that *key* means: a name, an output's message type, or what was registered.
+
+        Raises:
+            InvalidArguments: There is none; the text lists what there is.
+        """
+        wiring = self._read()
+        try:
+            found = find_step(wiring, [(r.target, r.name) for r in self._registrations], key)
+        except SignatureFault as fault:
+            raise InvalidArguments(f"graph {self.name!r}", f"{key!r}: {fault}") from None
+        replaced = self.replaced()
+        return found if replaced is None else replaced.steps.get(found.name, found)
+
+    def _read(self) -> Wiring:
+        with self._guard():
+            if self._wiring is None:
+                self._wiring = read_wiring(self.name, self._registrations)
+            return self._wiring
+
+    def freeze(self) -> None:
+        """Refuse further steps: a run of these has begun."""
+        self._frozen = True
+
+
+def _options(preset: StepOptions | None, options: dict[str, Any]) -> StepOptions:
+    if preset is not None and not isinstance(preset, StepOptions):
+        raise TypeError(f"a step is decorated with options or a StepOptions preset, not {preset!r}")
+    try:
+        return (preset or StepOptions()).override(**options)
+    except TypeError as error:
+        hints = [_nearest(name) for name in options if name not in StepOptions.__dataclass_fields__]
+        near = ", ".join(hint for hint in hints if hint)
+        raise TypeError(f"{error}; did you mean {near}?" if near else str(error)) from None
+
+
+def _nearest(name: str) -> str:
+    """Return the option that *name* stands for in other libraries, or the one spelled most like it, or ''."""
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name]
+    close = difflib.get_close_matches(name, StepOptions.__dataclass_fields__, n=1)
+    return f"{close[0]}=" if close else ""
+
+
+def given_keys(kinds: Sequence[object], where: str) -> tuple[tuple[ValueKey, ...], ValueKey | None]:
+    """Return the values that *kinds* stand for, and which of them is a batch: the one written ``list[T]``.
+
+    Raises:
+        InvalidArguments: One is no message type, or two are lists.
+    """
+    items = [read_many(kind) for kind in kinds]
+    keys = tuple(
+        value_key(k if many is None else many[0], where) for k, many in zip(kinds, items, strict=True)
+    )
+    lists = [key for key, many in zip(keys, items, strict=True) if many is not None]
+    if len(lists) > 1:
+        raise InvalidArguments(where, f"{', '.join(map(str, lists))} are all lists; a run has one batch")
+    return keys, lists[0] if lists else None
+
+
+def value_key(kind: object, where: str) -> ValueKey:
+    """Return what stands for values of the message type *kind*.
+
+    Raises:
+        InvalidArguments: It is no message type.
+    """
+    if not is_message_type(kind):
+        shown = kind.__name__ if isinstance(kind, type) else repr(kind)
+        raise InvalidArguments(where, f"expected a Protocol Buffers message type, got {shown}")
+    return ValueKey(kind)

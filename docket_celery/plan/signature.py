@@ -1,0 +1,229 @@
+"""The signature of a step's code, however it was written or wrapped: what goes in and what comes out."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import inspect
+import linecache
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from docket_celery.plan.annotation import (
+    SignatureFault,
+    ValueKey,
+    is_context,
+    mentions_values,
+    read_annotation,
+    read_many,
+)
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """What a signature says; the fields are those of `Step`."""
+
+    inputs: tuple[ValueKey, ...]
+    gathered: tuple[str, ...]
+    output: ValueKey
+    splits: bool
+    positional: tuple[int, ...]
+    keywords: tuple[tuple[str, int], ...]
+
+
+def read_signature(call: Callable[..., Any]) -> Signature:
+    """Return what *call* takes and returns.
+
+    Raises:
+        SignatureFault: With everything that is missing or unsupported.
+    """
+    try:
+        parameters = list(inspect.signature(call).parameters.values())
+    except (TypeError, ValueError) as error:
+        raise SignatureFault(
+            f"its signature cannot be read ({error}); wrap it in a plain function"
+        ) from error
+    function = _function(call)
+    hints = _hints(function)
+    faults = list(_shape_faults(call, function, parameters))
+    output: ValueKey | None = None
+    splits = False
+    inputs = _Inputs()
+    if not faults:
+        try:
+            output, splits = _result(hints)
+        except SignatureFault as fault:
+            faults += fault.texts
+        for parameter in parameters:
+            try:
+                inputs.add(parameter, hints.get(parameter.name))
+            except SignatureFault as fault:
+                faults += fault.texts
+    if faults or output is None:
+        raise SignatureFault(*faults, output=output)
+    return Signature(
+        inputs=tuple(inputs.keys),
+        gathered=tuple(inputs.gathered),
+        output=output,
+        splits=splits,
+        positional=tuple(inputs.positional),
+        keywords=tuple(inputs.keywords),
+    )
+
+
+def is_async(call: Callable[..., Any]) -> bool:
+    """Tell whether calling it returns a coroutine."""
+    plain: Any = call
+    while isinstance(plain, functools.partial):
+        plain = plain.func
+    return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None))  # noqa: B004
+
+
+def _result(hints: dict[str, Any]) -> tuple[ValueKey, bool]:
+    if "return" not in hints:
+        raise SignatureFault("its return annotation is missing; annotate it with the message type it returns")
+    many = read_many(hints["return"])
+    if many is not None and many[1] != "list":
+        raise SignatureFault("its result is an Iterable[...]; a step that splits a value returns list[...]")
+    return read_annotation(hints["return"] if many is None else many[0], "its result"), many is not None
+
+
+@dataclass(slots=True)
+class _Inputs:
+    """What the parameters say, one after the other; the fields are those of `Signature`."""
+
+    keys: list[ValueKey] = field(default_factory=list[ValueKey])
+    gathered: list[str] = field(default_factory=list[str])
+    positional: list[int] = field(default_factory=list[int])
+    keywords: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
+    taken: dict[tuple[ValueKey, str], str] = field(default_factory=dict[tuple[ValueKey, str], str])
+
+    def add(self, parameter: inspect.Parameter, annotation: Any) -> None:
+        """Take *parameter*; one that is no message may be left to its default."""
+        what = f"parameter {parameter.name!r}"
+        has_default = parameter.default is not inspect.Parameter.empty
+        if has_default and not mentions_values(annotation):
+            return
+        if annotation is None:
+            raise SignatureFault(
+                f"{what} has no annotation; annotate it with its message type or StepContext"
+            )
+        index = -1 if is_context(annotation) else self._value(parameter.name, annotation, what)
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            self.keywords.append((parameter.name, index))
+        else:
+            self.positional.append(index)
+
+    def _value(self, name: str, annotation: Any, what: str) -> int:
+        many = read_many(annotation)
+        key, gathered = (
+            read_annotation(annotation if many is None else many[0], what),
+            many[1] if many else "",
+        )
+        other = self.taken.setdefault((key, gathered), name)
+        if other != name:
+            raise SignatureFault(
+                f"parameters {other!r} and {name!r} are both {key}, of which a run has one; drop one, or tell them "
+                'apart with Annotated[..., Named("...")]'
+            )
+        self.keys.append(key)
+        self.gathered.append(gathered)
+        return len(self.keys) - 1
+
+
+def _function(call: Callable[..., Any]) -> Any:
+    """Return the function that has the annotations: behind partials, methods, callables and wrappers."""
+    plain: Any = call
+    while isinstance(plain, functools.partial):
+        plain = plain.func
+    if not inspect.isroutine(plain):
+        plain = type(plain).__call__
+    plain = inspect.unwrap(plain)
+    return getattr(plain, "__func__", plain)
+
+
+def _shape_faults(
+    call: Callable[..., Any], function: Any, parameters: Sequence[inspect.Parameter]
+) -> Iterable[str]:
+    """Yield what makes annotations pointless to look at."""
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        yield "it is a generator, for its yield; return the message instead"
+    first = parameters[0] if parameters else None
+    if (
+        first is not None
+        and first.name in ("self", "cls")
+        and first.annotation is inspect.Parameter.empty
+        and inspect.isfunction(call)
+    ):
+        yield (
+            f"it is a method without an instance, for its {first.name}; register instance.{call.__name__}, or an "
+            "object with compute"
+        )
+    variadic = [parameter for parameter in parameters if parameter.kind in _VARIADIC]
+    if not variadic:
+        return
+    stars = ("*", "**")
+    shown = ", ".join(stars[p.kind is inspect.Parameter.VAR_KEYWORD] + p.name for p in variadic)
+    if len(variadic) == 2 or variadic[0].annotation is inspect.Parameter.empty:
+        yield (
+            f"its inputs are hidden behind {shown}; if a decorator made it, put @functools.wraps on the function "
+            "inside that decorator, else name each input and annotate it with its message type"
+        )
+    else:
+        yield f"parameter {shown} is variadic; name each input and annotate it with its message type"
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function, localns=_closure(function) or None, include_extras=True)
+    except NameError as error:
+        if error.name and _is_for_checkers(function, error.name):
+            raise SignatureFault(
+                f"an annotation names {error.name}, which is imported under TYPE_CHECKING alone; a graph reads "
+                "annotations when it runs, so import it outside of that block"
+            ) from error
+        raise SignatureFault(
+            f"an annotation names something that is not defined: {error}; import it where the step is written"
+        ) from error
+    except (AttributeError, SyntaxError, TypeError, ValueError) as error:
+        raise SignatureFault(f"its annotations cannot be read: {error}") from error
+
+
+def _closure(function: Any) -> dict[str, Any]:
+    """Return the local names around *function* that it uses; one that is not assigned yet is left out."""
+    found: dict[str, Any] = {}
+    if inspect.isfunction(function):
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            with contextlib.suppress(ValueError):
+                found[name] = cell.cell_contents
+    return found
+
+
+def _is_for_checkers(function: Any, name: str) -> bool:
+    """Tell whether the module of *function* imports *name* where only type checkers look."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return False
+    try:
+        tree = ast.parse("".join(linecache.getlines(code.co_filename)))
+    except SyntaxError:
+        return False
+    guarded = [node for node in ast.walk(tree) if isinstance(node, ast.If) and _names_checkers(node.test)]
+    imports = [node for block in guarded for part in block.body for node in ast.walk(part)]
+    return any(
+        name == (alias.asname or alias.name.partition(".")[0])
+        for node in imports
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    )
+
+
+def _names_checkers(test: ast.expr) -> bool:
+    return any(
+        "TYPE_CHECKING" in (getattr(node, "id", None), getattr(node, "attr", None)) for node in ast.walk(test)
+    )

@@ -1,0 +1,258 @@
+"""A step: the code to call, its signature and its options."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+from docket_celery.plan.annotation import SignatureFault, ValueKey
+from docket_celery.plan.context import StepContext
+from docket_celery.plan.messages import Value, type_name
+from docket_celery.plan.options import Scope, StepOptions, option_faults, to_seconds
+from docket_celery.plan.signature import Signature, is_async, read_signature
+
+
+class Make(NamedTuple):
+    """``factory=``: what returns the instance of a class, or a context manager to enter for it."""
+
+    kind: Any
+    call: Any
+
+
+class Mark:
+    """Names one registration of a step: what a process keeps for the step, it keeps under this."""
+
+    __slots__ = ("__weakref__",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """What was handed to the graph, before its signature is read (annotations may name later definitions).
+
+    Attributes:
+        mark: Names the registration, as a signature may be read more than once.
+        make: Builds the instance of the class that *target* is.
+    """
+
+    target: Any
+    options: StepOptions
+    name: str
+    order: int
+    where: str
+    mark: Mark = field(default_factory=Mark)
+    make: Make | None = None
+    aggregates: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A typed function with its policy.
+
+    Attributes:
+        call: The function or bound ``compute`` method.
+        gathered: For each input '', or how an aggregate takes all items at once: 'list' or 'Iterable'.
+        aggregates: It takes all items of a fan-out at once.
+        splits: It returns a list, whose messages are the items of a fan-out.
+        positional: For each positional argument the index into `inputs`, or -1 for the StepContext.
+        keywords: The same for keyword-only arguments.
+        identity: The oldest name; names checkpoints and idempotency keys.
+        timeout_s: Seconds for one attempt, or None.
+        retriable: Whether another attempt may cure an error; None: the default rule.
+        mark: What a process keeps of the step (its slots, its instance) is kept under this.
+        make: Builds the instance whose ``compute`` is called; None: `call` is called.
+    """
+
+    name: str
+    order: int
+    where: str
+    call: Callable[..., Any]
+    inputs: tuple[ValueKey, ...]
+    gathered: tuple[str, ...]
+    aggregates: bool
+    output: ValueKey
+    splits: bool
+    positional: tuple[int, ...]
+    keywords: tuple[tuple[str, int], ...]
+    is_async: bool
+    options: StepOptions
+    timeout_s: float | None
+    ttl_s: float | None
+    max_attempts: int
+    retriable: Callable[[BaseException], bool] | None
+    mark: Mark
+    make: Make | None = None
+
+    @property
+    def identity(self) -> str:
+        return self.options.renamed_from[0] if self.options.renamed_from else self.name
+
+    @property
+    def persist(self) -> Scope | None:
+        return self.options.persist
+
+    @property
+    def result_name(self) -> str:
+        """The full name of the type it returns."""
+        name = type_name(self.output.kind)
+        return f"list[{name}]" if self.splits else name
+
+    def _hand_over(self, values: Sequence[Any]) -> list[Any]:
+        # Lists and iterators of the step's own: an aggregate may sort the one, and the other is used up.
+        ways: dict[str, Callable[[Any], Any]] = {"list": list, "Iterable": iter}
+        pairs = zip(values, self.gathered, strict=True)
+        return [ways[many](value) if many else value for value, many in pairs]
+
+    def wrong_result(self, value: object) -> str | None:
+        """Return the name of what *value* is instead of the declared result, or None if it is that."""
+        if not self.splits:
+            return None if type(value) is self.output.kind else _kind_name(value)
+        if not isinstance(value, list):
+            return _kind_name(value)
+        held = cast("list[object]", value)
+        wrong = next((each for each in held if type(each) is not self.output.kind), self)
+        return None if wrong is self else f"a list that holds {_kind_name(wrong)}"
+
+    def invoke(self, call: Callable[..., Any], values: Sequence[Value], context: StepContext) -> Any:
+        """Call *call*, the step's code in this process; for ``async def`` this returns the coroutine."""
+        if self.aggregates:
+            values = self._hand_over(values)
+        args = [context if i < 0 else values[i] for i in self.positional]
+        if not self.keywords:
+            return call(*args)
+        return call(*args, **{name: context if i < 0 else values[i] for name, i in self.keywords})
+
+
+def _kind_name(value: object) -> str:
+    if inspect.iscoroutine(value):
+        # Nobody will await it; closed, it does not complain about that as well.
+        value.close()
+        return "a coroutine (what decorates an async def step must be async def too)"
+    return "None" if value is None else type(value).__name__
+
+
+def default_name(target: Any) -> str | None:
+    """Return the name a step gets without ``name=``: the function's or class's; None where there is none to use."""
+    if isinstance(target, functools.partial):
+        return None
+    name = getattr(target, "__name__", None)
+    if name is None:
+        return type(target).__name__
+    return None if name == "<lambda>" else str(name)
+
+
+def locate(target: Any) -> str:
+    """Return ``file:line`` of a function or class, or its repr."""
+    plain = inspect.unwrap(target) if callable(target) else target
+    while isinstance(plain, functools.partial):
+        plain = plain.func
+    plain = getattr(plain, "__func__", plain)
+    code = getattr(plain, "__code__", None)
+    if code is None:
+        compute = getattr(plain if isinstance(plain, type) else type(plain), "compute", None)
+        code = getattr(compute, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else repr(target)
+
+
+def read_step(registration: Registration) -> Step:
+    """Read the signature and check the options against each other.
+
+    Raises:
+        SignatureFault: With all that is missing, unsupported or contradictory.
+    """
+    options = registration.options
+    problems = option_faults(options)
+    try:
+        code = _code(registration)
+        signature = read_signature(code)
+        _check_gathers(registration, signature)
+    except SignatureFault as fault:
+        raise SignatureFault(*fault.texts, options=problems, output=fault.output) from fault
+    if problems:
+        raise SignatureFault(options=problems, output=signature.output)
+    return Step(
+        name=registration.name,
+        order=registration.order,
+        where=registration.where,
+        call=code,
+        inputs=signature.inputs,
+        gathered=signature.gathered,
+        aggregates=registration.aggregates,
+        output=signature.output,
+        splits=signature.splits,
+        positional=signature.positional,
+        keywords=signature.keywords,
+        is_async=is_async(code),
+        options=options,
+        timeout_s=None if options.timeout is None else to_seconds(options.timeout, "timeout"),
+        ttl_s=None if options.ttl is None else to_seconds(options.ttl, "ttl"),
+        max_attempts=1 if options.retry is None else options.retry.max_attempts,
+        retriable=_classifier(options),
+        mark=registration.mark,
+        make=registration.make,
+    )
+
+
+def _code(registration: Registration) -> Callable[..., Any]:
+    """Return what has the signature of the step."""
+    target = registration.target
+    if registration.make is not None:
+        return _compute_of(target, registration.make.call)
+    if isinstance(target, classmethod):
+        raise SignatureFault(
+            "it is a classmethod that belongs to no class yet; register Class.method below the class"
+        )
+    if isinstance(target, staticmethod):
+        return target.__func__
+    if isinstance(target, type):
+        raise SignatureFault(
+            f"{target.__name__} is a class; register an instance of it, or give factory= to build one per process"
+        )
+    compute = getattr(target, "compute", None)
+    if compute is not None and not inspect.isroutine(target):
+        return typing.cast("Callable[..., Any]", compute)
+    if not callable(target):
+        raise SignatureFault(f"{target!r} is neither a function nor an object with a compute method")
+    return typing.cast("Callable[..., Any]", target)
+
+
+def _compute_of(kind: Any, make: object) -> Callable[..., Any]:
+    """Return ``compute`` of a class as an instance of it will have it."""
+    if not isinstance(kind, type):
+        shown = getattr(kind, "__qualname__", None) or f"a {type(kind).__name__} object"
+        raise SignatureFault(
+            f"factory= builds instances of a class, and {shown} is none; register the class, or drop factory="
+        )
+    if not callable(make):
+        raise SignatureFault(f"factory= is a function without parameters, not {make!r}")
+    compute = inspect.getattr_static(kind, "compute", None)
+    if compute is None:
+        raise SignatureFault(
+            f"{kind.__name__} has no compute method; add one, with the step's inputs and result"
+        )
+    if isinstance(compute, (staticmethod, classmethod)):
+        return typing.cast("Callable[..., Any]", getattr(kind, "compute"))  # noqa: B009 -- not an attribute of type
+    # Any first argument will do: only the other parameters are looked at.
+    return functools.partial(compute, None)
+
+
+def _classifier(options: StepOptions) -> Callable[[BaseException], bool] | None:
+    retriable = options.retriable
+    if retriable is None:
+        return None
+    if isinstance(retriable, (type, tuple)):
+        kinds = cast("tuple[type[BaseException], ...]", retriable)
+        return lambda error: isinstance(error, kinds)
+    return retriable
+
+
+def _check_gathers(registration: Registration, signature: Signature) -> None:
+    if registration.aggregates and not any(signature.gathered):
+        raise SignatureFault("an aggregate takes all items of a fan-out; annotate a parameter with list[...]")
+    if not registration.aggregates and any(signature.gathered):
+        raise SignatureFault(
+            "it takes a list, so it is an aggregate; use graph.aggregate or register_aggregate"
+        )

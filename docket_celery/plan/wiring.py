@@ -1,0 +1,231 @@
+"""All steps of a graph together: who produces what, and everything that is wrong with it in one report."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Container, Iterable, Mapping
+from dataclasses import dataclass
+
+from docket_celery.errors import GraphError
+from docket_celery.plan.annotation import SignatureFault, ValueKey
+from docket_celery.plan.messages import type_name
+from docket_celery.plan.step import Registration, Step, read_step
+
+_MOST_SHOWN = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wiring:
+    """The steps of a graph whose signatures were read.
+
+    Attributes:
+        graph: The graph's name.
+        steps: In the order of registration.
+        producers: Which step makes a value; the first one where there are two (a fault).
+        faults: What is wrong, each as one line with its code.
+        unread: What steps return whose signatures have faults; who needs it is not reported as well.
+    """
+
+    graph: str
+    steps: tuple[Step, ...]
+    producers: Mapping[ValueKey, Step]
+    faults: tuple[str, ...]
+    unread: frozenset[ValueKey] = frozenset()
+
+    def names(self) -> frozenset[str]:
+        """Return every name a step has or had."""
+        return frozenset(name for step in self.steps for name in (step.name, *step.options.renamed_from))
+
+    def needed(self, target: ValueKey, given: Container[ValueKey]) -> dict[str, Step]:
+        """Return the steps on the way to *target*, by name."""
+        needed: dict[str, Step] = {}
+        todo = [target]
+        while todo:
+            key = todo.pop()
+            step = self.producers.get(key)
+            if step is not None and key not in given and step.name not in needed:
+                needed[step.name] = step
+                todo += step.inputs
+        return needed
+
+    def gathered(self) -> frozenset[ValueKey]:
+        """Return what aggregates take whole."""
+        return frozenset(
+            key for step in self.steps for key, many in zip(step.inputs, step.gathered, strict=True) if many
+        )
+
+    def check(
+        self,
+        given: Iterable[ValueKey] = (),
+        *,
+        complete: bool = False,
+        target: ValueKey | None = None,
+    ) -> None:
+        """Refuse the graph unless it is free of faults.
+
+        Args:
+            given: The values a caller hands in; they are not made, so they break cycles.
+            complete: Every other input must have a producer; else whatever no step returns counts as handed in.
+            target: What the caller wants: it, and what the steps on the way to it take, must have producers.
+
+        Raises:
+            GraphError: With all faults.
+        """
+        known = dict.fromkeys(given)
+        faults = [*self.faults, *_cycles(self, known)]
+        if complete:
+            faults += _missing(self, self.steps, known)
+        elif target is not None:
+            if target not in self.producers and target not in known and target not in self.unread:
+                faults.append(_unmade(self, target, known))
+            faults += _missing(self, self.needed(target, known).values(), known)
+        if faults:
+            raise GraphError(self.graph, faults)
+
+
+def read_wiring(graph: str, registrations: Iterable[Registration]) -> Wiring:
+    """Read all signatures; faults are collected, not raised."""
+    steps: list[Step] = []
+    faults: list[str] = []
+    names: dict[str, str] = {}
+    producers: dict[ValueKey, Step] = {}
+    unread: set[ValueKey] = set()
+    for registration in registrations:
+        who = f"step {registration.name!r} ({registration.where})"
+        first = names.get(registration.name)
+        if first is not None:
+            faults.append(
+                f"DC112 duplicate name: step {registration.name!r} is registered at {first} and at "
+                f"{registration.where}; give one of them name=..."
+            )
+        names.setdefault(registration.name, registration.where)
+        try:
+            step = read_step(registration)
+        except SignatureFault as fault:
+            faults += (f"DC111 signature: {who}: {text}" for text in fault.texts)
+            faults += (f"DC121 options: {who}: {text}" for text in fault.options)
+            unread.update(() if fault.output is None else (fault.output,))
+            continue
+        if first is not None:
+            unread.add(step.output)
+            continue
+        steps.append(step)
+        other = producers.setdefault(step.output, step)
+        if other is not step:
+            faults.append(
+                f"DC113 two producers: {step.output} is made by {other.name!r} ({other.where}) and by "
+                f"{step.name!r} ({step.where}); drop one, or tell the results apart with Annotated[..., Named(...)]"
+            )
+    faults += _former_names(steps)
+    faults += _shared_caches(steps)
+    return Wiring(
+        graph=graph,
+        steps=tuple(steps),
+        producers=producers,
+        faults=tuple(faults),
+        unread=frozenset(unread),
+    )
+
+
+def _missing(wiring: Wiring, steps: Iterable[Step], given: Collection[ValueKey]) -> Iterable[str]:
+    for step in steps:
+        for key in dict.fromkeys(step.inputs):
+            if key not in wiring.producers and key not in given and key not in wiring.unread:
+                yield (
+                    f"DC114 no producer: step {step.name!r} ({step.where}) needs {key}, which no step returns and "
+                    f"the caller does not give (given: {_listed(given)}); register a step that returns it, or hand "
+                    "it in"
+                )
+
+
+def _unmade(wiring: Wiring, target: ValueKey, given: Collection[ValueKey]) -> str:
+    return (
+        f"DC122 no result: the caller asks for {target}, which no step returns and which is not given (given: "
+        f"{_listed(given)}; the steps return {_listed(wiring.producers)}); register a step that returns it, or ask "
+        "for one of those"
+    )
+
+
+def _cycles(wiring: Wiring, given: Container[ValueKey]) -> Iterable[str]:
+    """Find one path for each group of steps that wait for each other, without recursion."""
+    state: dict[str, int] = {}
+    for root in wiring.steps:
+        if root.name in state:
+            continue
+        path: dict[str, Step] = {}
+        todo: list[tuple[Step, bool]] = [(root, False)]
+        while todo:
+            step, leaving = todo.pop()
+            if leaving:
+                state[step.name] = 2
+                path.popitem()
+                continue
+            if state.get(step.name):
+                continue
+            state[step.name] = 1
+            path[step.name] = step
+            todo.append((step, True))
+            for source in _sources(wiring, step, given):
+                if state.get(source.name) == 1:
+                    yield _cycle(path, source)
+                elif source.name not in state:
+                    todo.append((source, False))
+
+
+def _cycle(path: dict[str, Step], source: Step) -> str:
+    """Describe the end of *path*, from *source* on."""
+    loop: list[Step] = []
+    for step in reversed(path.values()):
+        loop.append(step)
+        if step is source or len(loop) == _MOST_SHOWN:
+            break
+    loop.reverse()
+    names = [repr(step.name) for step in loop]
+    if loop[0] is not source:
+        # Longer than anybody would read; and whole paths of a thousand cycles are too much to build.
+        names = [repr(source.name), "...", *names]
+    values = [f"{step.output} ({step.where})" for step in loop]
+    return (
+        f"DC115 cycle: {' needs '.join([*names, repr(source.name)])} ({source.where}); their results in turn: "
+        f"{', '.join(values)}; break it by handing one of the values in, or splitting a step"
+    )
+
+
+def _listed(keys: Collection[ValueKey]) -> str:
+    shown = [str(key) for key in itertools.islice(keys, _MOST_SHOWN)]
+    more = len(keys) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "") or "nothing"
+
+
+def _sources(wiring: Wiring, step: Step, given: Container[ValueKey]) -> list[Step]:
+    keys = [key for key in dict.fromkeys(step.inputs) if key not in given]
+    return [wiring.producers[key] for key in keys if key in wiring.producers]
+
+
+def _former_names(steps: Iterable[Step]) -> Iterable[str]:
+    """Find names that two steps would share: their checkpoints and idempotency keys would be one another's."""
+    steps = list(steps)
+    owners = {step.name: step for step in steps}
+    for step in steps:
+        for name in step.options.renamed_from:
+            other = owners.setdefault(name, step)
+            if other is not step or name == step.name:
+                yield (
+                    f"DC117 former name: step {step.name!r} ({step.where}) has {name!r} in renamed_from, which is "
+                    f"also a name of step {other.name!r} ({other.where}); a name belongs to one step for good"
+                )
+
+
+def _shared_caches(steps: Iterable[Step]) -> Iterable[str]:
+    """Find steps that would read each other's entries of one cache, and could not."""
+    owners: dict[str, Step] = {}
+    for step in steps:
+        if step.options.cache is None:
+            continue
+        other = owners.setdefault(step.options.cache, step)
+        if other.output.kind is not step.output.kind:
+            yield (
+                f"DC119 shared cache: cache={step.options.cache!r} is named by step {other.name!r} ({other.where}), "
+                f"which returns {type_name(other.output.kind)}, and by step {step.name!r} ({step.where}), which "
+                f"returns {type_name(step.output.kind)}; entries of one cache have one type: name another one"
+            )

@@ -1,0 +1,412 @@
+"""A stage's work in chunks: how it is stored, leased and ended, and the `BatchStore` protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from docket_celery.store.codec import Codec
+from docket_celery.store.records import (
+    Checkpoint,
+    Chunk,
+    ChunkEnd,
+    ChunkRefusal,
+    ChunkRequest,
+    ChunkRow,
+    Halt,
+    Lanes,
+    Lease,
+    LostRun,
+    Progress,
+    Purged,
+    RunEnd,
+    RunRequest,
+    RunRow,
+    StepExecution,
+)
+
+
+class Store(Protocol):
+    """Where checkpoints and runs live. Every method may be called from any thread and blocks.
+
+    Raises (all methods):
+        StoreUnavailable: No answer, or a passing refusal; trying again is safe.
+        SchemaMismatch: The tables are missing.
+        CodecFailed: The store's codec failed, or what is stored went through another one or none.
+    """
+
+    persistent: bool
+    """Whether other processes see what is stored (False: memory)."""
+
+    @property
+    def codec(self) -> Codec | None:
+        """What encodes jobs, outputs, results and error texts here, or None."""
+        ...
+
+    def keyed(self, digest: bytes) -> bytes:
+        """Return *digest*, taken over user bytes, as it is stored: itself, or its HMAC with the codec's ``hash_key``.
+
+        What it was taken over cannot be guessed from the tables then.
+        """
+        ...
+
+    def enqueue(self, request: RunRequest, keep_s: float) -> RunRow | None:
+        """Write an unknown run as QUEUED, with its job, for a delivery to come.
+
+        A run of the same target and job digest stays as it is. If purging may delete it and its delivery will need
+        it (QUEUED, FAILED, SUCCEEDED) it is kept for as long as a new one. Owner, lease and deliveries of *request*
+        are not looked at.
+
+        Args:
+            request: What the delivery will ask for.
+            keep_s: Seconds from now after which purging may delete a run that nobody has acquired.
+
+        Returns:
+            None; or the run as it stands, which is of another target or job digest.
+        """
+        ...
+
+    def acquire(self, request: RunRequest) -> Lease | RunRow:
+        """Take the run's lease, or return the run as it stands when it may not be taken.
+
+        Taken: an unknown run; QUEUED; WAITING, unless an open stage keeps it for another task id
+        (`BatchStore.open_stage`); FAILED when another task id (or none) submits it again unless
+        ``request.attached``; RUNNING when the lease expired, when *owner* is the holder itself, or when the same
+        task id comes with greater ``retries``. A RUNNING lease taken over counts as lost, unless the same task id
+        comes with greater ``retries`` and ``request.released``; at ``max_deliveries`` the run becomes QUARANTINED
+        instead and its row is returned. The ``retries`` of one task id only grow. The holder itself
+        gets its lease again with the same epoch. Resuming FAILED starts ``failures`` from 0. Not taken: another
+        live holder, an ended run, and a run of another target or job digest; the caller compares.
+        """
+        ...
+
+    def restore(self, lease: Lease, keys: Sequence[bytes], *, items: bool = False) -> list[Checkpoint]:
+        """Return the run's WORKFLOW checkpoints with item '' and any others stored under *keys*, verified.
+
+        With *items*, those of the items of its fan-outs too.
+
+        A checkpoint counts as long as its row exists: ``ttl`` of a WORKFLOW row only says when a purge may
+        delete it after the run's end, and resuming the run takes that date back.
+
+        Raises:
+            CorruptCheckpoint: A row fails its checksum.
+        """
+        ...
+
+    def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:
+        """Store a WORKFLOW checkpoint under the lease's fence and return the one that counts.
+
+        Whoever saved first wins: a second saver gets the first one's checkpoint back, read in a new
+        statement.
+
+        Raises:
+            LeaseLost: The lease's epoch is no longer the run's, or the run is not RUNNING.
+            CorruptCheckpoint: The winner's row fails its checksum.
+        """
+        ...
+
+    def lookup(
+        self, key: bytes, owner: str, lease_s: float, within_s: float | None = None
+    ) -> Checkpoint | bool:
+        """Return a live GLOBAL checkpoint, or claim the right to compute it.
+
+        Args:
+            key: `global_key` or `cache_key`.
+            owner: Names one step call of one delivery; repeating a look-up with it is idempotent.
+            lease_s: Seconds until others may take the claim over unless it is extended.
+            within_s: Only a checkpoint counts whose computation began less than so many seconds ago; None: any.
+
+        Returns:
+            The verified checkpoint; True if *owner* now holds the claim; False if another live owner does.
+        """
+        ...
+
+    def publish(
+        self,
+        checkpoint: Checkpoint,
+        owner: str,
+        execution: StepExecution | None,
+        *,
+        asked_s: float | None = None,
+    ) -> Checkpoint:
+        """Store a GLOBAL checkpoint, replace an expired one, drop *owner*'s claim.
+
+        Args:
+            checkpoint: What was computed.
+            owner: Who claimed it.
+            execution: The step's row, or None.
+            asked_s: Seconds since a refresh asked for it. It replaces a live one too, unless that was begun after
+                *owner* claimed, or, where that claim is gone, after the refresh; None: a live one stays.
+
+        Returns:
+            The checkpoint that counts, verified: this one, or a live one that was there before.
+        """
+        ...
+
+    def forget(self, key: bytes) -> bool:
+        """Delete a GLOBAL checkpoint, whatever it holds, and tell whether there was a live one.
+
+        A computation that has been claimed goes on, and its result is stored.
+        """
+        ...
+
+    def disclaim(self, key: bytes, owner: str) -> None:
+        """Give up a claim without a result, so that another may compute."""
+        ...
+
+    def extend(
+        self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
+    ) -> dict[tuple[str | int, ...], Halt | None]:
+        """Extend leases by their own ``lease_s`` from now, and claims (key, owner, seconds), in one go.
+
+        Returns:
+            `Lease.name` of each run or chunk still held under the given owner and epoch; for a chunk with what has
+            become of its stage.
+        """
+        ...
+
+    def end(self, lease: Lease, end: RunEnd) -> None:
+        """Leave the run: close it or park it, and write the remaining step executions, in one statement.
+
+        Repeating it with the same lease and state does nothing, so that a lost answer can be asked for again.
+        Parking with ``wake_in_s`` counts the delivery to come as a retry: it is owed the run, not its lease, and
+        waits where a copy of the task was quicker. Ending sets ``expires_at`` of the run's WORKFLOW checkpoints
+        that have a ttl.
+
+        Raises:
+            LeaseLost: The run is no longer this lease's; nothing was written.
+        """
+        ...
+
+    def cancel(
+        self, graph: str, execution_id: str, error: dict[str, Any], retention_s: float
+    ) -> RunRow | None:
+        """Close a run that has not ended as CANCELLED, whoever holds it: all that they still save is refused.
+
+        Args:
+            graph: With *execution_id* the name of the run.
+            execution_id: See *graph*.
+            error: `error_records.to_record` of what others are told.
+            retention_s: Seconds until purging may delete the run.
+
+        Returns:
+            The run as it is now (another state than CANCELLED: it had ended before), or None if there is none.
+        """
+        ...
+
+    def find_run(self, graph: str, execution_id: str) -> RunRow | None:
+        """Return the run, or None."""
+        ...
+
+    def find_job(self, graph: str, execution_id: str) -> bytes | None:
+        """Return the job of a run as `RunRequest.job` had it, or None if there is no such run."""
+        ...
+
+    def purge(self, limit: int) -> Purged:
+        """Delete rows that are past their date, in a few short transactions; nothing is left once it is empty.
+
+        Ended runs whose retention is over, and queued ones that nobody has acquired in time, each with its
+        checkpoints and step executions: the run is unknown then, and submitting it again starts. Checkpoints
+        whose ttl is over, but for those of runs that have not ended. Claims that have been dead for a minute.
+        Any number of processes may do it side by side; what another one is deleting is left to it.
+
+        Args:
+            limit: Most rows of a table that go in one transaction; at least 1.
+        """
+        ...
+
+    def migrate(self) -> int:
+        """Create or upgrade the tables and return their version; safe to repeat and to run side by side."""
+        ...
+
+    def check_schema(self) -> None:
+        """Check that the tables are of the version this release knows.
+
+        Raises:
+            SchemaMismatch: They are not.
+        """
+        ...
+
+    def twin(self) -> Store:
+        """Return a store over the same data with connections of its own (itself where there is but one).
+
+        The heartbeat uses it: it must not queue behind steps for a connection.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back all connections."""
+        ...
+
+
+@runtime_checkable
+class BatchStore(Store, Protocol):
+    """A store over which several workers can share the items of a run. Raises as `Store` does."""
+
+    def save_many(self, lease: Lease, checkpoints: Sequence[Checkpoint]) -> None:
+        """Store checkpoints of a run under the lease's fence; those that are there already stay.
+
+        Raises:
+            LeaseLost: The lease is no longer the run's, or the chunk's.
+        """
+        ...
+
+    # --- items -------------------------------------------------------------------------------------------------
+
+    def begin_upload(self, request: RunRequest, keep_s: float) -> Lease | RunRow:
+        """Reserve an unknown run for the items that its submitter is about to store.
+
+        The run is QUEUED with the job digest `UNFINISHED`: no worker takes it. Each `put_items` extends the lease. An
+        upload that was given up is taken over, with nothing in it, once its lease is over.
+
+        Args:
+            request: What the delivery will ask for; its digest is not looked at.
+            keep_s: Seconds from now after which purging may delete the run if nobody acquires it.
+
+        Returns:
+            The right to store its items; or the run as it stands.
+        """
+        ...
+
+    def put_items(self, lease: Lease, items: Sequence[Checkpoint]) -> None:
+        """Store items of a fan-out, replacing what is there: they do not count before `close_items`.
+
+        Raises:
+            LeaseLost: The lease is no longer the run's.
+        """
+        ...
+
+    def close_items(self, lease: Lease, name: str, count: int, rows: Sequence[Checkpoint]) -> None:
+        """Store *rows*, replacing what is there, and drop the items of fan-out *name* from index *count* on.
+
+        Raises:
+            LeaseLost: The lease is no longer the run's.
+        """
+        ...
+
+    def finish_upload(self, lease: Lease, digest: bytes, keep_s: float) -> None:
+        """Leave the run QUEUED for workers, under its real job digest. Repeating it does nothing.
+
+        Raises:
+            LeaseLost: The lease is no longer the run's.
+        """
+        ...
+
+    def read_items(
+        self,
+        graph: str,
+        execution_id: str,
+        names: Sequence[str],
+        lo: int,
+        hi: int,
+        keys: Sequence[bytes] = (),
+        *,
+        job_digest: bytes | None = None,
+    ) -> list[Checkpoint]:
+        """Return what is stored of steps *names* for the items from *lo* to before *hi*, and what is under *keys*.
+
+        Verified, the items in their order. With *job_digest* nothing where the run is gone or has another one.
+
+        Raises:
+            CorruptCheckpoint: A row fails its checksum.
+        """
+        ...
+
+    def measure_items(self, graph: str, execution_id: str, name: str) -> tuple[int, int]:
+        """Return how many items of step *name* are stored, and their bytes together."""
+        ...
+
+    def find_names(self, graph: str, execution_id: str) -> set[str]:
+        """Return the names of all steps and fan-outs of which something is stored for the run."""
+        ...
+
+    # --- stages ------------------------------------------------------------------------------------------------
+
+    def open_stage(
+        self,
+        lease: Lease,
+        stage: int,
+        chunks: Sequence[Chunk],
+        allowed: int,
+        executions: Sequence[StepExecution] = (),
+        *,
+        progress: Progress | None = None,
+        lanes: Lanes | None = None,
+        message: bytes | None = None,
+    ) -> Lanes | None:
+        """Leave the run WAITING at *stage*, with *chunks* to be worked on beside those that it has there.
+
+        Repeating it with the same lease does nothing more. Where the stage is open already, what it was opened with
+        stays. With a *message* the stage keeps the run for the task that opened it: while a chunk is at work, and for
+        `STAGE_PATIENCE` leases from the last sign of life, or `BODY_PATIENCE` where nothing more will be worked on.
+
+        Args:
+            lease: The run's.
+            stage: Counted from 1.
+            chunks: New ones; those that are there already stay.
+            allowed: How many items of the stage may fail.
+            executions: Rows not yet written.
+            progress: Where the stage stands now.
+            lanes: How it is to be worked on; kept with *progress*.
+            message: What whoever finds the run lost needs to go on with it; None: nobody looks for it.
+
+        Returns:
+            The lanes in which the stage is to be worked on.
+
+        Raises:
+            LeaseLost: The run is no longer this lease's; nothing was written.
+        """
+        ...
+
+    def find_chunks(self, graph: str, execution_id: str) -> list[ChunkRow]:
+        """Return the chunks of all stages of a run, in order."""
+        ...
+
+    def find_failed(self, graph: str, execution_id: str, lo: int, hi: int) -> list[ChunkRow]:
+        """Return the chunks with failed items that have to do with the items from *lo* to before *hi*, in order."""
+        ...
+
+    def lease_chunk(self, request: ChunkRequest) -> Lease | ChunkRefusal:
+        """Take a chunk's lease, or tell why not.
+
+        Taken: QUEUED; RUNNING when the lease expired, when *owner* is the holder itself, or when the same task id
+        comes with greater ``retries``. Taking over a lease that was never released counts as lost; at
+        ``max_deliveries`` the chunk becomes QUARANTINED instead, and nothing of its stage starts any more.
+        """
+        ...
+
+    def end_chunk(self, lease: Lease, end: ChunkEnd) -> Progress | None:
+        """Leave the chunk: outputs, rows, errors and state in one statement. Repeating it does nothing.
+
+        Returns:
+            How far the stage is now, if its opener said where it stood; None when repeated.
+
+        Raises:
+            LeaseLost: The chunk is no longer this lease's; nothing was written.
+        """
+        ...
+
+    # --- runs that nobody advances -----------------------------------------------------------------------------
+
+    def find_lost(
+        self, task_names: Sequence[str], lease_s: float, max_deliveries: int, limit: int
+    ) -> list[LostRun]:
+        """Return runs with an open stage that nobody advances, and look at each of them again later only.
+
+        A chunk whose lease is over counts as lost, as if it had been taken over, and is to be worked on again: its
+        run is found for it once, however long its messages lie in a queue then.
+
+        Lost is, by the database's clock: a run, or a chunk of the stage, whose lease is over; a stage of which
+        nothing more will be worked on, for *lease_s* without anybody having gone on; and one with no chunk at work,
+        where none has ended for ten times that long and none is due to be tried again: messages may well wait so
+        long in a queue. The next look is as
+        far away as the last sign of life, an hour at most, so that a long queue is not filled with copies. Any number
+        of processes may look side by side.
+
+        Args:
+            task_names: Whose runs.
+            lease_s: As for new leases.
+            max_deliveries: As for new leases.
+            limit: Most runs to look at.
+        """
+        ...

@@ -1,0 +1,334 @@
+"""The tables, as public SQLAlchemy metadata (for people's own Alembic), and how they are made and upgraded.
+
+All times are the database's own: `timestamptz` on Postgres, UTC text with six decimals on SQLite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Connection,
+    DateTime,
+    Double,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    func,
+    insert,
+    inspect,
+    select,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+from docket_celery.errors import SchemaMismatch
+from docket_celery.store.records import RunState
+from docket_celery.store.rows import SCHEMA_VERSION
+
+VERSION = SCHEMA_VERSION
+"""The version of the tables that this release reads and writes."""
+
+metadata = MetaData(
+    naming_convention={
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+"""Every table of this library, for ``target_metadata`` of an Alembic environment."""
+
+_BIG = BigInteger().with_variant(Integer(), "sqlite")
+_JSON = JSON().with_variant(JSONB(), "postgresql")
+_TIME = DateTime(timezone=True)
+_STATES = ", ".join(f"'{state.value}'" for state in RunState)
+
+
+def _is_32_bytes(column: str) -> CheckConstraint:
+    return CheckConstraint(f"length({column}) = 32", name=column)
+
+
+docket_cache = Table(
+    "docket_cache",
+    metadata,
+    Column("cache_key", LargeBinary, primary_key=True),
+    Column("execution_id", Text, comment="NULL: shared by all runs (GLOBAL)"),
+    Column("graph", Text, nullable=False),
+    Column("step_name", Text, nullable=False),
+    Column("step_version", Text, nullable=False),
+    Column("item", Text, nullable=False, comment="path of the item in a batch: '', '7', '7/3'"),
+    Column("item_index", BigInteger),
+    Column("input_hash", Text, nullable=False, comment="SHA-256 in hex over the step's inputs"),
+    Column("output_type", Text, nullable=False, comment="full Protocol Buffers name"),
+    Column("output_data", LargeBinary, nullable=False),
+    Column("output_json", _JSON, comment="best-effort view of output_data"),
+    Column("checksum", LargeBinary, nullable=False),
+    Column("ttl", Double, comment="in seconds; WORKFLOW: counted from the end of the run"),
+    Column("created_at", _TIME, nullable=False),
+    Column("expires_at", _TIME),
+    Column("claimed_at", _TIME, comment="GLOBAL: when the step that made it began"),
+    _is_32_bytes("cache_key"),
+    _is_32_bytes("checksum"),
+)
+# execution_id leads: people look for it alone, the store with graph beside it, a chunk with its items too.
+Index(
+    "ix_docket_cache_run",
+    docket_cache.c.execution_id,
+    docket_cache.c.graph,
+    docket_cache.c.step_name,
+    docket_cache.c.item_index,
+    postgresql_where=docket_cache.c.execution_id.is_not(None),
+    sqlite_where=docket_cache.c.execution_id.is_not(None),
+)
+Index("ix_docket_cache_step", docket_cache.c.step_name, docket_cache.c.created_at)
+Index(
+    "ix_docket_cache_expired",
+    docket_cache.c.expires_at,
+    postgresql_where=docket_cache.c.expires_at.is_not(None),
+    sqlite_where=docket_cache.c.expires_at.is_not(None),
+)
+
+docket_executions = Table(
+    "docket_executions",
+    metadata,
+    Column("id", _BIG, Identity(always=True), primary_key=True),
+    Column("graph", Text, nullable=False),
+    Column("execution_id", Text, nullable=False),
+    Column("step_name", Text, nullable=False),
+    Column("item", Text, nullable=False),
+    Column("delivery", _BIG, nullable=False, comment="counted from 1"),
+    Column("attempts", Integer, nullable=False, comment="calls made; 0: restored"),
+    Column("cached", Boolean, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("started_at", _TIME, nullable=False),
+    Column("duration_ms", Double, nullable=False),
+    Column("error_code", Text),
+    Column("error_message", Text),
+    Column("worker", Text, nullable=False),
+    Column("task_id", Text),
+)
+Index("ix_docket_executions_run", docket_executions.c.execution_id, docket_executions.c.graph)
+Index("ix_docket_executions_step", docket_executions.c.step_name, docket_executions.c.started_at)
+
+docket_runs = Table(
+    "docket_runs",
+    metadata,
+    Column("graph", Text, nullable=False),
+    Column("execution_id", Text, nullable=False),
+    Column("task_name", Text),
+    Column("task_id", Text),
+    Column("retries", Integer, nullable=False),
+    Column("target", Text, nullable=False, comment="full Protocol Buffers name of the result"),
+    Column("job", LargeBinary, nullable=False),
+    Column("job_digest", LargeBinary, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("stage", Integer, nullable=False),
+    Column("epoch", _BIG, nullable=False, comment="fencing token; grows with each delivery"),
+    Column("owner", Text, comment="of the lease, or of the last one"),
+    Column("lease_until", _TIME, comment="until then nobody else takes the run, if not NULL"),
+    Column("lost", Integer, nullable=False, comment="takeovers of leases that were never released"),
+    Column("failures", Integer, nullable=False, comment="ordinary Celery retries"),
+    Column("wake_at", _TIME, comment="when a WAITING run's next delivery is due"),
+    Column("progress", _JSON),
+    Column("error", _JSON),
+    Column("result", LargeBinary),
+    Column("result_checksum", LargeBinary),
+    Column("created_at", _TIME, nullable=False),
+    Column("started_at", _TIME),
+    Column("ended_at", _TIME),
+    Column("updated_at", _TIME, nullable=False),
+    Column("expires_at", _TIME, comment="when purging may delete the run"),
+    Column("items_failed", _BIG, comment="of the open stage"),
+    Column("items_allowed", _BIG, comment="how many may fail; -1: nothing of it starts any more"),
+    Column("message", LargeBinary, comment="what whoever finds the run lost sends to have it go on"),
+    PrimaryKeyConstraint("graph", "execution_id"),
+    CheckConstraint(f"state IN ({_STATES})", name="state"),
+    CheckConstraint("length(execution_id) BETWEEN 1 AND 255", name="execution_id"),
+    _is_32_bytes("job_digest"),
+    _is_32_bytes("result_checksum"),
+)
+Index("ix_docket_runs_id", docket_runs.c.execution_id)
+Index("ix_docket_runs_lease", docket_runs.c.state, docket_runs.c.lease_until)
+Index(
+    "ix_docket_runs_wake",
+    docket_runs.c.wake_at,
+    postgresql_where=docket_runs.c.wake_at.is_not(None),
+    sqlite_where=docket_runs.c.wake_at.is_not(None),
+)
+Index(
+    "ix_docket_runs_expired",
+    docket_runs.c.expires_at,
+    postgresql_where=docket_runs.c.expires_at.is_not(None),
+    sqlite_where=docket_runs.c.expires_at.is_not(None),
+)
+
+docket_claims = Table(
+    "docket_claims",
+    metadata,
+    Column("cache_key", LargeBinary, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("lease_until", _TIME, nullable=False),
+    Column("claimed_at", _TIME),
+    _is_32_bytes("cache_key"),
+)
+Index("ix_docket_claims_lease", docket_claims.c.lease_until)
+
+docket_chunks = Table(
+    "docket_chunks",
+    metadata,
+    Column("graph", Text, nullable=False),
+    Column("execution_id", Text, nullable=False),
+    Column("stage", Integer, nullable=False),
+    Column("lo", _BIG, nullable=False, comment="first index"),
+    Column("hi", _BIG, nullable=False, comment="last index + 1"),
+    Column("state", Text, nullable=False),
+    Column("owner", Text),
+    Column("epoch", _BIG, nullable=False),
+    Column("lease_until", _TIME),
+    Column("task_id", Text),
+    Column("retries", Integer, nullable=False),
+    Column("lost", Integer, nullable=False, comment="takeovers of leases that were never released"),
+    Column("failed", _BIG, nullable=False, comment="items that failed"),
+    Column("errors", _JSON, comment="of failed items by index, and what stopped it as fatal"),
+    PrimaryKeyConstraint("graph", "execution_id", "stage", "lo"),
+    CheckConstraint(f"state IN ({_STATES})", name="state"),
+    CheckConstraint("lo >= 0 AND hi >= lo", name="bounds"),
+)
+Index("ix_docket_chunks_lease", docket_chunks.c.state, docket_chunks.c.lease_until)
+
+docket_schema = Table(
+    "docket_schema",
+    metadata,
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("applied_at", _TIME, nullable=False),
+)
+
+Migration = Callable[[Connection], None]
+
+
+def _to_2(connection: Connection) -> None:
+    """Keep when a GLOBAL step began: a refresh asks for an entry that began after it was asked for."""
+    kind = "timestamptz" if connection.dialect.name == "postgresql" else "DATETIME"
+    connection.exec_driver_sql(f"ALTER TABLE docket_cache ADD COLUMN claimed_at {kind}")
+    connection.exec_driver_sql(f"ALTER TABLE docket_claims ADD COLUMN claimed_at {kind}")
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql(
+            "COMMENT ON COLUMN docket_cache.claimed_at IS 'GLOBAL: when the step that made it began'"
+        )
+
+
+_CHUNKS_3 = """
+CREATE TABLE docket_chunks (
+    graph TEXT NOT NULL, execution_id TEXT NOT NULL, stage INTEGER NOT NULL, lo {big} NOT NULL, hi {big} NOT NULL,
+    state TEXT NOT NULL, owner TEXT, epoch {big} NOT NULL, lease_until {time}, task_id TEXT, retries INTEGER NOT NULL,
+    lost INTEGER NOT NULL, failed {big} NOT NULL, errors {json},
+    CONSTRAINT pk_docket_chunks PRIMARY KEY (graph, execution_id, stage, lo),
+    CONSTRAINT ck_docket_chunks_state CHECK (state IN ({states})),
+    CONSTRAINT ck_docket_chunks_bounds CHECK (lo >= 0 AND hi >= lo))"""
+_STATES_3 = "'QUEUED', 'RUNNING', 'WAITING', 'SUCCEEDED', 'FAILED', 'CANCELLED', 'QUARANTINED'"
+_COMMENTS_3 = {
+    "docket_chunks.lo": "first index",
+    "docket_chunks.hi": "last index + 1",
+    "docket_chunks.lost": "takeovers of leases that were never released",
+    "docket_chunks.failed": "items that failed",
+    "docket_chunks.errors": "of failed items by index, and what stopped it as fatal",
+    "docket_runs.items_failed": "of the open stage",
+    "docket_runs.items_allowed": "how many may fail; -1: nothing of it starts any more",
+}
+
+
+def _to_3(connection: Connection) -> None:
+    """Batches over several workers: chunks, which no release has written before, and items found by their index."""
+    lite = connection.dialect.name != "postgresql"
+    big, time, json = ("INTEGER", "DATETIME", "JSON") if lite else ("bigint", "timestamptz", "jsonb")
+    run = connection.exec_driver_sql
+    for column in ("items_failed", "items_allowed"):
+        run(f"ALTER TABLE docket_runs ADD COLUMN {column} {big}")
+    run("DROP TABLE docket_chunks")
+    run(_CHUNKS_3.format(big=big, time=time, json=json, states=_STATES_3))
+    run("CREATE INDEX ix_docket_chunks_lease ON docket_chunks (state, lease_until)")
+    run("DROP INDEX ix_docket_cache_run")
+    run(
+        "CREATE INDEX ix_docket_cache_run ON docket_cache (execution_id, graph, step_name, item_index) "
+        "WHERE execution_id IS NOT NULL"
+    )
+    if lite:
+        return
+    for column, comment in _COMMENTS_3.items():
+        run(f"COMMENT ON COLUMN {column} IS '{comment}'")
+
+
+_COMMENTS_4 = {
+    "docket_runs.message": "what whoever finds the run lost sends to have it go on",
+    "docket_runs.lease_until": "until then nobody else takes the run, if not NULL",
+}
+
+
+def _to_4(connection: Connection) -> None:
+    """Let anybody go on with a batch that was lost."""
+    lite = connection.dialect.name != "postgresql"
+    connection.exec_driver_sql(f"ALTER TABLE docket_runs ADD COLUMN message {'BLOB' if lite else 'bytea'}")
+    if not lite:
+        for column, comment in _COMMENTS_4.items():
+            connection.exec_driver_sql(f"COMMENT ON COLUMN {column} IS '{comment}'")
+
+
+# A migration is written in plain SQL and never changed: it starts from the tables as they were then.
+MIGRATIONS: Mapping[int, Migration] = {2: _to_2, 3: _to_3, 4: _to_4}
+"""How to reach a version from the one before, from 2 on; an empty database gets the newest tables at once."""
+
+_LOCK_ID = 0x646F636B6574  # "docket": one advisory lock for all who migrate
+
+
+def find_version(connection: Connection) -> int | None:
+    """Return the version of the tables, or None if there are none or they were never stamped."""
+    if not inspect(connection).has_table(docket_schema.name):
+        return None
+    version: int | None = connection.execute(select(func.max(docket_schema.c.version))).scalar_one()
+    return version
+
+
+def upgrade(
+    connection: Connection, migrations: Mapping[int, Migration] = MIGRATIONS, version: int = VERSION
+) -> int:
+    """Bring the tables to *version* inside the transaction that *connection* is in, and return it.
+
+    Raises:
+        SchemaMismatch: They are of a newer version.
+    """
+    if connection.dialect.name == "postgresql":
+        # A waiter must outlast whoever migrates before it; pooled connections have a far shorter limit.
+        connection.execute(text("SET LOCAL statement_timeout = '10min'"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": _LOCK_ID})
+        # Everybody who comes after a waiting ALTER TABLE waits behind it: rather give way and be repeated.
+        connection.execute(text("SET LOCAL lock_timeout = '3s'"))
+    found = find_version(connection)
+    if found is None:
+        metadata.create_all(connection)
+        _stamp(connection, version)
+        return version
+    if found > version:
+        raise SchemaMismatch(found, version)
+    for step in range(found + 1, version + 1):
+        migrations[step](connection)
+        _stamp(connection, step)
+    return version
+
+
+def _stamp(connection: Connection, version: int) -> None:
+    connection.execute(insert(docket_schema).values(version=version, applied_at=_now(connection)))
+
+
+def _now(connection: Connection) -> object:
+    if connection.dialect.name == "postgresql":
+        return func.clock_timestamp()
+    return text("strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'")

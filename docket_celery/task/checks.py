@@ -1,0 +1,128 @@
+"""What must hold before a worker starts: each fault with its fix."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any, Final, Protocol, cast
+
+from celery import Celery
+from celery.backends.base import DisabledBackend
+from celery.backends.cache import CacheBackend
+from celery.backends.rpc import RPCBackend
+
+from docket_celery.engine.process.hooks import load_hooks
+from docket_celery.errors import DocketError, InvalidDeclaration, InvalidSettings, StoreUnavailable
+from docket_celery.graph import Graph
+from docket_celery.plan.plan import Plan
+from docket_celery.store.contract import Store
+from docket_celery.task.app_settings import check_settings
+
+_logger = logging.getLogger("docket_celery.worker")
+
+
+class TaskClass(Protocol):
+    """What is needed of a GraphTask here."""
+
+    name: str
+    graph: Graph
+    max_retries: int | None
+
+    @property
+    def backend(self) -> Any: ...
+    @classmethod
+    def plan(cls) -> Plan: ...
+
+
+def graph_tasks(app: Celery) -> Iterator[TaskClass]:
+    """Yield the GraphTasks declared on *app*, by name."""
+    tasks = cast("dict[str, Any]", app.tasks)
+    for name in sorted(tasks):
+        if isinstance(getattr(tasks[name], "graph", None), Graph):
+            yield tasks[name]
+
+
+def find_faults(app: Celery, pool: str | None = None) -> list[str]:
+    """Return what would keep *app*'s GraphTasks from keeping their promises, as text for people.
+
+    Args:
+        app: The app, with its tasks imported.
+        pool: The worker's pool, where one is about to start.
+    """
+    try:
+        found = check_settings(app)
+        load_hooks(found.step_hooks)
+    except DocketError as error:
+        return [str(error)]
+    faults: list[str] = []
+    if found.threads == 0 and pool is not None:
+        faults.append(str(InvalidSettings("docket_threads", _INLINE_FAULT)))
+    checked: set[int] = set()
+    for task in graph_tasks(app):
+        try:
+            plan = task.plan()
+            spread = task.graph.find_batch_store(plan, found)
+            store = task.graph.find_store(plan, found) if plan.persists and spread is None else spread
+            if spread is not None and (fault := _backend_fault(task, pool)) is not None:
+                faults.append(fault)
+        except DocketError as error:
+            faults.append(f"task {task.name}: {error}")
+            continue
+        if store is None or id(store) in checked:
+            continue
+        checked.add(id(store))
+        if not store.persistent and pool not in (None, "solo"):
+            faults.append(str(InvalidDeclaration(task.name, _MEMORY_FAULT)))
+        faults += _schema_faults(store, starting=pool is not None)
+    return faults
+
+
+_MEMORY_FAULT: Final = (
+    "its graph persists into a MemoryStore, which other worker processes cannot see; "
+    "set docket_database_url, or use the solo pool"
+)
+
+
+_INLINE_FAULT: Final = (
+    "0 is for calls in process and eager tasks: a worker's own thread must stay free for its signals and limits; "
+    "set at least 1"
+)
+
+
+def _backend_fault(task: TaskClass, pool: str | None) -> str | None:
+    """Return why no chord of *task* could end, or None."""
+    backend = task.backend
+    if isinstance(backend, DisabledBackend):
+        kind = "no result backend"
+    elif isinstance(backend, RPCBackend):
+        kind = "the rpc result backend"
+    elif pool == "prefork" and _in_memory(backend):
+        # Each child has its own: none ever counts all parts of a chord.
+        kind = "the in-memory result backend under prefork"
+    else:
+        return None
+    problem = (
+        f"its items are spread over the workers by chords, which {kind} cannot join; set result_backend to Redis "
+        f"or a database"
+    )
+    return str(InvalidDeclaration(task.name, problem))
+
+
+def _in_memory(backend: Any) -> bool:
+    return isinstance(backend, CacheBackend) and getattr(backend, "backend", None) == "memory"
+
+
+def _schema_faults(store: Store, *, starting: bool) -> list[str]:
+    try:
+        store.check_schema()
+    except StoreUnavailable as error:
+        if not starting:
+            return [str(error)]
+        # A worker starts degraded: deliveries retry until the database answers.
+        _logger.warning("the schema could not be checked: %s", error)
+    except DocketError as error:
+        return [str(error)]
+    finally:
+        # No connection of the main process may reach a forked child.
+        store.close()
+    return []

@@ -1,0 +1,385 @@
+"""A batch task on Celery: each stage is a chord whose header works on chunks and whose body carries on.
+
+Every task of it is the same GraphTask; a header of its message says which part it is. Messages carry keys and ranges
+only, since each header message holds a copy of the body.
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, NoReturn, Protocol, cast
+
+from celery import Celery, chord, signature
+from celery.backends.redis import RedisBackend
+from celery.exceptions import Ignore, SoftTimeLimitExceeded
+from kombu.utils.json import dumps, loads
+
+from docket_celery.batch.chunk import ChunkRun
+from docket_celery.batch.layout import stage_rows
+from docket_celery.batch.options import BatchOrder
+from docket_celery.batch.run import BatchRun
+from docket_celery.engine.job import digest_job
+from docket_celery.engine.outcome import OpenStage, RunOutcome, Submission
+from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.waiting import call_aside, run_here
+from docket_celery.errors import InvalidArguments, StoreMissing
+from docket_celery.graph import Graph
+from docket_celery.plan.batch import BatchPolicy
+from docket_celery.plan.messages import Value
+from docket_celery.plan.mutation import checked
+from docket_celery.plan.plan import Plan, is_spread
+from docket_celery.store.contract import BatchStore
+from docket_celery.store.records import ChunkStop, LostRun, RunState
+from docket_celery.task import app_settings
+from docket_celery.task.declaration import Declaration
+from docket_celery.task.on_commit import PREPARED
+from docket_celery.task.progress import tell_progress
+from docket_celery.task.retries import keep
+
+EXECUTION_ID, CONTEXT, DIGEST, ATTACHED, RELEASED, SKIPPED, BATCH, PART, RETRIES = (
+    "docket_execution_id",
+    "docket_context",
+    "docket_job_digest",
+    "docket_attached",
+    "docket_released",
+    "docket_skipped",
+    "docket_batch",
+    "docket_part",
+    "docket_retries",
+)
+OF_ONE_DELIVERY: Final = (ATTACHED, RELEASED, SKIPPED, PART, RETRIES)
+"""Headers that speak of one delivery."""
+ORDER: Final = ("on_error", "max_failed", "chunk_size", "max_concurrency")
+"""What a submission may ask of its batch."""
+_OURS: Final = (*ORDER, "execution_id")
+_SLOTS, _THREADS = "slots", "threads"
+"""In the order of a batch's parts: those of the worker that began it, so that all see the same lanes."""
+
+
+class BatchTask(Protocol):
+    """What is needed of a GraphTask here."""
+
+    name: str
+    graph: Graph
+    declaration: Declaration
+
+    @property
+    def app(self) -> Celery: ...
+    @property
+    def request(self) -> Any: ...
+    @property
+    def backend(self) -> Any: ...
+    @classmethod
+    def plan(cls) -> Plan: ...
+    def signature(self, *args: Any, **kwargs: Any) -> Any: ...
+    def signature_from_request(self, request: Any, args: Any, kwargs: Any, **options: Any) -> Any: ...
+    def replace(self, sig: Any) -> Any: ...
+
+
+def read_order(task: Any, given: Mapping[str, Any] | None = None, threads: int = 1) -> BatchOrder:
+    """Return how a batch is to be worked on: as the submission says, else the GraphTask or its class.
+
+    Raises:
+        InvalidArguments: A value cannot be used.
+    """
+    said = {name: value for name, value in (given or {}).items() if value is not None}
+    usual = "collect" if task.declaration.form == "BatchResult" else "fail"
+    on_error = said.get("on_error", task.on_error or usual)
+    # A limit of the task's own means nothing to a submission under which no item may fail.
+    max_failed = said.get("max_failed", task.max_failed if on_error == "collect" else None)
+    return BatchOrder(
+        policy=BatchPolicy(on_error, max_failed),
+        chunk_size=said.get("chunk_size", task.chunk_size),
+        max_concurrency=said.get("max_concurrency", task.max_concurrency),
+        slots=int(said.get(_SLOTS, app_settings.worker_slots())),
+        threads=int(said.get(_THREADS, threads)),
+    )
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Look at a task's options for batches where it is declared; Celery makes its class later.
+
+    Raises:
+        InvalidArguments: A value cannot be used.
+    """
+    _check_names(options)
+    max_failed = options.get("max_failed")
+    on_error: Any = options.get("on_error") or ("fail" if max_failed is None else "collect")
+    BatchOrder(
+        policy=BatchPolicy(on_error, max_failed),
+        chunk_size=options.get("chunk_size"),
+        max_concurrency=options.get("max_concurrency"),
+    )
+
+
+def take_order(options: dict[str, Any]) -> dict[str, Any]:
+    """Take out of a submission's *options* what it asks of its batch, and return it.
+
+    Raises:
+        InvalidArguments: An option reads like one of ours, and is none.
+    """
+    _check_names(options)
+    return {name: value for name in ORDER if (value := options.pop(name, None)) is not None}
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    # Celery takes any option and drops what nobody knows: a limit with a slip of the pen would be none.
+    for name in options:
+        close = [] if name in _OURS else difflib.get_close_matches(name, _OURS, n=1, cutoff=0.85)
+        if close:
+            raise InvalidArguments(name, f"is not known; did you mean {close[0]}?")
+
+
+def is_part(request: Any) -> bool:
+    """Tell whether a delivery is of a part of a batch, whose job lies in the store."""
+    return not request.called_directly and PART in (request.headers or {})
+
+
+def write_order(task: Any, headers: dict[str, Any], said: Mapping[str, Any]) -> None:
+    """Note in *headers* what a submission asks of its batch.
+
+    Raises:
+        InvalidArguments: A value cannot be used, or the task's graph does not fan out.
+    """
+    if said:
+        read_order(task, said)
+        if not is_spread(task.plan()):
+            raise InvalidArguments(next(iter(said)), f"is about batches, and task {task.name} has none")
+        headers[BATCH] = dict(said)
+
+
+def deliver(
+    task: BatchTask, values: Sequence[Value] | None, submission: Submission, settings: Settings
+) -> RunOutcome:
+    """Run one delivery of *task*, whichever part it is.
+
+    Args:
+        task: Whose it is.
+        values: The job; None: a later part, whose job lies in the store.
+        submission: Who asks for it, and how.
+        settings: Those in force.
+
+    Raises:
+        StoreMissing: It is a part of a batch, and this worker has no database.
+        DocketError: As from `Graph.deliver`.
+    """
+    request, declared, graph = task.request, task.declaration, task.graph
+    headers: Mapping[str, Any] = request.headers or {}
+    order, plan = read_order(task, headers.get(BATCH), max(1, settings.threads)), task.plan()
+    alone = bool(request.called_directly or request.is_eager)
+    store = None if alone else graph.find_batch_store(plan, settings)
+    submission = replace(submission, policy=order.policy)
+    if store is None:
+        if values is None:
+            raise StoreMissing(graph.name, next(iter(plan)))
+        return graph.deliver(
+            declared.target,
+            values,
+            replace(submission, max_concurrency=order.max_concurrency),
+            given=declared.given,
+            batch=declared.batch,
+            collects=declared.collects,
+            settings=settings,
+        )
+    graph.freeze()
+    plan = checked(plan) if settings.check_mutation else plan
+    part: Mapping[str, Any] = headers.get(PART) or {}
+    if values is None and "lo" in part:
+        return _work(task, plan, submission, settings, store, order, part)
+    if values is not None and submission.job_digest is None:
+        # Sent past `apply_async`: the parts to come must name the same job.
+        submission = replace(submission, job_digest=digest_job(declared.given, values))
+    message = _pack(task, submission, order)
+    outcome = run_here(BatchRun(plan, values, submission, settings, store, order, message))
+    if outcome.opened is not None:
+        tell_progress(task.backend, _asked_for(request), outcome.progress)
+        _open(task, _headers(request, submission, order), outcome.opened, submission.retries)
+    return outcome
+
+
+def _open(task: BatchTask, headers: Mapping[str, Any], opened: OpenStage, retries: int) -> None:
+    """Replace *task* with the chord of a stage.
+
+    Raises:
+        Ignore: It was published.
+        Reject: It could not be; the broker keeps the delivery, which finds the open stage.
+    """
+    request = task.request
+    options = _options(request)
+    body_part = {"stage": opened.stage, "total": opened.total}
+    # The body has this task's id: it must look like a later delivery of it. It starts no run anew that has failed.
+    body_headers: dict[str, Any] = {**headers, PART: body_part, RETRIES: retries + 1, ATTACHED: True}
+    # Celery checks the arguments against the declared ones, on every submission.
+    body = task.signature(*task.declaration.blank(), immutable=True, headers=body_headers, **options)
+    parts = _parts(opened) if opened.lanes is None else _first_parts(opened, opened.lanes.shares())
+    told = {"task": _asked_for(request)}
+    chunks = [_chunk(task, {**headers, PART: {**part, **told}}, options) for part in parts]
+    if request.ignore_result:
+        body.set(ignore_result=True)
+    _replace(task, cast("Any", chord)(chunks, body, app=task.app))
+
+
+def _work(
+    task: BatchTask,
+    plan: Plan,
+    submission: Submission,
+    settings: Settings,
+    store: BatchStore,
+    order: BatchOrder,
+    part: Mapping[str, Any],
+) -> RunOutcome:
+    """Work on a chunk; then go on with the next one of its lane, if it has one.
+
+    Raises:
+        Reject: Nothing could be published; the broker keeps the delivery.
+    """
+    request = task.request
+    submission = replace(submission, passthrough=(SoftTimeLimitExceeded,), hands_back=())
+    limit, stage, lo = part.get("limit"), int(part["stage"]), int(part["lo"])
+    outcome = run_here(ChunkRun(plan, submission, settings, store, order, stage, lo, limit))
+    tell_progress(task.backend, part.get("task"), outcome.progress)
+    state = (outcome.receipt or {}).get("state")
+    following = _next_part(part) if state in {RunState.SUCCEEDED, ChunkStop.DONE} else None
+    if following is not None:
+        headers = {**_headers(request, submission, order), PART: following}
+        _replace(task, _chunk(task, headers, _options(request)))
+    if state in {ChunkStop.DONE, ChunkStop.FAILING} and request.retries and request.chord:
+        body = signature(request.chord, app=task.app)
+        # In a failing stage what is queued stays so.
+        going_on = {RunState.RUNNING} if state == ChunkStop.FAILING else {RunState.RUNNING, RunState.QUEUED}
+
+        def wake() -> None:
+            rows = store.find_chunks(plan.graph, submission.execution_id)
+            if not any(row.state in going_on for row in stage_rows(rows, stage)):
+                body.apply_async()
+
+        try:
+            # The child that counted the last part may have died before this. A second body finds what is done.
+            call_aside(wake, settings.threads)
+        except Exception as error:
+            raise keep(request.id, error) from error
+    return outcome
+
+
+def _replace(task: BatchTask, signature: Any) -> NoReturn:
+    """Let *signature* go on in place of *task*.
+
+    Raises:
+        Ignore: It was published.
+        Reject: It could not be; the broker keeps the delivery, which finds what is done.
+    """
+    try:
+        task.replace(signature)
+    except Ignore:
+        raise
+    except Exception as error:
+        raise keep(task.request.id, error) from error
+    raise AssertionError("Celery replaces a task by raising Ignore")
+
+
+def _asked_for(request: Any) -> str | None:
+    """Return the id of a task whose result may be asked for, or None."""
+    return None if request.ignore_result else str(request.id)
+
+
+def _parts(opened: OpenStage) -> list[dict[str, Any]]:
+    """Return a part for each chunk: all of them may be under way at once."""
+    return [{"stage": opened.stage, "lo": chunk.lo, "hi": chunk.hi} for chunk in opened.chunks]
+
+
+def _first_parts(opened: OpenStage, lanes: Sequence[int]) -> list[dict[str, Any]]:
+    """Return a part for the first chunk of each lane that has one; the others follow it.
+
+    Which lane a chunk is in follows from where it begins, so that two chords over the same stage have the same lanes
+    and never work on two chunks of one.
+    """
+    size, total = opened.chunk_size, opened.total
+    parts: dict[int, dict[str, Any]] = {}
+    for chunk in opened.chunks:
+        lane = chunk.lo // size % len(lanes)
+        place = {"stage": opened.stage, "lo": chunk.lo, "hi": chunk.hi}
+        way = {"step": size * len(lanes), "total": total, "limit": lanes[lane]}
+        parts.setdefault(lane, {**place, **way})
+    return list(parts.values())
+
+
+def _next_part(part: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the part that follows in the same lane, or None at its end, or where there are no lanes."""
+    step = int(part.get("step") or 0)
+    lo = int(part["lo"]) + step
+    if not step or lo >= int(part["total"]):
+        return None
+    size = int(part["hi"]) - int(part["lo"])
+    return {**part, "lo": lo, "hi": min(lo + size, int(part["total"]))}
+
+
+def _chunk(task: BatchTask, headers: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """Return the signature of a chunk's task; its receipt is what the chord counts."""
+    blank = task.declaration.blank()
+    # Redis counts parts without their results. Of a stored one Celery believes that it was counted, though its child
+    # died before that: no retry would come, and the chord never end.
+    counts = isinstance(task.backend, RedisBackend)
+    return task.signature(*blank, immutable=True, headers=headers, ignore_result=counts, **options)
+
+
+def _headers(request: Any, submission: Submission, order: BatchOrder) -> dict[str, Any]:
+    """Return the headers that all parts of a batch have."""
+    given: Mapping[str, Any] = request.headers or {}
+    headers: dict[str, Any] = {name: v for name, v in given.items() if name not in OF_ONE_DELIVERY}
+    headers[EXECUTION_ID] = submission.execution_id
+    headers[DIGEST] = base64.b64encode(submission.job_digest or b"").decode("ascii")
+    headers[BATCH] = {**(given.get(BATCH) or {}), _SLOTS: order.slots, _THREADS: order.threads}
+    return headers
+
+
+def _pack(task: BatchTask, submission: Submission, order: BatchOrder) -> bytes:
+    """Return the message with which this task goes on should its chord be lost, links and all."""
+    request = task.request
+    args, kwargs = task.declaration.blank()
+    headers = {**_headers(request, submission, order), PART: {"stage": 0}}
+    again: Any = task.signature_from_request(request, args, kwargs, headers=headers, expires=None)
+    return dumps(again).encode()
+
+
+def revive(app: Celery, lost: LostRun) -> None:
+    """Have somebody go on with a batch that nobody advances: a copy of the body, whatever has become of that.
+
+    Raises:
+        Exception: It could not be published; the next look finds the run again.
+    """
+    again: Any = signature(loads(lost.message.decode()), app=app)
+    headers: dict[str, Any] = again.options["headers"]
+    headers[PART] = {"stage": lost.stage}
+    # As the body itself would: the same delivery of the task, should both come.
+    headers |= {RETRIES: lost.retries + 1, ATTACHED: True}
+    again.set(headers=headers, retries=0)
+    again.apply_async(add_to_parent=False, **{PREPARED: True})
+
+
+def describe(headers: Mapping[str, Any]) -> str | None:
+    """Return the text that stands for the arguments of a part, or None for a job itself."""
+    part: Mapping[str, Any] | None = headers.get(PART)
+    if not part:
+        return None
+    if "lo" in part:
+        return f"(items {part['lo']} to {int(part.get('hi', part['lo'])) - 1} of stage {part['stage']})"
+    return f"(after stage {part['stage']})"
+
+
+def _options(request: Any) -> dict[str, Any]:
+    """Return where and how the parts of a batch travel: as their job did."""
+    info: Mapping[str, Any] = request.delivery_info or {}
+    hard, soft = request.timelimit or (None, None)
+    options: dict[str, Any] = {PREPARED: True}
+    options |= {name: v for name, v in (("time_limit", hard), ("soft_time_limit", soft)) if v is not None}
+    if info.get("priority") is not None:
+        options["priority"] = info["priority"]
+    exchange, key = info.get("exchange"), info.get("routing_key")
+    if not exchange and key:
+        options["queue"] = key
+    elif exchange:
+        options |= {"exchange": exchange, "routing_key": key}
+    return options

@@ -1,0 +1,71 @@
+"""The typed ways to declare a GraphTask from a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, cast
+
+from celery import Celery, shared_task
+
+from docket_celery.errors import InvalidDeclaration
+from docket_celery.graph import Graph
+from docket_celery.task import chords
+from docket_celery.task.declaration import NameFunction, read_function
+from docket_celery.task.result import R
+from docket_celery.task.task import GraphTask
+
+P = ParamSpec("P")
+
+
+def graph_task(
+    app: Celery, graph: Graph, *, execution_id: NameFunction | None = None, **options: Any
+) -> Callable[[Callable[P, R]], GraphTask[P, R]]:
+    """Declare a GraphTask: its signature says what goes in and what comes out, *graph* does the work.
+
+    Args:
+        app: The Celery app.
+        graph: The graph.
+        execution_id: From the messages, the name of their run; default: the task's id.
+        **options: Celery's task options.
+
+    Raises:
+        InvalidDeclaration: The signature or the body does not fit, or ``bind=True`` is given.
+    """
+
+    def declare(function: Callable[P, R]) -> GraphTask[P, R]:
+        _check(function, graph, options)
+        declare_task = cast("Any", app.task)(
+            base=GraphTask, graph=graph, execution_id=execution_id, **options
+        )
+        return cast("GraphTask[P, R]", declare_task(function))
+
+    return declare
+
+
+def shared_graph_task(
+    graph: Graph, *, execution_id: NameFunction | None = None, **options: Any
+) -> Callable[[Callable[P, R]], GraphTask[P, R]]:
+    """Like `graph_task` without naming the app, as ``shared_task`` does.
+
+    Raises:
+        InvalidDeclaration: The signature or the body does not fit, or ``bind=True`` is given.
+    """
+
+    def declare(function: Callable[P, R]) -> GraphTask[P, R]:
+        _check(function, graph, options)
+        declare_task = cast("Any", shared_task)(
+            base=GraphTask, graph=graph, execution_id=execution_id, **options
+        )
+        return cast("GraphTask[P, R]", declare_task(function))
+
+    return declare
+
+
+def _check(function: Callable[..., Any], graph: object, options: Mapping[str, Any]) -> None:
+    name = str(options.get("name") or getattr(function, "__name__", function))
+    if not isinstance(graph, Graph):
+        raise InvalidDeclaration(name, f"the graph must be a docket_celery.Graph, not {graph!r}")
+    if options.get("bind"):
+        raise InvalidDeclaration(name, "bind=True hands the task to a body that never runs; drop it")
+    chords.check_options(options)
+    read_function(name, function)

@@ -1,0 +1,174 @@
+"""When Celery shall deliver a run again, and how failures are matched: an error, or the cause of a step's failure."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, cast
+
+from celery import Celery, states
+from celery.backends.redis import RedisBackend
+from celery.exceptions import Reject, SoftTimeLimitExceeded, TaskPredicate
+from celery.utils.time import get_exponential_backoff_interval
+
+from docket_celery.errors import AbortError, RunTimedOut, StepFailed, StoreUnavailable
+from docket_celery.plan.plan import Plan
+from docket_celery.store.records import Lease
+
+_logger = logging.getLogger("docket_celery.retrying")
+Kinds = tuple[type[BaseException], ...]
+_OUTAGE_MOST_S = 15.0
+
+
+class RetryOptions(Protocol):
+    """Celery's retry options, as a task has them."""
+
+    autoretry_for: Kinds
+    dont_autoretry_for: Kinds
+    retry_kwargs: Mapping[str, Any]
+    retry_backoff: bool | float
+    retry_backoff_max: int
+    retry_jitter: bool
+    default_retry_delay: int
+    declared_max_retries: int | None
+    max_retries: int | None
+
+    @classmethod
+    def plan(cls) -> Plan: ...
+
+
+class _CausedBy(type):
+    """Classes whose instances are errors of one kind and step failures caused by it."""
+
+    kind: type[BaseException]
+
+    def __instancecheck__(cls, error: object) -> bool:
+        return matches(error, (cls.kind,))
+
+
+def with_causes(kinds: Iterable[type[BaseException]]) -> tuple[Any, ...]:
+    """Return classes for Celery's ``throws``, which it only uses with ``isinstance``."""
+    return tuple(_CausedBy("CausedBy", (), {"kind": kind}) for kind in kinds)
+
+
+def matches(error: object, kinds: Kinds) -> bool:
+    """Tell whether *error* is of one of *kinds*, or is a step's failure caused by one."""
+    if isinstance(error, kinds):
+        return True
+    return isinstance(error, StepFailed) and any(error.caused_by(kind) for kind in kinds)
+
+
+def park_s(
+    task: RetryOptions, error: BaseException, lease: Lease | None, *, retries: int = 0, skipped: int = 0
+) -> float | None:
+    """Return in how many seconds Celery shall deliver the run again, or None to end it.
+
+    Args:
+        task: Whose options decide.
+        error: What ended the delivery.
+        lease: The run's lease, which counts its ordinary retries; None: Celery counts them.
+        retries: Celery's count so far.
+        skipped: Deliveries of this task so far that did not even get at the database.
+    """
+    failures = retries if lease is None else lease.failures
+    if isinstance(error, StoreUnavailable):
+        return _outage_s(task, skipped)
+    if isinstance(error, AbortError) or not _may_retry(task, error):
+        return None
+    limit = task.retry_kwargs.get("max_retries", task.declared_max_retries)
+    if lease is not None and limit is not None and failures >= limit:
+        return None
+    return backoff_s(task, failures)
+
+
+def most_retries(task: RetryOptions, error: BaseException, *, eager: bool, skipped: int) -> int | None:
+    """Return up to which count Celery may retry the task; None: the run's lease counts.
+
+    Args:
+        task: Whose options decide.
+        error: What ended the delivery.
+        eager: Retries follow each other without a wait.
+        skipped: Deliveries of this task so far that did not even get at the database.
+    """
+    if isinstance(error, StoreUnavailable):
+        # An outage ends, but not while an eager task tries.
+        return task.declared_max_retries if eager else sys.maxsize
+    if task.max_retries is None:
+        return None
+    limit: int | None = task.retry_kwargs.get("max_retries", task.max_retries)
+    return None if limit is None else limit + skipped
+
+
+def backoff_s(task: RetryOptions, retries: int) -> float:
+    """Return Celery's own wait in seconds before retry number *retries* (from 0), from the task's options."""
+    if task.retry_backoff:
+        factor = int(max(1.0, float(task.retry_backoff)))
+        return get_exponential_backoff_interval(
+            factor, retries, int(task.retry_backoff_max), task.retry_jitter
+        )
+    return float(task.retry_kwargs.get("countdown", task.default_retry_delay))
+
+
+def _outage_s(task: RetryOptions, skipped: int) -> float:
+    """Return the wait in seconds for a database that does not answer: growing and spread, as all tasks wait."""
+    longest_s = min(_OUTAGE_MOST_S, task.default_retry_delay * 2.0 ** min(skipped, 10))
+    return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 -- spreads load, keeps no secret
+
+
+def _may_retry(task: RetryOptions, error: BaseException) -> bool:
+    if isinstance(error, TaskPredicate):
+        # A step that raised Celery's own Ignore, Reject or Retry has decided itself.
+        return False
+    # Where Celery enforces no soft limit, passing it shows as RunTimedOut here and as Celery's error outside.
+    shown = SoftTimeLimitExceeded() if isinstance(error, RunTimedOut) else error
+    if matches(shown, tuple(task.dont_autoretry_for)):
+        return False
+    return _asks_redelivery(task.plan(), shown) or matches(shown, tuple(task.autoretry_for))
+
+
+def _asks_redelivery(plan: Plan, error: BaseException) -> bool:
+    if not isinstance(error, StepFailed) or not error.retriable:
+        return False
+    policies = (planned.step.options.retry for planned in plan.steps if planned.step.name == error.step)
+    return any(policy is not None and policy.redeliver for policy in policies)
+
+
+def is_stored(backend: Any, request: Any, result: object) -> bool:
+    """Tell whether Celery has stored this task's success before, its links and chain sent by then.
+
+    The part of a chord is counted after that, so a worker that died in between has not counted it: it is counted
+    again where the backend knows parts by their id (Redis), since a chord that misses one never ends.
+
+    Args:
+        backend: The task's result backend.
+        request: The copy's request.
+        result: What the copy would return.
+    """
+    if request.ignore_result:
+        return False
+    try:
+        stored = backend.get_state(request.id)
+    except Exception as error:  # noqa: BLE001 -- without an answer the copy goes on, as Celery's own would
+        _logger.warning("cannot tell whether task %s is stored: %s", request.id, error)
+        return False
+    if stored != states.SUCCESS:
+        return False
+    if request.chord and isinstance(backend, RedisBackend):
+        backend.on_chord_part_return(request, states.SUCCESS, result)
+    return True
+
+
+def keep(task_id: str | None, problem: Any) -> Reject:
+    """Return what has the broker keep a delivery that could not be published again; not in a hot loop."""
+    _logger.warning("task %s could not be published again, the broker keeps it: %s", task_id, problem)
+    time.sleep(1.0)
+    return Reject(problem, requeue=True)
+
+
+def visibility_s(app: Celery) -> float:
+    """Return for how long Redis leaves a waiting copy alone; a longer countdown would multiply it."""
+    options = cast("dict[str, Any]", app.conf.broker_transport_options or {})
+    return float(options.get("visibility_timeout", 3600))

@@ -1,0 +1,87 @@
+"""The Celery side of a process's life: where settings come from, and what a worker checks before it starts."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery import Celery, signals
+from celery.concurrency import get_implementation
+
+from docket_celery.engine.process.instances import close_instances
+from docket_celery.engine.process.state import process_defaults
+from docket_celery.errors import DocketError
+from docket_celery.plan.plan import Plan
+from docket_celery.task.app_settings import app_settings, current_values, in_task, process
+from docket_celery.task.checks import TaskClass, find_faults, graph_tasks
+
+_logger = logging.getLogger("docket_celery.worker")
+
+
+def watch_task(app: Celery) -> None:
+    """Look at the wiring of *app*'s GraphTasks once all of them are declared; done once for each app."""
+    if app not in process.watched:
+        process.watched.add(app)
+        app.on_after_finalize.connect(_on_after_finalize, weak=False)
+
+
+def _on_after_finalize(sender: Any = None, **_: Any) -> None:
+    """Let the run row, not Celery, bound the retries of tasks that persist: both then end alike."""
+    for task in graph_tasks(sender):
+        try:
+            plan = task.plan()
+        except DocketError as error:
+            # The report names places and fixes; a traceback would only bury it.
+            _logger.error("task %s cannot run: %s", task.name, error)  # noqa: TRY400
+            continue
+        _leave_retries_to_row(task, plan)
+
+
+def _leave_retries_to_row(task: TaskClass, plan: Plan) -> None:
+    if plan.persists:
+        type(task).max_retries = None
+
+
+def _on_worker_init(sender: Any = None, **_: Any) -> None:
+    """Refuse to start a worker that could not keep its promises.
+
+    Raises:
+        SystemExit: With the faults; Celery's signals let nothing else stop a worker.
+    """
+    pool = getattr(sender, "pool_cls", None)
+    kind = get_implementation(pool) if isinstance(pool, str) else pool
+    process.pool = None if kind is None else kind.__module__.rpartition(".")[2]
+    process.app, process.slots = sender.app, max(1, int(getattr(sender, "concurrency", None) or 1))
+    try:
+        faults = find_faults(sender.app, process.pool)
+        for task in () if faults else graph_tasks(sender.app):
+            # Those that were declared after the app was finalized have not been looked at.
+            plan = task.plan()
+            _leave_retries_to_row(task, plan)
+            if task.graph.find_batch_store(plan, app_settings(sender.app)) is not None:
+                # Parts of a batch outlast outages and dead workers for as long as their rows say.
+                type(task).max_retries = None
+    except Exception as error:  # noqa: BLE001 -- Celery would log it and start the worker all the same
+        faults = [f"the checks themselves failed: {type(error).__name__}: {error}"]
+    if faults:
+        raise SystemExit(
+            "docket_celery refuses to start this worker:\n" + "\n".join(f"  {f}" for f in faults)
+        )
+
+
+def _on_process_shutdown(**_: Any) -> None:
+    """End what steps have built in this process: a prefork child leaves without Python's own exit."""
+    close_instances()
+
+
+def _on_worker_shutdown(**_: Any) -> None:
+    close_instances()
+    process_defaults.close()
+
+
+def install() -> None:
+    """Connect to Celery; done once, when GraphTask is imported."""
+    process_defaults.use_host(current_values, in_task)
+    signals.worker_init.connect(_on_worker_init, weak=False)
+    signals.worker_process_shutdown.connect(_on_process_shutdown, weak=False)
+    signals.worker_shutdown.connect(_on_worker_shutdown, weak=False)
