@@ -10,7 +10,7 @@ from typing import Any, TypeGuard, TypeVar, cast
 
 from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import DecodeError, EncodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from docket_celery.errors import DecodeFailed, InvalidArguments, PayloadTooLarge, safe_text
@@ -22,9 +22,12 @@ Value = Message | Sequence[Message]
 MAX_JSON_BYTES = 16 * 1024
 """Above this a message gets no ``output_json`` view: the view is for reading, not a second copy of the data."""
 _MAX_FIELD_CHARS = 60
+_SHOWN_FIELDS = 8
 _REDACTED = "***"
 _UNREADABLE = (json_format.ParseError, AttributeError, RecursionError, TypeError)
 _ANY = "google.protobuf.Any"
+_MAX_DEPTH = 100
+"""Levels of nesting that Protocol Buffers reads by default, in every language; it writes more than that."""
 
 
 def is_message_type(kind: object) -> TypeGuard[type[Message]]:
@@ -55,6 +58,52 @@ def from_bytes(kind: type[M], data: bytes) -> M:
         return kind.FromString(data)
     except DecodeError as error:
         raise DecodeFailed(type_name(kind), str(error)) from error
+
+
+def encoding_fault(message: Message) -> str | None:
+    """Return why *message* could not be written, or not be read back once it is written; None: it can.
+
+    Of a type that can neither nest without bound nor lack a required field this is one look-up; else the message is
+    encoded, and read back if it can be too deep.
+    """
+    nests, requires = _encoding_risks(message.DESCRIPTOR)
+    if not nests and not requires:
+        return None
+    try:
+        data = to_bytes(message)
+    except EncodeError:
+        missing: list[str] = cast("Any", message).FindInitializationErrors()  # the stubs leave it out
+        shown = ", ".join(missing[:_SHOWN_FIELDS]) + (", …" if len(missing) > _SHOWN_FIELDS else "")
+        return f"required fields are not set: {shown}" if missing else "it cannot be encoded"
+    if not nests:
+        return None
+    try:
+        type(message).FromString(data)
+    except DecodeError:
+        return (
+            f"it is nested more than {_MAX_DEPTH} levels deep, which Protocol Buffers writes and does not read back "
+            f"(one level of a google.protobuf.Struct counts as three); flatten it"
+        )
+    return None
+
+
+@functools.cache
+def _encoding_risks(descriptor: Descriptor) -> tuple[bool, bool]:
+    """Return whether messages of a type can nest too deep, and whether they can lack a required field."""
+    inner: dict[str, set[str]] = {}
+    requires, extends, todo = False, False, [descriptor]
+    while todo:
+        current = todo.pop()
+        if current.full_name not in inner:
+            kinds = [field.message_type for field in current.fields if field.message_type is not None]
+            inner[current.full_name] = {kind.full_name for kind in kinds}
+            requires = requires or any(field.is_required for field in current.fields)
+            extends = extends or current.is_extendable
+            todo += kinds
+    for _ in range(_MAX_DEPTH):
+        inner = {name: held for name, held in inner.items() if held & inner.keys()}
+    # An extension may hold any type.
+    return bool(inner) or extends, requires or extends
 
 
 def value_name(value: Value) -> str:

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 from google.protobuf.any_pb2 import Any as Packed
+from google.protobuf.descriptor_pb2 import UninterpretedOption
+from google.protobuf.message import Message
+from google.protobuf.struct_pb2 import Struct
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +18,7 @@ from docket_celery.plan.messages import (
     MAX_JSON_BYTES,
     brief,
     check_size,
+    encoding_fault,
     from_bytes,
     from_json_object,
     is_message_type,
@@ -168,3 +172,42 @@ def test_a_message_over_the_limit_is_refused() -> None:
     check_size("docket.Order", 10, 10)
     with pytest.raises(PayloadTooLarge, match="has 11 bytes, over the limit of 10"):
         check_size("docket.Order", 11, 10)
+
+
+def nest(levels: int) -> Nest:
+    """Return a message with that many levels below the first."""
+    outer = inner = Nest()
+    for _ in range(levels):
+        inner = inner.inner
+    inner.text = "deep"
+    return outer
+
+
+def struct(levels: int) -> Struct:
+    """Return a Struct with that many levels below the first."""
+    outer = inner = Struct()
+    for _ in range(levels):
+        inner = inner.fields["a"].struct_value
+    inner.fields["a"].number_value = 1
+    return outer
+
+
+@pytest.mark.parametrize("message", [nest(100), struct(32), Order(order_id="o-1")], ids=type_name)
+def test_what_can_be_read_back_has_no_fault(message: Message) -> None:
+    """The deepest that Protocol Buffers reads passes."""
+    assert encoding_fault(message) is None
+    assert from_bytes(type(message), to_bytes(message)) == message
+
+
+@pytest.mark.parametrize("message", [nest(101), struct(33)], ids=type_name)
+def test_what_is_too_deep_to_be_read_back_is_found_before_it_is_written(message: Message) -> None:
+    """It can be written, so nothing else would tell until it is needed."""
+    assert "nested more than 100 levels" in (encoding_fault(message) or "")
+    with pytest.raises(DecodeFailed):
+        from_bytes(type(message), to_bytes(message))
+
+
+def test_unset_required_fields_are_named() -> None:
+    """Those of proto2, at any depth."""
+    option = UninterpretedOption(name=[UninterpretedOption.NamePart(name_part="a")])
+    assert encoding_fault(option) == "required fields are not set: name[0].is_extension"
