@@ -41,7 +41,7 @@ class Caller(Protocol):
     def elapsed_s(self) -> float: ...
     def carry_on(self, work: Callable[[], None]) -> None: ...
     def returned(self, value: Any) -> None: ...
-    def raised(self, error: BaseException) -> None: ...
+    def raised(self, error: BaseException, *, is_own: bool = True) -> None: ...
 
 
 class Attempt:
@@ -254,7 +254,19 @@ class Attempt:
         elif error is None:
             self._caller.returned(value)
         else:
-            self._caller.raised(error)
+            self._caller.raised(error, is_own=self._is_own(error))
+
+    def _is_own(self, error: BaseException) -> bool:
+        """Tell whether the step's code raised *error*, rather than the host of the thread that it runs on.
+
+        On a step thread there is no host: nothing but the step's code raises SystemExit or KeyboardInterrupt there.
+        The thread of a caller gets both from signals and from its own end; gevent ends greenlets with GreenletExit.
+        """
+        if isinstance(error, Exception) or type(error).__name__ == "GreenletExit":
+            return isinstance(error, Exception)
+        if self._step.is_async:
+            return self._delivery.loop is None and not self._delivery.runtime.inline
+        return isinstance(threading.current_thread(), Worker)
 
 
 def step_context(step: Step, delivery: Delivery, attempt: int) -> StepContext:

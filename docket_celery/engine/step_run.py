@@ -156,8 +156,13 @@ class StepCall:
         else:
             self.raised(WrongResult(step.name, self._attempt_no, step.result_name, actual))
 
-    def raised(self, error: BaseException) -> None:
-        """Judge what an attempt raised: try again later, fail, or stop the run."""
+    def raised(self, error: BaseException, *, is_own: bool = True) -> None:
+        """Judge what an attempt raised: try again later, fail, or stop the run.
+
+        Args:
+            error: What it raised.
+            is_own: The step's code raised it; False: the host of its thread did, to end more than this step.
+        """
         step, number = self.planned.step, self._attempt_no
         # An attempt knows its call: kept, both and their messages would wait for the collector.
         self._running = None
@@ -170,7 +175,8 @@ class StepCall:
             self._report_failed("FAILED", error)
         if isinstance(error, asyncio.CancelledError):
             error = RuntimeError(f"the step was cancelled from inside: {brief_error(error)}")
-        if not isinstance(error, Exception) or isinstance(error, (AbortError, *self._delivery.passthrough)):
+            is_own = True
+        if not is_own or isinstance(error, (AbortError, *self._delivery.passthrough)):
             self._steps.abort(error)
             return
         retriable, error = classify(step, error)
@@ -283,12 +289,13 @@ class StepCall:
         )
 
 
-def classify(step: Step, error: Exception) -> tuple[bool, Exception]:
+def classify(step: Step, error: BaseException) -> tuple[bool, BaseException]:
     """Tell whether another attempt may cure *error*, and which error to report.
 
-    A ``retriable`` predicate that raises is itself the failure: it is reported and nothing is retried.
+    A ``retriable`` predicate that raises is itself the failure: it is reported and nothing is retried. Nor is what
+    asks for an end, such as the SystemExit of a library that calls ``sys.exit``.
     """
-    if isinstance(error, (InputMutated, WrongResult)):
+    if isinstance(error, (InputMutated, WrongResult)) or not isinstance(error, Exception):
         return False, error
     if step.retriable is not None and not isinstance(error, StepTimedOut):
         try:
@@ -300,8 +307,8 @@ def classify(step: Step, error: Exception) -> tuple[bool, Exception]:
 
 
 def _delay(
-    policy: RetryPolicy, step: Step, number: int, error: Exception
-) -> tuple[float | None, bool, Exception]:
+    policy: RetryPolicy, step: Step, number: int, error: BaseException
+) -> tuple[float | None, bool, BaseException]:
     """Return the wait before the next attempt, or None where the backoff has none: then that is the failure."""
     try:
         return to_seconds(policy.backoff.delay_s(number), "the backoff's delay"), True, error
@@ -315,7 +322,7 @@ def brief_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {safe_text(error)[:200]}"
 
 
-def _failure(step: Step, attempts: int, retriable: bool, error: Exception) -> StepFailed:
+def _failure(step: Step, attempts: int, retriable: bool, error: BaseException) -> StepFailed:
     if isinstance(error, (StepTimedOut, WrongResult, InputMutated)) and error.step == step.name:
         failure: StepFailed = error
     else:

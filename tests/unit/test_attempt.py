@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import asyncio
 import functools
 import threading
@@ -16,7 +17,9 @@ from docket_celery.errors import AbortError, InvalidArguments, StepFailed, StepT
 from docket_celery.graph import Graph
 from docket_celery.observe.events import Event, EventKind
 from docket_celery.plan.context import StepContext, current_context
-from docket_celery.plan.options import ErrorClassifier, ExponentialBackoff, FixedBackoff, RetryPolicy
+from docket_celery.plan.options import ErrorClassifier, ExponentialBackoff, FixedBackoff, RetryPolicy, Scope
+from docket_celery.store import MemoryStore
+from docket_celery.store.records import RunState
 from tests.unit.graphs import WAIT_S, execute, reached, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Reservation, Shipment
 from tests.unit.stage import Deadlines
@@ -166,27 +169,61 @@ def test_strange_exceptions_are_step_failures(kind: type[Exception], is_async: b
         within(lambda: graph.execute(Charge, Order()))
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def leave(kind: type[BaseException]) -> None:
+    """End the program in one of the ways in which libraries do, which a step's code should not."""
+    if kind is SystemExit:
+        argparse.ArgumentParser(exit_on_error=True).parse_args(["--unknown"])
+    if kind is BaseExceptionGroup:
+        raise BaseExceptionGroup("several", [KeyboardInterrupt(), ValueError("one of them")])
+    raise kind("enough")
+
+
+@pytest.mark.parametrize(
+    "kind", [KeyboardInterrupt, SystemExit, GeneratorExit, BaseExceptionGroup, BaseException]
+)
 @pytest.mark.parametrize("is_async", [False, True])
-@pytest.mark.parametrize("helps", [False, True])
-def test_exceptions_that_end_programs_pass_through(
-    kind: type[BaseException], is_async: bool, helps: bool
+def test_what_ends_programs_is_a_failure_of_the_step_that_raised_it(
+    kind: type[BaseException], is_async: bool
 ) -> None:
-    """They are never step failures, and the process's threads survive them."""
+    """On a step thread only the step's code can raise it: the run fails, is not retried, and its row says so."""
+    graph, calls, store = Graph("shop"), list[int](), MemoryStore()
+
+    def charge(order: Order) -> Charge:
+        calls.append(1)
+        if not order.order_id:
+            leave(kind)
+        return Charge()
+
+    async def charge_on_loop(order: Order) -> Charge:
+        return charge(order)
+
+    retry = RetryPolicy(max_attempts=3, backoff=FixedBackoff(0))
+    graph.register(charge_on_loop if is_async else charge, name="charge", persist=Scope.WORKFLOW, retry=retry)
+    with pytest.raises(StepFailed) as caught:
+        within(lambda: graph.execute(Charge, Order(), execution_id="leaves", store=store))
+    failure = caught.value
+    assert (failure.step, failure.attempts, failure.retriable, len(calls)) == ("charge", 1, False, 1)
+    assert failure.caused_by(kind)
+    row = store.find_run("shop", "leaves")
+    assert row is not None
+    assert row.state is RunState.FAILED
+    assert within(lambda: graph.execute(Charge, Order(order_id="7"), store=store)) == Charge()
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_what_ends_programs_passes_through_on_the_callers_own_thread(kind: type[BaseException]) -> None:
+    """There it may as well come from a signal; the process's threads survive it."""
     graph = Graph("shop")
 
+    @graph.step
     def charge(order: Order) -> Charge:
         if order.order_id:
             return Charge()
         raise kind
 
-    async def charge_on_loop(order: Order) -> Charge:
-        return charge(order)
-
-    graph.register(charge_on_loop if is_async else charge)
     with pytest.raises(kind):
-        within(lambda: execute(graph, Charge, Order(), helps=helps))
-    assert within(lambda: execute(graph, Charge, Order(order_id="7"), helps=helps)) == Charge()
+        within(lambda: execute(graph, Charge, Order(), helps=True))
+    assert within(lambda: execute(graph, Charge, Order(order_id="7"), helps=True)) == Charge()
 
 
 def test_a_plain_decorator_around_a_coroutine_is_told_apart_from_other_wrong_results() -> None:

@@ -181,8 +181,10 @@ def test_options_that_are_functions_come_first_in_their_own_failures(
     assert frames(failed.__cause__) == [first]
 
 
-@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, AbortError])
-@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "is_async"),
+    [(SystemExit, False), (KeyboardInterrupt, False), (AbortError, False), (AbortError, True)],
+)
 def test_what_passes_through_shows_the_callers_frames_then_the_steps(
     kind: type[BaseException], is_async: bool
 ) -> None:
