@@ -109,10 +109,24 @@ proto-check: $(READY) ## Check that the committed generated code is what the .pr
 # The tests' scratch folders: inside the checkout too, and numbered per run.
 PYTEST := mkdir -p $(VENV)/.scratch && PYTEST_DEBUG_TEMPROOT=$(VENV)/.scratch $(BIN)/pytest
 
+# Most tests wait for real workers: more processes than cores. A module's tests share a worker, so they stay together.
+AT_ONCE ?= 4
+PARALLEL := -n $(AT_ONCE) --dist loadscope
+MOST := not slow and not faults and not rabbitmq
+
 .PHONY: test
-test: $(READY) ## Run the whole suite, from nothing: servers included
+test: $(READY) ## Run the suite without its slow rest, from nothing: servers included; AT_ONCE=4 processes
 	$(call say,pytest)
-	@$(PYTEST) $(PYTEST_ARGS)
+	@$(PYTEST) $(PARALLEL) -m "$(MOST)" $(PYTEST_ARGS)
+
+.PHONY: test-all
+test-all: $(READY) ## Run the whole suite: also nested test runs, killed demos, all examples
+	$(call say,pytest)
+	@$(PYTEST) $(PARALLEL) $(PYTEST_ARGS)
+
+.PHONY: test-slow
+test-slow: $(READY) ## Run what `make test-all` runs beyond `make test`
+	@$(PYTEST) $(PARALLEL) -m slow $(PYTEST_ARGS)
 
 .PHONY: test-unit
 test-unit: $(READY) ## Run the tests that start no server

@@ -27,6 +27,7 @@ def rows_of(url: str) -> dict[str, list[object]]:
         }
 
 
+@pytest.mark.slow
 def test_a_users_database_is_as_it_was(database_url: str) -> None:
     """Every playing begins without the rows of the one before, shared results included; other rows stay."""
     graph = Graph("pg-crashing")

@@ -114,6 +114,7 @@ def test_a_soft_shutdown_finishes_what_ends_in_its_time(start_worker: StartWorke
     assert state(book, "quick") == ("SUCCEEDED", 1, 0)
 
 
+@pytest.mark.slow
 def test_a_soft_shutdown_hands_over_what_does_not(start_worker: StartWorker, book: Book) -> None:
     """After its time the run is stopped in order: no crash is counted, and the next worker goes on with it."""
     env = {**LONG_LEASE, "LEASE_APP_SOFT_SHUTDOWN_S": "1"}

@@ -121,6 +121,7 @@ def test_the_demo_checks_what_it_claims_and_leaves_nothing_behind(folder: Path) 
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_demo_and_all_that_it_started(folder: Path) -> None:
     """An interrupt while the worker runs: exit status 130, no process, no open port, no file is left."""
     with started_demo(folder) as demo:
@@ -143,6 +144,7 @@ def test_ctrl_c_stops_the_demo_and_all_that_it_started(folder: Path) -> None:
         assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_demo_takes_its_servers_and_its_worker_with_it(folder: Path) -> None:
     """Nobody can clean up after SIGKILL but those who notice it: nothing goes on without the demo."""
     with started_demo(folder) as demo:

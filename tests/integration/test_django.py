@@ -87,6 +87,7 @@ def wait_until_none(project: Project) -> None:
     wait_until(lambda: project.sessions() == 0, within_s=15.0, what="the end of all Django sessions")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pool", "concurrency"), [("prefork", 1), ("threads", 3)])
 def test_a_thousand_orm_steps_hold_a_session_a_thread_and_none_once_idle(
     start_worker: StartWorker,

@@ -85,6 +85,7 @@ def test_struct_step_injects_either_client() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_movies_stand_beside_the_figures_of_all() -> None:
     """The aggregate is made once over five movies; each is compared with it, in order; then all of it on a worker."""
     assert run_example("movies") == [
@@ -102,6 +103,7 @@ def test_movies_stand_beside_the_figures_of_all() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_documents_are_split_and_merged() -> None:
     """Pages come together in their order; a document without pages has a summary too."""
     assert run_example("documents") == [
@@ -115,6 +117,7 @@ def test_documents_are_split_and_merged() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_an_example_leaves_the_readers_servers_alone(
     broker_url: str, result_url: str, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +165,7 @@ def end_example(end: Callable[[psutil.Process], None]) -> tuple[int, str]:
     return process.returncode, errors
 
 
+@pytest.mark.slow
 def test_an_interrupted_example_leaves_nothing_behind() -> None:
     """Ctrl-C while its servers and its worker run: the status says so, and all of them are gone."""
     ended = end_example(lambda process: process.send_signal(signal.SIGINT))
@@ -192,6 +196,7 @@ raise SystemExit(local.run(main))
     assert (done.returncode, done.stderr) == (130, "\nInterrupted; everything is stopped.\n")
 
 
+@pytest.mark.slow
 def test_an_example_whose_worker_dies_says_so() -> None:
     """At once: nobody else would answer it."""
 
@@ -347,6 +352,7 @@ def check_table(lines: list[str]) -> None:
     assert after[3] == pytest.approx(killed[1] + after[2], abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_users_tests_of_the_order_example_pass() -> None:
     """Those of the example's test file, all of them, one after the other."""
     lines = run_example("testing")

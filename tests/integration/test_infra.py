@@ -259,6 +259,7 @@ def test_databases_and_brokers_are_empty_at_the_start(
         assert connection.execute("SELECT to_regclass('docket_runs')").fetchone() == (None,)
 
 
+@pytest.mark.slow
 def test_a_test_that_leaves_something_fails(tmp_path: Path) -> None:
     """A thread, a process, a database session and a live lease each fail the test that left them, and no other."""
     argv, env = run_pytest(tmp_path, LEAKING_TESTS, "-W", "ignore::ResourceWarning")

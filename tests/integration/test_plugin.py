@@ -164,6 +164,7 @@ def spoil(order: Order) -> Reservation:
 """
 
 
+@pytest.mark.slow
 def test_workers_are_real_and_the_environments_broker_is_left_alone(project: Path, tmp_path: Path) -> None:
     """Whatever pool; the app of the test's own process talks to the same servers, and to its own afterwards."""
     (tmp_path / "spoiling.py").write_text(SPOILING, encoding="utf-8")
@@ -191,11 +192,13 @@ def test_an_effect_that_is_not_kept_is_found(docket_crash_matrix):
 """
 
 
+@pytest.mark.slow
 def test_a_task_is_killed_at_every_boundary_in_a_real_worker(project: Path, tmp_path: Path) -> None:
     """The child dies, Celery delivers the job again, and what is broken is found."""
     assert_passed(run_pytest(project, tmp_path, CRASHES), 2)
 
 
+@pytest.mark.slow
 def test_a_failed_test_shows_its_workers_log(project: Path, tmp_path: Path) -> None:
     """And a worker that cannot start says why."""
     done = run_pytest(

@@ -55,6 +55,7 @@ def deploy(start_worker: StartWorker) -> Callable[..., Shipment]:
     return run
 
 
+@pytest.mark.slow
 def test_a_failed_run_goes_on_through_a_chain_of_renames(
     deploy: Callable[..., Shipment], journals: Journals
 ) -> None:

@@ -119,6 +119,7 @@ class TestProcesses:
             "SELECT count(*) FROM docket_executions WHERE step_name = 'find_rate' AND cached"
         ) == [(31,)]
 
+    @pytest.mark.slow
     @pytest.mark.leaves_lease
     def test_after_a_killed_owner_one_more_computes(self, start_askers: StartAskers, book: Book) -> None:
         """The rest go on once its claim is over, and not before: it might be alive."""
@@ -137,6 +138,7 @@ class TestProcesses:
         assert [answers(process) for process in others] == [["2"] * 8] * 3
         assert len(book.acts(step="find_rate")) == 2
 
+    @pytest.mark.slow
     def test_after_a_failed_owner_others_go_on_at_once(self, start_askers: StartAskers, book: Book) -> None:
         """It gives its claim up, which would hold for ten minutes; its own run fails, and one more computes."""
         processes = start_askers(4, 8, 600.0, "fail=1000", "spend=300")

@@ -24,6 +24,7 @@ def snippets() -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 def test_every_snippet_runs(tmp_path: Path) -> None:
     """pytest, as strict as it can be, in a folder that holds the README's shop and the page's tests."""
     readme.make_project(tmp_path)

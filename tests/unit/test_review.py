@@ -26,7 +26,7 @@ from docket_celery import (
     graph_task,
 )
 from docket_celery.engine.process import heartbeat, runtime
-from docket_celery.task import app_settings, checks
+from docket_celery.task import app_settings, checks, worker
 from tests.unit.protos.shop_pb2 import Order, Shipment
 
 
@@ -144,7 +144,8 @@ def test_the_row_bounds_retries_of_tasks_declared_after_the_app_was_finalized(
     app.finalize()
     task = declare(app, make_graph("late", Scope.WORKFLOW, MemoryStore()))
     # Celery shares each app's tasks with all others: those of other tests' modules are not this one's concern.
-    monkeypatch.setattr(checks, "graph_tasks", lambda _: iter([task]))
+    for module in (checks, worker):
+        monkeypatch.setattr(module, "graph_tasks", lambda _: iter([task]))
     assert task.max_retries == 3
     worker_init.send(sender=Starting(app))
     assert (task.max_retries, task.declared_max_retries) == (None, 3)
