@@ -32,11 +32,6 @@ _WANTED: Final = (
         effect="a worker reserves no more messages than it has processes, so that long runs do not hold up others",
     ),
     Change(
-        key="worker_cancel_long_running_tasks_on_connection_loss",
-        value=True,
-        effect="late-acknowledged tasks stop when the broker connection is lost, instead of running twice",
-    ),
-    Change(
         key="worker_soft_shutdown_timeout",
         value=30.0,
         effect="a worker told to stop at once gives its tasks 30 s first",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping
 from typing import Any, Final
@@ -22,6 +23,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.pool: str | None = None
+        self.main_pid: int | None = None
         self.slots = 1
         self.app: Celery | None = None
         self.watched: WeakSet[Celery] = WeakSet()
@@ -83,6 +85,11 @@ def worker_slots() -> int:
 def forks() -> bool:
     """Tell whether this process's worker runs its tasks in forked children."""
     return process.pool == "prefork"
+
+
+def runs_tasks() -> bool:
+    """Tell whether this process runs a worker's tasks: under prefork its children do."""
+    return process.app is not None and not (forks() and os.getpid() == process.main_pid)
 
 
 def soft_limits_work() -> bool:

@@ -35,23 +35,19 @@ from docket_celery.store.contract import BatchStore
 from docket_celery.store.records import ChunkStop, LostRun, RunState
 from docket_celery.task import app_settings
 from docket_celery.task.declaration import Declaration
-from docket_celery.task.on_commit import PREPARED
+from docket_celery.task.headers import (
+    BATCH,
+    CELERY_RETRIES,
+    DIGEST,
+    EXECUTION_ID,
+    OF_ONE_DELIVERY,
+    PART,
+    PREPARED,
+    WAITS_FOR_OTHER,
+)
 from docket_celery.task.progress import tell_progress
 from docket_celery.task.retries import keep
 
-EXECUTION_ID, CONTEXT, DIGEST, ATTACHED, RELEASED, SKIPPED, BATCH, PART, RETRIES = (
-    "docket_execution_id",
-    "docket_context",
-    "docket_job_digest",
-    "docket_attached",
-    "docket_released",
-    "docket_skipped",
-    "docket_batch",
-    "docket_part",
-    "docket_retries",
-)
-OF_ONE_DELIVERY: Final = (ATTACHED, RELEASED, SKIPPED, PART, RETRIES)
-"""Headers that speak of one delivery."""
 ORDER: Final = ("on_error", "max_failed", "chunk_size", "max_concurrency")
 """What a submission may ask of its batch."""
 _OURS: Final = (*ORDER, "execution_id")
@@ -211,7 +207,12 @@ def _open(task: BatchTask, headers: Mapping[str, Any], opened: OpenStage, retrie
     options = _options(request)
     body_part = {"stage": opened.stage, "total": opened.total}
     # The body has this task's id: it must look like a later delivery of it. It starts no run anew that has failed.
-    body_headers: dict[str, Any] = {**headers, PART: body_part, RETRIES: retries + 1, ATTACHED: True}
+    body_headers: dict[str, Any] = {
+        **headers,
+        PART: body_part,
+        CELERY_RETRIES: retries + 1,
+        WAITS_FOR_OTHER: True,
+    }
     # Celery checks the arguments against the declared ones, on every submission.
     body = task.signature(*task.declaration.blank(), immutable=True, headers=body_headers, **options)
     parts = _parts(opened) if opened.lanes is None else _first_parts(opened, opened.lanes.shares())
@@ -354,7 +355,7 @@ def revive(app: Celery, lost: LostRun) -> None:
     headers: dict[str, Any] = again.options["headers"]
     headers[PART] = {"stage": lost.stage}
     # As the body itself would: the same delivery of the task, should both come.
-    headers |= {RETRIES: lost.retries + 1, ATTACHED: True}
+    headers |= {CELERY_RETRIES: lost.retries + 1, WAITS_FOR_OTHER: True}
     again.set(headers=headers, retries=0)
     again.apply_async(add_to_parent=False, **{PREPARED: True})
 

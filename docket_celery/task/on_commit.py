@@ -6,14 +6,14 @@ import copy
 import functools
 import importlib
 from collections.abc import Mapping
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from celery import Task
 
+from docket_celery.task.headers import PREPARED
+
 P = ParamSpec("P")
 R = TypeVar("R")
-PREPARED: Final = "docket_again"
-"""Option of `apply_async`: the job has been prepared, its headers are ours."""
 
 
 class OnCommitTask(Task[P, R]):

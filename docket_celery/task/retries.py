@@ -9,8 +9,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, cast
 
-from celery import Celery, states
-from celery.backends.redis import RedisBackend
+from celery import Celery
 from celery.exceptions import Reject, SoftTimeLimitExceeded, TaskPredicate
 from celery.utils.time import get_exponential_backoff_interval
 
@@ -134,31 +133,6 @@ def _asks_redelivery(plan: Plan, error: BaseException) -> bool:
         return False
     policies = (planned.step.options.retry for planned in plan.steps if planned.step.name == error.step)
     return any(policy is not None and policy.redeliver for policy in policies)
-
-
-def is_stored(backend: Any, request: Any, result: object) -> bool:
-    """Tell whether Celery has stored this task's success before, its links and chain sent by then.
-
-    The part of a chord is counted after that, so a worker that died in between has not counted it: it is counted
-    again where the backend knows parts by their id (Redis), since a chord that misses one never ends.
-
-    Args:
-        backend: The task's result backend.
-        request: The copy's request.
-        result: What the copy would return.
-    """
-    if request.ignore_result:
-        return False
-    try:
-        stored = backend.get_state(request.id)
-    except Exception as error:  # noqa: BLE001 -- without an answer the copy goes on, as Celery's own would
-        _logger.warning("cannot tell whether task %s is stored: %s", request.id, error)
-        return False
-    if stored != states.SUCCESS:
-        return False
-    if request.chord and isinstance(backend, RedisBackend):
-        backend.on_chord_part_return(request, states.SUCCESS, result)
-    return True
 
 
 def keep(task_id: str | None, problem: Any) -> Reject:

@@ -19,9 +19,18 @@ from docket_celery.plan.messages import brief
 from docket_celery.plan.plan import Plan
 from docket_celery.store.identity import check_execution_id
 from docket_celery.task import app_settings, chords, envelope, large_jobs, result, upload
-from docket_celery.task.chords import ATTACHED, BATCH, CONTEXT, DIGEST, EXECUTION_ID, PART
 from docket_celery.task.declaration import Declaration, add_routing, json_values
-from docket_celery.task.on_commit import PREPARED, OnCommitTask
+from docket_celery.task.headers import (
+    BATCH,
+    CONTEXT,
+    DIGEST,
+    EXECUTION_ID,
+    OF_ONE_DELIVERY,
+    PART,
+    PREPARED,
+    WAITS_FOR_OTHER,
+)
+from docket_celery.task.on_commit import OnCommitTask
 from docket_celery.task.result import GraphResult, R, StoredResult
 
 P = ParamSpec("P")
@@ -85,7 +94,7 @@ class SubmittedTask(OnCommitTask[P, R]):
         options.setdefault("argsrepr", chords.describe(headers) or f"({', '.join(map(_brief, args))})")
         options.setdefault("kwargsrepr", f"{{{', '.join(f'{k}={_brief(v)}' for k, v in kwargs.items())}}}")
         # A copy that waits for its turn carries what its original did: nobody else may have stored that.
-        if not options.get("retries") and PART not in headers and ATTACHED not in headers:
+        if not options.get("retries") and PART not in headers and WAITS_FOR_OTHER not in headers:
             task_id = task_id or str(uuid.uuid4())
             run = queued_run(headers, task_id, options)
             args, kwargs = upload.send(self, args, kwargs, run) or large_jobs.send(self, args, kwargs, run)
@@ -207,7 +216,7 @@ class SubmittedTask(OnCommitTask[P, R]):
     def _name_run(
         self, headers: dict[str, Any], execution_id: str | None, context: Mapping[str, Any] | None
     ) -> None:
-        for name in (*chords.OF_ONE_DELIVERY, BATCH):
+        for name in (*OF_ONE_DELIVERY, BATCH):
             # They speak of one delivery; whoever passes on the headers of a running task passes on these too.
             headers.pop(name, None)
         named_run = headers.get(EXECUTION_ID) if execution_id is None else execution_id

@@ -22,12 +22,20 @@ from docket_celery.errors import DocketError, InvalidDeclaration, RunTimedOut, S
 from docket_celery.graph import Graph
 from docket_celery.plan.messages import Value
 from docket_celery.store.identity import check_execution_id
-from docket_celery.task import app_settings, chords, envelope, large_jobs, result, sweeper, worker
-from docket_celery.task.chords import ATTACHED, CONTEXT, DIGEST, EXECUTION_ID, RELEASED, RETRIES, SKIPPED
+from docket_celery.task import app_settings, backends, chords, envelope, large_jobs, result, sweeper, worker
 from docket_celery.task.declaration import Declaration, read_function, read_generic, take_routing
-from docket_celery.task.on_commit import PREPARED
+from docket_celery.task.headers import (
+    CELERY_RETRIES,
+    CONTEXT,
+    DIGEST,
+    ENDED_CLEANLY,
+    EXECUTION_ID,
+    OUTAGES,
+    PREPARED,
+    WAITS_FOR_OTHER,
+)
 from docket_celery.task.result import R
-from docket_celery.task.retries import Kinds, is_stored, keep, most_retries, park_s, visibility_s, with_causes
+from docket_celery.task.retries import Kinds, keep, most_retries, park_s, visibility_s, with_causes
 from docket_celery.task.submit import SubmittedTask, queued_run
 
 _logger = logging.getLogger("docket_celery.task")
@@ -90,6 +98,16 @@ class GraphTask(SubmittedTask[P, R]):
         if "graph" in cls.__dict__:
             worker.watch_task(app)
 
+    @property
+    def backend(self) -> Any:
+        """The result backend; in a process that runs tasks it waits for a server that is away."""
+        found = super().backend
+        return backends.patient(found) if app_settings.runs_tasks() else found
+
+    @backend.setter
+    def backend(self, value: Any) -> None:
+        self._backend = value
+
     # --- running -----------------------------------------------------------------------------------------------
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,8 +142,10 @@ class GraphTask(SubmittedTask[P, R]):
         result: Any = envelope.Results(value)
         if isinstance(value, Message):
             result = large_jobs.wrap(self, value, submission.execution_id, outcome.stored)
-        if outcome.replayed and is_stored(self.backend, request, result):
+        if outcome.replayed and backends.is_stored(self.backend, request, result):
             raise Ignore("a copy of a delivery that ended before")
+        if outcome.held or outcome.replayed:
+            backends.note_ended(request)
         return result
 
     def _direct(self, messages: tuple[Value, ...]) -> Submission:
@@ -154,10 +174,10 @@ class GraphTask(SubmittedTask[P, R]):
             number=request.retries + 1,
             task_name=self.name,
             task_id=request.id,
-            retries=request.retries - skipped + int(headers.get(RETRIES) or 0),
-            attached=bool(headers.get(ATTACHED)),
-            waited=int(headers.get(ATTACHED) or 0),
-            released=headers.get(RELEASED) == request.retries,
+            retries=request.retries - skipped + int(headers.get(CELERY_RETRIES) or 0),
+            attached=bool(headers.get(WAITS_FOR_OTHER)),
+            waited=int(headers.get(WAITS_FOR_OTHER) or 0),
+            released=headers.get(ENDED_CLEANLY) == request.retries,
             retried=request.retries > skipped,
             waits=bool(request.is_eager),
             may_help=False,
@@ -185,10 +205,10 @@ class GraphTask(SubmittedTask[P, R]):
         headers: dict[str, Any] = dict(request.headers or {})
         if outcome.held:
             # A delivery that advanced the run may not start it anew should others end it before its retry.
-            headers |= {RELEASED: request.retries + 1, ATTACHED: True}
+            headers |= {ENDED_CLEANLY: request.retries + 1, WAITS_FOR_OTHER: True}
         elif isinstance(error, StoreUnavailable):
             # Not a retry in the sense of leases: the holder may be well, and must not be taken for dead.
-            headers[SKIPPED] = _skipped(request) + 1
+            headers[OUTAGES] = _skipped(request) + 1
         countdown = outcome.park_s
         if isinstance(error, StoreUnavailable):
             countdown = min(countdown, visibility_s(self.app) / 3)
@@ -212,7 +232,7 @@ class GraphTask(SubmittedTask[P, R]):
         most_s = min(busy_s, _BUSY_MOST_S, visibility_s(self.app) / 3)
         countdown = most_s * random.uniform(0.8, 1.0) + 0.1  # noqa: S311 -- spreads load, keeps no secret
         known: Mapping[str, Any] = request.headers or {}
-        headers = {**known, ATTACHED: int(known.get(ATTACHED) or 0) + 1}
+        headers = {**known, WAITS_FOR_OTHER: int(known.get(WAITS_FOR_OTHER) or 0) + 1}
         # A worker took the job up in time: while it waits for its turn it does not expire.
         again: Any = self.signature_from_request(
             request, countdown=countdown, retries=request.retries, headers=headers, expires=None
@@ -244,7 +264,7 @@ def _scope(task: GraphTask[Any, Any], request: Any) -> Callable[[], contextlib.A
 def _skipped(request: Any) -> int:
     """Return how many deliveries of the task so far did not even get at the database."""
     headers: Mapping[str, Any] = request.headers or {}
-    return int(headers.get(SKIPPED) or 0)
+    return int(headers.get(OUTAGES) or 0)
 
 
 def _is_function(value: object) -> bool:

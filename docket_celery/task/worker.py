@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from celery import Celery, signals
@@ -51,6 +52,7 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
     pool = getattr(sender, "pool_cls", None)
     kind = get_implementation(pool) if isinstance(pool, str) else pool
     process.pool = None if kind is None else kind.__module__.rpartition(".")[2]
+    process.main_pid = os.getpid()
     process.app, process.slots = sender.app, max(1, int(getattr(sender, "concurrency", None) or 1))
     try:
         faults = find_faults(sender.app, process.pool)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from celery import Celery, states, uuid
 
-from docket_celery.task.retries import is_stored
+from docket_celery.task.backends import is_stored, patient
 
 pytestmark = [
     pytest.mark.integration,
@@ -57,3 +58,15 @@ def test_the_part_of_a_chord_that_was_never_counted_is_counted_once(app: Celery)
     assert is_stored(backend, copy, 1)
     assert is_stored(backend, copy, 1)
     assert backend.client.zcard(backend.get_key_for_group(group, ".j")) == 1
+
+
+@pytest.mark.parametrize("stored", ["SUCCESS", "STARTED"])
+def test_the_error_of_a_copy_replaces_no_success(tmp_path: Path, stored: str) -> None:
+    """A database takes any state for any task: a copy that fails after the original succeeded leaves its result."""
+    app = Celery("copies", backend=f"db+sqlite:///{tmp_path / 'results.db'}")
+    task_id = uuid()
+    app.backend.store_result(task_id, "the result", stored)
+    facts = {"delivery_info": {"redelivered": True}, "headers": {}, "chain": None, "errbacks": None}
+    copy = copy_of(task_id, **facts)
+    patient(app.backend).mark_as_failure(task_id, ValueError("the copy's"), request=copy)
+    assert app.backend.get_state(task_id) == ("SUCCESS" if stored == "SUCCESS" else "FAILURE")

@@ -22,7 +22,6 @@ pytestmark = pytest.mark.integration
 WAIT_S = 20
 CHANGED = {
     "worker_prefetch_multiplier": "1",
-    "worker_cancel_long_running_tasks_on_connection_loss": "True",
     "worker_soft_shutdown_timeout": "30.0",
     "result_chord_expires": "604800",
     "broker_transport_options": (

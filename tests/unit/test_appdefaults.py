@@ -10,7 +10,6 @@ from docket_celery.task.app_defaults import Change
 
 WANTED = {
     "worker_prefetch_multiplier": 1,
-    "worker_cancel_long_running_tasks_on_connection_loss": True,
     "worker_soft_shutdown_timeout": 30.0,
     "result_chord_expires": 604800,
 }

@@ -29,8 +29,7 @@ from docket_celery.errors import (
 )
 from docket_celery.store.records import UNFINISHED, Chunk, Lanes
 from docket_celery.task import app_settings, checks, chords, upload
-from docket_celery.task.chords import ATTACHED
-from docket_celery.task.on_commit import PREPARED
+from docket_celery.task.headers import PREPARED, WAITS_FOR_OTHER
 from examples.movies.graph import MOVIES, movie_graph
 from examples.movies.movies_pb2 import BatchStats, EnrichedMovie, Movie
 
@@ -410,6 +409,8 @@ def test_a_copy_that_waits_carries_its_list(app: Celery, stored: SQLStore) -> No
 
     big = MOVIES * 200
     again: Any = check_all
-    again.apply_async((big,), headers={ATTACHED: True, "docket_execution_id": "copy"}, **{PREPARED: True})
+    again.apply_async(
+        (big,), headers={WAITS_FOR_OTHER: True, "docket_execution_id": "copy"}, **{PREPARED: True}
+    )
     assert waiting(app)[0] == [big]
     assert stored.find_run("picky-task", "copy") is None

@@ -18,7 +18,7 @@ from docket_celery import SQLStore, graph_task
 from docket_celery.engine.process.state import process_defaults
 from docket_celery.errors import StoreUnavailable
 from docket_celery.store.records import Chunk, Lease, RunRequest
-from docket_celery.task.chords import EXECUTION_ID
+from docket_celery.task.headers import EXECUTION_ID
 from docket_celery.task.sweeper import Schedule, Sweeper
 from docket_celery.testing.workers import forget_connections
 from examples.movies.graph import movie_graph

@@ -17,7 +17,16 @@ from typing import Any
 from celery import Celery, current_task, signals
 from celery.utils.log import get_task_logger
 
-from docket_celery import AbortError, FixedBackoff, Graph, RetryPolicy, Scope, StepContext, graph_task
+from docket_celery import (
+    AbortError,
+    FixedBackoff,
+    Graph,
+    RetryPolicy,
+    Scope,
+    StepContext,
+    configure,
+    graph_task,
+)
 from docket_celery.engine.process.state import process_defaults
 from docket_celery.store import SQLStore
 from tests.integration.apps import book
@@ -33,6 +42,9 @@ if "LEASE_APP_VISIBILITY_S" in os.environ:
         "unacked_restore_interval": 1,
         "unacked_restore_throttle": 1,
     }
+
+if "LEASE_APP_CONFIGURED" in os.environ:
+    configure(app)
 
 logger = get_task_logger(__name__)
 caller: contextvars.ContextVar[str] = contextvars.ContextVar("caller", default="nobody")
@@ -98,6 +110,16 @@ def process(order: Order) -> Shipment:
 def process_again(order: Order) -> Shipment:
     """The same, with Celery's own retries."""
     raise NotImplementedError
+
+
+@app.task(name="lease.note")  # type: ignore[misc, unused-ignore] # celery's decorators are untyped
+def note(shipment: object) -> str:
+    """Write down that the task linked to a run was sent; return what it was given, as text."""
+    with book.open_database() as connection:
+        connection.execute(
+            "INSERT INTO test_acts (execution_id, step, delivery, pid) VALUES ('link', 'note', 1, 0)"
+        )
+    return str(type(shipment).__name__)
 
 
 @app.task(name="lease.collect")  # type: ignore[misc, unused-ignore] # celery's decorators are untyped

@@ -1,0 +1,129 @@
+"""How a GraphTask's result backend is used in a worker: it waits for a server that is away, and tells no wrong end.
+
+Celery stores a result once, after the run has ended. When that fails, or when a linked task cannot be published,
+it stores FAILURE instead, and the caller of a run that SUCCEEDED hears of an error. A GraphTask's run is in the
+store: its task is sent again instead, finds the run ended, and tells its outcome.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any, Final, cast
+
+from celery import states
+from celery.backends.redis import RedisBackend
+from celery.exceptions import OperationalError
+from kombu.exceptions import EncodeError
+
+from docket_celery.task.headers import PREPARED, UNTOLD, WAITS_FOR_OTHER
+
+_logger = logging.getLogger("docket_celery.task")
+_TWIN: Final = "docket_patient"
+_ENDED: Final = "docket_run_ended"
+_LONGEST_WAIT_S: Final = 15.0
+_MOST_TRIES: Final = 20
+"""Most deliveries that only have to tell an outcome, and most tries to publish one: five minutes of waits each."""
+_LONGEST_SLEEP_MS: Final = 1000
+
+
+def patient(backend: Any) -> Any:
+    """Return *backend* with the same connections, as a worker uses it for GraphTasks.
+
+    The backend itself serves the app's other tasks and stays as it is.
+    """
+    found = backend.__dict__.get(_TWIN)
+    if found is None:
+        kind: Any = backend.__class__
+        found = cast("Any", object).__new__(type(f"Patient{kind.__name__}", (_Patient, kind), {}))
+        # A client that is made on first use is made for both.
+        getattr(backend, "client", None)
+        found.__dict__.update(backend.__dict__)
+        found.always_retry = True
+        found.max_sleep_between_retries_ms = _LONGEST_SLEEP_MS
+        backend.__dict__[_TWIN] = found
+    return found
+
+
+def note_ended(request: Any) -> None:
+    """Note in a delivery's request that the store has its run's outcome: it must not be told as another one."""
+    setattr(request, _ENDED, True)
+
+
+def is_stored(backend: Any, request: Any, result: object) -> bool:
+    """Tell whether Celery has stored this task's success before, its links and chain sent by then.
+
+    The part of a chord is counted after that, so a worker that died in between has not counted it: it is counted
+    again where the backend knows parts by their id (Redis), since a chord that misses one never ends.
+
+    Args:
+        backend: The task's result backend.
+        request: The copy's request.
+        result: What the copy would return.
+    """
+    if request.ignore_result:
+        return False
+    try:
+        stored = backend.get_state(request.id)
+    except Exception as error:  # noqa: BLE001 -- without an answer the copy goes on, as Celery's own would
+        _logger.warning("cannot tell whether task %s is stored: %s", request.id, error)
+        return False
+    if stored != states.SUCCESS:
+        return False
+    if request.chord and isinstance(backend, RedisBackend):
+        backend.on_chord_part_return(request, states.SUCCESS, result)
+    return True
+
+
+class _Patient:
+    """Added to the class of a result backend."""
+
+    app: Any
+
+    def mark_as_failure(
+        self, task_id: str, exc: BaseException, traceback: Any = None, request: Any = None, **options: Any
+    ) -> None:
+        """Tell a failure, unless the run's outcome is another one."""
+        if request is not None and (_told_success(self, request) or _sent_again(self.app, request, exc)):
+            return
+        owner: Any = super()
+        owner.mark_as_failure(task_id, exc, traceback=traceback, request=request, **options)
+
+
+def _told_success(backend: Any, request: Any) -> bool:
+    """Tell whether *request* is a copy of a delivery whose success is stored: its own error is nobody's."""
+    headers: Mapping[str, Any] = request.headers or {}
+    info: Mapping[str, Any] = request.delivery_info or {}
+    if WAITS_FOR_OTHER not in headers and not info.get("redelivered"):
+        return False
+    return not request.ignore_result and bool(backend.get_state(request.id) == states.SUCCESS)
+
+
+def _sent_again(app: Any, request: Any, error: BaseException) -> bool:
+    """Send the task of an ended run again whose outcome could not be told because of *error*; tell if that worked."""
+    headers: Mapping[str, Any] = request.headers or {}
+    tries = int(headers.get(UNTOLD) or 0) + 1
+    if not getattr(request, _ENDED, False) or isinstance(error, EncodeError) or tries > _MOST_TRIES:
+        return False
+    again: Any = app.tasks[request.task].signature_from_request(
+        request,
+        countdown=_wait_s(tries),
+        retries=request.retries,
+        headers={**headers, UNTOLD: tries},
+        expires=None,
+    )
+    for attempt in range(1, _MOST_TRIES + 1):
+        try:
+            again.apply_async(add_to_parent=False, **{PREPARED: True})
+        except OperationalError as problem:
+            _logger.warning("task %s cannot be sent again to tell its outcome: %s", request.id, problem)
+            time.sleep(_wait_s(attempt))
+        else:
+            _logger.warning("task %s is sent again to tell the outcome of its run: %s", request.id, error)
+            return True
+    return False
+
+
+def _wait_s(tries: int) -> float:
+    return min(_LONGEST_WAIT_S, 2.0 ** (tries - 1))
