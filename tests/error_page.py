@@ -274,6 +274,17 @@ EXAMPLES = [
         shop.plan(Shipment, Order)
         """,
     ),
+    example(
+        "DC123",
+        "A step that takes what it returns",
+        """
+        @shop.step
+        def normalize(order: Order) -> Order:
+            return order
+
+        shop.validate()
+        """,
+    ),
 ]
 
 

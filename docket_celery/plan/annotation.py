@@ -14,6 +14,10 @@ from docket_celery.plan.context import StepContext
 from docket_celery.plan.messages import is_message_type, type_name
 
 _LIKE_LISTS = (Iterable, Iterator, Sequence, Collection, tuple, set)
+_PLAIN_MODULES = frozenset({"builtins", "datetime", "decimal", "enum", "typing", "uuid"})
+"""Their types are data, which belongs in a message."""
+_MOST_ALIASES = 32
+"""Longer chains of aliases are taken for endless ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +63,43 @@ class SignatureFault(Exception):
         self.texts, self.options, self.output = texts, tuple(options), output
 
 
+def resolve(annotation: Any) -> Any:
+    """Return what a type alias stands for, also behind ``Annotated``; anything else as it is.
+
+    An alias is ``type X = ...`` or a ``TypeAliasType`` of `typing` or ``typing_extensions``, also with parameters.
+
+    Raises:
+        SignatureFault: The alias leads to itself, or to a name that is not defined.
+    """
+    for _ in range(_MOST_ALIASES):
+        if typing.get_origin(annotation) is Annotated:
+            kind, *extras = typing.get_args(annotation)
+            plain = resolve(kind)
+            return annotation if plain is kind else Annotated[(plain, *extras)]
+        alias = typing.get_origin(annotation) or annotation
+        if type(alias).__name__ != "TypeAliasType":
+            return annotation
+        arguments = typing.get_args(annotation)
+        try:
+            value = alias.__value__
+            annotation = value[arguments] if arguments else value
+        except (NameError, AttributeError, TypeError) as error:
+            raise SignatureFault(f"the type alias {alias} cannot be read: {error}") from error
+        if isinstance(annotation, str):
+            raise SignatureFault(
+                f"the type alias {alias} holds the text {annotation!r}; write the type itself in it"
+            )
+    raise SignatureFault(f"the type alias {annotation} leads to itself; name a message type in it")
+
+
 def read_annotation(annotation: Any, what: str) -> ValueKey:
     """Return the value an annotation stands for.
 
     Raises:
         SignatureFault: It is not a message type (with at most one `Named`); *what* says whose annotation it is.
     """
-    name, kind = "", annotation
+    name, kind = "", resolve(annotation)
+    annotation = kind
     if typing.get_origin(annotation) is Annotated:
         kind, *extras = typing.get_args(annotation)
         names = [extra.name for extra in extras if isinstance(extra, Named)]
@@ -82,7 +116,7 @@ def read_annotation(annotation: Any, what: str) -> ValueKey:
             f"{what} is {shown}; of many messages take list[...] or Iterable[...], return list[...]"
         )
     raise SignatureFault(
-        f"{what} is {shown}, not a Protocol Buffers message; annotate it with a message type"
+        f"{what} is {shown}, not a Protocol Buffers message; {_mend_kind(kind, shown, what)}"
     )
 
 
@@ -92,6 +126,7 @@ def read_many(annotation: Any) -> tuple[Any, str] | None:
     ``Annotated[list[T], Named("x")]`` reads like ``list[Annotated[T, Named("x")]]``.
     """
     extras: tuple[Any, ...] = ()
+    annotation = resolve(annotation)
     if typing.get_origin(annotation) is Annotated:
         annotation, *rest = typing.get_args(annotation)
         extras = tuple(rest)
@@ -104,6 +139,7 @@ def read_many(annotation: Any) -> tuple[Any, str] | None:
 
 def is_context(annotation: Any) -> bool:
     """Tell whether it is `StepContext`, with or without ``Annotated``."""
+    annotation = resolve(annotation)
     if typing.get_origin(annotation) is Annotated:
         annotation = typing.get_args(annotation)[0]
     return annotation is StepContext
@@ -115,7 +151,8 @@ def is_union(annotation: Any) -> bool:
 
 
 def mentions_values(annotation: Any) -> bool:
-    """Tell whether a message type or `StepContext` stands anywhere in it: then it is meant to be given one."""
+    """Tell whether a message type or `StepContext` is part of it: then it is meant to be given one."""
+    annotation = resolve(annotation)
     if is_message_type(annotation) or annotation is StepContext:
         return True
     return any(mentions_values(part) for part in typing.get_args(annotation))
@@ -133,6 +170,21 @@ def show_annotation(annotation: Any) -> str:
     if isinstance(origin, type) and parts:
         return f"{origin.__name__}[{', '.join(map(show_annotation, parts))}]"
     return str(annotation)
+
+
+def _mend_kind(kind: Any, shown: str, what: str) -> str:
+    if isinstance(kind, typing.NewType):
+        base = show_annotation(kind.__supertype__)
+        named = f'Annotated[{base}, Named("{kind.__name__.lower()}")]'
+        return (
+            f"a NewType is {base} when the program runs; to tell two values of one type apart, write {named}"
+        )
+    if what.startswith("parameter") and isinstance(kind, type) and kind.__module__ not in _PLAIN_MODULES:
+        return (
+            f"a step takes messages alone; to give it a {shown}, make the step a class that holds one, with the "
+            "messages as parameters of its compute method, and register an instance (or the class with factory=)"
+        )
+    return "annotate it with a message type"
 
 
 def _mend_union(union: Any, what: str) -> str:

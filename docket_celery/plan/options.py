@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypedDict, cast
 
 if TYPE_CHECKING:
     # Settings use this module's limits, and pytest loads them in every environment: nothing heavy comes with them.
@@ -107,11 +107,26 @@ class RetryPolicy:
         max_attempts: Calls in one delivery, the first included; at least 1.
         backoff: The wait before each further call.
         redeliver: When the attempts are used up, let Celery deliver the run again later instead of failing it.
+
+    Raises:
+        TypeError: An argument does not exist.
+        ValueError: A value cannot be used.
     """
 
     max_attempts: int = 3
     backoff: Backoff = ExponentialBackoff()
     redeliver: bool = False
+
+    if not TYPE_CHECKING:
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: ARG004 -- __init__ takes them
+            unknown = sorted(set(kwargs) - {"max_attempts", "backoff", "redeliver"})
+            if unknown:
+                raise TypeError(
+                    f"RetryPolicy has no {', '.join(unknown)}; it takes max_attempts, which counts the first call "
+                    "(max_retries elsewhere does not), backoff and redeliver"
+                )
+            return object.__new__(cls)
 
     def __post_init__(self) -> None:
         if (

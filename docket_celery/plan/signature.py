@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from google.protobuf.message import Message
+
 from docket_celery.plan.annotation import (
     SignatureFault,
     ValueKey,
@@ -49,7 +51,8 @@ def read_signature(call: Callable[..., Any]) -> Signature:
             f"its signature cannot be read ({error}); wrap it in a plain function"
         ) from error
     function = _function(call)
-    hints = _hints(function)
+    hints = read_hints(function)
+    bound = _bound(call)
     faults = list(_shape_faults(call, function, parameters))
     output: ValueKey | None = None
     splits = False
@@ -61,7 +64,7 @@ def read_signature(call: Callable[..., Any]) -> Signature:
             faults += fault.texts
         for parameter in parameters:
             try:
-                inputs.add(parameter, hints.get(parameter.name))
+                inputs.add(parameter, hints.get(parameter.name), bound=parameter.name in bound)
             except SignatureFault as fault:
                 faults += fault.texts
     if faults or output is None:
@@ -102,19 +105,35 @@ class _Inputs:
     positional: list[int] = field(default_factory=list[int])
     keywords: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
     taken: dict[tuple[ValueKey, str], str] = field(default_factory=dict[tuple[ValueKey, str], str])
+    left_out: bool = False
 
-    def add(self, parameter: inspect.Parameter, annotation: Any) -> None:
-        """Take *parameter*; one that is no message may be left to its default."""
+    def add(self, parameter: inspect.Parameter, annotation: Any, *, bound: bool = False) -> None:
+        """Take *parameter*, unless it is bound or left to its default.
+
+        Args:
+            parameter: The next one.
+            annotation: Its type hint; None: it has none.
+            bound: A `functools.partial` gives it a value, which stays.
+        """
         what = f"parameter {parameter.name!r}"
         has_default = parameter.default is not inspect.Parameter.empty
-        if has_default and not mentions_values(annotation):
+        if bound or (has_default and not mentions_values(annotation)):
+            self.left_out = True
             return
+        if isinstance(parameter.default, Message):
+            raise SignatureFault(
+                f"{what} has a message as its default, and the run would give it another one; drop the default, or "
+                f"fix the value with functools.partial(..., {parameter.name}=...), which makes it no input"
+            )
         if annotation is None:
             raise SignatureFault(
                 f"{what} has no annotation; annotate it with its message type or StepContext"
             )
         index = -1 if is_context(annotation) else self._value(parameter.name, annotation, what)
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+        # By position it would be taken for the parameter that was left out before it.
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY or (
+            self.left_out and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        ):
             self.keywords.append((parameter.name, index))
         else:
             self.positional.append(index)
@@ -134,6 +153,15 @@ class _Inputs:
         self.keys.append(key)
         self.gathered.append(gathered)
         return len(self.keys) - 1
+
+
+def _bound(call: Callable[..., Any]) -> frozenset[str]:
+    """Return the parameters that partials give a value by name."""
+    names: set[str] = set()
+    while isinstance(call, functools.partial):
+        names.update(call.keywords)
+        call = call.func
+    return frozenset(names)
 
 
 def _function(call: Callable[..., Any]) -> Any:
@@ -178,20 +206,35 @@ def _shape_faults(
         yield f"parameter {shown} is variadic; name each input and annotate it with its message type"
 
 
-def _hints(function: Any) -> dict[str, Any]:
+def read_hints(function: Any) -> dict[str, Any]:
+    """Return the type hints of *function*, of a step or of a task's declaration.
+
+    Raises:
+        SignatureFault: One names what is not there when the program runs.
+    """
     try:
         return typing.get_type_hints(function, localns=_closure(function) or None, include_extras=True)
     except NameError as error:
-        if error.name and _is_for_checkers(function, error.name):
-            raise SignatureFault(
-                f"an annotation names {error.name}, which is imported under TYPE_CHECKING alone; a graph reads "
-                "annotations when it runs, so import it outside of that block"
-            ) from error
-        raise SignatureFault(
-            f"an annotation names something that is not defined: {error}; import it where the step is written"
-        ) from error
+        raise SignatureFault(_unknown_name(function, error)) from error
     except (AttributeError, SyntaxError, TypeError, ValueError) as error:
         raise SignatureFault(f"its annotations cannot be read: {error}") from error
+
+
+def _unknown_name(function: Any, error: NameError) -> str:
+    if error.name and _is_for_checkers(function, error.name):
+        return (
+            f"an annotation names {error.name}, which is imported under TYPE_CHECKING alone; a graph reads "
+            "annotations when it runs, so import it outside of that block"
+        )
+    if error.name and "<locals>" in getattr(function, "__qualname__", ""):
+        return (
+            f"an annotation names {error.name}, which its module does not define; annotations that are text (from "
+            f"__future__ import annotations) cannot name a type of the function around them: define {error.name} in "
+            "the module"
+        )
+    return (
+        f"an annotation names something that is not defined: {error}; import it where the function is written"
+    )
 
 
 def _closure(function: Any) -> dict[str, Any]:

@@ -23,7 +23,8 @@ class Wiring:
         steps: In the order of registration.
         producers: Which step makes a value; the first one where there are two (a fault).
         faults: What is wrong, each as one line with its code.
-        unread: What steps return whose signatures have faults; who needs it is not reported as well.
+        unread: What steps return that have faults of their own; who needs it is not reported as well.
+        unknown: There are steps whose result could not be read, so any value may be theirs.
     """
 
     graph: str
@@ -31,6 +32,7 @@ class Wiring:
     producers: Mapping[ValueKey, Step]
     faults: tuple[str, ...]
     unread: frozenset[ValueKey] = frozenset()
+    unknown: bool = False
 
     def names(self) -> frozenset[str]:
         """Return every name a step has or had."""
@@ -73,7 +75,9 @@ class Wiring:
         """
         known = dict.fromkeys(given)
         faults = [*self.faults, *_cycles(self, known)]
-        if complete:
+        if self.unknown:
+            pass
+        elif complete:
             faults += _missing(self, self.steps, known)
         elif target is not None:
             if target not in self.producers and target not in known and target not in self.unread:
@@ -90,6 +94,7 @@ def read_wiring(graph: str, registrations: Iterable[Registration]) -> Wiring:
     names: dict[str, str] = {}
     producers: dict[ValueKey, Step] = {}
     unread: set[ValueKey] = set()
+    unknown = False
     for registration in registrations:
         who = f"step {registration.name!r} ({registration.where})"
         first = names.get(registration.name)
@@ -105,8 +110,13 @@ def read_wiring(graph: str, registrations: Iterable[Registration]) -> Wiring:
             faults += (f"DC111 signature: {who}: {text}" for text in fault.texts)
             faults += (f"DC121 options: {who}: {text}" for text in fault.options)
             unread.update(() if fault.output is None else (fault.output,))
+            unknown = unknown or fault.output is None
             continue
         if first is not None:
+            unread.add(step.output)
+            continue
+        if step.output in step.inputs:
+            faults.append(_never_runs(step))
             unread.add(step.output)
             continue
         steps.append(step)
@@ -124,6 +134,15 @@ def read_wiring(graph: str, registrations: Iterable[Registration]) -> Wiring:
         producers=producers,
         faults=tuple(faults),
         unread=frozenset(unread),
+        unknown=unknown,
+    )
+
+
+def _never_runs(step: Step) -> str:
+    return (
+        f"DC123 never runs: step {step.name!r} ({step.where}) takes {step.output} and returns it; a value that is "
+        f"there is not made again, so the step waits for itself: return another type, or tell the two apart with "
+        f'Annotated[{step.output.kind.__name__}, Named("...")]'
     )
 
 

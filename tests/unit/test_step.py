@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional, Union
+from typing import Annotated, Any, NewType, Optional, TypeVar, Union
 
 import pytest
+from typing_extensions import TypeAliasType
 
 from docket_celery.errors import GraphError
 from docket_celery.graph import Graph
@@ -279,6 +281,31 @@ async def generating_on_loop(order: Order) -> Charge:  # type: ignore[misc] # no
     yield Charge()
 
 
+Paid = NewType("Paid", Order)
+Alias = TypeAliasType("Alias", Order)
+Endless = TypeAliasType("Endless", "Endless")  # type: ignore[misc]
+
+
+class Mailer:
+    """What a step works with, and no message."""
+
+
+def with_mailer(order: Order, mailer: Mailer) -> Charge:  # noqa: D103
+    return Charge()
+
+
+def of_new_type(order: Paid) -> Charge:  # noqa: D103
+    return Charge()
+
+
+def of_endless_alias(order: Endless) -> Charge:  # noqa: D103
+    return Charge()
+
+
+def with_default_message(order: Order, label: Label = Label()) -> Charge:  # noqa: B008, D103
+    return Charge()
+
+
 def named_nothing(order: Annotated[Order, Named("")]) -> Charge:  # noqa: D103
     return Charge()
 
@@ -321,6 +348,17 @@ def named_nothing(order: Annotated[Order, Named("")]) -> Charge:  # noqa: D103
         (generating, "it is a generator"),
         (generating_on_loop, "it is a generator"),
         (named_nothing, "Named takes 1 to 200 printable characters, not ''"),
+        (
+            with_mailer,
+            "parameter 'mailer' is Mailer, not a Protocol Buffers message; a step takes messages alone",
+        ),
+        (
+            with_mailer,
+            "make the step a class that holds one, with the messages as parameters of its compute method",
+        ),
+        (of_new_type, """to tell two values of one type apart, write Annotated[Order, Named("paid")]"""),
+        (of_endless_alias, "the type alias Endless"),
+        (with_default_message, "parameter 'label' has a message as its default"),
         (Charger, "is a class; register an instance"),
         (7, "neither a function nor an object with a compute method"),
     ],
@@ -406,16 +444,78 @@ def test_presets_are_overridden_one_by_one() -> None:
 
 
 def test_a_type_that_only_a_default_needs_is_not_an_input() -> None:
-    """A parameter that is no message keeps its default; a message parameter is an input, default or not."""
+    """A parameter that is no message keeps its default, also where inputs follow it."""
     graph = Graph("shop")
 
     @graph.step
-    def ship(order: Order, label: Label = Label(text="none"), copies: int = 2) -> Shipment:  # noqa: B008
-        return Shipment(tracking_id=f"{label.text} {copies}")
+    def ship(order: Order, copies: int = 2, ctx: StepContext = None) -> Shipment:  # type: ignore[assignment]
+        return Shipment(tracking_id=f"{order.order_id} {copies} {ctx.step}")
 
-    with pytest.raises(GraphError, match=r"needs docket\.tests\.unit\.Label"):
-        graph.plan(Shipment, Order)
-    assert graph.execute(Shipment, Order(), Label(text="red")) == Shipment(tracking_id="red 2")
+    assert graph.execute(Shipment, Order(order_id="17")) == Shipment(tracking_id="17 2 ship")
+
+
+def test_a_bound_message_stays_and_is_no_input() -> None:
+    """What a partial fixes is the step's own, in a run and where the graph makes such a value too."""
+    graph = Graph("shop")
+
+    def ship(order: Order, label: Label, charge: Charge) -> Shipment:
+        return Shipment(tracking_id=f"{order.order_id} {label.text} {charge.charge_id}")
+
+    graph.register(functools.partial(ship, label=Label(text="bound")), name="ship")
+    graph.register(charge)
+
+    @graph.step
+    def print_label(order: Order) -> Label:
+        return Label(text=order.order_id)
+
+    plan = graph.plan(Shipment, Order)
+    assert list(plan) == ["charge", "ship"]
+    assert graph.execute(Shipment, Order(order_id="17")) == Shipment(tracking_id="17 bound plain 17")
+
+
+def test_an_alias_is_what_it_stands_for() -> None:
+    """As an input, a result, in a list, with a name, and behind another alias."""
+    item = TypeVar("item")
+    many = TypeAliasType("many", list[item], type_params=(item,))
+    tax = TypeAliasType("tax", Annotated[Money, Named("tax")])
+    context = TypeAliasType("context", StepContext)
+
+    def split(order, ctx):  # type: ignore[no-untyped-def]
+        return [Money(cents=order.amount_cents), Money(cents=1)]
+
+    def merge(parts):  # type: ignore[no-untyped-def]
+        return Money(cents=sum(part.cents for part in parts))
+
+    def bill(tax):  # type: ignore[no-untyped-def]
+        return Charge(charge_id=str(tax.cents))
+
+    split.__annotations__ = {"order": TypeAliasType("again", Alias), "ctx": context, "return": many[Money]}
+    merge.__annotations__ = {"parts": many[Money], "return": tax}
+    bill.__annotations__ = {"tax": Annotated[tax, "theirs"], "return": Charge}
+    graph = Graph("shop")
+    graph.register(split)
+    graph.register_aggregate(merge)
+    graph.register(bill)
+    assert graph.execute(Charge, Order(amount_cents=16)) == Charge(charge_id="17")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="the syntax is of Python 3.12")
+def test_a_type_statement_is_an_alias() -> None:
+    """PEP 695's own form, whose value is looked up late."""
+    space: dict[str, Any] = {"Order": Order, "Charge": Charge}
+    exec("type Job = Order\ndef charge(order: Job) -> Charge: return Charge(charge_id=order.order_id)", space)  # noqa: S102
+    graph = Graph("shop")
+    graph.register(space["charge"])
+    assert graph.execute(Charge, Order(order_id="17")) == Charge(charge_id="17")
+
+
+def test_retries_by_another_name_lead_to_max_attempts() -> None:
+    """The first call counts here and not there, so nothing is translated in silence."""
+    arguments: dict[str, Any] = {"max_retries": 3}
+    with pytest.raises(
+        TypeError, match=r"no max_retries; it takes max_attempts, which counts the first call"
+    ):
+        RetryPolicy(**arguments)
 
 
 def reserve(charge: Charge) -> Reservation:
@@ -477,6 +577,25 @@ def test_a_type_that_only_checkers_import_is_named_with_the_reason(tmp_path: Pat
     graph.register(module["charge"])
     with pytest.raises(
         GraphError, match=r"names Order, which is imported under TYPE_CHECKING alone.*outside of that"
+    ):
+        graph.validate()
+
+
+def test_a_local_type_in_text_is_explained() -> None:
+    """``from __future__ import annotations`` inside of a function is the second commonest way."""
+    source = """
+from __future__ import annotations
+def make():
+    from tests.unit.protos.shop_pb2 import Order, Charge
+    def charge(order: Order) -> Charge: return Charge()
+    return charge
+"""
+    space: dict[str, Any] = {}
+    exec(source, space)  # noqa: S102 -- a module of the test's own
+    graph = Graph("shop")
+    graph.register(space["make"]())
+    with pytest.raises(
+        GraphError, match="Order, which its module does not define; annotations that are text"
     ):
         graph.validate()
 

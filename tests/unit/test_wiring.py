@@ -68,10 +68,37 @@ def test_a_cycle_is_shown_as_a_path() -> None:
     assert "break it by" in fault
 
 
-def test_a_step_that_needs_its_own_result_is_a_cycle() -> None:
-    """The shortest path there is."""
-    (fault,) = faults(build({"a": ["a"]}, total))
-    assert fault.startswith("DC115 cycle: 'a' needs 'a'")
+def test_a_step_that_takes_what_it_returns_can_never_run() -> None:
+    """Given the value it is not called, without it it waits for itself; both are refused, by its own code."""
+
+    def normalize(order: Order) -> Order:
+        return order
+
+    for given in ((), (Order,)):
+        graph = Graph("shop")
+        graph.register(normalize)
+        graph.register(charge)
+        (fault,) = faults(graph, *given)
+        assert fault.startswith("DC123 never runs: step 'normalize' (")
+        assert 'Annotated[Order, Named("...")]' in fault
+        with pytest.raises(GraphError, match="DC123"):
+            graph.execute(Charge, Order())
+
+
+def test_a_step_whose_result_cannot_be_read_is_the_only_fault() -> None:
+    """It may return what others need and callers ask for, so neither is reported as missing."""
+    graph = Graph("shop")
+
+    def broken(order: Order):  # type: ignore[no-untyped-def]
+        return Charge()
+
+    graph.register(broken)
+    graph.register(reserve)
+    (fault,) = faults(graph, Order)
+    assert fault.startswith("DC111 signature: step 'broken'")
+    with pytest.raises(GraphError) as caught:
+        graph.plan(Shipment, Order)
+    assert [text[:5] for text in caught.value.faults] == ["DC111"]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +201,11 @@ def test_all_faults_stand_in_one_report() -> None:
     graph.register(charge)
     graph.register(charge, name="again")
     graph.register(label, name="again")
-    graph.register(lambda _order: Label(), name="untyped")
+
+    def untyped(_order, _count: int) -> Reservation:  # type: ignore[no-untyped-def]
+        return Reservation()
+
+    graph.register(untyped)
     add_step(graph, "lonely", ["nowhere"], total)
     codes = sorted(fault[:5] for fault in faults(graph, Order))
     assert codes == ["DC111", "DC111", "DC112", "DC113", "DC114", "DC115"]
