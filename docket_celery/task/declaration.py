@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dis
 import inspect
-import json
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -245,22 +244,6 @@ def add_routing(declared: Mapping[str, Any], options: Mapping[str, Any]) -> dict
     # A queue and an exchange are two ways to say where: what is said here replaces the whole.
     left_out = _DESTINATION if any(name in given for name in _DESTINATION) else ()
     return {**options, **{k: v for k, v in declared.items() if k not in given and k not in left_out}}
-
-
-def json_values(context: object) -> dict[str, Any]:
-    """Return *context* if it can travel.
-
-    Raises:
-        InvalidArguments: It is not a mapping with text keys and JSON values.
-    """
-    if not isinstance(context, Mapping):
-        raise InvalidArguments("context", f"must be a mapping of JSON values, not {type(context).__name__}")
-    values: dict[str, Any] = {str(key): value for key, value in typing.cast("Any", context).items()}
-    try:
-        json.dumps(values)
-    except (TypeError, ValueError) as error:
-        raise InvalidArguments("context", f"must hold JSON values only: {error}") from None
-    return values
 
 
 def is_empty(function: Callable[..., Any]) -> bool:

@@ -19,7 +19,8 @@ from docket_celery.plan.messages import brief
 from docket_celery.plan.plan import Plan
 from docket_celery.store.identity import check_execution_id
 from docket_celery.task import app_settings, chords, envelope, large_jobs, result, upload
-from docket_celery.task.declaration import Declaration, add_routing, json_values
+from docket_celery.task.context import read_context, write_context
+from docket_celery.task.declaration import Declaration, add_routing
 from docket_celery.task.headers import (
     BATCH,
     CONTEXT,
@@ -75,7 +76,7 @@ class SubmittedTask(OnCommitTask[P, R]):
             task_id: As in Celery; the run is named by *execution_id*.
             *more: Celery's further positional options.
             execution_id: Names the run; default: the task's ``execution_id`` function, else the task id.
-            context: JSON values for ``ctx.values``.
+            context: JSON values for ``ctx.values``: at most 16 KiB as JSON, 32 levels, without NaN and Infinity.
             **options: Celery's own; of a batch also ``on_error``, ``max_failed``, ``chunk_size`` and
                 ``max_concurrency``, in place of the task's.
 
@@ -115,7 +116,7 @@ class SubmittedTask(OnCommitTask[P, R]):
             items: Messages, or their JSON form; any iterable, read once, here and now.
             *others: The messages that all items share, in the order of the task's other parameters.
             execution_id: As for `apply_async`; the task's own function is not asked, since it takes the whole list.
-            context: JSON values for ``ctx.values``.
+            context: JSON values for ``ctx.values``: at most 16 KiB as JSON, 32 levels, without NaN and Infinity.
             task_id: As in Celery.
             **options: As for `apply_async`.
 
@@ -222,8 +223,10 @@ class SubmittedTask(OnCommitTask[P, R]):
         named_run = headers.get(EXECUTION_ID) if execution_id is None else execution_id
         if named_run is not None:
             headers[EXECUTION_ID] = check_execution_id(named_run)
-        if context is not None:
-            headers[CONTEXT] = json_values(context)
+        if context is not None or CONTEXT in headers:
+            # In the headers of a running task it is a text already; older versions and callers may have a mapping.
+            values = read_context(headers.get(CONTEXT)) if context is None else context
+            headers[CONTEXT] = write_context(values)
 
     @classmethod
     def plan(cls) -> Plan:

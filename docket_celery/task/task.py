@@ -23,6 +23,7 @@ from docket_celery.graph import Graph
 from docket_celery.plan.messages import Value
 from docket_celery.store.identity import check_execution_id
 from docket_celery.task import app_settings, backends, chords, envelope, large_jobs, result, sweeper, worker
+from docket_celery.task.context import read_context
 from docket_celery.task.declaration import Declaration, read_function, read_generic, take_routing
 from docket_celery.task.headers import (
     CELERY_RETRIES,
@@ -168,7 +169,7 @@ class GraphTask(SubmittedTask[P, R]):
         skipped = _skipped(request)
         return Submission(
             execution_id=check_execution_id(execution_id or request.id),
-            values=headers.get(CONTEXT) or {},
+            values=read_context(headers.get(CONTEXT)),
             job_digest=None if digest is None else base64.b64decode(digest),
             timeout_s=app_settings.deadline_s(self, request),
             number=request.retries + 1,
