@@ -21,6 +21,7 @@ from docket_celery.store.identity import check_execution_id
 from docket_celery.task import app_settings, chords, envelope, large_jobs, result, upload
 from docket_celery.task.context import read_context, write_context
 from docket_celery.task.declaration import Declaration, add_routing
+from docket_celery.task.delays import whole_seconds
 from docket_celery.task.headers import (
     BATCH,
     CONTEXT,
@@ -167,7 +168,7 @@ class SubmittedTask(OnCommitTask[P, R]):
 
     def _publish(self, *args: Any, **options: Any) -> GraphResult[R]:
         submit = cast("Callable[..., GraphResult[R]]", super().apply_async)
-        return submit(*args, **add_routing(self.routing, options))
+        return submit(*args, **whole_seconds(self.app, add_routing(self.routing, options)))
 
     def apply(
         self,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,20 @@ def test_parts_of_a_delayed_batch_do_not_wait_again(urls: Urls, quorum: list[str
         assert delay_s - 0.5 < took_s < 2 * delay_s
         assert "exchange=orders(topic)" in worker.read_log()
         assert "do not support direct exchanges" not in worker.read_log()
+
+
+@pytest.mark.parametrize("wait", [{"countdown": 0.2}, {"countdown": 1.5}, {"eta": 0.5}], ids=str)
+def test_short_waits_of_delayed_messages_are_whole_seconds(
+    urls: Urls, quorum: list[str], tmp_path: Path, wait: dict[str, Any]
+) -> None:
+    """The caller's, and that of the retry in the worker: Celery would cut them down to 0 and fail to publish."""
+    if "eta" in wait:
+        wait = {"eta": datetime.now(UTC) + timedelta(seconds=wait["eta"])}
+    with serving(batches.app, urls, tmp_path, args=quorum) as worker:
+        movie = Movie(title=f"{unique('again')}:fail-once:1", rating=7)
+        rated = batches.rate_again.apply_async((movie,), **wait).get(timeout=WAIT_S)
+        assert rated.rating_percentile == 7
+        assert "could not be published" not in worker.read_log()
 
 
 def test_chunks_of_a_killed_worker_are_delivered_again_at_once(urls: Urls, tmp_path: Path) -> None:

@@ -78,6 +78,14 @@ def summarize(document: Document) -> DocumentSummary:
     raise NotImplementedError
 
 
+@graph_task(
+    app, acting, name="batches.rate_again", autoretry_for=(ConnectionError,), retry_kwargs={"countdown": 0.2}
+)
+def rate_again(movie: Movie) -> EnrichedMovie:
+    """One movie, once more after a failure, at once."""
+    raise NotImplementedError
+
+
 @graph_task(app, acting, chunk_size=2)
 def rate_all(movies: list[Movie]) -> list[EnrichedMovie]:
     """One stage."""
