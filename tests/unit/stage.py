@@ -7,6 +7,7 @@ it does for a process that dies there.
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -158,6 +159,8 @@ class Cast:
         """Run one delivery to its end; never hangs a test."""
         if threads and type(process_runtime(threads).timer) is Timer:
             process_runtime(threads).timer = self.deadlines.timer()
+            # The model knows no such limit, and on a busy machine bodies that were let go take their time to leave.
+            process_runtime(threads).pool._most_abandoned = sys.maxsize
         submission = Submission(
             execution_id=run, max_concurrency=limit, listeners=graph.listeners, may_help=threads != 2
         )
