@@ -10,16 +10,22 @@ from docket_celery.task import checks
 
 
 @click.command()
+@click.option("--no-database", is_flag=True, help="Check settings and wiring alone, as where no database is.")
 @click.pass_context
-def check(ctx: click.Context) -> None:
-    """Check the settings, the wiring of every GraphTask, and the database's tables. Exit status 1 if at fault."""
+def check(ctx: click.Context, no_database: bool) -> None:
+    """Check the settings, the wiring of every GraphTask, and the database's tables. Exit status 1 if at fault.
+
+    Steps that are in no task's plan are reported as warnings.
+    """
     app = loaded_app(ctx)
     tasks = list(checks.graph_tasks(app))
-    faults = checks.find_faults(app)
+    faults = checks.find_faults(app, database=not no_database)
     for fault in faults:
         click.echo(fault, err=True)
     if faults:
         raise click.ClickException(f"{len(faults)} fault{'s' if len(faults) != 1 else ''}")
+    for unused in checks.find_unused(app):
+        click.echo(f"warning: {unused}", err=True)
     for task in tasks:
         click.echo(f"{task.name}: {task.plan()!r}")
     click.echo(f"{len(tasks)} GraphTask{'s' if len(tasks) != 1 else ''} checked")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import enum
 import random
 from collections.abc import Callable, Iterator
@@ -210,6 +211,19 @@ class StepOptions:
         return replace(self, **changes)
 
 
+_ATTEMPTS = "retry=RetryPolicy(max_attempts=...)"
+# What Celery and others call it: spelling alone would lead from retries to retriable.
+_ELSEWHERE = {
+    **dict.fromkeys(("retries", "max_retries", "attempts", "max_attempts"), _ATTEMPTS),
+    **dict.fromkeys(("backoff", "retry_backoff", "retry_policy"), "retry=RetryPolicy(backoff=...)"),
+    **dict.fromkeys(("autoretry_for", "retry_on", "retry_for"), "retriable="),
+    **dict.fromkeys(("time_limit", "soft_time_limit", "deadline"), "timeout="),
+    **dict.fromkeys(("cached", "checkpoint", "persistence", "scope"), "persist=Scope.WORKFLOW or GLOBAL"),
+    **dict.fromkeys(("concurrency", "max_concurrency", "rate_limit"), "max_concurrent="),
+    "expires": "ttl=",
+}
+
+
 class StepOptionFields(TypedDict, total=False):
     """The fields of `StepOptions` as keywords, for type checkers."""
 
@@ -225,6 +239,14 @@ class StepOptionFields(TypedDict, total=False):
     on_input_change: Literal["reuse", "error"]
     renamed_from: tuple[str, ...]
     max_concurrent: int | None
+
+
+def nearest_option(name: str) -> str:
+    """Return the option that *name* stands for in other libraries, or the one spelled most like it, or ''."""
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name]
+    close = difflib.get_close_matches(name, StepOptions.__dataclass_fields__, n=1)
+    return f"{close[0]}=" if close else ""
 
 
 def option_faults(options: StepOptions) -> list[str]:

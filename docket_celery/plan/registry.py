@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar, Unpack, overload
 
@@ -12,7 +11,7 @@ from google.protobuf.message import Message
 from docket_celery.errors import GraphError, InvalidArguments
 from docket_celery.plan.annotation import SignatureFault, ValueKey, read_many
 from docket_celery.plan.messages import is_message_type
-from docket_celery.plan.options import StepOptionFields, StepOptions
+from docket_celery.plan.options import StepOptionFields, StepOptions, nearest_option
 from docket_celery.plan.override import Overriding, Substitute, find_step, read_overrides
 from docket_celery.plan.plan import Plan
 from docket_celery.plan.stages import Asked, compile_asked, find_faults
@@ -34,18 +33,6 @@ Makes = Callable[[], C] | Callable[[], AbstractContextManager[C]]
 """Returns the instance, or a context manager to enter for it."""
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=Message)
-
-_ATTEMPTS = "retry=RetryPolicy(max_attempts=...)"
-# What Celery and others call it: spelling alone would lead from retries to retriable.
-_ELSEWHERE = {
-    **dict.fromkeys(("retries", "max_retries", "attempts", "max_attempts"), _ATTEMPTS),
-    **dict.fromkeys(("backoff", "retry_backoff", "retry_policy"), "retry=RetryPolicy(backoff=...)"),
-    **dict.fromkeys(("autoretry_for", "retry_on", "retry_for"), "retriable="),
-    **dict.fromkeys(("time_limit", "soft_time_limit", "deadline"), "timeout="),
-    **dict.fromkeys(("cached", "checkpoint", "persistence", "scope"), "persist=Scope.WORKFLOW or GLOBAL"),
-    **dict.fromkeys(("concurrency", "max_concurrency", "rate_limit"), "max_concurrent="),
-    "expires": "ttl=",
-}
 
 
 class Registry:
@@ -286,6 +273,15 @@ class Registry:
                     self._plans[asked] = found
         return found
 
+    def unplanned(self, plans: Iterable[Plan]) -> list[Step]:
+        """Return the steps that are in none of *plans*.
+
+        Raises:
+            GraphError: The graph has faults.
+        """
+        planned = {name for plan in plans for name in plan}
+        return [step for step in self._read().steps if step.name not in planned]
+
     def missing(self, target: ValueKey, given: Collection[ValueKey]) -> list[ValueKey]:
         """Return what the way to *target* needs besides *given* and no step returns."""
         producers = self._read().producers
@@ -343,17 +339,9 @@ def _options(preset: StepOptions | None, options: dict[str, Any]) -> StepOptions
     try:
         return (preset or StepOptions()).override(**options)
     except TypeError as error:
-        hints = [_nearest(name) for name in options if name not in StepOptions.__dataclass_fields__]
+        hints = [nearest_option(name) for name in options if name not in StepOptions.__dataclass_fields__]
         near = ", ".join(hint for hint in hints if hint)
         raise TypeError(f"{error}; did you mean {near}?" if near else str(error)) from None
-
-
-def _nearest(name: str) -> str:
-    """Return the option that *name* stands for in other libraries, or the one spelled most like it, or ''."""
-    if name in _ELSEWHERE:
-        return _ELSEWHERE[name]
-    close = difflib.get_close_matches(name, StepOptions.__dataclass_fields__, n=1)
-    return f"{close[0]}=" if close else ""
 
 
 def given_keys(kinds: Sequence[object], where: str) -> tuple[tuple[ValueKey, ...], ValueKey | None]:

@@ -42,12 +42,29 @@ def graph_tasks(app: Celery) -> Iterator[TaskClass]:
             yield tasks[name]
 
 
-def find_faults(app: Celery, pool: str | None = None) -> list[str]:
+def find_unused(app: Celery) -> list[str]:
+    """Return the steps of *app*'s graphs that no task's plan holds, as text for people.
+
+    Raises:
+        GraphError: A graph has faults.
+    """
+    plans: dict[Graph, list[Plan]] = {}
+    for task in graph_tasks(app):
+        plans.setdefault(task.graph, []).append(task.plan())
+    return [
+        f"step {step.name!r} ({step.where}) of graph {graph.name!r} is in no task's plan: none needs {step.output}"
+        for graph, known in plans.items()
+        for step in graph.unplanned(known)
+    ]
+
+
+def find_faults(app: Celery, pool: str | None = None, *, database: bool = True) -> list[str]:
     """Return what would keep *app*'s GraphTasks from keeping their promises, as text for people.
 
     Args:
         app: The app, with its tasks imported.
         pool: The worker's pool, where one is about to start.
+        database: Look at the database as well; else at settings and wiring alone.
     """
     try:
         found = check_settings(app)
@@ -61,6 +78,8 @@ def find_faults(app: Celery, pool: str | None = None) -> list[str]:
     for task in graph_tasks(app):
         try:
             plan = task.plan()
+            if not database:
+                continue
             spread = task.graph.find_batch_store(plan, found)
             store = task.graph.find_store(plan, found) if plan.persists and spread is None else spread
             if spread is not None and (fault := _backend_fault(task, pool)) is not None:

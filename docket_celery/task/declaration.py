@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import dis
+import difflib
+import functools
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from google.protobuf.message import Message
 
 from docket_celery.errors import InvalidArguments, InvalidDeclaration
 from docket_celery.graph import Graph
-from docket_celery.plan.annotation import SignatureFault, ValueKey, read_annotation, read_many
+from docket_celery.plan.annotation import (
+    SignatureFault,
+    ValueKey,
+    is_context,
+    read_annotation,
+    read_many,
+    resolve,
+)
 from docket_celery.plan.batch import BatchResult
-from docket_celery.plan.context import StepContext
 from docket_celery.plan.messages import Value, from_json_object, type_name
+from docket_celery.plan.options import RetryPolicy, Scope, StepOptions, nearest_option
 from docket_celery.plan.plan import Plan
+from docket_celery.plan.signature import read_hints
 from docket_celery.task.envelope import Result, Results, Undecodable
 
 NameFunction = (
@@ -29,20 +39,41 @@ NameFunction = (
     | Callable[[Any, Any, Any, Any, Any], str]
 )
 """From a task's messages, the name of their run. By arity, since strict checkers refuse a lambda for ``...``."""
-_EMPTY_OPS = frozenset(
-    {"RESUME", "NOP", "LOAD_CONST", "RETURN_VALUE", "RETURN_CONST", "NOT_TAKEN", "COPY_FREE_VARS"}
-)
 _DESTINATION = ("queue", "exchange", "exchange_type", "routing_key")
 _MANNER = ("delivery_mode", "priority")
-_RAISING_OPS = _EMPTY_OPS | {
-    "LOAD_GLOBAL",
-    "PUSH_NULL",
-    "PRECALL",
-    "CALL",
-    "RAISE_VARARGS",
-    "POP_TOP",
-    "CACHE",
-}
+STEP_ONLY: Final = frozenset(StepOptions.__dataclass_fields__) - {"name"}
+_PLAIN_STEP_OPTIONS = STEP_ONLY - {"retry", "version", "key", "cache"}
+_DECORATOR_OPTIONS = frozenset(
+    {
+        *(
+            "base",
+            "bind",
+            "connection",
+            "exchange",
+            "exchange_type",
+            "execution_id",
+            "filter",
+            "graph",
+            "lazy",
+            "name",
+        ),
+        *("compression", "delivery_mode", "priority", "queue", "routing_key", "shared"),
+    }
+)
+"""What Celery's decorator takes besides the attributes of the class."""
+_BELONGS = (
+    "{name}= is an option of a step; give it to graph.step(...), or to all steps with Graph(defaults=...)"
+)
+_EMPTY_BODIES = (
+    "pass",
+    "'text'",
+    "raise NotImplementedError",
+    "'text'; raise NotImplementedError",
+    "raise NotImplementedError()",
+    "'text'; raise NotImplementedError()",
+    "raise NotImplementedError('text')",
+    "'text'; raise NotImplementedError('text')",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,16 +227,16 @@ def read_function(task: str, function: Callable[..., Any]) -> Declaration:
         )
     signature = inspect.signature(function)
     try:
-        hints = typing.get_type_hints(function, include_extras=True)
-    except (NameError, AttributeError, SyntaxError, TypeError) as error:
-        raise InvalidDeclaration(task, f"its annotations cannot be read: {error}") from error
+        hints = read_hints(function)
+    except SignatureFault as fault:
+        raise InvalidDeclaration(task, str(fault)) from fault
     given: list[ValueKey] = []
     for name, parameter in signature.parameters.items():
         if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
             raise InvalidDeclaration(task, f"parameter {name!r} is variadic; name each message")
         if parameter.default is not inspect.Parameter.empty:
             raise InvalidDeclaration(task, f"parameter {name!r} has a default; a job is always given whole")
-        if hints.get(name) is StepContext:
+        if is_context(hints.get(name)):
             raise InvalidDeclaration(task, f"parameter {name!r} is a StepContext; only steps get one")
         given.append(_hint(task, hints, name, f"parameter {name!r}"))
     return _declaration(task, signature, given, _hint(task, hints, "return", "its result"))
@@ -224,6 +255,107 @@ def read_generic(task: str, arguments: tuple[Any, ...]) -> Declaration:
         inspect.Parameter(f"input_{n}", inspect.Parameter.POSITIONAL_ONLY) for n, _ in enumerate(kinds, 1)
     ]
     return _declaration(task, inspect.Signature(parameters), list(kinds), arguments[1])
+
+
+def check_options(task: str, options: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse what is no option of a task.
+
+    Args:
+        task: The task's name.
+        options: As they were given to the decorator.
+        known: The attributes of the task's class.
+
+    Raises:
+        InvalidDeclaration: One belongs to a step, or does not exist.
+    """
+    check_step_options(task, options)
+    for name in options:
+        if name in STEP_ONLY:
+            raise InvalidDeclaration(task, _BELONGS.format(name=name))
+        if name in known or name in _DECORATOR_OPTIONS or name.startswith("_"):
+            continue
+        close = difflib.get_close_matches(name, [each for each in known if each[0] != "_"], n=1, cutoff=0.85)
+        if close:
+            hint = f"did you mean {close[0]}=?"
+        elif nearest := nearest_option(name):
+            hint = f"if it is meant for a step, write {nearest} in graph.step(...)"
+        else:
+            hint = "see Celery's task options; attributes of your own go on a class GraphTask[[...], ...]"
+        raise InvalidDeclaration(task, f"{name}= is no option of a task; {hint}")
+
+
+def check_step_options(task: str, attributes: Mapping[str, Any]) -> None:
+    """Refuse class attributes that are plainly options of a step.
+
+    Raises:
+        InvalidDeclaration: One is.
+    """
+    for name, value in attributes.items():
+        # `retry` is a method of Celery's tasks, which a class may override.
+        if name in _PLAIN_STEP_OPTIONS or (name in STEP_ONLY and isinstance(value, (RetryPolicy, Scope))):
+            raise InvalidDeclaration(task, _BELONGS.format(name=name))
+
+
+def check_name_function(task: str, function: Callable[..., Any] | None, given: Sequence[ValueKey]) -> None:
+    """Refuse an ``execution_id`` that does not take the messages, one parameter for each.
+
+    Raises:
+        InvalidDeclaration: It does not.
+    """
+    if function is None:
+        return
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*given)
+    except TypeError as error:
+        first = next(iter(signature.parameters), "")
+        fix = (
+            f"drop {first}: it is called with the messages alone" if first in ("self", "cls") else str(error)
+        )
+        problem = f"execution_id takes {signature}, and the task has {len(given)} message(s); {fix}"
+        raise InvalidDeclaration(task, problem) from None
+
+
+def note_graph(app: Any, task: str, graph: Graph, where: str) -> None:
+    """Note that *task* of *app* runs *graph*: runs and checkpoints are kept by the graph's name.
+
+    Args:
+        app: The Celery app.
+        task: The task's name. Declared again, as by a reload of its module, it brings its graph along.
+        graph: The graph.
+        where: Where the task is declared.
+
+    Raises:
+        InvalidDeclaration: Another graph of that name has tasks in this app.
+    """
+    app = getattr(app, "_get_current_object", lambda: app)()
+    graphs = _graphs.setdefault(app, {})
+    known = graphs.get(graph.name)
+    first = None if known is None else known.graph()
+    if known is None or first is None or (task in known.tasks and first is not graph):
+        graphs[graph.name] = _GraphTasks(weakref.ref(graph), {task: where})
+    elif first is graph:
+        known.tasks.setdefault(task, where)
+    else:
+        other, place = next(iter(known.tasks.items()))
+        raise InvalidDeclaration(
+            task,
+            f"its graph ({where}) is another Graph object named {graph.name!r} than that of task {other} ({place}); "
+            "runs are stored by the graph's name and would be one another's: share one Graph, or rename one of them",
+        )
+
+
+class _GraphTasks(NamedTuple):
+    """The tasks of one graph, by name, with where they are declared."""
+
+    graph: weakref.ref[Graph]
+    tasks: dict[str, str]
+
+
+_graphs: weakref.WeakKeyDictionary[Any, dict[str, _GraphTasks]] = weakref.WeakKeyDictionary()
 
 
 def take_routing(cls: type) -> dict[str, Any]:
@@ -249,14 +381,24 @@ def add_routing(declared: Mapping[str, Any], options: Mapping[str, Any]) -> dict
 def is_empty(function: Callable[..., Any]) -> bool:
     """Tell whether a body is nothing but a docstring, ``...``, ``pass`` or ``raise NotImplementedError``."""
     code = getattr(inspect.unwrap(function), "__code__", None)
-    if not isinstance(code, types.CodeType):
-        return False
-    instructions = list(dis.get_instructions(code))
-    used = {instruction.opname for instruction in instructions}
-    if "RAISE_VARARGS" in used:
-        return code.co_names == ("NotImplementedError",) and used <= _RAISING_OPS
-    constants = {i.argval for i in instructions if i.opname in ("LOAD_CONST", "RETURN_CONST")}
-    return used <= _EMPTY_OPS and constants <= {None}
+    return isinstance(code, types.CodeType) and _body(code) in _empty_bodies()
+
+
+@functools.cache
+def _empty_bodies() -> frozenset[tuple[Any, ...]]:
+    """Return what the running interpreter makes of bodies that do nothing."""
+    codes: list[types.CodeType] = []
+    for text in _EMPTY_BODIES:
+        module = compile(f"def empty(): {text}", "empty", "exec", dont_inherit=True)
+        codes += [each for each in module.co_consts if isinstance(each, types.CodeType)]
+    return frozenset(_body(code) for code in codes)
+
+
+def _body(code: types.CodeType) -> tuple[Any, ...]:
+    """Return what *code* does, whatever its parameters and texts are."""
+    texts = tuple("text" if isinstance(each, str) else each for each in code.co_consts)
+    kind = code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR)
+    return code.co_code, code.co_names, texts, kind
 
 
 def _declaration(task: str, signature: inspect.Signature, hints: list[Any], result: Any) -> Declaration:
@@ -281,6 +423,7 @@ def _declaration(task: str, signature: inspect.Signature, hints: list[Any], resu
 
 
 def _target(task: str, result: Any) -> tuple[ValueKey, Literal["one", "list", "BatchResult"]]:
+    result = resolve(result)
     if typing.get_origin(result) is BatchResult:
         return _annotation(task, typing.get_args(result)[0], "its result"), "BatchResult"
     many = read_many(result)

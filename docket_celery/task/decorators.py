@@ -9,8 +9,9 @@ from celery import Celery, shared_task
 
 from docket_celery.errors import InvalidDeclaration
 from docket_celery.graph import Graph
+from docket_celery.plan.step import locate
 from docket_celery.task import chords
-from docket_celery.task.declaration import NameFunction, read_function
+from docket_celery.task.declaration import NameFunction, check_options, note_graph, read_function
 from docket_celery.task.result import R
 from docket_celery.task.task import GraphTask
 
@@ -29,11 +30,14 @@ def graph_task(
         **options: Celery's task options.
 
     Raises:
-        InvalidDeclaration: The signature or the body does not fit, or ``bind=True`` is given.
+        InvalidDeclaration: The signature, the body or an option does not fit, or another Graph has this one's name.
     """
 
     def declare(function: Callable[P, R]) -> GraphTask[P, R]:
-        _check(function, graph, options)
+        name = _check(function, graph, options)
+        note_graph(
+            app, name or app.gen_task_name(function.__name__, function.__module__), graph, locate(function)
+        )
         declare_task = cast("Any", app.task)(
             base=GraphTask, graph=graph, execution_id=execution_id, **options
         )
@@ -48,7 +52,7 @@ def shared_graph_task(
     """Like `graph_task` without naming the app, as ``shared_task`` does.
 
     Raises:
-        InvalidDeclaration: The signature or the body does not fit, or ``bind=True`` is given.
+        InvalidDeclaration: The signature, the body or an option does not fit, or another Graph has this one's name.
     """
 
     def declare(function: Callable[P, R]) -> GraphTask[P, R]:
@@ -61,11 +65,14 @@ def shared_graph_task(
     return declare
 
 
-def _check(function: Callable[..., Any], graph: object, options: Mapping[str, Any]) -> None:
+def _check(function: Callable[..., Any], graph: object, options: Mapping[str, Any]) -> str | None:
+    """Refuse what cannot work where it is written, since Celery makes the class later; return the name, if given."""
     name = str(options.get("name") or getattr(function, "__name__", function))
     if not isinstance(graph, Graph):
         raise InvalidDeclaration(name, f"the graph must be a docket_celery.Graph, not {graph!r}")
     if options.get("bind"):
         raise InvalidDeclaration(name, "bind=True hands the task to a body that never runs; drop it")
     chords.check_options(options)
+    check_options(name, options, dir(GraphTask))
     read_function(name, function)
+    return options.get("name")

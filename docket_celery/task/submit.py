@@ -82,6 +82,7 @@ class SubmittedTask(OnCommitTask[P, R]):
                 ``max_concurrency``, in place of the task's.
 
         Raises:
+            GraphError: The graph has faults.
             InvalidArguments: An argument is missing or of another type, or the name cannot be used.
             PayloadTooLarge: The job is too large for a message, and for the store or there is none.
             RunConflict, StoreUnavailable: Of a job that is too large for a message and goes to the store.
@@ -129,6 +130,7 @@ class SubmittedTask(OnCommitTask[P, R]):
             StoreUnavailable: The database does not answer; submitting it again is safe, once the lease of what had
                 begun is over (``docket_lease_seconds``).
         """
+        self.plan()
         shared = self.declaration.bind_others(others)
         if self.app.conf.task_always_eager:
             eager = cast("Callable[..., GraphResult[R]]", self.apply_async)
@@ -205,6 +207,7 @@ class SubmittedTask(OnCommitTask[P, R]):
         travels: bool = True,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = self.declaration.given
+        self.plan()  # a wiring fault is the caller's to see, not first the worker's
         messages = self.declaration.bind(*result.read_results(args or (), kwargs or {}, self.app))
         headers[DIGEST] = base64.b64encode(digest_job(given, messages)).decode("ascii")
         named_run = headers.get(EXECUTION_ID) if execution_id is None else execution_id

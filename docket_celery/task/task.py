@@ -21,10 +21,20 @@ from docket_celery.engine.process.state import process_defaults
 from docket_celery.errors import DocketError, InvalidDeclaration, RunTimedOut, StoreUnavailable
 from docket_celery.graph import Graph
 from docket_celery.plan.messages import Value
+from docket_celery.plan.step import locate
 from docket_celery.store.identity import check_execution_id
 from docket_celery.task import app_settings, backends, chords, envelope, large_jobs, result, sweeper, worker
 from docket_celery.task.context import read_context
-from docket_celery.task.declaration import Declaration, read_function, read_generic, take_routing
+from docket_celery.task.declaration import (
+    Declaration,
+    check_name_function,
+    check_options,
+    check_step_options,
+    note_graph,
+    read_function,
+    read_generic,
+    take_routing,
+)
 from docket_celery.task.headers import (
     CELERY_RETRIES,
     CONTEXT,
@@ -85,7 +95,11 @@ class GraphTask(SubmittedTask[P, R]):
         if not isinstance(cls.graph, Graph):
             raise InvalidDeclaration(name, f"graph= must be a docket_celery.Graph, not {cls.graph!r}")
         cls.abstract = False
+        check_step_options(name, cls.__dict__)
+        if cls.__dict__.get("_decorated"):
+            check_options(name, cls.__dict__, dir(GraphTask))
         cls.declaration = _declare(cls, name)
+        check_name_function(name, cls.execution_id, cls.declaration.given)
         cls.declared_max_retries = cls.max_retries
         cls.routing = take_routing(cls)
         cls.throws = with_causes(cls.throws)
@@ -97,6 +111,12 @@ class GraphTask(SubmittedTask[P, R]):
     def on_bound(cls, app: Celery) -> None:
         """Look at the wiring once all modules are imported; a fault is logged here and stops a worker's start."""
         if "graph" in cls.__dict__:
+            where = (
+                locate(cls.declared)
+                if cls.declared is not None
+                else f"class {cls.__module__}.{cls.__qualname__}"
+            )
+            note_graph(app, cls.name, cls.graph, where)
             worker.watch_task(app)
 
     @property

@@ -122,7 +122,7 @@ def test_a_slip_of_the_pen_is_no_option(app: Celery) -> None:
         def limited(movies: list[Movie]) -> list[EnrichedMovie]:
             raise NotImplementedError
 
-    @graph_task(app, picky, rate_limit="2/s", on_failure_hook=None)
+    @graph_task(app, picky, rate_limit="2/s")
     def check_all(movies: list[Movie]) -> list[EnrichedMovie]:
         raise NotImplementedError
 

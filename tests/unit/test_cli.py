@@ -92,6 +92,35 @@ def test_check_and_migrate_tell_what_to_do_and_what_was_done(sqlite: dict[str, s
     assert "1 GraphTask checked" in after.stdout
 
 
+def test_check_needs_no_database_for_the_wiring() -> None:
+    """As in CI: without a URL, and with one that nobody answers."""
+    for env in ({}, {DATABASE: SECRET}):
+        done = run("-A", PERSISTS, "docket", "check", "--no-database", env=env)
+        assert done.returncode == 0, done.stderr
+        assert "1 GraphTask checked" in done.stdout
+    done = run("-A", PERSISTS, "docket", "check", "--no-database", env={"FAULT": "wiring"})
+    assert done.returncode == 1
+    assert "faulty.reserve" in done.stderr
+
+
+def test_check_warns_of_steps_in_no_plan(tmp_path: Path) -> None:
+    """They never run; it is no fault, since a graph may have more targets than tasks."""
+    (tmp_path / "spare.py").write_text(
+        "from celery import Celery\n"
+        "from docket_celery import Graph, graph_task\n"
+        "from tests.unit.protos.shop_pb2 import Charge, Label, Order\n"
+        "app, shop = Celery('spare', broker='memory://'), Graph('spare')\n"
+        "@shop.step\ndef charge(order: Order) -> Charge: return Charge()\n"
+        "@shop.step\ndef label(order: Order) -> Label: return Label()\n"
+        "@graph_task(app, shop)\ndef pay(order: Order) -> Charge: ...\n"
+    )
+    done = run("-A", "spare", "docket", "check", env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert done.returncode == 0, done.stderr
+    (warning,) = [line for line in done.stderr.splitlines() if line.startswith("warning:")]
+    assert "step 'label' (" in warning
+    assert "spare.py:7) of graph 'spare' is in no task's plan" in warning
+
+
 def test_migrate_takes_a_url(tmp_path: Path) -> None:
     """For a database that the app does not name."""
     url = f"sqlite:///{tmp_path}/other.db"

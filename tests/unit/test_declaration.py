@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from typing_extensions import TypeAliasType
 
-from docket_celery import InvalidArguments, InvalidDeclaration, Named, StepContext
+from docket_celery import BatchResult, InvalidArguments, InvalidDeclaration, Named, StepContext
 from docket_celery.errors import DecodeFailed
 from docket_celery.task.declaration import add_routing, is_empty, read_function, read_generic, take_routing
 from docket_celery.task.envelope import Result, Undecodable
@@ -90,18 +91,18 @@ PYTHONS = BESIDE or [Path(sys.executable)]
 def test_other_pythons_compile_empty_bodies_to_what_is_known(python: Path) -> None:
     """Bytecode differs between releases; the function is tried under each that is installed beside this one."""
     source = (ROOT / "docket_celery" / "task" / "declaration.py").read_text(encoding="utf-8")
-    start = source.index("_EMPTY_OPS = ")
-    ops = source[start : source.index("\n\n\n", start)]
+    start = source.index("_EMPTY_BODIES = ")
+    bodies = source[start : source.index("\n\n\n", start)]
     begin = source.index("def is_empty(")
-    function = source[begin : source.index("\n\n\n", begin)]
+    functions = source[begin : source.index("def _declaration(", begin)]
     script = "\n".join(
         [
             "from __future__ import annotations",
-            "import dis, inspect, json, types",
+            "import functools, inspect, json, types",
             "from collections.abc import Callable",
             "from typing import Any",
-            ops,
-            function,
+            bodies,
+            functions,
             f"space = {{}}\nexec({BODIES!r}, space)",
             "print(json.dumps(sorted(n for n, f in space.items() if hasattr(f, '__code__') and is_empty(f))))",
         ]
@@ -154,6 +155,33 @@ def test_a_signature_that_cannot_work_is_refused(signature: str, fault: str) -> 
         read_function("shop.pay", space["pay"])
     assert caught.value.task == "shop.pay"
     assert fault in caught.value.problem
+
+
+def test_a_type_under_type_checking_is_explained_as_for_steps(tmp_path: Path) -> None:
+    """The commonest way to have no type at run time, and the fix."""
+    file = tmp_path / "checked.py"
+    file.write_text(
+        "from __future__ import annotations\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
+        "    from shop import Order\ndef pay(order: Order) -> Order: ...\n"
+    )
+    space: dict[str, Any] = {}
+    exec(compile(file.read_text(), file, "exec"), space)  # noqa: S102 -- a module of the test's own
+    with pytest.raises(InvalidDeclaration, match="names Order, which is imported under TYPE_CHECKING alone"):
+        read_function("shop.pay", space["pay"])
+
+
+def test_an_alias_declares_what_it_stands_for() -> None:
+    """As a parameter, and as the list of results of a batch."""
+    orders = TypeAliasType("orders", list[Order])
+    charges = TypeAliasType("charges", BatchResult[Charge])
+
+    def pay(given):  # type: ignore[no-untyped-def]
+        raise NotImplementedError
+
+    pay.__annotations__ = {"given": orders, "return": charges}
+    found = read_function("pay", pay)
+    assert (found.batch, found.form) == (found.given[0], "BatchResult")
+    assert (found.given[0].kind, found.target.kind) == (Order, Charge)
 
 
 def test_a_body_with_work_is_refused() -> None:

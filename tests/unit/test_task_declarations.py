@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 from celery import Celery, _state, shared_task
 
-from docket_celery import Graph, GraphTask, InvalidDeclaration, StepFailed, graph_task, shared_graph_task
+from docket_celery import (
+    Graph,
+    GraphError,
+    GraphTask,
+    InvalidDeclaration,
+    RetryPolicy,
+    Scope,
+    StepFailed,
+    graph_task,
+    shared_graph_task,
+)
 from tests.unit.protos.shop_pb2 import Charge, Order, Shipment
 
 Declare = Callable[..., Any]
@@ -37,7 +47,8 @@ def app() -> Generator[Celery]:
 @pytest.fixture
 def graph() -> Graph:
     """Order to Shipment, failing for orders without a name."""
-    made = Graph("declarations")
+    # Shared tasks reach every app that is alive, in which a name belongs to one graph.
+    made = Graph(f"declarations-{uuid.uuid4().hex}")
 
     @made.step
     def ship(order: Order) -> Shipment:
@@ -245,3 +256,128 @@ def test_two_tasks_share_a_graph(app: Celery, graph: Graph) -> None:
 
     assert ship_order(Order(order_id="1")) == Shipment(tracking_id="T-1")
     assert charge_order(Order(order_id="1")) == Charge(charge_id="1")
+
+
+@pytest.mark.parametrize("way", ["graph_task", "app.task", "class"])
+def test_two_graphs_of_one_name_are_refused_in_one_app(way: str, app: Celery, graph: Graph) -> None:
+    """The second task would return what the first one's runs have stored; both places are named."""
+    twin = Graph(graph.name)
+
+    def first(order: Order) -> Shipment:
+        raise NotImplementedError
+
+    def second(order: Order) -> Shipment:
+        raise NotImplementedError
+
+    WAYS["graph_task"](app, graph, name="shop.first")(first)
+    WAYS["graph_task"](app, graph, name="shop.again")(second)
+    line = first.__code__.co_firstlineno
+    with pytest.raises(InvalidDeclaration, match=rf"another Graph .*shop\.first \(.*\.py:{line}\)"):
+        declare_now(app, way, twin, second, name="shop.second")
+    other = Celery("other", broker="memory://")
+    WAYS["graph_task"](other, twin, name="shop.second")(second)
+    other.close()
+
+
+def test_two_graphs_of_one_name_are_refused_for_shared_tasks(app: Celery, graph: Graph) -> None:
+    """As soon as an app takes them."""
+
+    def ship_order(order: Order) -> Shipment:
+        raise NotImplementedError
+
+    def declare_both() -> None:
+        shared_graph_task(graph, name="shop.first")(ship_order)
+        shared_graph_task(Graph(graph.name), name="shop.second")(ship_order)
+        app.finalize()
+
+    with pytest.raises(InvalidDeclaration, match="another Graph object named 'declarations-"):
+        declare_both()
+
+
+def test_a_module_that_is_loaded_again_brings_its_graph_along(app: Celery, graph: Graph) -> None:
+    """The same tasks with another object of the graph: nothing is told apart by it."""
+
+    def ship_order(order: Order) -> Shipment:
+        raise NotImplementedError
+
+    again = Graph(graph.name)
+    for each in (graph, graph, again, again):
+        for name in ("shop.first", "shop.second"):
+            graph_task(app, each, name=name)(ship_order)
+
+
+def declare_now(app: Celery, way: str, graph: Graph, function: Callable[..., Any], **options: Any) -> Any:
+    """Declare a task and have Celery make it, which it does late where the form is its own."""
+    task = WAYS[way](app, graph, **options)(function)
+    return task.name
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"retry": RetryPolicy()}, r"retry= is an option of a step; give it to graph.step"),
+        ({"timeout": 5}, "timeout= is an option of a step"),
+        ({"persist": Scope.WORKFLOW}, "persist= is an option of a step"),
+        ({"rate_limt": "2/s"}, r"rate_limt= is no option of a task; did you mean rate_limit=\?"),
+        ({"retries": 3}, r"if it is meant for a step, write retry=RetryPolicy\(max_attempts=...\)"),
+        ({"colour": "red"}, "colour= is no option of a task; see Celery's task options"),
+    ],
+)
+def test_an_option_that_no_task_has_is_refused(
+    options: dict[str, Any], said: str, app: Celery, graph: Graph
+) -> None:
+    """Celery would take it as an attribute, and nothing would happen."""
+
+    def ship_order(order: Order) -> Shipment:
+        raise NotImplementedError
+
+    for way in DECORATORS:
+        with pytest.raises(InvalidDeclaration, match=said):
+            declare_now(app, way, graph, ship_order, **options)
+
+
+def test_a_step_option_on_a_class_is_refused(app: Celery, graph: Graph) -> None:
+    """Where it can be told from an attribute of one's own."""
+
+    def ship_order(order: Order) -> Shipment:
+        raise NotImplementedError
+
+    for options in ({"persist": Scope.WORKFLOW}, {"timeout": 5}, {"retry": RetryPolicy()}):
+        with pytest.raises(InvalidDeclaration, match="is an option of a step"):
+            by_class(app, graph, **options)(ship_order)
+    by_class(app, graph, version="7", colour="red")(ship_order)
+
+
+def test_a_naming_method_with_self_is_refused(graph: Graph) -> None:
+    """It is called with the messages alone."""
+    with pytest.raises(InvalidDeclaration, match=r"execution_id takes \(self, order\).*drop self"):
+
+        class Ship(GraphTask[[Order], Shipment]):
+            graph = Graph("named")
+
+            def execution_id(self, order):  # type: ignore[no-untyped-def]
+                return order.order_id
+
+
+def test_a_naming_function_takes_each_message(app: Celery, graph: Graph) -> None:
+    """One for each parameter."""
+
+    def ship_order(order: Order) -> Shipment:
+        raise NotImplementedError
+
+    def name_run(order: Order, other: Order) -> str:
+        return order.order_id + other.order_id
+
+    with pytest.raises(InvalidDeclaration, match=r"the task has 1 message\(s\)"):
+        declare_now(app, "graph_task", graph, ship_order, execution_id=name_run)
+
+
+def test_a_wiring_fault_raises_where_the_job_is_submitted(app: Celery, graph: Graph) -> None:
+    """Not first in the worker, after the caller has gone on."""
+
+    def label(order: Order) -> Charge:
+        raise NotImplementedError
+
+    task = graph_task(app, graph, name="shop.label")(label)
+    with pytest.raises(GraphError, match="DC122"):
+        task.delay(Order(order_id="7"))
