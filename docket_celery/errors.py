@@ -28,6 +28,7 @@
     ├── CorruptCheckpoint           DC403   a stored row does not match its checksum
     ├── CodecFailed                 DC404   the codec failed on a value, or the value was stored with or without one
     ├── CacheMismatch               DC405   a shared entry is of another type than the step returns
+    ├── StoreRefused                DC406   the database refused for good: a missing right, its encoding
     ├── PayloadTooLarge             DC500   a message, job or result is over its limit
     ├── UnknownMessageType          DC501   no declared task uses this message type
     ├── DecodeFailed                DC502   the bytes are not a valid message of their type
@@ -498,9 +499,8 @@ class SchemaMismatch(DocketError):
 
     def describe(self) -> str:
         state = "has no docket tables" if self.found is None else f"has docket tables of version {self.found}"
-        fix = "run 'celery -A YOUR_APP docket migrate', or call the store's migrate()"
-        if self.found is not None and self.found > self.expected:
-            fix = "upgrade docket-celery here"
+        newer = (self.found or 0) > self.expected
+        fix = "upgrade docket-celery" if newer else "run 'celery -A APP docket migrate', or store.migrate()"
         return f"the database {state}, this release needs version {self.expected}; {fix}"
 
 
@@ -540,6 +540,12 @@ class CacheMismatch(DocketError):
             f"step {self.step!r} of graph {self.graph!r} returns {self.expected}, but {whose} for these inputs is a "
             f"{self.found}; give the step another {fix}, or drop the entry with graph.forget({self.step!r}, ...)"
         )
+
+
+class StoreRefused(_About, DocketError):
+    """The database refused for a reason that trying again does not cure: a missing right, its encoding, a table."""
+
+    code = "DC406"
 
 
 class PayloadTooLarge(DocketError):

@@ -160,8 +160,8 @@ class Store(Protocol):
         """Extend leases by their own ``lease_s`` from now, and claims (key, owner, seconds), in one go.
 
         Returns:
-            `Lease.name` of each run or chunk still held under the given owner and epoch; for a chunk with what has
-            become of its stage.
+            `Lease.name` of each run or chunk still held under the given owner and epoch, with what its holder must
+            know. `Halt.LOCKED`: this lease alone was not extended, since another transaction holds its row.
         """
         ...
 

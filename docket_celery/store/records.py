@@ -247,13 +247,15 @@ class RunEnd:
 
 
 class Halt(enum.StrEnum):
-    """What the holder of a chunk is told about the rest of its stage.
+    """What the holder of a lease is told when it extends it.
 
-    FAILING: more items failed than may, so nothing new shall start. STOPPED: something ended the whole batch.
+    FAILING: more items of the chunk's stage failed than may, so nothing new may start. STOPPED: something ended the
+    whole batch. LOCKED: another transaction holds the row, so the lease was not extended; it is neither lost.
     """
 
     FAILING = "FAILING"
     STOPPED = "STOPPED"
+    LOCKED = "LOCKED"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

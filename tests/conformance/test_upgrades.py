@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, inspect
-from sqlalchemy.exc import DBAPIError
 
-from docket_celery.errors import SchemaMismatch, StoreUnavailable
+from docket_celery.errors import SchemaMismatch, StoreRefused, StoreUnavailable
 from docket_celery.store import SQLStore
 from docket_celery.store.records import Checkpoint, RunState
 from docket_celery.store.sql import schema
@@ -149,7 +148,7 @@ def test_a_process_that_checked_nothing_is_told_of_older_tables(databases: Datab
         assert (told.value.found, told.value.expected) == (1, schema.VERSION)
     with store.engine.connect() as connection:
         connection.execute(schema.docket_schema.update().values(version=schema.VERSION))
-    with pytest.raises(DBAPIError, match="claimed_at"):
+    with pytest.raises(StoreRefused, match="claimed_at"):
         store.lookup(shared().key, "later", 30.0)
 
 

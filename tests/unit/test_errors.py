@@ -37,6 +37,7 @@ WITH_FIELDS: list[DocketError] = [
     errors.InputsChanged("o-1", "charge"),
     errors.TooManyAbandoned(4, 4, ["charge"]),
     errors.StoreMissing("shop", "charge"),
+    errors.StoreRefused("the database", "permission denied; grant the right"),
     errors.StoreUnavailable("answer", "timeout"),
     errors.SchemaMismatch(None, 1),
     errors.SchemaMismatch(2, 1),

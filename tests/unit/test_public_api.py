@@ -20,9 +20,9 @@ CacheMismatch Codec CodecFailed CorruptCheckpoint DecodeFailed DocketError Expon
 FixedBackoff Graph GraphChanged GraphError GraphResult GraphTask InputMutated InputsChanged InvalidArguments
 InvalidDeclaration InvalidSettings LeaseLost MemoryStore Named PayloadTooLarge PayloadUnavailable Plan RetryPolicy
 RunCancelled RunConflict RunHandle RunNotFound RunQuarantined RunState RunTimedOut SQLStore SchemaMismatch Scope
-ServersUnavailable StartedRun StepContext StepFailed StepOptions StepTimedOut StoreMissing StoreUnavailable
-StoredResult TooManyAbandoned UnknownMessageType WrongResult configure current_context graph_task settings
-shared_graph_task
+ServersUnavailable StartedRun StepContext StepFailed StepOptions StepTimedOut StoreMissing StoreRefused
+StoreUnavailable StoredResult TooManyAbandoned UnknownMessageType WrongResult configure current_context graph_task
+settings shared_graph_task
 """.split()  # noqa: SIM905 -- a page of names reads better than a column
 
 # One of each class, with values that JSON must carry.
@@ -58,6 +58,7 @@ ERRORS: list[DocketError] = [
     StepTimedOut("ship", 2, 1.5, True, ["reserve: no"]),
     docket_celery.BatchFailed(3, 100, 2, ["[DC201] step 'charge' of item 7 failed"]),
     docket_celery.StoreMissing("shop", "charge"),
+    docket_celery.StoreRefused("the database", "permission denied"),
     docket_celery.StoreUnavailable("save", "connection refused"),
     docket_celery.TooManyAbandoned(9, 8, ["ship"]),
     docket_celery.UnknownMessageType("shop.Order"),

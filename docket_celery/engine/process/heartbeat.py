@@ -129,7 +129,13 @@ class Heartbeat:
         for one in held:
             # The store names runs: where this process took a run over from itself, the older epoch is gone.
             if one.lease.name in kept and one.lease.epoch == newest[one.lease.name]:
-                one.halt = kept[one.lease.name]
+                told = kept[one.lease.name]
+                if told is Halt.LOCKED:
+                    _logger.warning(
+                        "the row of run %r is locked; its lease was not extended", one.lease.execution_id
+                    )
+                    continue
+                one.halt = told
                 one.renew(asked_at)
             else:
                 one.lost = True

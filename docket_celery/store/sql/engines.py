@@ -20,6 +20,7 @@ _DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg"
 _POOL: Mapping[str, Any] = {"pool_size": 2, "max_overflow": 3, "pool_timeout": 15.0, "pool_use_lifo": True}
 _POSTGRES_ARGS: Mapping[str, Any] = {
     "application_name": "docket_celery",
+    "client_encoding": "utf8",
     "connect_timeout": 5,
     "keepalives": 1,
     "keepalives_idle": 10,
@@ -31,6 +32,7 @@ _POSTGRES_ARGS: Mapping[str, Any] = {
 # READ COMMITTED is not left to the server's default: the fence re-reads rows that it waited for.
 _POSTGRES_OPTIONS = r"-c statement_timeout=15000 -c default_transaction_isolation=read\ committed"
 _EMPTY_OPTIONS = re.compile(r"[?&]options=(&|$)")
+_USER = re.compile(r"^[\w+]+://(?:[^:/]*(?::[^@]*)?@)?")
 _SQLITE_BUSY_S = 5.0
 
 
@@ -42,16 +44,29 @@ def parse_url(value: str | URL) -> URL:
     """
     try:
         url = make_url(value)
-    except ArgumentError as error:
-        # The text may hold a password, so it is not repeated.
-        raise InvalidSettings(SETTING, "is not a URL such as postgresql+psycopg://user@host/name") from error
+    except (ArgumentError, ValueError):
+        # The text may hold a password, so neither it nor the error that quotes it is repeated.
+        raise InvalidSettings(SETTING, "is not a URL such as postgresql+psycopg://user@host/name") from None
     name = _DRIVERS.get(url.drivername, url.drivername)
     if name not in _DRIVERS.values():
         known = ", ".join(sorted(set(_DRIVERS.values())))
         raise InvalidSettings(SETTING, f"names {url.drivername!r}; supported: {known}")
+    if _has_split_password(url, value if isinstance(value, str) else ""):
+        problem = (
+            "holds an unquoted '@' in the password; write it as %40, and other special characters likewise"
+        )
+        raise InvalidSettings(SETTING, problem)
     if isinstance(value, str) and _EMPTY_OPTIONS.search(value):
         url = url.update_query_dict({"options": ""})  # parsing drops empty values; this one means something
     return url.set(drivername=name)
+
+
+def _has_split_password(url: URL, text: str) -> bool:
+    """Tell whether a part of the password was read as host, database name or option."""
+    if url.get_backend_name() != "postgresql":
+        return False
+    options = [part.partition("=")[0] for part in _USER.sub("", text).partition("?")[2].split("&")]
+    return any("@" in part for part in (url.host or "", url.database or "", *url.query, *options))
 
 
 def is_memory(url: URL) -> bool:

@@ -6,11 +6,13 @@ by owner, save and publish by key, end by owner and state; the others do nothing
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
 
 from docket_celery.errors import LeaseLost, StoreUnavailable
 from docket_celery.store.records import (
@@ -41,8 +43,11 @@ from docket_celery.store.rows import (
 from docket_celery.store.rules import halt
 from docket_celery.store.sql import postgres_sql as sql
 from docket_celery.store.sql import schema
+from docket_celery.store.sql.faults import sqlstate
 from docket_celery.store.sql.purging import purge_postgres
 
+_LOCKED_S = 1.0  # of a heartbeat, for all locked rows together
+_LOCK_TIMEOUT = "55P03"
 _TRIES = 3  # for a row that goes away between two statements: twice in a row is no accident
 
 
@@ -173,11 +178,34 @@ def extend(
         values["keys"] = [key for key, _, _ in claims]
         values["claimants"] = [clean_text(owner) for _, owner, _ in claims]
         values["claims_s"] = [float(lease_s) for _, _, lease_s in claims]
-    rows = connection.execute(sql.EXTEND[bool(claims), bool(chunks)], values)
-    return {
-        tuple(part for part in name if part is not None): halt(failing=failing, stopped=stopped)
-        for *name, failing, stopped in rows
-    }
+    rows = connection.execute(sql.EXTEND[bool(claims), bool(chunks)], values).all()
+    held: dict[tuple[str | int, ...], Halt | None] = {}
+    by_name = {lease.name: lease for lease in leases}
+    give_up_at = time.monotonic() + _LOCKED_S
+    for *parts, failing, stopped, extended in rows:
+        name = tuple(part for part in parts if part is not None)
+        if extended:
+            held[name] = halt(failing=failing, stopped=stopped)
+        else:
+            waited = _extend_locked(connection, by_name[name], give_up_at)
+            if waited is not False:
+                held[name] = Halt.LOCKED if waited is None else halt(failing=failing, stopped=stopped)
+    return held
+
+
+def _extend_locked(connection: Connection, lease: Lease, give_up_at: float) -> bool | None:
+    """Extend *lease*, whose row another transaction has locked; None: it stayed locked, False: it is gone."""
+    left_ms = int((give_up_at - time.monotonic()) * 1000)
+    if left_ms <= 0:
+        return None
+    values = fence_values(lease) | {"lease_s": lease.lease_s, "wait_ms": str(left_ms)}
+    statement = sql.EXTEND_RUN if lease.chunk is None else sql.EXTEND_CHUNK
+    try:
+        return bool(connection.execute(statement, values).rowcount)
+    except DBAPIError as error:
+        if sqlstate(error) != _LOCK_TIMEOUT:
+            raise
+        return None
 
 
 def _lease_arrays(prefix: str, leases: Sequence[Lease]) -> dict[str, Any]:

@@ -45,13 +45,17 @@ _IS_KEPT = f"""(
         OR (COALESCE(r.items_failed <= r.items_allowed, true)
             AND EXISTS ({_OPEN_CHUNKS} AND c.state = 'QUEUED')))))"""
 
+# One moment for all dates of a new row: each call of clock_timestamp() is a later one.
 ACQUIRE = text(f"""
 INSERT INTO docket_runs AS r (
     graph, execution_id, task_name, task_id, retries, target, job, job_digest, state, stage, epoch, owner,
     lease_until, lost, failures, created_at, started_at, updated_at)
-VALUES (
-    :graph, :execution_id, :task_name, :task_id, :retries, :target, :job, :job_digest, 'RUNNING', 0, 1,
-    :owner, {_UNTIL}, 0, 0, clock_timestamp(), clock_timestamp(), clock_timestamp())
+SELECT
+    CAST(:graph AS text), CAST(:execution_id AS text), CAST(:task_name AS text), CAST(:task_id AS text),
+    CAST(:retries AS integer), CAST(:target AS text), CAST(:job AS bytea), CAST(:job_digest AS bytea), 'RUNNING',
+    0, 1, CAST(:owner AS text), moment.now + CAST(:lease_s AS double precision) * {_SECOND}, 0, 0,
+    moment.now, moment.now, moment.now
+FROM (SELECT clock_timestamp() AS now) AS moment
 ON CONFLICT (graph, execution_id) DO UPDATE SET
     state = CASE WHEN {_IS_POISON} THEN 'QUARANTINED' ELSE 'RUNNING' END,
     lost = r.lost + CASE WHEN {_IS_CRASH} THEN 1 ELSE 0 END,
@@ -276,43 +280,64 @@ DISCLAIM = text(
 )
 
 
-def _extend(more: str) -> TextClause:
-    return text(f"""
-WITH l AS (
-    UPDATE docket_runs AS r SET lease_until = clock_timestamp() + u.lease_s * {_SECOND}
-    FROM unnest(CAST(:graphs AS text[]), CAST(:execution_ids AS text[]), CAST(:owners AS text[]),
+_RUN_LEASES = """
+    docket_runs AS r JOIN unnest(CAST(:graphs AS text[]), CAST(:execution_ids AS text[]), CAST(:owners AS text[]),
         CAST(:epochs AS bigint[]), CAST(:leases_s AS double precision[]))
         AS u (graph, execution_id, owner, epoch, lease_s)
-    WHERE r.graph = u.graph AND r.execution_id = u.execution_id AND r.owner = u.owner AND r.epoch = u.epoch
-        AND r.state = 'RUNNING'
-    RETURNING r.graph, r.execution_id){more}
-""")
+    ON r.graph = u.graph AND r.execution_id = u.execution_id AND r.owner = u.owner AND r.epoch = u.epoch
+        AND r.state = 'RUNNING'"""
+_CHUNK_LEASES = """
+    docket_chunks AS c JOIN unnest(CAST(:c_graphs AS text[]), CAST(:c_execution_ids AS text[]),
+        CAST(:c_owners AS text[]), CAST(:c_epochs AS bigint[]), CAST(:c_leases_s AS double precision[]),
+        CAST(:c_stages AS integer[]), CAST(:c_los AS bigint[]))
+        AS u (graph, execution_id, owner, epoch, lease_s, stage, lo)
+    ON c.graph = u.graph AND c.execution_id = u.execution_id AND c.owner = u.owner AND c.epoch = u.epoch
+        AND c.stage = u.stage AND c.lo = u.lo AND c.state = 'RUNNING'"""
 
 
-_HELD = "\nSELECT graph, execution_id, NULL AS stage, NULL AS lo, NULL AS failing, NULL AS stopped FROM l"
-_HELD_CHUNKS = """
+# Rows that another transaction has locked are left out and read as they were: waiting for one of them would cost all
+# other runs of the process their leases.
+_EXTEND = f"""
+WITH free AS (
+    SELECT r.graph, r.execution_id, u.lease_s FROM {_RUN_LEASES} FOR NO KEY UPDATE OF r SKIP LOCKED),
+l AS (
+    UPDATE docket_runs AS r SET lease_until = clock_timestamp() + free.lease_s * {_SECOND} FROM free
+    WHERE r.graph = free.graph AND r.execution_id = free.execution_id
+    RETURNING r.graph, r.execution_id)"""
+_HELD = f"""
+SELECT r.graph, r.execution_id, NULL AS stage, NULL AS lo, NULL AS failing, NULL AS stopped,
+    l.graph IS NOT NULL AS extended
+FROM {_RUN_LEASES} LEFT JOIN l ON l.graph = r.graph AND l.execution_id = r.execution_id"""
+_HELD_CHUNKS = f"""
 UNION ALL
-SELECT h.graph, h.execution_id, h.stage, h.lo, r.items_failed > r.items_allowed, r.items_allowed < 0
-FROM h JOIN docket_runs AS r ON r.graph = h.graph AND r.execution_id = h.execution_id"""
+SELECT c.graph, c.execution_id, c.stage, c.lo, r.items_failed > r.items_allowed, r.items_allowed < 0,
+    h.graph IS NOT NULL
+FROM {_CHUNK_LEASES} JOIN docket_runs AS r ON r.graph = c.graph AND r.execution_id = c.execution_id
+    LEFT JOIN h ON h.graph = c.graph AND h.execution_id = c.execution_id AND h.stage = c.stage AND h.lo = c.lo"""
 # A spent claim stays spent: only one that is alive is extended.
 _EXTEND_CLAIMS = f""",
-k AS (
-    UPDATE docket_claims AS c SET lease_until = clock_timestamp() + u.lease_s * {_SECOND}
-    FROM unnest(CAST(:keys AS bytea[]), CAST(:claimants AS text[]), CAST(:claims_s AS double precision[]))
+free_claims AS (
+    SELECT c.cache_key, u.lease_s FROM docket_claims AS c
+    JOIN unnest(CAST(:keys AS bytea[]), CAST(:claimants AS text[]), CAST(:claims_s AS double precision[]))
         AS u (cache_key, owner, lease_s)
-    WHERE c.cache_key = u.cache_key AND c.owner = u.owner AND c.lease_until > clock_timestamp())"""
+    ON c.cache_key = u.cache_key AND c.owner = u.owner AND c.lease_until > clock_timestamp()
+    FOR NO KEY UPDATE OF c SKIP LOCKED),
+k AS (
+    UPDATE docket_claims AS c SET lease_until = clock_timestamp() + free_claims.lease_s * {_SECOND}
+    FROM free_claims WHERE c.cache_key = free_claims.cache_key)"""
 _EXTEND_CHUNKS = f""",
+free_chunks AS (
+    SELECT c.graph, c.execution_id, c.stage, c.lo, u.lease_s FROM {_CHUNK_LEASES}
+    FOR NO KEY UPDATE OF c SKIP LOCKED),
 h AS (
-    UPDATE docket_chunks AS c SET lease_until = clock_timestamp() + u.lease_s * {_SECOND}
-    FROM unnest(CAST(:c_graphs AS text[]), CAST(:c_execution_ids AS text[]), CAST(:c_owners AS text[]),
-        CAST(:c_epochs AS bigint[]), CAST(:c_leases_s AS double precision[]), CAST(:c_stages AS integer[]),
-        CAST(:c_los AS bigint[])) AS u (graph, execution_id, owner, epoch, lease_s, stage, lo)
-    WHERE c.graph = u.graph AND c.execution_id = u.execution_id AND c.owner = u.owner AND c.epoch = u.epoch
-        AND c.stage = u.stage AND c.lo = u.lo AND c.state = 'RUNNING'
+    UPDATE docket_chunks AS c SET lease_until = clock_timestamp() + free_chunks.lease_s * {_SECOND}
+    FROM free_chunks WHERE c.graph = free_chunks.graph AND c.execution_id = free_chunks.execution_id
+        AND c.stage = free_chunks.stage AND c.lo = free_chunks.lo
     RETURNING c.graph, c.execution_id, c.stage, c.lo)"""
 EXTEND = {
-    (claims, chunks): _extend(
-        (_EXTEND_CLAIMS if claims else "")
+    (claims, chunks): text(
+        _EXTEND
+        + (_EXTEND_CLAIMS if claims else "")
         + (_EXTEND_CHUNKS if chunks else "")
         + _HELD
         + (_HELD_CHUNKS if chunks else "")
@@ -321,6 +346,20 @@ EXTEND = {
     for chunks in (False, True)
 }
 """By whether claims are extended, and whether chunks are."""
+_WAIT = "WITH wait AS (SELECT set_config('lock_timeout', CAST(:wait_ms AS text), true) AS ms)"
+EXTEND_RUN = text(f"""
+{_WAIT}
+UPDATE docket_runs SET lease_until = {_UNTIL} FROM wait
+WHERE graph = :graph AND execution_id = :execution_id AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'
+    AND wait.ms IS NOT NULL
+""")
+EXTEND_CHUNK = text(f"""
+{_WAIT}
+UPDATE docket_chunks AS c SET lease_until = {_UNTIL} FROM wait
+WHERE c.graph = :graph AND c.execution_id = :execution_id AND c.stage = :stage AND c.lo = :lo
+    AND c.epoch = :epoch AND c.owner = :owner AND c.state = 'RUNNING' AND wait.ms IS NOT NULL
+""")
+"""Wait for a locked row, for a limited time that holds in this statement alone."""
 
 
 def _end(more: str, dated: str) -> TextClause:

@@ -31,8 +31,9 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.exc import DBAPIError
 
-from docket_celery.errors import SchemaMismatch
+from docket_celery.errors import SchemaMismatch, StoreRefused
 from docket_celery.store.records import RunState
 from docket_celery.store.rows import SCHEMA_VERSION
 
@@ -297,6 +298,58 @@ def find_version(connection: Connection) -> int | None:
     return version
 
 
+_MISSING_STATES = frozenset({"42P01", "42703"})
+_MISSING_WORDS = ("no such table", "no such column", "has no column named")
+
+
+def misses_something(error: DBAPIError) -> bool:
+    """Tell whether a statement failed for a table or a column that is missing."""
+    cause = error.orig
+    return getattr(cause, "sqlstate", None) in _MISSING_STATES or any(
+        words in str(cause) for words in _MISSING_WORDS
+    )
+
+
+def check(connection: Connection) -> None:
+    """Check that the tables can be used as this release uses them.
+
+    Raises:
+        SchemaMismatch: They are missing or of another version.
+        StoreRefused: The encoding is not UTF8, or a table or a right is missing.
+    """
+    found = find_version(connection)
+    if found != VERSION:
+        raise SchemaMismatch(found, VERSION)
+    if connection.dialect.name != "postgresql":
+        return
+    check_encoding(connection)
+    for table in metadata.tables:
+        rights = "SELECT" if table == docket_schema.name else "SELECT, INSERT, UPDATE"
+        missing = connection.execute(_FIND_MISSING, {"table": table, "rights": rights.split(", ")}).scalars()
+        if rights := ", ".join(missing):
+            advice = f"grant {rights} on {table} to the role, or restore the table"
+            raise StoreRefused("the database", f"{rights} on table {table} is missing; {advice}")
+
+
+_FIND_MISSING = text("""
+SELECT u.right FROM unnest(CAST(:rights AS text[])) AS u ("right")
+WHERE to_regclass(CAST(:table AS text)) IS NULL
+    OR NOT has_table_privilege(to_regclass(CAST(:table AS text)), u.right)
+""")
+
+
+def check_encoding(connection: Connection) -> None:
+    """Check that a Postgres database can hold every text.
+
+    Raises:
+        StoreRefused: Its encoding is not UTF8.
+    """
+    encoding = connection.execute(text("SHOW server_encoding")).scalar_one()
+    if encoding != "UTF8":
+        advice = "create a database with ENCODING 'UTF8' TEMPLATE template0"
+        raise StoreRefused("the database", f"its encoding is {encoding}; {advice}")
+
+
 def upgrade(
     connection: Connection, migrations: Mapping[int, Migration] = MIGRATIONS, version: int = VERSION
 ) -> int:
@@ -304,8 +357,10 @@ def upgrade(
 
     Raises:
         SchemaMismatch: They are of a newer version.
+        StoreRefused: The encoding of the database is not UTF8.
     """
     if connection.dialect.name == "postgresql":
+        check_encoding(connection)
         # A waiter must outlast whoever migrates before it; pooled connections have a far shorter limit.
         connection.execute(text("SET LOCAL statement_timeout = '10min'"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": _LOCK_ID})

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from sqlalchemy import URL, Connection, Engine
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from docket_celery.errors import CorruptCheckpoint, DocketError, SchemaMismatch, StoreUnavailable
+from docket_celery.errors import DocketError, SchemaMismatch, StoreUnavailable
 from docket_celery.store.codec import Codec
 from docket_celery.store.records import (
     Checkpoint,
@@ -23,6 +23,7 @@ from docket_celery.store.records import (
 )
 from docket_celery.store.sealing import Seal
 from docket_celery.store.sql import (
+    faults,
     postgres,
     postgres_chunks,
     postgres_upkeep,
@@ -37,11 +38,6 @@ from docket_celery.store.sql.batches import BatchCalls
 from docket_celery.store.sql.engines import Engines
 
 T = TypeVar("T")
-
-_PASSING_CLASSES = ("08", "53", "57")
-_PASSING_STATES = frozenset({"25006", "40001", "40P01", "55P03"})
-_NO_TABLE, _NO_COLUMN = "42P01", "42703"
-_MOST_CHARS = 300
 
 
 class _Calls(Protocol):
@@ -106,7 +102,9 @@ class SQLStore(BatchCalls):
         self._twins: list[SQLStore] = []
 
     def __repr__(self) -> str:
-        return f"SQLStore({self._engines.url.render_as_string(hide_password=True)!r})"
+        url = self._engines.url
+        where = URL.create(url.drivername, host=url.host, port=url.port, database=url.database)
+        return f"SQLStore({where.render_as_string()!r})"
 
     @property
     def codec(self) -> Codec | None:
@@ -222,9 +220,15 @@ class SQLStore(BatchCalls):
 
     def check_schema(self) -> None:
         """See `Store.check_schema`."""
-        found = self._call("say which tables it has", schema.find_version)
-        if found != schema.VERSION:
-            raise SchemaMismatch(found, schema.VERSION)
+        try:
+            self._call("say which tables it has", schema.check)
+        except StoreUnavailable as error:
+            cause = error.__cause__
+            if isinstance(cause, DBAPIError):
+                fault = faults.find_setting_fault(cause, self._engines.url)
+                if fault is not None:
+                    raise fault from cause
+            raise
 
     def twin(self) -> SQLStore:
         """See `Store.twin`; closed with this store."""
@@ -250,50 +254,37 @@ class SQLStore(BatchCalls):
             try:
                 return self._once(work)
             except DBAPIError as error:
-                if not error.connection_invalidated:
+                if not (error.connection_invalidated or faults.leaves_server(error)):
                     raise
                 return self._once(work)
         except (DBAPIError, PoolTimeout) as error:
-            known = self._translate(action, error)
-            if known is None:
-                raise
-            raise known from error
+            raise self._find_mismatch(action, error) or faults.translate(
+                action, error, self._engines.url
+            ) from error
 
     def _once(self, work: Callable[[Connection], T]) -> T:
         engine = self._engines.current()
         with self._engines.turn(), engine.connect() as connection:
-            return work(connection)
+            try:
+                return work(connection)
+            except DBAPIError as error:
+                if faults.leaves_server(error):
+                    # The address may lead to another server by now; what is pooled stays with this one.
+                    connection.invalidate(error)
+                    engine.dispose()
+                raise
 
-    def _translate(self, action: str, error: DBAPIError | PoolTimeout) -> DocketError | None:
-        if not isinstance(error, DBAPIError):
-            return StoreUnavailable(action, "all connections of this process stayed in use")
-        cause = error.orig
-        state: str | None = getattr(cause, "sqlstate", None)
-        if "decode to UTF-8" in str(cause):  # SQLite reads text as it is; Postgres checks when it writes
-            return CorruptCheckpoint("a docket table", f"read to {action}", "a text is not UTF-8")
-        if state == _NO_TABLE or str(cause).startswith("no such table"):
-            return SchemaMismatch(None, schema.VERSION)
-        if state == _NO_COLUMN or "no such column" in str(cause) or "has no column named" in str(cause):
-            return self._find_mismatch(action)
-        passing = isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
-        if state is not None:
-            passing = passing or state.startswith(_PASSING_CLASSES) or state in _PASSING_STATES
-        return StoreUnavailable(action, self._describe(cause, state)) if passing else None
-
-    def _find_mismatch(self, action: str) -> DocketError | None:
-        """Return the error for tables that lack a column; None if they are of this version all the same."""
+    def _find_mismatch(self, action: str, error: DBAPIError | PoolTimeout) -> DocketError | None:
+        """Return the error for a table or a column that is missing; None: nothing is."""
+        if not (isinstance(error, DBAPIError) and schema.misses_something(error)):
+            return None
         try:
             found = self._once(schema.find_version)
         except (DBAPIError, PoolTimeout):
-            return StoreUnavailable(action, "a column is missing, and it did not say which tables it has")
-        return None if found == schema.VERSION else SchemaMismatch(found, schema.VERSION)
-
-    def _describe(self, cause: BaseException | None, state: str | None) -> str:
-        """Return the server's own first words: details could quote the row, libpq could quote the URL."""
-        diagnosis = getattr(cause, "diag", None)
-        words = getattr(diagnosis, "message_primary", None) or str(cause)
-        text = " ".join(words.split())
-        if self._engines.url.password:
-            text = text.replace(str(self._engines.url.password), "***")
-        shown = text if len(text) <= _MOST_CHARS else text[: _MOST_CHARS - 1] + "…"
-        return shown if state is None else f"{shown} (SQLSTATE {state})"
+            return StoreUnavailable(action, "something is missing, and it did not say which tables it has")
+        if found != schema.VERSION:
+            return SchemaMismatch(found, schema.VERSION)
+        words = faults.describe(error, self._engines.url)
+        return faults.refused(
+            action, words, "restore what is missing; the version of the tables is the right one"
+        )
