@@ -65,10 +65,16 @@ def make_project(folder: Path) -> None:
     for snippet in snippets():
         if snippet.file is not None:
             (folder / snippet.file).write_text(snippet.text, encoding="utf-8")
-    (protoc,) = (command.text for command in commands() if "protoc" in command.text)
+    (protoc,) = (command.text for command in commands() if " protoc " in command.text)
     program, *arguments = protoc.split()
     assert program == "python"
-    plugin = Path(sys.executable).with_name("protoc-gen-mypy")
-    argv = [sys.executable, *arguments, f"--plugin=protoc-gen-mypy={plugin}"]
-    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=False)
+    # No PATH: the programs of an environment that is not activated are found.
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={"PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr

@@ -22,14 +22,14 @@ def charge_card(order: Order, ctx: StepContext) -> ChargeResult:
     return ChargeResult(charge_id=charge_id, amount_cents=order.amount_cents)
 
 
-@checkout.step(retry=RetryPolicy(max_attempts=3))
+@checkout.step(persist=Scope.WORKFLOW, retry=RetryPolicy(max_attempts=3))
 def reserve_inventory(order: Order, charge: ChargeResult, ctx: StepContext) -> Reservation:  # noqa: ARG001 -- once paid
-    """Set the goods aside. Not kept: repeating it is cheap, and its key makes it harmless."""
+    """Set the goods aside; the key covers a crash before the reservation is kept."""
     reservation_id = warehouse.reserve(order.skus, idempotency_key=ctx.idempotency_key)
     return Reservation(reservation_id=reservation_id, skus=order.skus)
 
 
-@checkout.step(retry=RetryPolicy(max_attempts=5), timeout=30)
+@checkout.step(persist=Scope.WORKFLOW, retry=RetryPolicy(max_attempts=5), timeout=30)
 def ship(charge: ChargeResult, reservation: Reservation, ctx: StepContext) -> Shipment:  # noqa: ARG001 -- once paid
     """Send the goods."""
     tracking_number = warehouse.ship(

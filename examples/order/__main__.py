@@ -20,7 +20,7 @@ def submit(store: SQLStore, order: Order) -> None:
         print(f"   failed:  step {failure.step} after {failure.attempts} attempts")
     print(
         f"   card: {len(payments.calls)} call, {len(payments.charges)} charge; "
-        f"reservations: {inventory.reservations}; carrier: {carrier.calls} calls\n"
+        f"inventory: {inventory.calls} call; carrier: {carrier.calls} calls\n"
     )
 
 
@@ -32,10 +32,12 @@ def main() -> None:
         store = SQLStore(f"sqlite:///{Path(folder) / 'checkpoints.db'}")
         store.migrate()
         try:
-            print("1. The carrier is down: the card is charged, shipping fails.")
+            print("1. The carrier is down: card and goods are booked, shipping fails.")
             carrier.down = True
             submit(store, order)
-            print("2. The carrier is back, same order again: the charge is restored, the rest runs.")
+            print(
+                "2. The carrier is back, same order again: charge and reservation are restored, only shipping runs."
+            )
             carrier.down = False
             submit(store, order)
             print("3. The same order once more: its stored result, nothing runs.")

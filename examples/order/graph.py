@@ -11,7 +11,7 @@ payments, inventory, carrier = Payments(), Inventory(), Carrier()
 checkout = Graph("examples.order")
 
 
-# A side effect that must not happen twice: its result is kept for this run, whatever happens later.
+# Each step has an effect outside: its result is kept for the run, so that a resumed run does not repeat it.
 @checkout.step(persist=Scope.WORKFLOW, retry=RetryPolicy(max_attempts=3))
 def charge_card(order: Order, ctx: StepContext) -> ChargeResult:
     """Charge the customer; the key makes a repeated call harmless on the provider's side too."""
@@ -19,17 +19,18 @@ def charge_card(order: Order, ctx: StepContext) -> ChargeResult:
     return ChargeResult(charge_id=charge_id, amount_cents=order.amount_cents)
 
 
-@checkout.step(retry=RetryPolicy(max_attempts=3))
-def reserve_inventory(order: Order, charge: ChargeResult) -> Reservation:  # noqa: ARG001 -- only once paid
+@checkout.step(persist=Scope.WORKFLOW, retry=RetryPolicy(max_attempts=3))
+def reserve_inventory(order: Order, charge: ChargeResult, ctx: StepContext) -> Reservation:  # noqa: ARG001 -- once paid
     """Set the goods aside; taking *charge* is what makes this wait for the payment."""
-    return Reservation(reservation_id=inventory.reserve(), skus=order.skus)
+    return Reservation(reservation_id=inventory.reserve(ctx.idempotency_key), skus=order.skus)
 
 
 @checkout.step(
+    persist=Scope.WORKFLOW,
     retry=RetryPolicy(max_attempts=3, backoff=ExponentialBackoff(initial=0.05)),
     retriable=CarrierDown,
     timeout=30,
 )
-def ship(charge: ChargeResult, reservation: Reservation) -> Shipment:  # noqa: ARG001 -- only what is paid for
+def ship(charge: ChargeResult, reservation: Reservation, ctx: StepContext) -> Shipment:  # noqa: ARG001 -- once paid
     """Send the goods."""
-    return Shipment(tracking_number=carrier.ship(reservation.reservation_id))
+    return Shipment(tracking_number=carrier.ship(reservation.reservation_id, ctx.idempotency_key))

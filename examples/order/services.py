@@ -33,15 +33,21 @@ class Payments:
 
 @dataclass(slots=True)
 class Inventory:
-    """A stock that always has enough."""
+    """A stock that always has enough, and that honours idempotency keys.
 
-    reservations: int = 0
+    Attributes:
+        calls: Calls received.
+        reservations: The reservation made for each key.
+    """
 
-    def reserve(self) -> str:
-        """Set goods aside and return the reservation's name."""
+    calls: int = 0
+    reservations: dict[str, str] = field(default_factory=dict[str, str])
+
+    def reserve(self, idempotency_key: str) -> str:
+        """Set goods aside, once per key, and return the reservation's name."""
         time.sleep(LATENCY_S)
-        self.reservations += 1
-        return f"res-{self.reservations}"
+        self.calls += 1
+        return self.reservations.setdefault(idempotency_key, f"res-{len(self.reservations) + 1}")
 
 
 @dataclass(slots=True)
@@ -51,13 +57,15 @@ class Carrier:
     Attributes:
         down: Whether calls fail.
         calls: Calls received, the failed ones included.
+        parcels: The parcel sent for each key.
     """
 
     down: bool = False
     calls: int = 0
+    parcels: dict[str, str] = field(default_factory=dict[str, str])
 
-    def ship(self, reservation_id: str) -> str:
-        """Hand the goods over and return the tracking number.
+    def ship(self, reservation_id: str, idempotency_key: str) -> str:
+        """Hand the goods over, once per key, and return the tracking number.
 
         Raises:
             CarrierDown: It is out of order.
@@ -66,4 +74,4 @@ class Carrier:
         self.calls += 1
         if self.down:
             raise CarrierDown("the carrier does not answer")
-        return f"track-{reservation_id}"
+        return self.parcels.setdefault(idempotency_key, f"track-{reservation_id}")

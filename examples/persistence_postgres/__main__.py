@@ -1,6 +1,6 @@
 """``python -m examples.persistence_postgres``: a miss, a hit, another input, and a miss after the TTL.
 
-Runs on a temporary Postgres of its own, or on the one that DOCKET_DATABASE_URL names.
+Runs on a temporary Postgres of its own, or on the one that DOCKET_CELERY_DATABASE_URL names.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def play(database_url: str) -> None:
         SystemExit: It is no Postgres.
     """
     if not database_url.startswith("postgres"):
-        raise SystemExit("this example reads a Postgres; unset DOCKET_DATABASE_URL, or let it name one")
+        raise SystemExit(
+            "this example reads a Postgres; unset DOCKET_CELERY_DATABASE_URL, or let it name one"
+        )
     store = SQLStore(database_url)
     try:
         store.migrate()

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from docket_celery import StepFailed
+from docket_celery import Graph, Scope, StepFailed
 from docket_celery.testing import (
     CrashMatrixFailed,
     crash_matrix,
@@ -15,7 +15,7 @@ from docket_celery.testing import (
     run_step,
     step_context,
 )
-from examples.order.graph import charge_card, checkout, payments, ship
+from examples.order.graph import charge_card, checkout, payments, reserve_inventory, ship
 from examples.order.order_pb2 import ChargeResult, Order, Reservation, Shipment
 from examples.order.services import CarrierDown
 
@@ -55,24 +55,27 @@ def test_goods_are_reserved_once_they_are_paid() -> None:
 
 
 def test_an_order_that_failed_is_not_charged_again() -> None:
-    """The first submission fails at the carrier; the second one restores the charge."""
+    """The first submission fails at the carrier; the second one restores charge and reservation."""
     with inline():
         with checkout.override({ship: Mock(side_effect=CarrierDown)}), pytest.raises(StepFailed):
             checkout.execute(Shipment, ORDER, execution_id="order-17")
         with record_events() as events:
             checkout.execute(Shipment, ORDER, execution_id="order-17")
-    assert events.steps() == ["reserve_inventory", "ship"]
+    assert events.steps() == ["ship"]
 
 
 def test_a_crash_at_any_moment_charges_once() -> None:
-    """Killed at every boundary, the order ships, and a card that was charged and noted is not charged again."""
-    fixed = Reservation(reservation_id="res-1")
-    with inline(), checkout.override({"reserve_inventory": fixed}):
-        report = crash_matrix(checkout, Shipment, ORDER, effects=[charge_card])
+    """Killed at every boundary, the order ships, and no effect that was kept is repeated."""
+    with inline():
+        report = crash_matrix(checkout, Shipment, ORDER, effects=[charge_card, reserve_inventory, ship])
     assert "after the save of 'charge_card'" in report.boundaries
 
 
-def test_a_crash_may_reserve_twice() -> None:
-    """What the matrix finds: the reservation is not kept, so a crash while shipping makes another one."""
+def test_the_matrix_finds_an_effect_that_is_not_kept() -> None:
+    """Without persist= on the reservation, a crash while shipping makes another one."""
+    forgetful = Graph("forgetful")
+    forgetful.register(charge_card, persist=Scope.WORKFLOW)
+    forgetful.register(reserve_inventory)
+    forgetful.register(ship)
     with inline(), pytest.raises(CrashMatrixFailed, match="'reserve_inventory' has effects and ran again"):
-        crash_matrix(checkout, Shipment, ORDER, effects=["reserve_inventory"])
+        crash_matrix(forgetful, Shipment, ORDER, effects=["reserve_inventory"])

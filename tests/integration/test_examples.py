@@ -124,7 +124,7 @@ def test_an_example_leaves_the_readers_servers_alone(
     """Its worker would take the messages of somebody else's app and drop them as unknown."""
     monkeypatch.setenv("CELERY_BROKER_URL", broker_url)
     monkeypatch.setenv("CELERY_RESULT_BACKEND", result_url)
-    monkeypatch.setenv("DOCKET_DATABASE_URL", database_url)
+    monkeypatch.setenv("DOCKET_CELERY_DATABASE_URL", database_url)
     with redis.Redis.from_url(broker_url) as client:
         client.rpush("celery", "somebody's")
         assert run_example("documents")[-1] == "on a worker: one the same, all the same"
@@ -217,16 +217,16 @@ def test_the_struct_step_is_tested_without_the_service() -> None:
 
 
 def test_an_order_that_failed_after_paying_is_not_charged_again() -> None:
-    """Second submission: the charge is restored, the rest runs. Third: nothing runs."""
+    """Second submission: charge and reservation are restored, only shipping runs. Third: nothing runs."""
     lines = [line.strip() for line in run_example("order")]
     failed, shipped, again = [i for i, line in enumerate(lines) if re.match(r"[123]\.", line)]
     assert lines[failed + 1 : failed + 3] == [
         "failed:  step ship after 3 attempts",
-        "card: 1 call, 1 charge; reservations: 1; carrier: 3 calls",
+        "card: 1 call, 1 charge; inventory: 1 call; carrier: 3 calls",
     ]
     assert lines[shipped + 1 : shipped + 3] == [
-        "shipped: track-res-2",
-        "card: 1 call, 1 charge; reservations: 2; carrier: 4 calls",
+        "shipped: track-res-1",
+        "card: 1 call, 1 charge; inventory: 1 call; carrier: 4 calls",
     ]
     assert lines[again + 1 : again + 3] == lines[shipped + 1 : shipped + 3]
 
@@ -291,7 +291,7 @@ def test_shared_results_are_found_until_they_expire(
     monkeypatch: pytest.MonkeyPatch, database_url: str
 ) -> None:
     """Miss, hit, another input, expired; and the guide's query shows the rows behind the first three."""
-    monkeypatch.setenv("DOCKET_DATABASE_URL", database_url)
+    monkeypatch.setenv("DOCKET_CELERY_DATABASE_URL", database_url)
     lines = run_example("persistence_postgres")
     runs = [re.fullmatch(r"   '(.+)' -> (\w+), ([\d.]+) ms \((\w+): .+\)", line) for line in lines]
     told = [(match[1], match[2], match[4]) for match in runs if match is not None]
@@ -320,7 +320,7 @@ def test_a_killed_pipeline_goes_on_from_its_checkpoints(
     monkeypatch: pytest.MonkeyPatch, database_url: str
 ) -> None:
     """Without checkpoints all five steps are called again; with them what is missing, and the cheap fetch."""
-    monkeypatch.setenv("DOCKET_DATABASE_URL", database_url)
+    monkeypatch.setenv("DOCKET_CELERY_DATABASE_URL", database_url)
     lines = run_example("checkpointing")
     steps = ["fetch_raw", "transcode", "extract_frames", "ml_inference", "upload"]
     executions = sections(lines, r"   (undisturbed|killed|second execution)")

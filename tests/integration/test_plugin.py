@@ -112,7 +112,7 @@ def test_small_ones(docket_inline, docket_events):
 
 def test_each_test_has_a_store_of_its_own_and_nothing_stays(project: Path, tmp_path: Path) -> None:
     """Real Postgres, though the environment names another one; started once, stopped at the end."""
-    env = {"DOCKET_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/production"}
+    env = {"DOCKET_CELERY_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/production"}
     assert_passed(run_pytest(project, tmp_path, STORES, env=env), 3)
 
 

@@ -18,16 +18,18 @@ from tests.readme import README, ROOT, Command, commands, make_project, snippets
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 _FIRST_SCREEN_LINES = 50
-LANGUAGES = {"python", "pycon", "console", "proto", "text"}
+LANGUAGES = {"python", "pycon", "console", "proto", "text", "mermaid"}
 
 
 def kind(command: Command) -> str:
     """Return how a command of the README is proven: the name of the test below that does it."""
     for name, pattern in {
         "make": r"make [\w-]+$",
-        "install": r"pip install [\w' \[\]-]+$",
-        "protoc": r"python -m grpc_tools\.protoc ",
-        "devserver": r"python -m docket_celery\.devserver -- sh$",
+        "install": r"pip install [\w', \[\]-]+$",
+        "protoc": r"python -m docket_celery protoc shop\.proto$",
+        "example": r"python -m examples\.order$",
+        "devserver": r"python -m docket_celery\.devserver$",
+        "source": r"\. \.docket/env$",
         "worker": r"celery -A shop worker$",
         "docket": r"celery -A shop docket ",
     }.items():
@@ -64,7 +66,10 @@ def run(argv: list[str], cwd: Path, env: Mapping[str, str], stdin: str = "") -> 
 def test_every_block_and_every_command_is_proven() -> None:
     """Nothing stands in the README that the tests below pass over."""
     assert {snippet.language for snippet in snippets()} == LANGUAGES
-    assert {kind(command) for command in commands()} >= {"make", "install", "protoc", "worker", "docket"}
+    steps = [kind(command) for command in commands()][3:]
+    assert list(dict.fromkeys(steps)) == ["install", "protoc", "devserver", "source", "docket", "worker"]
+    files = [(snippet.language, snippet.file) for snippet in snippets() if snippet.file is not None]
+    assert files == [("proto", "shop.proto"), ("python", "shop.py")]
     # Each text block is the output of the python block before it.
     order = [snippet.language for snippet in snippets() if snippet.language in {"python", "text"}]
     assert order == ["python", "python", "text"]
@@ -83,12 +88,24 @@ def test_make_targets_exist_and_the_two_commands_come_first() -> None:
 def test_what_is_to_be_installed_is_this_project_and_what_it_is_built_with() -> None:
     """Distribution, extras and tools have the names that pyproject.toml gives them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    known = {project["project"]["name"], f"{project['project']['name']}[dev]"}
-    assert "dev" in project["project"]["optional-dependencies"]
-    known |= {line.partition("=")[0] for line in project["dependency-groups"]["proto"]}
+    assert {"dev", "protoc"} <= set(project["project"]["optional-dependencies"])
     for command in commands():
         if kind(command) == "install":
-            assert set(shlex.split(command.text)[2:]) <= known
+            assert shlex.split(command.text)[2:] == [f"{project['project']['name']}[dev,protoc]"]
+
+
+def test_the_example_prints_what_is_shown() -> None:
+    """The resumed run in the README is the output of the example."""
+    (command,) = (command for command in commands() if kind(command) == "example")
+    assert run([sys.executable, *command.text.split()[1:]], ROOT, os.environ) == command.output
+
+
+def test_the_picture_is_the_plan_of_the_task(project: Path, worker_env: dict[str, str]) -> None:
+    """The graph is drawn from shop.py."""
+    (picture,) = snippets("mermaid")
+    env = environment(worker_env, project)
+    printed = run(["sh", "-c", "celery -A shop docket plan --mermaid process_order"], project, env)
+    assert picture.text.strip() in printed
 
 
 def test_links_lead_to_files() -> None:
@@ -128,8 +145,8 @@ def test_scripts_print_what_is_shown_below_them(project: Path, worker_env: dict[
         assert printed == shown.text
 
 
-def test_the_development_shell_has_servers(project: Path, worker_env: dict[str, str]) -> None:
-    """The devserver's command opens a shell in which the README's own migration works."""
+def test_the_second_terminal_has_the_servers_of_the_first(project: Path, worker_env: dict[str, str]) -> None:
+    """What the devserver keeps is sourced, and the README's own migration works there."""
     (command,) = (command for command in commands() if kind(command) == "devserver")
     env = {
         name: value
@@ -140,6 +157,25 @@ def test_the_development_shell_has_servers(project: Path, worker_env: dict[str, 
     assert program == "python"
     for name in ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "DOCKET_CELERY_DATABASE_URL"):
         assert name in README.read_text()
-    typed = "celery -A shop docket migrate && echo $CELERY_BROKER_URL $CELERY_RESULT_BACKEND\n"
-    printed = run([sys.executable, *arguments], project, env, stdin=typed)
+    (source,) = {command.text for command in commands() if kind(command) == "source"}
+    typed = f"{source} && celery -A shop docket migrate && echo $CELERY_BROKER_URL $CELERY_RESULT_BACKEND"
+    first = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=project,
+        env=env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with first:
+        assert first.stdout is not None
+        shown = [first.stdout.readline() for _ in range(4)]
+        assert source in shown[-1]
+        printed = run(["sh", "-c", typed], project, env)
+        assert (project / ".docket" / "env").read_text() == "".join(shown[:3])
+        assert (project / ".docket" / "env").stat().st_mode & 0o777 == 0o600
+        assert first.stdin is not None
+        first.stdin.close()
+        assert first.wait(30) == 0
+    assert not (project / ".docket" / "env").exists()
     assert re.search(r"docket tables of version \d+\nredis://\S+/0 redis://\S+/1\n\Z", printed), printed
