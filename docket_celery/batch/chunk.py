@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from docket_celery.batch.chunk_execution import ChunkExecution
 from docket_celery.batch.layout import Layout, earlier_stages, failures_of, find_part, step_names
 from docket_celery.batch.options import BatchOrder
 from docket_celery.engine.checkpointing import read_value
-from docket_celery.engine.execution import Outcome
-from docket_celery.engine.fan_out import policy_of
+from docket_celery.engine.ending import Ending, Outcome
+from docket_celery.engine.fan_out import Stored, make_item, policy_of
+from docket_celery.engine.items import ItemGroup
 from docket_celery.engine.outcome import RunOutcome, Submission
 from docket_celery.engine.process.heartbeat import HeldLease
 from docket_celery.engine.process.settings import Settings
@@ -78,7 +79,8 @@ class ChunkRun(Run):
         self._batches, self._order, self._stage, self._lo = store, order, stage, lo
         self._policy = order.policy
         self._layout = Layout.of(plan, submission.execution_id)
-        self._work: ChunkExecution | None = None
+        self._work: ItemGroup | None = None
+        self._skips: frozenset[int] = frozenset()
         self._ending = ChunkEnd(state=RunState.QUEUED)
 
     # --- beginning ---------------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ class ChunkRun(Run):
         except Exception as error:  # noqa: BLE001 -- the lease is held: the chunk must end in order
             self._end(Outcome(error=error))
 
-    def _make(self, part: Part, chunk: Chunk) -> ChunkExecution:
+    def _make(self, part: Part, chunk: Chunk) -> ItemGroup:
         layout, plan = self._layout, self._plan
         self._policy = policy_of(plan, part, self._order.policy)
         steps = {name: planned.step for planned in part.plan.steps for name in step_names(planned.step)}
@@ -153,19 +155,47 @@ class ChunkRun(Run):
                 failed=skips,
             )
             check_complete(place, range(chunk.lo, chunk.hi), found_values)
-        return ChunkExecution(
-            part,
-            chunk,
-            values,
-            self._read_shared(shared, rows),
-            self._delivery,
-            self._end_on_pool,
-            stored={(steps[row.step_name].name, row.item): row for row in rows if row.step_name in steps},
-            policy=self._policy,
-            skips=skips & set(range(chunk.lo, chunk.hi)),
-            limit=self._limit,
-            max_concurrency=self._most,
-        )
+        self._skips = frozenset(skips & set(range(chunk.lo, chunk.hi)))
+        stored = {(steps[row.step_name].name, row.item): row for row in rows if row.step_name in steps}
+        return self._group(part, chunk, {**self._read_shared(shared, rows), **values}, stored)
+
+    def _group(self, part: Part, chunk: Chunk, values: Mapping[ValueKey, Any], stored: Stored) -> ItemGroup:
+        """Return the items of the chunk.
+
+        Args:
+            part: What to do for each of them.
+            chunk: Which they are.
+            values: The given values; those that each item has its own of by index.
+            stored: The checkpoints of these items.
+        """
+
+        def make(number: int, on_end: Callable[[Outcome], None]) -> Ending:
+            index = chunk.lo + number
+            return make_item(
+                part,
+                part.outputs,
+                [values[key][index] if key in part.each else values.get(key) for key in part.plan.given],
+                replace(self._delivery, item=str(index)),
+                on_end,
+                stored=stored,
+                limit=self._limit,
+                max_concurrency=self._most,
+            )
+
+        count = chunk.hi - chunk.lo
+        allowed = 0 if self._policy.on_error == "fail" else count
+        items = ItemGroup(count, make, self._end_on_pool, limit=self._limit, allowed=allowed)
+        # Left out by being given a failure; it is none of this chunk's.
+        left_out = StepFailed("", 0, False, "", "")
+        items.skip({index - chunk.lo: left_out for index in self._skips})
+        return items
+
+    def _failures(self) -> dict[int, StepFailed]:
+        """Return why items failed in this chunk, by index."""
+        if self._work is None:
+            return {}
+        found = {self._lo + number: failure for number, failure in self._work.failures.items()}
+        return {index: failure for index, failure in found.items() if index not in self._skips}
 
     def _read_shared(self, keys: Sequence[ValueKey], rows: Sequence[Checkpoint]) -> dict[ValueKey, Value]:
         found: dict[ValueKey, Value] = {}
@@ -197,7 +227,7 @@ class ChunkRun(Run):
 
     def _end(self, outcome: Outcome) -> None:
         """Write how the chunk ended, then report."""
-        failures = {} if self._work is None else self._work.failures
+        failures = self._failures()
         parked = None if outcome.error is self._stopped else self._find_parked(outcome.error, failures)
         if self._held is None:
             self._conclude(parked or self.parked_or_failed(outcome.error or RuntimeError("no lease")))

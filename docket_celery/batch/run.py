@@ -25,9 +25,9 @@ from docket_celery.batch.layout import (
 )
 from docket_celery.batch.options import BatchOrder
 from docket_celery.engine.checkpointing import read_value
-from docket_celery.engine.execution import Outcome, join_failures
+from docket_celery.engine.ending import Ending, Outcome
+from docket_celery.engine.execution import join_failures
 from docket_celery.engine.fan_out import make_item, policy_of, too_many
-from docket_celery.engine.items import Runs
 from docket_celery.engine.job import job_parts
 from docket_celery.engine.outcome import OpenStage, RunOutcome, Submission
 from docket_celery.engine.process.settings import Settings
@@ -199,7 +199,7 @@ class BatchRun(Run):
         def ended(outcome: Outcome) -> None:
             self._runtime.submit_surely(functools.partial(self._once_ended, number, outputs, outcome))
 
-        execution: Runs = make_item(
+        execution: Ending = make_item(
             part,
             outputs,
             inputs,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import functools
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
 from docket_celery.engine.delivery import Delivery
+from docket_celery.engine.ending import Ending
 from docket_celery.engine.process.instances import Factory, call_of, factory_of, holds_thread
-from docket_celery.engine.process.limits import HeldCoroutine, Slot
+from docket_celery.engine.process.limits import Slot
 from docket_celery.engine.process.pool import Worker
 from docket_celery.engine.process.timer import Alarm
 from docket_celery.engine.step_scope import await_within, call_within
@@ -27,27 +29,14 @@ from docket_celery.store.identity import idempotency_key
 _logger = logging.getLogger("docket_celery.attempt")
 
 
-class Gate(Protocol):
-    """The execution that an attempt belongs to: nothing begins and nothing counts once it is closed."""
-
-    lock: threading.Lock
-    closed: bool
-
-
-class Caller(Protocol):
-    """Who makes attempts and judges how they end."""
-
-    @property
-    def elapsed_s(self) -> float: ...
-    def carry_on(self, work: Callable[[], None]) -> None: ...
-    def returned(self, value: Any) -> None: ...
-    def raised(self, error: BaseException, *, is_own: bool = True) -> None: ...
+Result = tuple[Any, BaseException | None]
+"""What a step's code returned, or what it raised."""
 
 
 class Attempt:
-    """One call of a step's code. Never waits on a thread.
+    """One call of a step's code: what the life of a step yields to have it made. Never waits on a thread.
 
-    Whoever closes it first (its return, its deadline, or the end of the execution) decides; everything later is
+    Whatever closes it first (its return, its deadline, or the end of the execution) decides; everything later is
     discarded.
 
     Args:
@@ -55,18 +44,21 @@ class Attempt:
         number: Which attempt of this delivery it is, from 1.
         values: The step's inputs.
         delivery: What the steps share.
-        gate: The execution.
-        caller: Told once how it ended, unless the execution ends before.
+        gate: The execution that it belongs to: nothing begins and nothing counts once that is closed.
         slot: Given back when the code has really ended; None: the step has no limit.
+        began: When the step's first attempt began, in seconds of the delivery's clock.
 
     Attributes:
         in_flight: Whether user code runs now and its end would count. Written under the gate's lock.
         worker: The pool thread inside the step, while it is in flight.
+        on_host: The code ran on a thread of the host, where signal handlers raise too.
+        result: How it ended, if it ended on the thread that started it.
+        go_on: Given work for the pool that returns how the attempt ended, or None where that does not count.
     """
 
     __slots__ = (
         "_alarm",
-        "_caller",
+        "_began",
         "_delivery",
         "_future",
         "_gate",
@@ -75,7 +67,10 @@ class Attempt:
         "_step",
         "_unlink",
         "_values",
+        "go_on",
         "in_flight",
+        "on_host",
+        "result",
         "worker",
     )
 
@@ -85,17 +80,21 @@ class Attempt:
         number: int,
         values: Sequence[Value],
         delivery: Delivery,
-        gate: Gate,
-        caller: Caller,
+        gate: Ending,
         slot: Slot | None,
+        began: float,
     ) -> None:
         self._step, self._number, self._values = step, number, values
-        self._delivery, self._gate, self._caller, self._slot = delivery, gate, caller, slot
+        self._delivery, self._gate, self._slot = delivery, gate, slot
+        self._began = began
         self._alarm: Alarm | None = None
         self._unlink: Callable[[], None] | None = None
         self._future: Future[Any] | None = None
         self.in_flight = False
+        self.on_host = False
         self.worker: Worker | None = None
+        self.result: Result | None = None
+        self.go_on: Callable[[Callable[[], Result | None]], None]
 
     def start(self) -> bool:
         """Call the user's code, unless the execution is closed: then return False."""
@@ -105,26 +104,33 @@ class Attempt:
             if self._gate.closed:
                 return False
             thread = threading.current_thread()
-            self.worker = thread if holds_thread(step) and isinstance(thread, Worker) else None
+            pooled = thread if isinstance(thread, Worker) else None
+            self.worker = pooled if holds_thread(step) else None
             if step.timeout_s is not None:
                 ring = functools.partial(self._ring, context, step.timeout_s)
                 self._alarm = delivery.runtime.timer.after(step.timeout_s, ring)
                 self._unlink = functools.partial(delivery.cancellation.forget, context.cancelled.cancel)
             self.in_flight = True
-        delivery.tell(EventKind.STEP_STARTED, step.name, self._number)
+        if delivery.listeners:
+            delivery.tell(EventKind.STEP_STARTED, step.name, self._number)
         if step.is_async:
             self._spawn(context)
             return True
         try:
-            value = delivery.base.copy().run(self._invoke, context)
-        except BaseException as error:  # noqa: BLE001 -- user code; every kind is judged by the caller
-            self._ended(None, fold(error))
-        else:
-            self._ended(value, None)
+            result: Result = delivery.base.copy().run(self._invoke, context), None
+        except BaseException as error:  # noqa: BLE001 -- user code; every kind is judged
+            self.on_host = not isinstance(threading.current_thread(), Worker)
+            result = None, fold(error)
+        self.result = self._ended(result)
         return True
 
+    def release(self) -> None:
+        """Give the slot back; may be called again."""
+        if self._slot is not None:
+            self._slot.cancel()
+
     def abandon(self) -> None:
-        """Replace the thread inside the step, unless it is the calling one. For whoever holds the gate's lock."""
+        """Replace the thread inside the step, unless it is the calling one. The caller holds the gate's lock."""
         # Under the lock, as a step's return needs it first: the worker is surely inside that step.
         if self.worker is not None and self.worker is not threading.current_thread():
             self._delivery.runtime.pool.abandon(self.worker, self._step.name)
@@ -163,21 +169,21 @@ class Attempt:
         try:
             if (factory := factory_of(self._step)) is not None:
                 self._build(factory)
-            future = self._delivery.base.copy().run(lambda: submit(self._coroutine(context)))
+            future = self._delivery.base.copy().run(lambda: submit(self._await(context), self.release))
         except BaseException as error:  # noqa: BLE001 -- the call may fail before its first await
-            if self._slot is not None:
-                self._slot.cancel()
-            self._ended(None, fold(error))
+            self.release()
+            self.result = self._ended((None, fold(error)))
             return
 
-        def finished(future: Future[tuple[Any, BaseException | None]]) -> None:
+        def finished(future: Future[Result]) -> None:
+            result: Result
             if not future.cancelled():
-                value, error = future.result()
+                result = future.result()
             elif self._future is future:
-                value, error = None, asyncio.CancelledError("the step cancelled itself")
+                result = None, asyncio.CancelledError("the step cancelled itself")
             else:
                 return
-            self._caller.carry_on(lambda: self._ended(value, error))
+            self.go_on(lambda: self._ended(result))
 
         self._future = future
         future.add_done_callback(finished)
@@ -190,7 +196,7 @@ class Attempt:
         """Make sure that the coroutine's instance is there, as loops only await.
 
         Raises:
-            TimeoutError: The attempt has ended meanwhile; nobody asks for its error any more.
+            TimeoutError: The attempt has ended meanwhile; its error counts no more.
         """
         self._delivery.base.copy().run(factory.instance)
         with self._gate.lock:
@@ -198,11 +204,7 @@ class Attempt:
                 raise TimeoutError
             self.worker = None
 
-    def _coroutine(self, context: StepContext) -> Coroutine[Any, Any, tuple[Any, BaseException | None]]:
-        coroutine = self._await(context)
-        return coroutine if self._slot is None else HeldCoroutine(coroutine, self._slot)
-
-    async def _await(self, context: StepContext) -> tuple[Any, BaseException | None]:
+    async def _await(self, context: StepContext) -> Result:
         """Return the step's result or error; asyncio would let SystemExit and KeyboardInterrupt end the loop."""
         bind_context(context)
         if self._slot is not None:
@@ -212,7 +214,12 @@ class Attempt:
             return await await_within(scopes, hooks, self._call, context), None
         except asyncio.CancelledError:
             raise
-        except BaseException as error:  # noqa: BLE001 -- user code; every kind is judged by the caller
+        except BaseException as error:  # noqa: BLE001 -- user code; every kind is judged
+            if self._slot is not None and isinstance(error, GeneratorExit):
+                # A loop that was closed calls nothing back. The collector may close the coroutine on a thread that
+                # holds the very locks which giving back a slot needs, so another thread does it.
+                _thread.start_new_thread(self.release, ())
+            self.on_host = self._delivery.loop is not None or self._delivery.runtime.inline
             return None, fold(error)
 
     # --- ending ------------------------------------------------------------------------------------------------
@@ -244,29 +251,16 @@ class Attempt:
             _logger.warning(
                 "run %r: %s; its thread goes on until the step returns", self._delivery.execution_id, error
             )
-        self._caller.carry_on(lambda: self._caller.raised(error))
+        self.go_on(lambda: (None, error))
 
-    def _ended(self, value: Any, error: BaseException | None) -> None:
+    def _ended(self, result: Result) -> Result | None:
+        """Return *result* if it counts."""
         self._delivery.runtime.catch_up()  # a deadline that only this thread can ring has waited for the step
-        if not self._close():
-            elapsed = self._caller.elapsed_s
-            self._delivery.tell(EventKind.STEP_LATE, self._step.name, self._number, elapsed_s=elapsed)
-        elif error is None:
-            self._caller.returned(value)
-        else:
-            self._caller.raised(error, is_own=self._is_own(error))
-
-    def _is_own(self, error: BaseException) -> bool:
-        """Tell whether the step's code raised *error*, rather than the host of the thread that it runs on.
-
-        On a step thread there is no host: nothing but the step's code raises SystemExit or KeyboardInterrupt there.
-        The thread of a caller gets both from signals and from its own end; gevent ends greenlets with GreenletExit.
-        """
-        if isinstance(error, Exception) or type(error).__name__ == "GreenletExit":
-            return isinstance(error, Exception)
-        if self._step.is_async:
-            return self._delivery.loop is None and not self._delivery.runtime.inline
-        return isinstance(threading.current_thread(), Worker)
+        if self._close():
+            return result
+        elapsed = self._delivery.cancellation.now() - self._began
+        self._delivery.tell(EventKind.STEP_LATE, self._step.name, self._number, elapsed_s=elapsed)
+        return None
 
 
 def step_context(step: Step, delivery: Delivery, attempt: int) -> StepContext:

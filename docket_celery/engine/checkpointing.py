@@ -38,20 +38,20 @@ class StepRecord:
         delivery: The delivery it belongs to.
     """
 
-    __slots__ = ("_began", "_claimed", "_delivery", "_looked_up", "_started_at", "_step", "_values")
+    __slots__ = ("_claimed", "_delivery", "_looked_up", "_started_at", "_step", "_values", "began")
 
     def __init__(self, step: Step, delivery: Delivery) -> None:
         self._step, self._delivery = step, delivery
         self._values: Sequence[Value] = ()
         self._claimed: bytes | None = None
         self._looked_up: bytes | None = None
-        self._began = 0.0
+        self.began = 0.0
         self._started_at: datetime | None = None
 
     @property
     def elapsed_s(self) -> float:
         """Seconds since `begin`."""
-        return self._delivery.cancellation.now() - self._began
+        return self._delivery.cancellation.now() - self.began
 
     @property
     def claims(self) -> bool:
@@ -65,7 +65,7 @@ class StepRecord:
 
     def begin(self, values: Sequence[Value] = ()) -> None:
         """Note the inputs and when the step began."""
-        self._values, self._began = values, self._delivery.cancellation.now()
+        self._values, self.began = values, self._delivery.cancellation.now()
         if self._delivery.store is not None:
             self._started_at = datetime.now(UTC)
 

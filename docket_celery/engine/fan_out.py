@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from docket_celery.engine.delivery import Delivery
-from docket_celery.engine.execution import Execution, Outcome, join_failures
-from docket_celery.engine.items import Items, Runs
+from docket_celery.engine.ending import Ending, Outcome
+from docket_celery.engine.execution import Scheduler, join_failures
+from docket_celery.engine.items import ItemGroup
 from docket_celery.errors import BatchFailed, DocketError, StepFailed
 from docket_celery.observe.events import EventKind
 from docket_celery.plan.annotation import ValueKey
@@ -34,7 +34,7 @@ def make_execution(
     policy: BatchPolicy,
     max_concurrency: int | None,
     threads: int,
-) -> Execution | StagedExecution:
+) -> Scheduler | StagedScheduler:
     """Return what resolves *plan*.
 
     Args:
@@ -50,7 +50,7 @@ def make_execution(
     if delivery.runtime.inline:
         max_concurrency = 1
     if plan.parts:
-        return StagedExecution(
+        return StagedScheduler(
             plan,
             inputs,
             delivery,
@@ -61,11 +61,11 @@ def make_execution(
             max_concurrency=max_concurrency,
         )
     checkpoints = _by_index(plan, stored, delivery.item)
-    return Execution(plan, inputs, delivery, on_end, checkpoints=checkpoints, max_concurrency=max_concurrency)
+    return Scheduler(plan, inputs, delivery, on_end, checkpoints=checkpoints, max_concurrency=max_concurrency)
 
 
-class StagedExecution:
-    """One plan with fan-outs being resolved for one delivery; used like `Execution`.
+class StagedScheduler(Ending):
+    """One plan with fan-outs being resolved for one delivery; used like `Scheduler`.
 
     Args:
         plan: What to do; it has parts.
@@ -94,19 +94,17 @@ class StagedExecution:
         max_concurrency: int | None = None,
         outputs: Sequence[ValueKey] | None = None,
     ) -> None:
-        self.closed = False
-        self._plan, self._delivery, self._on_end = plan, delivery, on_end
+        super().__init__(delivery.cancellation, on_end)
+        self._plan, self._delivery = plan, delivery
         self._stored, self._policy = stored, policy
         self._limit, self._max_concurrency = limit, max_concurrency
         self._outputs = (plan.target,) if outputs is None else tuple(outputs)
         self._values: dict[ValueKey, Any] = dict(zip(plan.given, inputs, strict=True))
         self._fan_outs: dict[ValueKey, str] = {} if plan.batch is None else {plan.batch: ""}
         self._failures: dict[str, dict[int, StepFailed]] = {}
-        self._lock = threading.Lock()
         self._wanted: frozenset[str] = frozenset()
         self._next = 0
-        self._held = False
-        self._items: Items | None = None
+        self._items: ItemGroup | None = None
 
     def start(self) -> None:
         """Find what is needed, from the target down."""
@@ -121,21 +119,14 @@ class StagedExecution:
 
     def hold(self) -> None:
         """Start nothing more; what is running finishes and is saved, then the execution ends."""
-        with self._lock:
-            self._held, items = True, self._items
+        with self.lock:
+            self.failing, items = True, self._items
         if items is not None:
             items.hold()
 
-    def abort(self, error: BaseException) -> None:
-        """End at once with *error*: nothing new starts, contexts are cancelled, late results are discarded."""
-        with self._lock:
-            if self.closed:
-                return
-            self.closed, items = True, self._items
-        self._delivery.cancellation.cancel(error)
-        if items is not None:
-            items.abort(error)
-        self._on_end(Outcome(error=error))
+    def _let_go(self, error: BaseException) -> None:
+        if self._items is not None:
+            self._items.abort(error)
 
     # --- parts -------------------------------------------------------------------------------------------------
 
@@ -149,10 +140,10 @@ class StagedExecution:
     def _advance(self) -> None:
         """Begin the next part that is needed, or end."""
         while True:
-            with self._lock:
+            with self.lock:
                 if self.closed:
                     return
-                if self._held or self._next == len(self._plan.parts):
+                if self.failing or self._next == len(self._plan.parts):
                     break
                 part = self._plan.parts[self._next]
                 self._next += 1
@@ -163,19 +154,19 @@ class StagedExecution:
                 if not outputs:
                     continue
                 items = self._items = self._make_items(part, outputs)
-            items.fill()
+            items.dispatch()
             return
-        self._end(Outcome() if self._held else Outcome(values=tuple(map(self._result, self._outputs))))
+        self.end(Outcome() if self.failing else Outcome(values=tuple(map(self._result, self._outputs))))
 
-    def _make_items(self, part: Part, outputs: Sequence[ValueKey]) -> Items:
+    def _make_items(self, part: Part, outputs: Sequence[ValueKey]) -> ItemGroup:
         # What only restored items would use is not made: then one of the others tells how many there are.
         made = (self._values.get(key) for key in part.each)
         count = 1 if part.fan_out is None else next(len(values) for values in made if values is not None)
 
-        def ended(items: Items) -> None:
-            self._guard(lambda: self._part_ended(part, outputs, items))
+        def ended(outcome: Outcome) -> None:
+            self._guard(lambda: self._part_ended(part, outputs, items, outcome.error))
 
-        items = Items(
+        items = ItemGroup(
             count,
             functools.partial(self._make, part, outputs),
             ended,
@@ -192,7 +183,7 @@ class StagedExecution:
 
     def _make(
         self, part: Part, outputs: Sequence[ValueKey], index: int, on_end: Callable[[Outcome], None]
-    ) -> Runs:
+    ) -> Ending:
         """Return the execution of one item, or of the steps that run once."""
         inputs: list[Value | None]
         if part.fan_out is None:
@@ -212,14 +203,16 @@ class StagedExecution:
             max_concurrency=self._max_concurrency,
         )
 
-    def _part_ended(self, part: Part, outputs: Sequence[ValueKey], items: Items) -> None:
+    def _part_ended(
+        self, part: Part, outputs: Sequence[ValueKey], items: ItemGroup, error: BaseException | None
+    ) -> None:
         """Take what a part made, and go on."""
-        error = items.fatal or self._failure(part, items)
+        error = error or self._failure(part, items)
         if error is not None:
-            self._end(Outcome(error=error))
+            self.end(Outcome(error=error))
             return
         if items.failing:
-            self._end(Outcome())
+            self.end(Outcome())
             return
         if part.fan_out is not None:
             self._failures[part.fan_out] = items.failures
@@ -232,7 +225,7 @@ class StagedExecution:
                 self._fan_outs[key] = fan_out
         self._advance()
 
-    def _failure(self, part: Part, items: Items) -> BaseException | None:
+    def _failure(self, part: Part, items: ItemGroup) -> BaseException | None:
         """Return what fails the run, if too many items failed."""
         policy = policy_of(self._plan, part, self._policy)
         return too_many(policy, items.failures, len(items.results))
@@ -287,13 +280,6 @@ class StagedExecution:
         items = next((self._values[key] for key in part.each if key in self._values), None)
         return items is not None and all((name, self._path(i)) in self._stored for i in range(len(items)))
 
-    def _end(self, outcome: Outcome) -> None:
-        with self._lock:
-            if self.closed:
-                return
-            self.closed = True
-        self._on_end(outcome)
-
 
 def make_item(
     part: Part,
@@ -305,7 +291,7 @@ def make_item(
     stored: Stored,
     limit: int,
     max_concurrency: int | None = None,
-) -> Runs:
+) -> Ending:
     """Return the execution of one item of *part*, or of its steps that run once.
 
     Args:
@@ -319,7 +305,7 @@ def make_item(
         max_concurrency: What the caller said, if anything.
     """
     if part.plan.parts:
-        return StagedExecution(
+        return StagedScheduler(
             part.plan,
             inputs,
             delivery,
@@ -333,7 +319,7 @@ def make_item(
         )
     steps_at_once = max_concurrency if part.fan_out is None else None
     slots = dict(zip(part.outputs, part.plan.output_slots, strict=True))
-    return Execution(
+    return Scheduler(
         part.plan,
         inputs,
         delivery,

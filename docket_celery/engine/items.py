@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
-from docket_celery.engine.execution import Outcome
+from docket_celery.engine.ending import Ending, Outcome
 from docket_celery.errors import StepFailed
 
 
-class Aborts(Protocol):
-    """What a run needs of its execution, whatever it is, to stop it."""
-
-    def abort(self, error: BaseException) -> None: ...
-
-
-class Runs(Aborts, Protocol):
-    """An execution of a plan, with fan-outs or without."""
-
-    @property
-    def closed(self) -> bool: ...
-    def start(self) -> None: ...
-    def dispatch(self) -> None: ...
-    def hold(self) -> None: ...
-
-
-class Items:
+class ItemGroup(Ending):
     """Executions of one part, one for each item, a limited number at once.
 
     Args:
         count: How many there are.
         make: Returns the execution of an item, which tells how it ended.
-        on_end: Called once, on any thread, after the last one, or when one of them ended the run.
+        on_end: Called once, on any thread, after the last one, or when one of them ended the run: with that error.
         limit: Most at once.
         allowed: How many may fail without stopping the others.
         on_item: Called after each with how many have ended, failed ones too, and how many there are.
@@ -42,26 +25,24 @@ class Items:
     def __init__(
         self,
         count: int,
-        make: Callable[[int, Callable[[Outcome], None]], Runs],
-        on_end: Callable[[Items], None],
+        make: Callable[[int, Callable[[Outcome], None]], Ending],
+        on_end: Callable[[Outcome], None],
         *,
         limit: int,
         allowed: int,
         on_item: Callable[[int, int], None] | None = None,
     ) -> None:
+        super().__init__(None, on_end)
         self.results: list[tuple[Any, ...] | None] = [None] * count
         self.failures: dict[int, StepFailed] = {}
         self.fatal: BaseException | None = None
-        self.failing = False
-        self._make, self._on_end, self._limit, self._allowed = make, on_end, limit, allowed
+        self._make, self._limit, self._allowed = make, limit, allowed
         self._on_item = on_item
         self._done = 0
         self._cut = False
-        self._lock = threading.Lock()
-        self._running: dict[int, Runs] = {}
+        self._running: dict[int, Ending] = {}
         self._next = 0
         self._asked = 0
-        self._over = False
 
     def skip(self, failures: Mapping[int, StepFailed]) -> None:
         """Leave out items that failed in an earlier part."""
@@ -73,48 +54,46 @@ class Items:
         """Whether each of them was begun, and none was cut short."""
         return self._next >= len(self.results) and not self._cut
 
-    def fill(self) -> None:
+    def dispatch(self) -> None:
         """Start items while there is room, and see whether all have ended. One thread at a time does it."""
-        with self._lock:
+        with self.lock:
             self._asked += 1
             if self._asked > 1:
                 return  # whoever is at it looks again
         while True:
             while (begun := self._begin()) is not None:
                 self._start(*begun)
-            with self._lock:
-                over = not self._over and not self._running and (self._idle() or self.fatal is not None)
-                self._over = self._over or over
+            with self.lock:
+                over = not self._running and (self._idle() or self.fatal is not None)
                 again, self._asked = self._asked > 1, 1
                 if not again:
                     self._asked = 0
             if over:
-                self._on_end(self)
+                self.end(Outcome(error=self.fatal))
             if not again:
                 return
 
     def hold(self) -> None:
         """Start nothing more; what is running finishes and is saved."""
-        with self._lock:
+        with self.lock:
             self.failing = True
             running = list(self._running.values())
         for execution in running:
             execution.hold()
-        self.fill()
+        self.dispatch()
 
-    def abort(self, error: BaseException) -> None:
-        """End at once with *error*; `on_end` is not called any more."""
-        with self._lock:
-            self._over = self.failing = True
-            running = list(self._running.values())
-        for execution in running:
+    def _seize(self) -> None:
+        self.failing = True
+
+    def _let_go(self, error: BaseException) -> None:
+        for execution in list(self._running.values()):
             execution.abort(error)
 
     def _idle(self) -> bool:
         return self.failing or self._next >= len(self.results)
 
-    def _begin(self) -> tuple[int, Runs] | None:
-        with self._lock:
+    def _begin(self) -> tuple[int, Ending] | None:
+        with self.lock:
             while not self._idle() and self._next in self.failures:
                 self._next += 1
             if self._idle() or len(self._running) >= self._limit:
@@ -124,7 +103,7 @@ class Items:
             self._running[index] = execution
             return index, execution
 
-    def _start(self, index: int, execution: Runs) -> None:
+    def _start(self, index: int, execution: Ending) -> None:
         try:
             execution.start()
             execution.dispatch()
@@ -132,9 +111,9 @@ class Items:
             self._ended(index, Outcome(error=error))
 
     def _ended(self, index: int, outcome: Outcome) -> None:
-        stopped: list[Runs] = []
-        with self._lock:
-            if self._running.pop(index, None) is None or self._over:
+        stopped: list[Ending] = []
+        with self.lock:
+            if self._running.pop(index, None) is None or self.closed:
                 return
             error = outcome.error
             self._done = done = self._done + 1
@@ -157,4 +136,4 @@ class Items:
                 execution.abort(self.fatal)
         if self._on_item is not None:
             self._on_item(done, len(self.results))
-        self.fill()
+        self.dispatch()

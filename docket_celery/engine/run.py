@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from docket_celery.engine.checkpointing import read_checkpoints
 from docket_celery.engine.delivery import Delivery
-from docket_celery.engine.execution import Execution, Outcome
-from docket_celery.engine.fan_out import StagedExecution, Stored, make_execution
-from docket_celery.engine.items import Aborts
+from docket_celery.engine.ending import Ending, Outcome
+from docket_celery.engine.execution import Scheduler
+from docket_celery.engine.fan_out import StagedScheduler, Stored, make_execution
 from docket_celery.engine.outcome import RunOutcome, Submission
 from docket_celery.engine.process.clock import Clock, system_clock
 from docket_celery.engine.process.django_orm import connection_hooks
@@ -87,7 +87,7 @@ class Run:
             else None
         )
         self._held: HeldLease | None = None
-        self._execution: Aborts | None = None
+        self._execution: Ending | None = None
         self.concluded = False
         self._began = self._cancellation.now()
         self._until = None if submission.timeout_s is None else self._began + submission.timeout_s
@@ -208,7 +208,7 @@ class Run:
         except Exception as error:  # noqa: BLE001 -- the lease is held: the run must end in order
             self._end(Outcome(error=error))
 
-    def _begin(self, stored: Stored) -> Execution | StagedExecution | None:
+    def _begin(self, stored: Stored) -> Scheduler | StagedScheduler | None:
         """Make and start the execution; None if it ended (or was stopped) while starting."""
         ended = self._end if self.store is None else self._end_on_pool
         execution = make_execution(

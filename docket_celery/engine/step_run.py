@@ -1,23 +1,27 @@
-"""One step of one delivery: restore, attempt, judge, save, report."""
+"""The life of one step in one delivery: restore, slot, attempt, judge, wait, save, report.
+
+It is a generator, read from top to bottom, which yields what it waits for; `execution` drives it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
-import threading
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from docket_celery.engine.attempt import Attempt
-from docket_celery.engine.checkpointing import StepRecord, read_value
+from docket_celery.engine.checkpointing import StepRecord, hash_inputs, read_value
 from docket_celery.engine.delivery import Delivery
+from docket_celery.engine.ending import Ending
 from docket_celery.engine.process.instances import holds_thread
-from docket_celery.engine.process.limits import Slot, Slots, slots_of
+from docket_celery.engine.process.limits import Slot, slots_of
 from docket_celery.errors import (
     AbortError,
     DocketError,
     InputMutated,
+    InputsChanged,
     LeaseLost,
     StepFailed,
     StepTimedOut,
@@ -30,7 +34,7 @@ from docket_celery.plan.messages import Value
 from docket_celery.plan.options import RetryPolicy, Scope, to_seconds
 from docket_celery.plan.plan import PlannedStep
 from docket_celery.plan.step import Step
-from docket_celery.store.records import Checkpoint, StepExecution
+from docket_celery.store.records import Checkpoint
 
 _logger = logging.getLogger("docket_celery.call")
 _SAVE_TRIES = 5
@@ -41,261 +45,267 @@ _ONE_ATTEMPT = (
 _POLL_FIRST_S, _POLL_MOST_S = 0.05, 1.0
 
 
-class Steps(Protocol):
-    """What a step call needs of the execution it belongs to."""
-
-    lock: threading.Lock
-    closed: bool
-    failing: bool
-
-    def inputs_of(self, planned: PlannedStep) -> list[Value]: ...
-    def complete(self, call: StepCall, value: Value) -> None: ...
-    def fail(self, call: StepCall, error: StepFailed) -> None: ...
-    def withdraw(self, call: StepCall) -> None: ...
-    def abort(self, error: BaseException) -> None: ...
-    def pause(self, call: StepCall, delay_s: float) -> None: ...
-    def take_slot(self, call: StepCall, slots: Slots) -> Slot | None: ...
-    def carry_on(self, work: Callable[[], None], call: StepCall) -> None: ...
+class GivenUp(Exception):
+    """The run is failing: a step that waits for its next attempt does not get it."""
 
 
-class StepCall:
-    """A step on its way to a value, through restores, attempts, waits and the save. Never waits on a thread."""
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Wait without a thread.
 
-    __slots__ = (
-        "_attempt_no",
-        "_delivery",
-        "_failure",
-        "_record",
-        "_running",
-        "_steps",
-        "_values",
-        "planned",
-    )
+    Attributes:
+        seconds: How long.
+        firm: Not cut short when the run is failing or has ended.
+    """
 
-    def __init__(self, planned: PlannedStep, steps: Steps, delivery: Delivery) -> None:
-        self.planned, self._steps, self._delivery = planned, steps, delivery
-        self._attempt_no = 0
-        self._running: Attempt | None = None
-        self._failure: StepFailed | None = None
-        self._record = StepRecord(planned.step, delivery)
-        self._values: list[Value] = []
+    seconds: float
+    firm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The end of a step that ends its whole run at once with *error*."""
+
+    error: BaseException
+
+
+Effect: TypeAlias = Attempt | Sleep | Slot
+"""What a step waits for: the end of an attempt (sent back as a `Result`), a time, its turn for a slot."""
+End: TypeAlias = Value | StepFailed | Stop | None
+"""How a step ends: with its value, for good, with the whole run, or as if it had never begun."""
+
+
+class StepRun:
+    """A step of one delivery on its way to a value.
+
+    Args:
+        planned: The step and its place in the plan.
+        values: Its inputs.
+        delivery: What the steps share.
+        gate: The execution that it belongs to.
+
+    Attributes:
+        life: What the scheduler drives.
+        attempts: Calls made so far.
+        attempt: The latest call.
+        record: Its stored side.
+    """
+
+    __slots__ = ("attempt", "attempts", "delivery", "gate", "life", "planned", "record", "step", "values")
+
+    def __init__(
+        self, planned: PlannedStep, values: Sequence[Value], delivery: Delivery, gate: Ending
+    ) -> None:
+        self.planned, self.step, self.values = planned, planned.step, values
+        self.delivery, self.gate = delivery, gate
+        self.attempts = 0
+        self.attempt: Attempt | None = None
+        self.record = StepRecord(planned.step, delivery)
+        self.life = _life(self)
 
     @property
     def in_flight(self) -> Attempt | None:
         """The attempt whose user code runs now."""
-        running = self._running
-        return running if running is not None and running.in_flight else None
+        attempt = self.attempt
+        return attempt if attempt is not None and attempt.in_flight else None
 
-    @property
-    def claims(self) -> bool:
-        """Whether others wait for this step to compute a GLOBAL checkpoint."""
-        return self._record.claims
+    def check_inputs(self, checkpoint: Checkpoint) -> None:
+        """Compare what a restored step was made from with what is at hand.
 
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since the step began."""
-        return self._record.elapsed_s
-
-    def start(self) -> None:
-        """Begin the step on this thread; it ends by `complete`, `fail`, `withdraw` or `abort` of its execution."""
-        self._values = self._steps.inputs_of(self.planned)
-        self._record.begin(self._values)
-        if self.planned.step.persist is Scope.GLOBAL:
-            self._look_up(_POLL_FIRST_S)
-        else:
-            self.attempt()
-
-    def attempt(self) -> None:
-        """Call the user's code once: now, or when a slot is free for it."""
-        slots = slots_of(self.planned.step)
-        if slots is None or slots.lent(self._delivery.base):
-            self.attempt_in(None)
-        elif (slot := self._steps.take_slot(self, slots)) is not None:
-            self.attempt_in(slot)
-
-    def attempt_in(self, slot: Slot | None) -> None:
-        """Call the user's code once; *slot* is given back when that has ended."""
-        begun = False
-        try:
-            begun = self._begin_attempt(slot)
-        finally:
-            # An attempt that has begun sees to both itself, whenever it ends.
-            if not begun:
-                if slot is not None:
-                    slot.cancel()
-                self.drop_claim()
-
-    def _begin_attempt(self, slot: Slot | None) -> bool:
-        """Call the user's code, unless the execution is closed or the lease is lost: then return False."""
-        delivery = self._delivery
-        if delivery.held is not None and not delivery.held.trusted():
-            lease = delivery.held.lease
-            self._steps.abort(LeaseLost(lease.graph, lease.execution_id, lease.epoch))
-            return False
-        if self.planned.step.timeout_s is not None and holds_thread(self.planned.step):
-            # Such an attempt may come to hold a thread for good, and so may each retry of it.
-            delivery.runtime.pool.check_abandoned()
-        self._attempt_no += 1
-        self._failure = None
-        self._running = Attempt(
-            self.planned.step, self._attempt_no, self._values, delivery, self._steps, self, slot
-        )
-        return self._running.start()
-
-    def carry_on(self, work: Callable[[], None]) -> None:
-        """Go on with this step on the pool."""
-        self._steps.carry_on(work, self)
-
-    # --- judging -----------------------------------------------------------------------------------------------
-
-    def returned(self, value: Any) -> None:
-        """Take what an attempt returned."""
-        step, self._running = self.planned.step, None
-        if (actual := step.wrong_result(value)) is None:
-            self._succeeded(value)
-        else:
-            self.raised(WrongResult(step.name, self._attempt_no, step.result_name, actual))
-
-    def raised(self, error: BaseException, *, is_own: bool = True) -> None:
-        """Judge what an attempt raised: try again later, fail, or stop the run.
-
-        Args:
-            error: What it raised.
-            is_own: The step's code raised it; False: the host of its thread did, to end more than this step.
+        Raises:
+            InputsChanged: They differ, and the step asks for an error then.
         """
-        step, number = self.planned.step, self._attempt_no
-        # An attempt knows its call: kept, both and their messages would wait for the collector.
-        self._running = None
-        stop = self._delivery.cancellation.error
-        if stop is not None:
-            # The run is being stopped; whatever the step raises now follows from that.
-            self._steps.abort(stop)
+        store, step = self.delivery.store, self.step
+        if store is None or len(self.values) != len(self.planned.sources):
             return
-        if isinstance(error, AbortError):
-            self._report_failed("FAILED", error)
-        if isinstance(error, asyncio.CancelledError):
-            error = RuntimeError(f"the step was cancelled from inside: {brief_error(error)}")
-            is_own = True
-        if not is_own or isinstance(error, (AbortError, *self._delivery.passthrough)):
-            self._steps.abort(error)
+        if hash_inputs(self.values, store) == checkpoint.input_hash:
             return
-        retriable, error = classify(step, error)
-        delay_s = None
-        if retriable and number < step.max_attempts and step.options.retry is not None:
-            delay_s, retriable, error = _delay(step.options.retry, step, number, error)
-        failure = self._failure = _failure(step, number, retriable, error)
-        if self._delivery.item:
-            failure.place(self._delivery.item)
-        if delay_s is not None:
-            self._delivery.tell(
-                EventKind.STEP_RETRYING, step.name, number, detail=f"again in {delay_s:.3g} s: {failure}"
-            )
-            self._steps.pause(self, delay_s)
-        else:
-            self.give_up()
-
-    def give_up(self) -> None:
-        """End the step without another attempt: with its last failure, or as if it had never begun."""
-        self.drop_claim()
-        failure = self._failure
-        if failure is None:
-            self._steps.withdraw(self)
-            return
-        self._report_failed("TIMED_OUT" if isinstance(failure, StepTimedOut) else "FAILED", failure)
-        self._steps.fail(self, failure)
-
-    # --- checkpoints -------------------------------------------------------------------------------------------
-
-    def _look_up(self, poll_s: float) -> None:
-        """Restore a GLOBAL checkpoint, or claim the right to compute it, or look again later."""
-        if self._steps.closed:
-            return
-        if self._steps.failing:
-            self._steps.withdraw(self)
-            return
-        found = self._record.look_up()
-        if isinstance(found, Checkpoint):
-            self.restored(found)
-        elif found:
-            self.attempt()
-        else:
-            again = functools.partial(self._look_up, min(poll_s * 2, _POLL_MOST_S))
-            self._delivery.runtime.timer.after(poll_s, lambda: self.carry_on(again))
-
-    def restored(self, checkpoint: Checkpoint) -> None:
-        """Complete the step with a stored value."""
-        value = read_value(self.planned.step, checkpoint, self._delivery)
-        self.report_restored()
-        self._record.keep(value)
-        self._steps.complete(self, value)
+        if step.options.on_input_change == "error":
+            raise InputsChanged(self.delivery.execution_id, step.name)
+        self.delivery.tell(EventKind.INPUTS_CHANGED, step.name, detail="checkpoint reused")
 
     def report_restored(self) -> None:
         """Record that a stored value was used."""
-        if not self._values:
-            self._record.begin()
-        self._record.report("SUCCEEDED", attempts=0, cached=True)
-        self._delivery.tell(EventKind.STEP_RESTORED, self.planned.step.name)
+        self.record.report("SUCCEEDED", attempts=0, cached=True)
+        self.delivery.tell(EventKind.STEP_RESTORED, self.step.name)
 
-    def _succeeded(self, value: Value) -> None:
-        if self.planned.step.persist is None:
-            self._record.report("SUCCEEDED", attempts=self._attempt_no)
-            self._done(value)
-        else:
-            row = self._record.row("SUCCEEDED", attempts=self._attempt_no)
-            self._save(value, self._record.checkpoint(value), row, tries=1)
+    def report_succeeded(self, value: Value) -> None:
+        """Record that the step was computed."""
+        record, elapsed_s = self.record, self.record.elapsed_s
+        if self.step.persist is None:
+            record.report("SUCCEEDED", attempts=self.attempts)
+        record.keep(value)
+        self.delivery.tell(EventKind.STEP_SUCCEEDED, self.step.name, self.attempts, elapsed_s=elapsed_s)
 
-    def _save(self, value: Value, checkpoint: Checkpoint, row: StepExecution, tries: int) -> None:
-        """Store the checkpoint; the first saver wins. Save before telling: listeners may read the row."""
-        delivery = self._delivery
+    def report_cancelled(self, error: BaseException) -> None:
+        """Record that the run ended while the step was running."""
+        shown = error if isinstance(error, DocketError) else None
+        self.record.report("CANCELLED", attempts=self.attempts, error=shown)
+
+    def report_failed(self, status: str, error: DocketError) -> None:
+        """Record that the step failed."""
+        self.record.report(status, attempts=self.attempts, error=error)
+        self.delivery.tell(EventKind.STEP_FAILED, self.step.name, self.attempts, detail=str(error))
+
+
+def _life(run: StepRun) -> Generator[Effect, Any, End]:
+    """Restore the step or call it until it has a value, and save that. Waits only by what it yields.
+
+    Raises:
+        LeaseLost: The run is another worker's.
+        TooManyAbandoned: Too many threads are held by timed-out steps.
+        DocketError: Its checkpoint could not be read or written.
+    """
+    step, delivery, record = run.step, run.delivery, run.record
+    failure: StepFailed | None = None
+    limited = step.options.max_concurrent is not None
+    record.begin(run.values)
+    try:
+        if step.persist is Scope.GLOBAL and (found := (yield from _look_up(record))) is not None:
+            return _restore(run, found)
+        while True:
+            slot = None
+            if limited and (slot := _find_slot(run)) is not None:
+                yield slot
+            run.attempt = attempt = _next_attempt(run, slot)
+            value, error = yield attempt
+            run.attempt = None
+            if error is None:
+                if (actual := step.wrong_result(value)) is None:
+                    break
+                error = WrongResult(step.name, run.attempts, step.result_name, actual)
+            end, delay_s = _judge(run, error, attempt.on_host)
+            # The attempt knows its execution: kept, both and the error would wait for the collector.
+            del attempt, error
+            if isinstance(end, Stop):
+                return end
+            failure = end
+            if delay_s is None:
+                return _give_up(run, failure)
+            yield Sleep(delay_s)
+    except GivenUp:
+        return _give_up(run, failure)
+    kept: Value = value
+    if step.persist is not None:
+        kept = yield from _save(run, value)
+    if delivery.listeners or delivery.store is not None:
+        run.report_succeeded(kept)
+    return kept
+
+
+def _look_up(record: StepRecord) -> Generator[Effect, Any, Checkpoint | None]:
+    """Return the GLOBAL checkpoint; None: this step has claimed the right to compute it."""
+    wait_s = _POLL_FIRST_S
+    while not (found := record.look_up()):
+        yield Sleep(wait_s)
+        wait_s = min(wait_s * 2, _POLL_MOST_S)
+    return found if isinstance(found, Checkpoint) else None
+
+
+def _restore(run: StepRun, checkpoint: Checkpoint) -> Value:
+    value = read_value(run.step, checkpoint, run.delivery)
+    run.report_restored()
+    run.record.keep(value)
+    return value
+
+
+def _find_slot(run: StepRun) -> Slot | None:
+    """Return what to wait for before an attempt; None: it is part of a call that holds a slot of the step."""
+    slots = slots_of(run.step)
+    return None if slots is None or slots.lent(run.delivery.base) else Slot(slots)
+
+
+def _next_attempt(run: StepRun, slot: Slot | None) -> Attempt:
+    """Return the next call of the user's code, if the run may still make one."""
+    step, delivery = run.step, run.delivery
+    try:
+        if delivery.held is not None and not delivery.held.trusted():
+            lease = delivery.held.lease
+            raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+        if step.timeout_s is not None and holds_thread(step):
+            # Such an attempt may come to hold a thread for good, and so may each retry of it.
+            delivery.runtime.pool.check_abandoned()
+    except DocketError:
+        if slot is not None:
+            slot.cancel()
+        # The run may have ended during the look-up: then nothing else drops the claim.
+        run.record.drop_claim()
+        raise
+    run.attempts += 1
+    return Attempt(step, run.attempts, run.values, delivery, run.gate, slot, run.record.began)
+
+
+def _judge(run: StepRun, error: BaseException, on_host: bool) -> tuple[StepFailed | Stop, float | None]:
+    """Return what *error* means for the step, and in how many seconds it is called again, if at all."""
+    step, delivery, number = run.step, run.delivery, run.attempts
+    stop = delivery.cancellation.error
+    if stop is not None:
+        # The run is being stopped; whatever the step raises now follows from that.
+        return Stop(stop), None
+    if isinstance(error, AbortError):
+        run.report_failed("FAILED", error)
+    if isinstance(error, asyncio.CancelledError):
+        error = RuntimeError(f"the step was cancelled from inside: {brief_error(error)}")
+    if isinstance(error, (AbortError, *delivery.passthrough)) or _is_hosts(error, on_host):
+        return Stop(error), None
+    retriable, delay_s = False, None
+    if isinstance(error, Exception):
+        retriable, error = classify(step, error)
+        if retriable and number < step.max_attempts and step.options.retry is not None:
+            delay_s, retriable, error = _delay(step.options.retry, step, number, error)
+    failure = _failure(step, number, retriable, error)
+    if delivery.item:
+        failure.place(delivery.item)
+    if delay_s is not None:
+        detail = f"again in {delay_s:.3g} s: {failure}"
+        delivery.tell(EventKind.STEP_RETRYING, step.name, number, detail=detail)
+    return failure, delay_s
+
+
+def _is_hosts(error: BaseException, on_host: bool) -> bool:
+    """Tell whether *error* came from the host of the thread rather than from the step's code.
+
+    A step thread has no host: nothing but the step's code raises SystemExit or KeyboardInterrupt there. The thread of
+    a caller gets both from signals and from its own end; gevent ends greenlets with GreenletExit.
+    """
+    return not isinstance(error, Exception) and (on_host or type(error).__name__ == "GreenletExit")
+
+
+def _give_up(run: StepRun, failure: StepFailed | None) -> StepFailed | None:
+    """End the step without another attempt: with its last failure, or as if it had never begun."""
+    run.record.drop_claim()
+    if failure is not None:
+        run.report_failed("TIMED_OUT" if isinstance(failure, StepTimedOut) else "FAILED", failure)
+    return failure
+
+
+def _save(run: StepRun, value: Value) -> Generator[Effect, Any, Value]:
+    """Store the checkpoint; the first saver wins. Save before telling: listeners may read the row."""
+    record, delivery, tries = run.record, run.delivery, 1
+    row = record.row("SUCCEEDED", attempts=run.attempts)
+    checkpoint = record.checkpoint(value)
+    while True:
         try:
-            winner = self._record.save(checkpoint, row)
+            winner = record.save(checkpoint, row)
         except StoreUnavailable as error:
             if tries >= _SAVE_TRIES or delivery.held is None or not delivery.held.trusted():
                 raise
             _logger.warning(
                 "run %r: saving %s, try %d: %s", delivery.execution_id, row.step_name, tries, error
             )
-            again = functools.partial(self._save, value, checkpoint, row, tries + 1)
-            delivery.runtime.timer.after(_SAVE_DELAY_S * 2**tries, lambda: self.carry_on(again))
-            return
-        if winner.output_data != checkpoint.output_data:
-            value = read_value(self.planned.step, winner, delivery)
-        self._done(value)
-
-    def _done(self, value: Value) -> None:
-        elapsed = self._record.elapsed_s
-        self._record.keep(value)
-        self._delivery.tell(
-            EventKind.STEP_SUCCEEDED, self.planned.step.name, self._attempt_no, elapsed_s=elapsed
-        )
-        self._steps.complete(self, value)
-
-    def drop_claim(self) -> None:
-        """Let another run compute the GLOBAL checkpoint, if this step claimed to."""
-        self._record.drop_claim()
-
-    # --- reporting ---------------------------------------------------------------------------------------------
-
-    def report_cancelled(self, error: BaseException) -> None:
-        """Record that the run ended while the step was running."""
-        self._record.report(
-            "CANCELLED", attempts=self._attempt_no, error=error if isinstance(error, DocketError) else None
-        )
-
-    def _report_failed(self, status: str, error: DocketError) -> None:
-        self._record.report(status, attempts=self._attempt_no, error=error)
-        self._delivery.tell(
-            EventKind.STEP_FAILED, self.planned.step.name, self._attempt_no, detail=str(error)
-        )
+        else:
+            same = winner.output_data == checkpoint.output_data
+            return value if same else read_value(run.step, winner, delivery)
+        yield Sleep(_SAVE_DELAY_S * 2**tries, firm=True)
+        tries += 1
 
 
-def classify(step: Step, error: BaseException) -> tuple[bool, BaseException]:
+def classify(step: Step, error: Exception) -> tuple[bool, Exception]:
     """Tell whether another attempt may cure *error*, and which error to report.
 
-    A ``retriable`` predicate that raises is itself the failure: it is reported and nothing is retried. Nor is what
-    asks for an end, such as the SystemExit of a library that calls ``sys.exit``.
+    A ``retriable`` predicate that raises is itself the failure: it is reported and nothing is retried.
     """
-    if isinstance(error, (InputMutated, WrongResult)) or not isinstance(error, Exception):
+    if isinstance(error, (InputMutated, WrongResult)):
         return False, error
     if step.retriable is not None and not isinstance(error, StepTimedOut):
         try:
@@ -307,8 +317,8 @@ def classify(step: Step, error: BaseException) -> tuple[bool, BaseException]:
 
 
 def _delay(
-    policy: RetryPolicy, step: Step, number: int, error: BaseException
-) -> tuple[float | None, bool, BaseException]:
+    policy: RetryPolicy, step: Step, number: int, error: Exception
+) -> tuple[float | None, bool, Exception]:
     """Return the wait before the next attempt, or None where the backoff has none: then that is the failure."""
     try:
         return to_seconds(policy.backoff.delay_s(number), "the backoff's delay"), True, error

@@ -343,8 +343,10 @@ def test_a_deadline_that_passes_while_a_coroutine_is_handed_over_cancels_it() ->
     loop = cast("LoopThread", runtime.loop)
 
     class LateLoop(LoopThread):
-        def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
-            future = loop.submit(coroutine)
+        def submit(
+            self, coroutine: Coroutine[Any, Any, Any], on_end: Callable[[], object] = lambda: None
+        ) -> Future[Any]:
+            future = loop.submit(coroutine, on_end)
             reached(begun)
             deadlines.take(3600)()
             return future

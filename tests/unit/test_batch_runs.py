@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,8 @@ from docket_celery.batch.chunk import ChunkRun
 from docket_celery.batch.layout import PAGE, PAGE_BYTES, Layout, paged
 from docket_celery.batch.options import BatchOrder
 from docket_celery.batch.run import BatchRun
-from docket_celery.engine.execution import Outcome
-from docket_celery.engine.items import Items
+from docket_celery.engine.ending import Ending, Outcome
+from docket_celery.engine.items import ItemGroup
 from docket_celery.engine.job import digest_job
 from docket_celery.engine.outcome import RunOutcome, Submission
 from docket_celery.engine.process.runtime import close_runtimes
@@ -175,35 +175,24 @@ def test_a_copy_of_the_job_stores_its_items_once(store: SQLStore) -> None:
     assert store.measure_items("changing", RUN, "")[0] == 6
 
 
-class Held:
-    """An item that stands between two of its steps until it is held; then it ends as such an execution does."""
-
-    closed = False
-
-    def __init__(self, on_end: Callable[[Outcome], None]) -> None:
-        self._on_end = on_end
-
-    def start(self) -> None:
-        """Nothing to find."""
+class Held(Ending):
+    """An item between two of its steps: the next one waits for a thread until it is held."""
 
     def dispatch(self) -> None:
         """Its next step waits for a thread."""
 
-    def abort(self, error: BaseException) -> None:
-        """Not asked for."""
-
     def hold(self) -> None:
         """Nothing of it starts any more: no error, and no value."""
-        self._on_end(Outcome())
+        self.end(Outcome())
 
 
 def test_an_item_that_is_held_between_its_steps_is_not_done() -> None:
     """All of them had begun, and none failed: the chunk must be worked on again all the same."""
-    ended: list[Items] = []
-    items = Items(2, lambda _, on_end: Held(on_end), ended.append, limit=2, allowed=0)
-    items.fill()
+    ended: list[Outcome] = []
+    items = ItemGroup(2, lambda _, on_end: Held(None, on_end), ended.append, limit=2, allowed=0)
+    items.dispatch()
     items.hold()
-    assert ended == [items]
+    assert ended == [Outcome()]
     assert (items.complete, items.failures, items.fatal) == (False, {}, None)
 
 

@@ -12,13 +12,14 @@ import pytest
 
 from docket_celery.engine.attempt import Attempt
 from docket_celery.engine.delivery import Delivery
-from docket_celery.engine.execution import Execution, Outcome
+from docket_celery.engine.ending import Outcome
+from docket_celery.engine.execution import Scheduler
 from docket_celery.engine.outcome import Submission
 from docket_celery.engine.process.inline import InlineRuntime
 from docket_celery.engine.process.limits import slots_of
 from docket_celery.engine.process.runtime import process_runtime
 from docket_celery.engine.process.settings import Settings
-from docket_celery.engine.step_run import StepCall
+from docket_celery.engine.step_run import StepRun
 from docket_celery.errors import AbortError, RunCancelled, StepFailed, StepTimedOut
 from docket_celery.graph import Graph
 from docket_celery.observe.events import Event, EventKind
@@ -294,13 +295,13 @@ def test_a_step_that_waits_to_be_retried_is_given_up_when_another_fails() -> Non
 
 def test_a_step_that_fails_after_another_one_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once the run is failing, no further attempt begins, be it allowed ever so many."""
-    fail = Execution.fail
+    fail = Scheduler.fail
 
-    def note(execution: Execution, call: StepCall, error: StepFailed) -> None:
-        fail(execution, call, error)
+    def note(execution: Scheduler, run: StepRun, error: StepFailed) -> None:
+        fail(execution, run, error)
         failed.set()
 
-    monkeypatch.setattr(Execution, "fail", note)
+    monkeypatch.setattr(Scheduler, "fail", note)
     graph, calls = Graph("shop"), list[int]()
     begun, failed = threading.Event(), threading.Event()
 
@@ -354,7 +355,7 @@ class Watch(Cancellation):
 def end_of(plan: Plan, delivery: Delivery) -> Outcome:
     """Execute *plan* for an order and return how it ended."""
     outcomes = queue.SimpleQueue[Outcome]()
-    execution = Execution(plan, [Order()], delivery, outcomes.put)
+    execution = Scheduler(plan, [Order()], delivery, outcomes.put)
     execution.start()
     execution.dispatch()
     return outcomes.get(timeout=WAIT_S)
@@ -363,7 +364,7 @@ def end_of(plan: Plan, delivery: Delivery) -> Outcome:
 class TimerLast:
     """An execution's lock that the timer's thread gets only once the execution is failing."""
 
-    def __init__(self, execution: Execution) -> None:
+    def __init__(self, execution: Scheduler) -> None:
         self._execution, self._lock = execution, threading.Lock()
         self.rung, self._failing = threading.Event(), threading.Event()
 
@@ -398,7 +399,7 @@ def test_a_retry_whose_alarm_rings_while_another_step_fails_is_given_up(
     def ship(charge: Charge, reservation: Reservation) -> Shipment:
         return Shipment()
 
-    execution = Execution(graph.plan(Shipment, Order), [Order()], make_delivery(), outcomes.put)
+    execution = Scheduler(graph.plan(Shipment, Order), [Order()], make_delivery(), outcomes.put)
     gate = TimerLast(execution)
     execution.lock = gate  # type: ignore[assignment] # it needs to be a lock for `with` alone
     execution.start()
@@ -445,7 +446,7 @@ def test_what_ends_programs_outside_of_a_steps_code_is_no_failure_of_the_step(
 def test_a_step_that_a_stop_keeps_from_beginning_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stop comes when everything is prepared for its call: it is no cancelled step, and its slot is free."""
     graph, delivery, begin = Graph("shop"), make_delivery(store=MemoryStore()), Attempt.start
-    executions: list[Execution] = []
+    executions: list[Scheduler] = []
 
     @graph.step(max_concurrent=1)
     def charge(order: Order) -> Charge:
@@ -458,7 +459,7 @@ def test_a_step_that_a_stop_keeps_from_beginning_leaves_no_trace(monkeypatch: py
     monkeypatch.setattr(Attempt, "start", stop_first)
     outcomes: list[Outcome] = []
     plan = graph.plan(Charge, Order)
-    executions.append(Execution(plan, [Order()], delivery, outcomes.append))
+    executions.append(Scheduler(plan, [Order()], delivery, outcomes.append))
     executions[0].start()
     executions[0].help()
     assert [type(outcome.error) for outcome in outcomes] == [RunCancelled]
@@ -490,7 +491,7 @@ def test_only_what_is_wanted_of_a_plan_is_computed() -> None:
     slots = {planned.step.name: planned.slot for planned in plan.steps}
     both = replace(plan, output_slots=(slots["charge"], slots["reserve"]))
     delivery = make_delivery(runtime=InlineRuntime())
-    execution = Execution(both, [Order()], delivery, outcomes.append, outputs=[slots["reserve"]])
+    execution = Scheduler(both, [Order()], delivery, outcomes.append, outputs=[slots["reserve"]])
     execution.start()
     execution.help()
     assert outcomes == [Outcome(values=(Reservation(reservation_id="kept"),))]
@@ -505,7 +506,7 @@ def test_an_execution_that_has_ended_is_not_aborted_any_more() -> None:
     def charge(order: Order) -> Charge:
         return Charge(charge_id="paid")
 
-    execution = Execution(graph.plan(Charge, Order), [Order()], delivery, outcomes.append)
+    execution = Scheduler(graph.plan(Charge, Order), [Order()], delivery, outcomes.append)
     execution.start()
     execution.help()
     execution.abort(RunCancelled("o-1", "too late"))

@@ -6,11 +6,11 @@ from typing import Annotated, Any, TypeAlias
 
 import pytest
 
-from docket_celery.engine.execution import Execution
+from docket_celery.engine.execution import Scheduler
 from docket_celery.engine.process.heartbeat import process_heartbeat
 from docket_celery.engine.process.runtime import process_runtime
 from docket_celery.engine.process.timer import Alarm, Timer
-from docket_celery.engine.step_run import StepCall
+from docket_celery.engine.step_run import StepRun
 from docket_celery.errors import AbortError, InvalidArguments, LeaseLost, StepFailed, StoreUnavailable
 from docket_celery.graph import Graph
 from docket_celery.observe.events import Event, EventKind
@@ -305,7 +305,7 @@ def test_a_step_that_waits_for_a_claim_is_withdrawn_when_another_step_fails(
     """The run does not sit out somebody else's computation, but what it runs itself still ends and is saved."""
     rates = Rates()
     withdrawn, finish, labelling = threading.Event(), threading.Event(), threading.Event()
-    withdraw = Execution.withdraw
+    withdraw = Scheduler.withdraw
 
     @rates.graph.step
     def reserve(order: Order) -> Reservation:
@@ -322,11 +322,11 @@ def test_a_step_that_waits_for_a_claim_is_withdrawn_when_another_step_fails(
     def ship(charge: Charge, reservation: Reservation, label: Label) -> Shipment:
         return Shipment()
 
-    def note(execution: Execution, call: StepCall) -> None:
-        withdraw(execution, call)
+    def note(execution: Scheduler, run: StepRun) -> None:
+        withdraw(execution, run)
         withdrawn.set()
 
-    monkeypatch.setattr(Execution, "withdraw", note)
+    monkeypatch.setattr(Scheduler, "withdraw", note)
     heard: list[tuple[EventKind, str]] = []
     rates.graph.listeners.append(lambda event: heard.append((event.kind, event.step)))
     holding, go = threading.Event(), threading.Event()

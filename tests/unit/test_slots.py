@@ -17,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from docket_celery.engine.delivery import Delivery
-from docket_celery.engine.execution import Execution
+from docket_celery.engine.ending import Outcome
+from docket_celery.engine.execution import Scheduler
 from docket_celery.engine.outcome import Submission
+from docket_celery.engine.process.inline import InlineRuntime
 from docket_celery.engine.process.limits import Slots, slots_of
 from docket_celery.engine.process.runtime import process_runtime
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.timer import Alarm, Timer
-from docket_celery.engine.step_run import StepCall
 from docket_celery.errors import AbortError, RunCancelled, StepFailed, StepTimedOut, TooManyAbandoned
 from docket_celery.graph import Graph
 from docket_celery.plan.context import Cancellation, StepContext
@@ -315,51 +316,6 @@ def test_the_slot_of_a_coroutine_whose_loop_was_closed_goes_to_the_line() -> Non
     assert waiter.result(WAIT_S) == Charge()
 
 
-def test_the_line_is_looked_at_until_the_slot_of_a_closed_loop_comes_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Every second, for as long as a coroutine stands in it: the finalizer that frees the slot wakes nobody."""
-    looks, inside, close = list[Callable[[], None]](), threading.Event(), threading.Event()
-    graph, runtime = Graph("shop"), process_runtime(4)
-
-    class ByHand(Timer):
-        def after(self, delay_s: float, call: Callable[[], None]) -> Alarm:
-            if delay_s != 1.0:
-                return super().after(delay_s, call)
-            looks.append(call)
-            return Alarm(self, 0, call)
-
-    @graph.step(max_concurrent=1)
-    async def charge(order: Order) -> Charge:
-        if order.order_id == "holder":
-            inside.set()
-            await asyncio.sleep(3600)
-        return Charge()
-
-    def hold() -> None:
-        loop = asyncio.new_event_loop()
-        run = loop.create_task(graph.aexecute(Charge, Order(order_id="holder")))
-        while not close.is_set():
-            loop.run_until_complete(asyncio.sleep(0.01))
-        loop.close()
-        del run
-
-    holder = start(hold)
-    reached(inside)
-    monkeypatch.setattr(runtime, "timer", ByHand())
-    waiter = start(lambda: execute(graph, Charge, Order()))
-    wait_until(lambda: len(looks) == 1, within_s=WAIT_S, what="the first look")
-    looks[0]()
-    looks[1]()
-    close.set()
-    holder.result(WAIT_S)
-    gc.collect()
-    assert not waiter.done()
-    looks[2]()
-    assert waiter.result(WAIT_S) == Charge()
-    assert len(looks) == 3
-
-
 @pytest.mark.parametrize("is_async", [False, True])
 def test_a_failure_gives_the_slot_back_and_a_backoff_needs_none(is_async: bool) -> None:
     """While one run waits an hour to try again, others get the slot."""
@@ -377,7 +333,7 @@ def test_a_failure_gives_the_slot_back_and_a_backoff_needs_none(is_async: bool) 
     graph.register(charge_on_loop if is_async else charge, name="charge", max_concurrent=1, retry=policy)
     run = graph.start(Charge, Order(order_id="bad"))
     wait_until(
-        lambda: bool(getattr(run._run._execution, "_parked", None)), within_s=WAIT_S, what="the backoff"
+        lambda: bool(getattr(run._run._execution, "_waiting", None)), within_s=WAIT_S, what="the backoff"
     )
     assert within(lambda: execute(graph, Charge, Order(order_id="good"))) == Charge(charge_id="good")
     run.cancel()
@@ -457,26 +413,35 @@ def test_a_failing_run_takes_its_waiting_step_back() -> None:
 
 
 @pytest.mark.parametrize("ending", ["closed", "failing"])
-def test_a_run_that_has_ended_takes_no_place_in_the_line(ending: str) -> None:
+def test_a_run_that_has_ended_takes_no_place_in_the_line(
+    ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A step that asks for a slot only then gets none, and nobody has to pass it over."""
-    graph, slots = Graph("shop"), Slots(0)
+    graph = Graph("shop")
 
     @graph.step(max_concurrent=1)
     def charge(order: Order) -> Charge:
-        return Charge()
+        raise AssertionError("called after the end")
 
     delivery = Delivery(
         graph="shop",
         execution_id="o-1",
-        runtime=process_runtime(1),
+        runtime=InlineRuntime(),
         cancellation=Cancellation(),
         base=contextvars.copy_context(),
     )
-    plan = graph.plan(Charge, Order)
-    execution = Execution(plan, [Order()], delivery, lambda _: None)
-    setattr(execution, ending, True)
-    assert execution.take_slot(StepCall(plan.steps[0], execution, delivery), slots) is None
-    assert not slots.line
+    outcomes: list[Outcome] = []
+    scheduler = Scheduler(graph.plan(Charge, Order), [Order()], delivery, outcomes.append)
+
+    def end_first(*_: object) -> bool:
+        setattr(scheduler, ending, True)
+        return False
+
+    monkeypatch.setattr(Slots, "lent", end_first)
+    scheduler.start()
+    scheduler.help()
+    assert outcomes == ([Outcome()] if ending == "failing" else [])
+    assert (slots_in(graph).free, list(slots_in(graph).line)) == (1, [])
 
 
 def test_a_step_that_stops_all_leaves_no_slot_taken() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from docket_celery.engine.process.clock import Clock, system_clock
 from docket_celery.engine.process.heartbeat import Heartbeat
+from docket_celery.engine.process.loops import OnEnd
 from docket_celery.engine.process.pool import Pool
 from docket_celery.engine.process.runtime import Runtime
 from docket_celery.engine.process.timer import Alarm, Timer, Work
@@ -96,8 +97,12 @@ class InlineLoop:
         self._runtime = runtime
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd = lambda: None) -> Future[Any]:
         """Keep *coroutine* for the calling thread; cancelling the future cancels it.
+
+        Args:
+            coroutine: What to run.
+            on_end: Called when it has really ended.
 
         Raises:
             InvalidSettings: A loop runs on this thread already, which cannot run another one.
@@ -106,7 +111,7 @@ class InlineLoop:
             coroutine.close()
             raise InvalidSettings("docket_threads", _LOOP_FAULT)
         future: Future[Any] = Future()
-        drive = functools.partial(self._drive, coroutine, future, contextvars.copy_context())
+        drive = functools.partial(self._drive, coroutine, future, contextvars.copy_context(), on_end)
         self._runtime.pool.submit(drive)
         return future
 
@@ -118,14 +123,20 @@ class InlineLoop:
             self._loop = None
 
     def _drive(
-        self, coroutine: Coroutine[Any, Any, Any], future: Future[Any], context: contextvars.Context
+        self,
+        coroutine: Coroutine[Any, Any, Any],
+        future: Future[Any],
+        context: contextvars.Context,
+        on_end: OnEnd,
     ) -> None:
         if future.cancelled():
             coroutine.close()
+            on_end()
             return
         if self._loop is None:
             self._loop = self._runtime.clock.new_loop()
         task = self._loop.create_task(coroutine, context=context)
+        task.add_done_callback(lambda _: on_end())
         future.add_done_callback(lambda _: task.cancel())
         try:
             self._loop.run_until_complete(self._watch(task))

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable
 from contextvars import Context, ContextVar
-from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from docket_celery.engine.process.perprocess import PerProcess
 from docket_celery.plan.step import Mark, Step
-
-T = TypeVar("T")
 
 
 class Slots:
@@ -26,13 +22,6 @@ class Slots:
         self.lock = threading.Lock()
         self.free = limit
         self.line: dict[Slot, None] = {}
-        # A finalizer may run while this thread has the lock; what it gives back lies here for the next who comes.
-        self.dropped: deque[Slot] = deque()
-
-    def reclaim(self) -> None:
-        """Hand on what finalizers have given back."""
-        while self.dropped:
-            self.dropped.popleft().cancel()
 
     def lent(self, base: Context) -> bool:
         """Tell whether what runs in *base* is part of a call that holds one of these slots.
@@ -48,16 +37,17 @@ class Slot:
 
     Args:
         slots: Whose.
-        turn: Called once, by whoever gives its slot back to this one, unless `take` was successful.
 
     Attributes:
         held: Whether this call has a slot now.
+        turn: Called once when another call gives its slot to this one, unless `take` was successful.
     """
 
-    __slots__ = ("_turn", "held", "slots")
+    __slots__ = ("held", "slots", "turn")
 
-    def __init__(self, slots: Slots, turn: Callable[[], None]) -> None:
-        self.slots, self._turn = slots, turn
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
+        self.turn: Callable[[], None]
         self.held = False
 
     def take(self) -> bool:
@@ -85,50 +75,11 @@ class Slot:
                 del slots.line[following]
                 following.held = True
         if following is not None:
-            following._turn()
+            following.turn()
 
     def bind(self) -> None:
         """Let what is started within the present `contextvars` context share this slot."""
         _held.set((*_held.get(), self))
-
-
-class HeldCoroutine(Coroutine[Any, Any, T]):
-    """A coroutine that gives a slot back when it really ends, also if it is cancelled before it began.
-
-    Args:
-        coroutine: What runs.
-        slot: What it holds.
-    """
-
-    def __init__(self, coroutine: Coroutine[Any, Any, T], slot: Slot) -> None:
-        self._coroutine, self._slot = coroutine, slot
-
-    def send(self, value: Any, /) -> Any:
-        return self._advance(lambda: self._coroutine.send(value))
-
-    def throw(self, *error: Any) -> Any:
-        return self._advance(lambda: self._coroutine.throw(*error))
-
-    def close(self) -> None:
-        try:
-            self._coroutine.close()
-        finally:
-            self._slot.cancel()
-
-    def __await__(self) -> Generator[Any, Any, T]:
-        return self._coroutine.__await__()
-
-    def __del__(self) -> None:
-        if self._slot.held:
-            # Its loop was closed under it.
-            self._slot.slots.dropped.append(self._slot)
-
-    def _advance(self, resume: Callable[[], Any]) -> Any:
-        try:
-            return resume()
-        except BaseException:
-            self._slot.cancel()
-            raise
 
 
 _held: ContextVar[tuple[Slot, ...]] = ContextVar("docket_celery_slots", default=())

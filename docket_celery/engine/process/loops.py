@@ -9,6 +9,8 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+OnEnd = Callable[[], object]
+
 _logger = logging.getLogger("docket_celery.runtime")
 
 
@@ -17,11 +19,54 @@ def is_loop_thread() -> bool:
     return isinstance(threading.current_thread(), _LoopOwner)
 
 
+def _nothing() -> None:
+    pass
+
+
+def _submit(
+    loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd
+) -> Future[Any]:
+    """Do what `asyncio.run_coroutine_threadsafe` does, which has no way to learn of the end of its task."""
+    future: Future[Any] = Future()
+
+    def begin() -> None:
+        if future.cancelled():
+            coroutine.close()
+            on_end()
+            return
+        task = loop.create_task(coroutine)
+        task.add_done_callback(ended)
+        future.add_done_callback(lambda future: cancel(task) if future.cancelled() else None)
+
+    def cancel(task: asyncio.Task[Any]) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(task.cancel)
+
+    def ended(task: asyncio.Task[Any]) -> None:
+        on_end()
+        if task.cancelled():
+            future.cancel()
+        elif future.set_running_or_notify_cancel():
+            error = task.exception()
+            if error is None:
+                future.set_result(task.result())
+            else:
+                future.set_exception(error)
+
+    loop.call_soon_threadsafe(begin)
+    return future
+
+
 class StepLoop(Protocol):
     """Where ``async def`` steps run."""
 
-    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
-        """Run *coroutine*; cancelling the future cancels it."""
+    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd = ...) -> Future[Any]:
+        """Run *coroutine*; cancelling the future cancels it.
+
+        Args:
+            coroutine: What to run.
+            on_end: Called when it has really ended, which is later than the future's cancellation.
+        """
         ...
 
 
@@ -35,14 +80,14 @@ class CallerLoop:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
 
-    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
-        """Run *coroutine* on the loop.
+    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd = _nothing) -> Future[Any]:
+        """Run *coroutine* on the loop; *on_end* is called when it has really ended.
 
         Raises:
             RuntimeError: The loop is closed.
         """
         try:
-            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            return _submit(self._loop, coroutine, on_end)
         except RuntimeError:
             coroutine.close()
             raise
@@ -69,9 +114,9 @@ class LoopThread:
         self._thread = _LoopOwner(target=self._run, name="docket-loop", daemon=True)
         self._thread.start()
 
-    def submit(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
-        """Run *coroutine* on the loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd = _nothing) -> Future[Any]:
+        """Run *coroutine* on the loop; *on_end* is called when it has really ended."""
+        return _submit(self._loop, coroutine, on_end)
 
     def close(self) -> None:
         """Cancel what runs on the loop, stop it and wait for its thread."""
