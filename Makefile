@@ -26,6 +26,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 # The checkout may lie inside another virtual environment's shell: ours is named explicitly everywhere.
 unexport VIRTUAL_ENV PYTHONHOME PYTHONPATH
+# Without bytecode each process of a test run compiles every module it imports: two thirds of its start.
+unexport PYTHONDONTWRITEBYTECODE
 
 say = @printf '%s\n' '-- $(1)'
 
@@ -109,9 +111,10 @@ proto-check: $(READY) ## Check that the committed generated code is what the .pr
 # The tests' scratch folders: inside the checkout too, and numbered per run.
 PYTEST := mkdir -p $(VENV)/.scratch && PYTEST_DEBUG_TEMPROOT=$(VENV)/.scratch $(BIN)/pytest
 
-# Most tests wait for real workers: more processes than cores. A module's tests share a worker, so they stay together.
+# Most tests wait for real workers: more processes than cores. A file stays in one process, as its worker does;
+# files start in the order of tests/conftest.py.
 AT_ONCE ?= 4
-PARALLEL := -n $(AT_ONCE) --dist loadscope
+PARALLEL := -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder
 MOST := not slow and not faults and not rabbitmq
 
 .PHONY: test
@@ -130,11 +133,11 @@ test-slow: $(READY) ## Run what `make test-all` runs beyond `make test`
 
 .PHONY: test-unit
 test-unit: $(READY) ## Run the tests that start no server
-	@$(PYTEST) tests/unit $(PYTEST_ARGS)
+	@$(PYTEST) $(PARALLEL) tests/unit $(PYTEST_ARGS)
 
 .PHONY: test-integration
 test-integration: $(READY) ## Run the tests on real servers and workers
-	@$(PYTEST) tests/conformance tests/integration $(PYTEST_ARGS)
+	@$(PYTEST) $(PARALLEL) tests/conformance tests/integration $(PYTEST_ARGS)
 
 .PHONY: test-faults
 test-faults: $(READY) ## Kill children at random moments, in KILL_BATCHES=2 batches too; many random graphs; takes minutes

@@ -67,6 +67,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     os.environ.update(config.stash[HIDDEN])
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files that wait for servers and workers first, so that short files fill the end of a parallel run.
+
+    The order is that of pytest-randomly otherwise. Every process of xdist must come to the same one.
+    """
+    items.sort(key=lambda item: "integration" not in item.path.parts)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """Start one pair of servers for all of xdist's processes, and tell them where."""

@@ -22,6 +22,8 @@ HIDDEN_VARIABLES = (
     "CELERY_BROKER_URL",
     "CELERY_RESULT_BACKEND",
     "CELERY_CONFIG_MODULE",
+    # Not a server: it would have each of the many processes compile every module, two seconds of CPU at each start.
+    "PYTHONDONTWRITEBYTECODE",
 )
 _TEMPLATE = "docket_tests_template"
 _TEMPLATE_LOCK = 0x74657374  # advisory: one process makes the template
@@ -43,7 +45,7 @@ class ServerUrls:
 
 
 def hide_environment() -> dict[str, str]:
-    """Take out of the environment what would send tests to somebody's real servers, and return it.
+    """Take out of the environment what would send tests to somebody's real servers or slow them, and return it.
 
     Tests flush and truncate: they may only ever see the servers that the test run started.
     """
