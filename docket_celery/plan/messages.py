@@ -24,8 +24,21 @@ MAX_JSON_BYTES = 16 * 1024
 _MAX_FIELD_CHARS = 60
 _SHOWN_FIELDS = 8
 _REDACTED = "***"
-_UNREADABLE = (json_format.ParseError, AttributeError, RecursionError, TypeError)
+_UNREADABLE = (
+    json_format.ParseError,
+    AttributeError,
+    RecursionError,
+    TypeError,
+    ValueError,  # lone surrogates
+    OverflowError,  # an enum's Infinity
+)
 _ANY = "google.protobuf.Any"
+_WRAPPED = ("Bool", "Bytes", "Double", "Float", "Int32", "Int64", "String", "UInt32", "UInt64")
+_NOT_OBJECTS = {
+    f"google.protobuf.{name}"
+    for name in ("Duration", "FieldMask", "ListValue", "Timestamp", "Value", *(f"{n}Value" for n in _WRAPPED))
+}
+"""Types whose JSON form is no object, or not always one."""
 _MAX_DEPTH = 100
 """Levels of nesting that Protocol Buffers reads by default, in every language; it writes more than that."""
 
@@ -187,7 +200,15 @@ def many_from_bytes(kind: type[M], data: bytes) -> list[M]:
     return [from_bytes(kind, part) for part in parts[1::2]]
 
 
-def from_json_object(kind: type[M], value: dict[str, Any]) -> M:
+def is_json_form(kind: type[Message], value: object) -> bool:
+    """Tell whether *value* is meant as the JSON form of a *kind*: of some well-known types that is no object."""
+    if isinstance(value, dict):
+        return True
+    plain = value is None or isinstance(value, str | int | float | list)
+    return plain and type_name(kind) in _NOT_OBJECTS
+
+
+def from_json_object(kind: type[M], value: Any) -> M:
     """Read the JSON form of Protocol Buffers, as beat, ``celery call`` and Flower send it.
 
     Raises:

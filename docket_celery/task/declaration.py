@@ -25,7 +25,7 @@ from docket_celery.plan.annotation import (
     resolve,
 )
 from docket_celery.plan.batch import BatchResult
-from docket_celery.plan.messages import Value, from_json_object, type_name
+from docket_celery.plan.messages import Value, encoding_fault, from_json_object, is_json_form, type_name
 from docket_celery.plan.options import RetryPolicy, Scope, StepOptions, nearest_option
 from docket_celery.plan.plan import Plan
 from docket_celery.plan.signature import read_hints
@@ -140,8 +140,6 @@ class Declaration:
             InvalidArguments: It is of another type.
         """
         assert self.batch is not None
-        if type(value) is self.batch.kind:
-            return value
         name = list(self.signature.parameters)[self.given.index(self.batch)]
         return self._message(f"{name}[{index}]", self.batch, value)
 
@@ -195,16 +193,28 @@ class Declaration:
             raise value.error
         if isinstance(value, Result):
             value = value.message
-        if isinstance(value, dict):
-            return from_json_object(key.kind, typing.cast("dict[str, Any]", value))
+        if is_json_form(key.kind, value):
+            value = from_json_object(key.kind, value)
         if type(value) is key.kind:
-            return value
+            return self._encodable(name, value)
         actual = type_name(value) if isinstance(value, Message) else type(value).__name__
+        if actual == type_name(key.kind):
+            raise InvalidArguments(
+                self._shown(),
+                f"argument {name!r} is a {actual} of another descriptor pool; make it with the class that the task "
+                f"is declared with ({key.kind.__module__}.{key.kind.__qualname__})",
+            )
         raise InvalidArguments(
             self._shown(),
             f"argument {name!r} must be a {type_name(key.kind)}, not a {actual}; "
             f"pass {key.kind.__name__}(...), or its JSON form as a dict",
         )
+
+    def _encodable(self, name: str, message: Message) -> Message:
+        fault = encoding_fault(message)
+        if fault is not None:
+            raise InvalidArguments(self._shown(), f"argument {name!r} of {type_name(message)}: {fault}")
+        return message
 
     def _shown(self) -> str:
         parameters = ", ".join(

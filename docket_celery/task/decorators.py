@@ -10,7 +10,7 @@ from celery import Celery, shared_task
 from docket_celery.errors import InvalidDeclaration
 from docket_celery.graph import Graph
 from docket_celery.plan.step import locate
-from docket_celery.task import chords
+from docket_celery.task import chords, envelope
 from docket_celery.task.declaration import NameFunction, check_options, note_graph, read_function
 from docket_celery.task.result import R
 from docket_celery.task.task import GraphTask
@@ -74,5 +74,8 @@ def _check(function: Callable[..., Any], graph: object, options: Mapping[str, An
         raise InvalidDeclaration(name, "bind=True hands the task to a body that never runs; drop it")
     chords.check_options(options)
     check_options(name, options, dir(GraphTask))
-    read_function(name, function)
+    declared = read_function(name, function)
+    # Celery makes the class when the app is finalized; results and arguments may have to be read before.
+    for key in (*declared.given, declared.target):
+        envelope.types.allow(key.kind)
     return options.get("name")

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from celery import Celery
-from celery.utils.quorum_queues import detect_quorum_queues
 from celery.utils import time as celery_time
+from celery.utils.quorum_queues import detect_quorum_queues
 
 _MARGIN_S = 2.0
 """An ``eta`` nearer than this may be less than a second away when Celery looks at it."""

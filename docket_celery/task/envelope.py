@@ -149,8 +149,11 @@ class Types:
         self._lock = threading.Lock()
 
     def allow(self, kind: type[Message]) -> None:
-        """Let messages of *kind* be decoded in this process."""
-        self._kinds[type_name(kind)] = kind
+        """Have messages of *kind* encoded and decoded in this process; others stay as kombu has them."""
+        if self._kinds.get(type_name(kind)) is not kind:
+            self._kinds[type_name(kind)] = kind
+            # kombu's annotation wants the decoder to return a message; ours must not raise, hence the placeholder.
+            register_type(kind, MARKER, encode, cast("Any", decode))
 
     def find(self, name: str) -> type[Message]:
         """Return the allowed type called *name*.
@@ -262,8 +265,18 @@ def decode_batch(value: object) -> BatchResult[Any] | Reference | Undecodable:
         return Undecodable(value, problem, BATCH_MARKER)
 
 
+def wrap(value: Any) -> Any:
+    """Return an argument as it is published: messages encode themselves, whatever encoder the app has for them."""
+    if isinstance(value, Message):
+        return Result(value)
+    if isinstance(value, (list, tuple)):
+        many = cast("list[Any]", value)
+        return [wrap(each) for each in many]
+    return value
+
+
 def install() -> None:
-    """Teach kombu's JSON to carry messages; changes nothing for other values."""
+    """Teach kombu's JSON to read our markers; messages of types that no task declares are none of our business."""
     register_type(Results, BATCH_MARKER, lambda results: results.__json__(), cast("Any", decode_batch))
-    # kombu's annotation wants the decoder to return a Message; ours must not raise, hence the placeholder.
-    register_type(Message, MARKER, encode, cast("Any", decode))
+    # Both encode themselves: the types are named for the decoders' sake.
+    register_type(Undecodable, MARKER, Undecodable.__json__, cast("Any", decode))

@@ -168,9 +168,12 @@ class SubmittedTask(OnCommitTask[P, R]):
     def _note_order(self, headers: dict[str, Any], options: dict[str, Any]) -> None:
         chords.write_order(self, headers, chords.take_order(options))
 
-    def _publish(self, *args: Any, **options: Any) -> GraphResult[R]:
+    def _publish(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], *more: Any, **options: Any
+    ) -> GraphResult[R]:
         submit = cast("Callable[..., GraphResult[R]]", super().apply_async)
-        return submit(*args, **whole_seconds(self.app, add_routing(self.routing, options)))
+        wrapped = tuple(map(envelope.wrap, args)), {name: envelope.wrap(v) for name, v in kwargs.items()}
+        return submit(*wrapped, *more, **whole_seconds(self.app, add_routing(self.routing, options)))
 
     def apply(
         self,
