@@ -77,9 +77,10 @@ fmt: $(READY) ## Format the code and apply safe fixes
 	@$(BIN)/ruff format --quiet .
 
 .PHONY: lint
-lint: $(READY) ## Check format, lint rules, spelling, project file, changelog fragments
+lint: $(READY) ## Check format, lint rules, spelling, prose, project file, changelog fragments
 	$(call say,format and rules; spelling; project file; changelog fragments)
 	@fault=0; $(BIN)/ruff format --check . || fault=1; $(BIN)/ruff check . || fault=1; $(BIN)/codespell || fault=1; \
+	    $(BIN)/python tools/prose.py || fault=1; \
 	    $(BIN)/validate-pyproject pyproject.toml || fault=1; \
 	    $(BIN)/towncrier build --draft --version next > /dev/null || fault=1; exit $$fault
 
@@ -98,9 +99,10 @@ proto: $(READY) ## Generate *_pb2.py and *_pb2.pyi beside each .proto
 	@$(BIN)/python tools/proto.py
 
 .PHONY: docs
-docs: $(READY) ## Write the generated parts of docs/errors.md and docs/contributing/map.md
+docs: $(READY) ## Write the generated parts of docs/errors.md, docs/reference.md and docs/contributing/map.md
 	@$(BIN)/python -m tests.error_page
 	@$(BIN)/python -m tools.draw_map
+	@$(BIN)/python -m tools.reference
 
 .PHONY: proto-check
 proto-check: $(READY) ## Check that the committed generated code is what the .proto files give

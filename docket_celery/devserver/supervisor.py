@@ -38,7 +38,7 @@ _REMOVE_WITHIN_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What a supervisor shall start.
+    """What a supervisor must start.
 
     Attributes:
         postgres: Whether to start Postgres.
