@@ -11,6 +11,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from google.protobuf.message import Message
+
 from docket_celery.engine.attempt import Attempt
 from docket_celery.engine.checkpointing import StepRecord, hash_inputs, read_value
 from docket_celery.engine.delivery import Delivery
@@ -30,7 +32,7 @@ from docket_celery.errors import (
     safe_text,
 )
 from docket_celery.observe.events import EventKind
-from docket_celery.plan.messages import Value
+from docket_celery.plan.messages import Value, encoding_fault
 from docket_celery.plan.options import RetryPolicy, Scope, to_seconds
 from docket_celery.plan.plan import PlannedStep
 from docket_celery.plan.step import Step
@@ -171,9 +173,9 @@ def _life(run: StepRun) -> Generator[Effect, Any, End]:
             value, error = yield attempt
             run.attempt = None
             if error is None:
-                if (actual := step.wrong_result(value)) is None:
+                if (wrong := step.wrong_result(value) or _find_fault(value)) is None:
                     break
-                error = WrongResult(step.name, run.attempts, step.result_name, actual)
+                error = WrongResult(step.name, run.attempts, step.result_name, wrong)
             end, delay_s = _judge(run, error, attempt.on_host)
             # The attempt knows its execution: kept, both and the error would wait for the collector.
             del attempt, error
@@ -207,6 +209,16 @@ def _restore(run: StepRun, checkpoint: Checkpoint) -> Value:
     run.report_restored()
     run.record.keep(value)
     return value
+
+
+def _find_fault(value: Value) -> str | None:
+    """Return what is wrong with a result that could not be written, or not be read back; None: nothing."""
+    fault = (
+        encoding_fault(value)
+        if isinstance(value, Message)
+        else next(filter(None, map(encoding_fault, value)), None)
+    )
+    return None if fault is None else f"one that cannot be kept ({fault})"
 
 
 def _find_slot(run: StepRun) -> Slot | None:

@@ -10,6 +10,9 @@ from contextvars import ContextVar
 from typing import Any, cast
 
 import pytest
+from google.protobuf.descriptor_pb2 import UninterpretedOption
+from google.protobuf.message import Message
+from google.protobuf.struct_pb2 import Struct
 
 from docket_celery.engine.process.loops import LoopThread
 from docket_celery.engine.process.runtime import process_runtime
@@ -24,6 +27,7 @@ from tests.unit.graphs import WAIT_S, execute, reached, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Reservation, Shipment
 from tests.unit.stage import Deadlines
 
+NamePart = UninterpretedOption.NamePart
 AT_ONCE = RetryPolicy(max_attempts=4, backoff=FixedBackoff(0))
 caller: ContextVar[str] = ContextVar("caller", default="nobody")
 
@@ -259,6 +263,58 @@ def test_a_wrong_result_fails_without_a_retry(value: object, shown: str) -> None
     with pytest.raises(WrongResult, match=f"returned {shown}, but declares docket.tests.unit.Charge"):
         within(lambda: graph.execute(Charge, Order()))
     assert calls == [1]
+
+
+def nested(levels: int) -> Struct:
+    """Return a Struct of so many Structs within one another."""
+    outer = inner = Struct()
+    for _ in range(levels - 1):
+        inner = inner.fields["next"].struct_value
+        inner.SetInParent()
+    return outer
+
+
+@pytest.mark.parametrize("persist", [None, Scope.WORKFLOW, Scope.GLOBAL])
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (NamePart(name_part="zone"), "required fields are not set: is_extension"),
+        (nested(40), "nested more than"),
+    ],
+    ids=["required", "deep"],
+)
+def test_a_result_that_could_not_be_read_back_is_refused_before_it_is_stored(
+    value: Message, shown: str, persist: Scope | None
+) -> None:
+    """Whether a step persists or not: the failure names the step and why, and nothing is kept of the value."""
+    graph, store, calls = Graph("shop"), MemoryStore(), list[int]()
+
+    def make(order: Order) -> Any:
+        calls.append(1)
+        return value
+
+    make.__annotations__["return"] = type(value)
+    graph.register(make, persist=persist, retry=AT_ONCE)
+    with pytest.raises(WrongResult, match=shown) as caught:
+        within(lambda: graph.execute(type(value), Order(), execution_id="run", store=store))
+    assert (caught.value.step, caught.value.attempts, calls) == ("make", 1, [1])
+    if persist is not None:
+        assert [(row.step_name, row.status) for row in store.executions] == [("make", "FAILED")]
+
+
+@pytest.mark.parametrize(
+    "value", [NamePart(name_part="zone", is_extension=False), nested(30)], ids=["required", "deep"]
+)
+def test_a_result_that_can_be_read_back_is_returned(value: Message) -> None:
+    """With its required fields set, or nested less deeply."""
+    graph = Graph("shop")
+
+    def make(order: Order) -> Any:
+        return value
+
+    make.__annotations__["return"] = type(value)
+    graph.register(make, persist=Scope.WORKFLOW)
+    assert within(lambda: graph.execute(type(value), Order(), store=MemoryStore())) == value
 
 
 def test_a_timed_out_attempt_is_abandoned_and_its_late_result_never_used() -> None:
