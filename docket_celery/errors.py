@@ -395,7 +395,7 @@ class RunQuarantined(DocketError):
 
 
 class GraphChanged(DocketError):
-    """A resumed run holds checkpoints of steps which the graph no longer has. Nothing ran."""
+    """A resumed run holds checkpoints of steps that are gone or have changed (in parentheses: how). Nothing ran."""
 
     code = "DC305"
 
@@ -404,11 +404,11 @@ class GraphChanged(DocketError):
         self.graph, self.execution_id, self.steps = graph, execution_id, tuple(steps)
 
     def describe(self) -> str:
-        names = ", ".join(repr(name) for name in self.steps)
-        return (
-            f"run {self.execution_id!r} of graph {self.graph!r} holds checkpoints of {names}, which the graph "
-            "no longer has; put the step back, name the old one in renamed_from=(...), or use a new execution_id"
-        )
+        what = f"{', '.join(self.steps)}; make the step what it was"
+        if gone := ", ".join(repr(step) for step in self.steps if "(" not in step):
+            what = f"{gone}, which the graph no longer has; put the step back, name the old one in renamed_from=(...)"
+        run = f"run {self.execution_id!r} of graph {self.graph!r}"
+        return f"{run} holds checkpoints of {what}, or use a new execution_id"
 
 
 class LeaseLost(DocketError):

@@ -234,24 +234,35 @@ def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> dict[tuple[str, 
     """Return the run's checkpoints, by step name and path of the item.
 
     Raises:
-        GraphChanged: One is of a step that the graph no longer has.
+        GraphChanged: One is of a step that the graph no longer has, or that keeps nothing for the run any more.
     """
+    if not plan.keeps_run and (not plan.persists or lease.epoch == 1):
+        # Nothing to restore; a run that an earlier delivery advanced may hold what another deploy has kept.
+        return {}
     names: dict[str, str] = {}
+    other_scope: dict[str, str] = {}
     keys: list[bytes] = []
     for planned in plan.steps:
-        if planned.step.persist is Scope.WORKFLOW:
-            for name in (*planned.step.options.renamed_from, planned.step.name):
-                names[name] = planned.step.name
+        step = planned.step
+        for name in (*step.options.renamed_from, step.name):
+            if step.persist is Scope.WORKFLOW:
+                names[name] = step.name
                 keys.append(workflow_key(lease.graph, lease.execution_id, name))
+            elif not plan.parts:
+                # A run that fans out keeps what its chunks need of such steps, in the same form.
+                now = "has no persist=" if step.persist is None else f"has persist={step.persist}"
+                other_scope[name] = f"{step.name} (kept its output for the run, now {now})"
     found: dict[tuple[str, str], Checkpoint] = {}
-    gone: list[str] = []
+    changed: list[str] = []
     for checkpoint in store.restore(lease, keys, items=bool(plan.parts)):
         if (present := names.get(checkpoint.step_name)) is not None:
             found.setdefault((present, checkpoint.item), checkpoint)
         elif checkpoint.step_name not in plan.known_names:
-            gone.append(checkpoint.step_name)
-    if gone:
-        raise GraphChanged(lease.graph, lease.execution_id, sorted(set(gone)))
+            changed.append(checkpoint.step_name)
+        elif checkpoint.step_name in other_scope:
+            changed.append(other_scope[checkpoint.step_name])
+    if changed:
+        raise GraphChanged(lease.graph, lease.execution_id, sorted(set(changed)))
     return found
 
 

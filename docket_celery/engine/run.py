@@ -201,7 +201,7 @@ class Run:
         assert self.store is not None
         self._delivery = self._new_delivery(lease.epoch)
         try:
-            stored = read_checkpoints(self._plan, self.store, lease) if self._plan.keeps_run else {}
+            stored = read_checkpoints(self._plan, self.store, lease)
             execution = self._begin(stored)
             if execution is not None:
                 execution.dispatch()

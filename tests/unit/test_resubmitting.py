@@ -109,6 +109,46 @@ def test_a_graph_without_the_step_runs_nothing(store: MemoryStore, deploy: dict[
     assert Deploy(store, name="invoice", renamed_from=("charge",)).run() == Shipment(tracking_id=KEY)
 
 
+@pytest.mark.parametrize("persist", [None, Scope.GLOBAL])
+def test_a_step_that_keeps_nothing_for_the_run_any_more_runs_nothing(persist: Scope | None) -> None:
+    """Its effect would be repeated; another step that persists still has the store asked."""
+    store = MemoryStore()
+
+    def deploy(persist: Scope | None, *, fails: bool) -> tuple[Deploy, Graph]:
+        made = Deploy(store, persist=persist)
+        graph = Graph("shop", store=store)
+        graph.step(name="charge", persist=persist)(made.charge)
+
+        @graph.step(persist=Scope.WORKFLOW)
+        def ship(charge: Charge) -> Shipment:
+            if fails:
+                raise ConnectionError("no carrier")
+            return Shipment(tracking_id=charge.charge_id)
+
+        return made, graph
+
+    _, first = deploy(Scope.WORKFLOW, fails=True)
+    with pytest.raises(StepFailed):
+        within(lambda: first.execute(Shipment, ORDER, execution_id="o-1"))
+    made, second = deploy(persist, fails=False)
+    with pytest.raises(
+        GraphChanged, match=r"charge \(kept its output for the run, now has .*make the step what"
+    ):
+        within(lambda: second.execute(Shipment, ORDER, execution_id="o-1"))
+    assert made.calls == []
+    _, third = deploy(Scope.WORKFLOW, fails=False)
+    assert within(lambda: third.execute(Shipment, ORDER, execution_id="o-1")) == Shipment(tracking_id=KEY)
+
+
+def test_the_only_step_that_kept_its_output_may_not_become_shared(store: MemoryStore) -> None:
+    """No step restores anything, and yet a run that was begun before is looked at."""
+    changed = Deploy(store, persist=Scope.GLOBAL)
+    with pytest.raises(GraphChanged, match=r"now has persist=Scope\.GLOBAL"):
+        changed.run()
+    assert changed.calls == []
+    assert changed.run("o-2").tracking_id
+
+
 def test_a_step_that_returns_another_type_now_runs_nothing(store: MemoryStore) -> None:
     """Its checkpoint cannot be read as what it makes today."""
     graph, calls = Graph("shop", store=store), list[str]()
