@@ -21,6 +21,7 @@ from docket_celery.plan.messages import (
 )
 from docket_celery.plan.options import Scope
 from docket_celery.plan.plan import Plan
+from docket_celery.plan.shapes import check_shape, message_shape
 from docket_celery.plan.step import Step
 from docket_celery.store.contract import Store
 from docket_celery.store.identity import cache_key, global_key, input_digest, workflow_key
@@ -123,6 +124,7 @@ class StepRecord:
             output_type=step.result_name,
             output_data=data,
             output_json=to_view(value) if delivery.store.codec is None else None,
+            output_shape=message_shape(step.output.kind),
             ttl_s=step.ttl_s,
         )
 
@@ -272,7 +274,7 @@ def read_value(step: Step, checkpoint: Checkpoint, delivery: Delivery) -> Value:
     Raises:
         CacheMismatch: It is shared, and of another type than the step returns.
         GraphChanged: It is the run's own, and of another type than the step returns now.
-        DecodeFailed: The bytes cannot be read.
+        DecodeFailed: The bytes cannot be read, or a field of the type has changed its kind since.
     """
     expected = step.result_name
     if checkpoint.output_type != expected and checkpoint.execution_id is None:
@@ -280,5 +282,6 @@ def read_value(step: Step, checkpoint: Checkpoint, delivery: Delivery) -> Value:
     if checkpoint.output_type != expected:
         change = f"{step.name} (returned {checkpoint.output_type}, now {expected})"
         raise GraphChanged(delivery.graph, delivery.execution_id, [change])
+    check_shape(step.output.kind, checkpoint.output_shape)
     read = many_from_bytes if step.splits else from_bytes
     return read(step.output.kind, checkpoint.output_data)

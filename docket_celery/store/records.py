@@ -47,6 +47,7 @@ class Checkpoint:
         input_hash: `input_digest` in hex.
         output_type: Full Protocol Buffers name of *output_data*'s type.
         output_json: JSON view for people, or None.
+        output_shape: `plan.messages.message_shape` of the type as it was then; None: not known.
         ttl_s: Seconds to live: from now (GLOBAL), from the run's end (WORKFLOW), or None: for ever.
     """
 
@@ -61,6 +62,7 @@ class Checkpoint:
     output_type: str
     output_data: bytes
     output_json: str | None = None
+    output_shape: str | None = None
     ttl_s: float | None = None
 
     def checksum(self) -> bytes:
@@ -77,6 +79,7 @@ class Checkpoint:
             self.input_hash.encode(),
             self.output_type.encode(),
             self.output_data,
+            *([] if self.output_shape is None else [self.output_shape.encode()]),
         )
 
     def verify(self, checksum: bytes) -> Checkpoint:

@@ -25,7 +25,7 @@ from docket_celery.store.records import (
     StepExecution,
 )
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """The version of the tables and rules that this release reads and writes."""
 
 
@@ -42,6 +42,7 @@ CHECKPOINT_COLUMNS = (
     "output_data",
     "ttl",
     "checksum",
+    "output_shape",
 )
 """What is read back of a checkpoint; ``output_json`` is for people only."""
 
@@ -134,6 +135,7 @@ def checkpoint_values(checkpoint: Checkpoint) -> dict[str, Any]:
         "output_json": checkpoint.output_json,
         "ttl": checkpoint.ttl_s,
         "checksum": checkpoint.checksum(),
+        "output_shape": checkpoint.output_shape,
     }
 
 
@@ -223,6 +225,7 @@ def read_checkpoint(row: Row) -> Checkpoint:
         output_type=row["output_type"],
         output_data=bytes(row["output_data"]),
         ttl_s=row["ttl"],
+        output_shape=row["output_shape"],
     )
     return checkpoint.verify(bytes(row["checksum"]))
 

@@ -131,7 +131,7 @@ _STORED = """
     CAST(:cache_key AS bytea), CAST(:execution_id AS text), CAST(:graph AS text), CAST(:step_name AS text),
     CAST(:step_version AS text), CAST(:item AS text), CAST(:item_index AS bigint), CAST(:input_hash AS text),
     CAST(:output_type AS text), CAST(:output_data AS bytea), CAST(:ttl AS double precision),
-    CAST(:checksum AS bytea), CAST(:output_json AS jsonb), clock_timestamp()"""
+    CAST(:checksum AS bytea), CAST(:output_shape AS text), CAST(:output_json AS jsonb), clock_timestamp()"""
 _EXECUTION_NAMES = ", ".join(EXECUTION_COLUMNS)
 _EXECUTION_TYPES = {
     "graph": "text",

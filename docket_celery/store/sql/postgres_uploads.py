@@ -43,7 +43,7 @@ DELETE FROM docket_cache WHERE execution_id = :execution_id AND graph = :graph
 """)
 _REPLACES = ", ".join(
     f"{name} = excluded.{name}"
-    for name in ("output_type", "output_data", "checksum", "output_json", "created_at")
+    for name in ("output_type", "output_data", "checksum", "output_shape", "output_json", "created_at")
 )
 _PUT = f"""{ADD_MANY}
     ON CONFLICT (cache_key) DO UPDATE SET {_REPLACES} WHERE c.checksum <> excluded.checksum)"""

@@ -77,6 +77,7 @@ docket_cache = Table(
     Column("created_at", _TIME, nullable=False),
     Column("expires_at", _TIME),
     Column("claimed_at", _TIME, comment="GLOBAL: when the step that made it began"),
+    Column("output_shape", Text, comment="fields of output_type when output_data was written"),
     _is_32_bytes("cache_key"),
     _is_32_bytes("checksum"),
 )
@@ -283,8 +284,16 @@ def _to_4(connection: Connection) -> None:
             connection.exec_driver_sql(f"COMMENT ON COLUMN {column} IS '{comment}'")
 
 
+def _to_5(connection: Connection) -> None:
+    """Tell an incompatible change of a message type from a compatible one."""
+    connection.exec_driver_sql("ALTER TABLE docket_cache ADD COLUMN output_shape TEXT")
+    if connection.dialect.name == "postgresql":
+        comment = "fields of output_type when output_data was written"
+        connection.exec_driver_sql(f"COMMENT ON COLUMN docket_cache.output_shape IS '{comment}'")
+
+
 # A migration is written in plain SQL and never changed: it starts from the tables as they were then.
-MIGRATIONS: Mapping[int, Migration] = {2: _to_2, 3: _to_3, 4: _to_4}
+MIGRATIONS: Mapping[int, Migration] = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5}
 """How to reach a version from the one before, from 2 on; an empty database gets the newest tables at once."""
 
 _LOCK_ID = 0x646F636B6574  # "docket": one advisory lock for all who migrate
