@@ -57,7 +57,7 @@ class RunHandle:
             False if the run had ended before in another way.
 
         Raises:
-            RunNotFound: No worker has begun it yet, and it was not submitted through the store; or it was purged.
+            RunNotFound: The database does not know it: no worker has taken it up yet, or it ended and was purged.
             StoreUnavailable: The database does not answer; trying again is safe.
         """
         error = to_record(RunCancelled(self.execution_id, reason))
@@ -67,7 +67,11 @@ class RunHandle:
 
         row = call_aside(cancel, self._threads)
         if row is None:
-            raise RunNotFound(self.graph, self.execution_id)
+            missing = RunNotFound(self.graph, self.execution_id)
+            missing.add_note(
+                "a queued job is in the broker alone: revoke its task with AsyncResult(task_id).revoke()"
+            )
+            raise missing
         return row.state is RunState.CANCELLED
 
 

@@ -23,7 +23,7 @@ from docket_celery.engine.process.inline import InlineCancellation, InlineHeartb
 from docket_celery.engine.process.loops import StepLoop
 from docket_celery.engine.process.runtime import Runtime, owns_thread, process_runtime
 from docket_celery.engine.process.settings import Settings
-from docket_celery.engine.run_row import find_busy_s, is_busy, read_outcome, run_end, run_request
+from docket_celery.engine.run_row import find_busy_s, find_holder, read_outcome, run_end, run_request
 from docket_celery.errors import (
     CodecFailed,
     LeaseLost,
@@ -93,8 +93,6 @@ class Run:
         self._until = None if submission.timeout_s is None else self._began + submission.timeout_s
         self._owner = str(uuid.uuid4()) if self.store is not None else ""
         self._attached, self._waited = submission.attached, 0
-        # Whoever has met a holder asks how the run stands before it sends the whole job once more.
-        self._looks = submission.attached and not submission.released
         self._delivery = self._new_delivery(submission.number)
 
     # --- whoever waits -----------------------------------------------------------------------------------------
@@ -172,8 +170,7 @@ class Run:
         if self._cancellation.error is not None:
             self._conclude(RunOutcome(error=self._cancellation.error))
             return None
-        row = self.store.find_run(self._plan.graph, self.submission.execution_id) if self._looks else None
-        if row is not None and is_busy(row, self.submission):
+        if self._attached and (row := find_holder(self.store, self._plan.graph, self.submission)) is not None:
             self._wait_for(row)
             return None
         asked_at = self._cancellation.now()
@@ -312,7 +309,7 @@ class Run:
         if not self.submission.waits:
             self._conclude(RunOutcome(busy_s=find_busy_s(row, self.submission.waited)))
         else:
-            self._attached = self._looks = True
+            self._attached = True
             # The end of a run that is held may be near; an open stage has others to wait for.
             wait_s = find_busy_s(row, self._waited) / 10 if row.state is RunState.WAITING else 0.1
             self._waited += 1

@@ -17,6 +17,7 @@ from docket_celery.error_records import from_record, to_record
 from docket_celery.errors import (
     DocketError,
     RunCancelled,
+    RunNotFound,
     RunQuarantined,
     StepFailed,
     StoreUnavailable,
@@ -109,6 +110,18 @@ def is_busy(row: RunRow, submission: Submission) -> bool:
         and submission.retried
     )
     return row.state is RunState.RUNNING and (row.lease_left_s or 0.0) > 0.0 and not newer
+
+
+def find_holder(store: Store, graph: str, submission: Submission) -> RunRow | None:
+    """Return the run's row if another one holds its lease; asked before the whole job is sent once more.
+
+    Raises:
+        RunNotFound: An earlier delivery met the run, which has ended and is purged: its effects are not repeated.
+    """
+    row = store.find_run(graph, submission.execution_id)
+    if row is None and submission.attached:
+        raise RunNotFound(graph, submission.execution_id)
+    return row if row is not None and is_busy(row, submission) else None
 
 
 def find_busy_s(row: RunRow, waited: int) -> float:

@@ -51,7 +51,13 @@ def note_ended(request: Any) -> None:
     setattr(request, _ENDED, True)
 
 
-def is_stored(backend: Any, request: Any, result: object) -> bool:
+def is_redelivered(request: Any) -> bool:
+    """Tell whether the broker delivers a message once more; its task may have ended, and its run be purged."""
+    info: Mapping[str, Any] = request.delivery_info or {}
+    return bool(info.get("redelivered"))
+
+
+def is_stored(backend: Any, request: Any, result: object = None) -> bool:
     """Tell whether Celery has stored this task's success before, its links and chain sent by then.
 
     The part of a chord is counted after that, so a worker that died in between has not counted it: it is counted
@@ -60,7 +66,7 @@ def is_stored(backend: Any, request: Any, result: object) -> bool:
     Args:
         backend: The task's result backend.
         request: The copy's request.
-        result: What the copy would return.
+        result: What the copy would return; None: what is stored.
     """
     if request.ignore_result:
         return False
@@ -72,7 +78,8 @@ def is_stored(backend: Any, request: Any, result: object) -> bool:
     if stored != states.SUCCESS:
         return False
     if request.chord and isinstance(backend, RedisBackend):
-        backend.on_chord_part_return(request, states.SUCCESS, result)
+        made = backend.get_result(request.id) if result is None else result
+        backend.on_chord_part_return(request, states.SUCCESS, made)
     return True
 
 
@@ -94,8 +101,7 @@ class _Patient:
 def _told_success(backend: Any, request: Any) -> bool:
     """Tell whether *request* is a copy of a delivery whose success is stored: its own error is nobody's."""
     headers: Mapping[str, Any] = request.headers or {}
-    info: Mapping[str, Any] = request.delivery_info or {}
-    if WAITS_FOR_OTHER not in headers and not info.get("redelivered"):
+    if WAITS_FOR_OTHER not in headers and not is_redelivered(request):
         return False
     return not request.ignore_result and bool(backend.get_state(request.id) == states.SUCCESS)
 

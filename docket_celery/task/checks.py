@@ -112,7 +112,7 @@ def _backend_fault(task: TaskClass, pool: str | None) -> str | None:
     """Return why no chord of *task* could end, or None."""
     backend = task.backend
     if isinstance(backend, DisabledBackend):
-        kind = "no result backend"
+        kind = None
     elif isinstance(backend, RPCBackend):
         kind = "the rpc result backend"
     elif pool == "prefork" and _in_memory(backend):
@@ -120,10 +120,9 @@ def _backend_fault(task: TaskClass, pool: str | None) -> str | None:
         kind = "the in-memory result backend under prefork"
     else:
         return None
-    problem = (
-        f"its items are spread over the workers by chords, which {kind} cannot join; set result_backend to Redis "
-        f"or a database"
-    )
+    obstacle = "need a result backend, and the app has none" if kind is None else f"{kind} cannot join"
+    problem = f"its items are spread over the workers by chords, which {obstacle}; "
+    problem += "set result_backend to Redis or a database"
     return str(InvalidDeclaration(task.name, problem))
 
 

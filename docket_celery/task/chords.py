@@ -75,6 +75,30 @@ class BatchTask(Protocol):
     def replace(self, sig: Any) -> Any: ...
 
 
+class Receipt:
+    """What a chunk's task returns: Celery logs that it succeeded, whatever its items did, and shows this text.
+
+    Attributes:
+        facts: JSON values: ``lo``, ``state`` and ``failed``.
+    """
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self.facts = dict(facts)
+
+    def __json__(self) -> dict[str, Any]:
+        return self.facts
+
+    def __repr__(self) -> str:
+        state, failed = str(self.facts.get("state")), self.facts.get("failed", 0)
+        if state in {RunState.SUCCEEDED, ChunkStop.DONE}:
+            how = f"{failed} items failed" if failed else "done"
+        elif state == RunState.FAILED:
+            how = f"{failed} items failed, the batch ends"
+        else:
+            how = f"not worked on ({state.lower()})"
+        return f"<chunk from item {self.facts['lo']}: {how}>"
+
+
 def read_order(task: Any, given: Mapping[str, Any] | None = None, threads: int = 1) -> BatchOrder:
     """Return how a batch is to be worked on: as the submission says, else the GraphTask or its class.
 

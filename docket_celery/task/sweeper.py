@@ -14,7 +14,7 @@ import threading
 import time
 from typing import Any
 
-from celery import Celery, _state, signals
+from celery import Celery, _state, bootsteps, signals
 from celery.exceptions import OperationalError
 
 from docket_celery.errors import DocketError, StoreUnavailable
@@ -73,7 +73,7 @@ class Sweeper:
         return True
 
     def stop(self) -> None:
-        """Look no more."""
+        """Look no more; a look that is under way comes to its end."""
         self._over.set()
 
     def sweep(self) -> int:
@@ -159,6 +159,26 @@ class Sweeper:
         return list(found.values())
 
 
+class SweeperStep(bootsteps.StartStopStep):
+    """Ends the sweeper of a worker that ends, however it does: Celery's signal comes after a warm shutdown only."""
+
+    requires = ("celery.worker.components:Pool",)
+
+    def start(self, parent: Any) -> None:
+        """Nothing to do: the worker's signals begin."""
+
+    def stop(self, parent: Any) -> None:  # noqa: ARG002 -- Celery's signature
+        """End it."""
+        _end()
+
+    terminate = stop
+
+
+def watch(app: Celery) -> None:
+    """Have the workers of *app* end their sweepers."""
+    app.steps["worker"].add(SweeperStep)
+
+
 class _Process:
     """The sweeper of this process, and the schedule that it shares with its worker's other processes."""
 
@@ -172,6 +192,7 @@ _process = _Process()
 
 def _on_worker_init(**_: Any) -> None:
     """Make the schedule before any child is forked."""
+    _end()
     _process.schedule = Schedule()
 
 
@@ -190,13 +211,20 @@ def _begin() -> None:
     # A child that was spawned instead of forked knows its app, and has a schedule of its own.
     app = app_settings.worker_app() or _state.get_current_app()
     schedule = _process.schedule or Schedule()
+    _end()
     _process.sweeper = Sweeper(app, schedule)
     _process.sweeper.start()
 
 
 def _on_shutdown(**_: Any) -> None:
+    _end()
+
+
+def _end() -> None:
+    """Stop the sweeper of the process, be it that of an earlier worker."""
     if _process.sweeper is not None:
         _process.sweeper.stop()
+        _process.sweeper = None
 
 
 def install() -> None:

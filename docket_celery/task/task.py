@@ -118,6 +118,7 @@ class GraphTask(SubmittedTask[P, R]):
             )
             note_graph(app, cls.name, cls.graph, where)
             worker.watch_task(app)
+            sweeper.watch(app)
 
     @property
     def backend(self) -> Any:
@@ -136,6 +137,8 @@ class GraphTask(SubmittedTask[P, R]):
         request = self.request
         direct = bool(request.called_directly)
         settings = app_settings.app_settings(self.app)
+        if backends.is_redelivered(request) and backends.is_stored(self.backend, request):
+            raise Ignore("the task has ended before; its message came once more")
         queued = None if direct else queued_run(request.headers or {}, request.id, {})
         try:
             travelled = not (direct or request.is_eager)
@@ -155,7 +158,7 @@ class GraphTask(SubmittedTask[P, R]):
             self._send_again(outcome.busy_s)
         if outcome.error is not None:
             self._raise(outcome, outcome.error)
-        value: Any = outcome.value if outcome.receipt is None else dict(outcome.receipt)
+        value: Any = outcome.value if outcome.receipt is None else chords.Receipt(outcome.receipt)
         if value is None:
             raise AssertionError(f"a run ended without a value: {outcome!r}")
         if direct or request.is_eager or outcome.receipt is not None:

@@ -69,7 +69,11 @@ def test_a_worker_refuses_what_cannot_work(refusal: Refusal, env: dict[str, str]
 
 @pytest.mark.parametrize(
     ("backend", "words"),
-    [("", "no result backend"), ("rpc://", "the rpc result backend"), ("cache+memory://", "the in-memory")],
+    [
+        ("", "need a result backend, and the app has none"),
+        ("rpc://", "the rpc result backend"),
+        ("cache+memory://", "the in-memory"),
+    ],
     ids=["none", "rpc", "memory"],
 )
 def test_a_batch_without_a_backend_that_joins_chords_is_refused(

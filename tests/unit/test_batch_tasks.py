@@ -134,7 +134,11 @@ def test_a_slip_of_the_pen_is_no_option(app: Celery) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "words"),
-    [("disabled://", "no result backend"), ("rpc://", "the rpc"), ("cache+memory://", "the in-memory")],
+    [
+        ("disabled://", "need a result backend, and the app has none"),
+        ("rpc://", "the rpc"),
+        ("cache+memory://", "the in-memory"),
+    ],
 )
 def test_a_backend_without_chords_is_a_fault(app: Celery, tmp_path: Path, backend: str, words: str) -> None:
     """Nobody would ever join the chunks. Threads of one process do share its memory."""
@@ -414,3 +418,12 @@ def test_a_copy_that_waits_carries_its_list(app: Celery, stored: SQLStore) -> No
     )
     assert waiting(app)[0] == [big]
     assert stored.find_run("picky-task", "copy") is None
+
+
+def test_the_text_of_a_failed_chunk_reads_after_celerys_succeeded() -> None:
+    """Celery logs "succeeded in 0.1s: ..." for a chunk's task, which reports failures instead of failing."""
+    assert repr(chords.Receipt({"lo": 50, "state": "FAILED", "failed": 2})) == (
+        "<chunk from item 50: 2 items failed, the batch ends>"
+    )
+    assert repr(chords.Receipt({"lo": 0, "state": "SUCCEEDED", "failed": 0})) == "<chunk from item 0: done>"
+    assert chords.Receipt({"lo": 0, "state": "BUSY"}).__json__() == {"lo": 0, "state": "BUSY"}

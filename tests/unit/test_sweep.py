@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import Celery, _state
+from celery import Celery, _state, signals
+from celery.contrib.testing.worker import start_worker
 from kombu.utils.json import dumps
 from sqlalchemy import text
 
@@ -23,6 +24,7 @@ from docket_celery.task.sweeper import Schedule, Sweeper
 from docket_celery.testing.workers import forget_connections
 from examples.movies.graph import movie_graph
 from examples.movies.movies_pb2 import EnrichedMovie, Movie
+from tests.infra.processes import wait_until
 
 
 @pytest.fixture
@@ -183,3 +185,23 @@ def test_a_run_that_is_found_again_is_sent_once(app: Celery) -> None:
         assert sweeper.sweep() == 1
     finally:
         forget_connections(app)
+
+
+def test_a_worker_that_starts_after_another_in_one_process_leaves_no_sweeper(app: Celery) -> None:
+    """Workers of tests end without Celery's shutdown signal; nothing of them stays."""
+    # A receiver of this signal keeps Celery from configuring the process's logging.
+    signals.setup_logging.connect(leave_logging)
+    for _ in range(3):
+        with start_worker(app, pool="solo", perform_ping_check=False, shutdown_timeout=20):
+            assert len(sweepers()) == 1
+        wait_until(lambda: not sweepers(), within_s=10.0, what="the sweeper of the worker ends")
+    signals.setup_logging.disconnect(leave_logging)
+
+
+def leave_logging(**_: object) -> None:
+    """Do nothing."""
+
+
+def sweepers() -> list[threading.Thread]:
+    """Return the threads that sweep in this process."""
+    return [each for each in threading.enumerate() if each.name == "docket-sweep"]
