@@ -375,7 +375,7 @@ class RunNotFound(DocketError):
         self.graph, self.execution_id = graph, execution_id
 
     def describe(self) -> str:
-        return f"graph {self.graph!r} has no run {self.execution_id!r}: no worker has taken it up yet, or it is purged"
+        return f"graph {self.graph!r} has no run {self.execution_id!r}: no worker has begun it yet, or it is purged"
 
 
 class RunQuarantined(DocketError):

@@ -148,7 +148,7 @@ def test_a_process_that_checked_nothing_is_told_of_older_tables(databases: Datab
         assert (told.value.found, told.value.expected) == (1, schema.VERSION)
     with store.engine.connect() as connection:
         connection.execute(schema.docket_schema.update().values(version=schema.VERSION))
-    with pytest.raises(StoreRefused, match="claimed_at|output_shape"):
+    with pytest.raises(StoreRefused, match=r"claimed_at|output_shape"):
         store.lookup(shared().key, "later", 30.0)
 
 

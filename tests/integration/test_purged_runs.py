@@ -64,5 +64,5 @@ def test_cancelling_a_run_that_no_worker_has_taken_up_says_so(
 ) -> None:
     """The database does not know a job that lies in the broker alone."""
     connect_app(app)
-    with pytest.raises(RunNotFound, match=r"no worker has taken it up yet(.|\n)*revoke\(\)"):
+    with pytest.raises(RunNotFound, match=r"no worker has begun it yet(.|\n)*revoke\(\)"):
         process.handle("queued").cancel()
