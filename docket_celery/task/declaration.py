@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
+from weakref import WeakSet
 
 from google.protobuf.message import Message
 
@@ -327,7 +328,7 @@ def check_name_function(task: str, function: Callable[..., Any] | None, given: S
         raise InvalidDeclaration(task, problem) from None
 
 
-def note_graph(app: Any, task: str, graph: Graph, where: str) -> None:
+def note_graph(app: Any, task: str, graph: Graph, where: str, *, is_declared: bool = False) -> None:
     """Note that *task* of *app* runs *graph*: runs and checkpoints are kept by the graph's name.
 
     Args:
@@ -335,11 +336,18 @@ def note_graph(app: Any, task: str, graph: Graph, where: str) -> None:
         task: The task's name. Declared again, as by a reload of its module, it brings its graph along.
         graph: The graph.
         where: Where the task is declared.
+        is_declared: It is being declared on this app; False: the app takes it, from wherever it is.
 
     Raises:
         InvalidDeclaration: Another graph of that name has tasks in this app.
     """
     app = getattr(app, "_get_current_object", lambda: app)()
+    homes = _homes.setdefault(graph, WeakSet())
+    if is_declared:
+        homes.add(app)
+    elif homes and app not in homes:
+        # Celery gives each app's tasks to all other apps of the process: this one is another app's own.
+        return
     graphs = _graphs.setdefault(app, {})
     known = graphs.get(graph.name)
     first = None if known is None else known.graph()
@@ -363,6 +371,8 @@ class _GraphTasks(NamedTuple):
     tasks: dict[str, str]
 
 
+_homes: weakref.WeakKeyDictionary[Graph, WeakSet[Any]] = weakref.WeakKeyDictionary()
+"""The apps on which tasks of a graph were declared."""
 _graphs: weakref.WeakKeyDictionary[Any, dict[str, _GraphTasks]] = weakref.WeakKeyDictionary()
 
 

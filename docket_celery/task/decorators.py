@@ -36,7 +36,11 @@ def graph_task(
     def declare(function: Callable[P, R]) -> GraphTask[P, R]:
         name = _check(function, graph, options)
         note_graph(
-            app, name or app.gen_task_name(function.__name__, function.__module__), graph, locate(function)
+            app,
+            name or app.gen_task_name(function.__name__, function.__module__),
+            graph,
+            locate(function),
+            is_declared=True,
         )
         declare_task = cast("Any", app.task)(
             base=GraphTask, graph=graph, execution_id=execution_id, **options
