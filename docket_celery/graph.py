@@ -30,6 +30,7 @@ class Graph(Runner):
     Args:
         name: Names the graph in the store, in logs and in every identity; 1 to 200 printable characters.
         store: Where steps that persist keep their outputs; default: ``docket_database_url``.
+        defaults: Options of all steps that do not set their own, in a preset or at the step.
     """
 
     def execute(

@@ -24,7 +24,7 @@ from docket_celery.observe.events import Listener
 from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.messages import Value
 from docket_celery.plan.mutation import checked
-from docket_celery.plan.options import Seconds, to_seconds
+from docket_celery.plan.options import Seconds, StepOptions, to_seconds
 from docket_celery.plan.override import Overriding, Substitute
 from docket_celery.plan.plan import Plan, is_spread
 from docket_celery.plan.registry import Registry
@@ -38,10 +38,11 @@ class Runner(Registry):
     Args:
         name: As for `Registry`.
         store: Where steps that persist keep their outputs; default: ``docket_database_url``.
+        defaults: Options of all steps that do not set their own, in a preset or at the step.
     """
 
-    def __init__(self, name: str, *, store: Store | None = None) -> None:
-        super().__init__(name, PerProcess(threading.Lock).get)
+    def __init__(self, name: str, *, store: Store | None = None, defaults: StepOptions | None = None) -> None:
+        super().__init__(name, PerProcess(threading.Lock).get, defaults)
         self.store = store
         self.listeners: list[Listener] = []
 

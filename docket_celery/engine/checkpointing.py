@@ -208,7 +208,7 @@ def shared_key(graph: str, step: Step, values: Sequence[Value], store: Store) ->
     """Return the key of a GLOBAL step's checkpoint for these inputs, as *store* keeps it.
 
     Raises:
-        InvalidArguments: ``key=`` returned no message.
+        InvalidArguments: ``key=`` returned neither a message nor str nor bytes.
     """
     # With `Named` in them: swapped names of two values of one type are other inputs.
     inputs = [
@@ -217,13 +217,23 @@ def shared_key(graph: str, step: Step, values: Sequence[Value], store: Store) ->
     ]
     if step.options.key is not None:
         named: object = step.options.key(*values)
-        if not isinstance(named, Message):
-            problem = f"returned {type(named).__name__}; it must return the message to hash"
-            raise InvalidArguments(f"key= of step {step.name!r}", problem)
-        inputs = [(value_name(named), value_bytes(named))]
+        inputs = [_named_key(step, named)]
     if step.options.cache is not None:
         return store.keyed(cache_key(step.options.cache, step.options.version, inputs))
     return store.keyed(global_key(graph, step.name, step.options.version, inputs))
+
+
+def _named_key(step: Step, named: object) -> tuple[str, bytes]:
+    """Return the name and bytes to hash of what ``key=`` returned; no message type has a name with a colon."""
+    if isinstance(named, Message):
+        return value_name(named), value_bytes(named)
+    if isinstance(named, str):
+        # Any text has bytes, lone surrogates too.
+        return ":str", named.encode("utf-8", "surrogatepass")
+    if isinstance(named, bytes):
+        return ":bytes", named
+    problem = f"returned {type(named).__name__}; it must return the message, str or bytes to hash"
+    raise InvalidArguments(f"key= of step {step.name!r}", problem)
 
 
 def hash_inputs(values: Sequence[Value], store: Store) -> str:

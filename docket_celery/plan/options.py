@@ -151,15 +151,18 @@ ErrorClassifier = Callable[[BaseException], bool] | type[BaseException] | tuple[
 
 if TYPE_CHECKING:
     KeyFunction = (
-        Callable[[Any], Message]
-        | Callable[[Any, Any], Message]
-        | Callable[[Any, Any, Any], Message]
-        | Callable[[Any, Any, Any, Any], Message]
-        | Callable[[Any, Any, Any, Any, Any], Message]
+        Callable[[Any], Message | str | bytes]
+        | Callable[[Any, Any], Message | str | bytes]
+        | Callable[[Any, Any, Any], Message | str | bytes]
+        | Callable[[Any, Any, Any, Any], Message | str | bytes]
+        | Callable[[Any, Any, Any, Any, Any], Message | str | bytes]
     )
 else:
     KeyFunction = Callable[..., Any]
-"""From a step's inputs, the message to hash. By arity, since strict checkers refuse a lambda for ``...``."""
+"""From a step's inputs, the message, str or bytes to hash.
+
+By arity, since strict checkers refuse a lambda for ``...``.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +174,7 @@ class StepOptions:
         persist: Keep the output: `Scope.GLOBAL` or `Scope.WORKFLOW`.
         ttl: Seconds or timedelta a kept output lives: from saving (GLOBAL) or from the run's end (WORKFLOW).
         version: Part of a GLOBAL key: change it when the code's result changes. Recorded for WORKFLOW.
-        key: GLOBAL only: from the inputs, the message to hash instead of them.
+        key: GLOBAL only: from the inputs, the message, str or bytes to hash instead of them.
         cache: GLOBAL only: name of the cache that keeps the outputs; default: one of the step's own. Steps of any
             graphs share entries if cache name, version, inputs in their order, and output type are the same.
         retry: Attempts and waits; default: one attempt.
@@ -197,6 +200,16 @@ class StepOptions:
     on_input_change: Literal["reuse", "error"] = "reuse"
     renamed_from: tuple[str, ...] = ()
     max_concurrent: int | None = None
+
+    def over(self, defaults: StepOptions) -> StepOptions:
+        """Return these options, where they are unset those of *defaults*."""
+        unset = StepOptions()
+        changes = {
+            field.name: value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != getattr(unset, field.name)
+        }
+        return replace(defaults, **changes)
 
     def override(self, **changes: Any) -> StepOptions:
         """Return these options with *changes*.

@@ -31,6 +31,7 @@ class Computes(Protocol):
 C = TypeVar("C", bound=Computes)
 Makes = Callable[[], C] | Callable[[], AbstractContextManager[C]]
 """Returns the instance, or a context manager to enter for it."""
+Guard = Callable[[], AbstractContextManager[Any]]
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=Message)
 
@@ -41,12 +42,14 @@ class Registry:
     Args:
         name: Names the graph in the store, in logs and in every identity; 1 to 200 printable characters.
         guard: Returns what keeps other threads out while steps are registered and read.
+        defaults: Options of all steps that do not set their own.
     """
 
-    def __init__(self, name: str, guard: Callable[[], AbstractContextManager[Any]]) -> None:
+    def __init__(self, name: str, guard: Guard, defaults: StepOptions | None = None) -> None:
         if not isinstance(name, str) or not name or len(name) > 200 or not name.isprintable():
             raise InvalidArguments("Graph", f"name must be 1 to 200 printable characters, got {name!r}")
         self.name = name
+        self.defaults = _check_defaults(defaults)
         self._registrations: list[Registration] = []
         self._wiring: Wiring | None = None
         self._plans: dict[Asked, Plan] = {}
@@ -107,9 +110,9 @@ class Registry:
 
     def _decorate(self, preset: Any, options: dict[str, Any], *, aggregates: bool) -> Any:
         if callable(preset) and not isinstance(preset, StepOptions):
-            self._add(preset, _options(None, options), aggregates=aggregates)
+            self._add(preset, _options(self.defaults, None, options), aggregates=aggregates)
             return preset
-        chosen = _options(preset, options)
+        chosen = _options(self.defaults, preset, options)
 
         def decorate(function: F) -> F:
             self._add(function, chosen, aggregates=aggregates)
@@ -158,7 +161,7 @@ class Registry:
             GraphError: The graph is frozen because it has run, or the step needs ``name=``.
         """
         make = None if factory is None else Make(target, factory)
-        self._add(target, _options(preset, {**options}), make)
+        self._add(target, _options(self.defaults, preset, {**options}), make)
 
     def register_aggregate(
         self, target: object, preset: StepOptions | None = None, /, **options: Unpack[StepOptionFields]
@@ -167,7 +170,7 @@ class Registry:
 
         Arguments and errors as for `register`.
         """
-        self._add(target, _options(preset, {**options}), aggregates=True)
+        self._add(target, _options(self.defaults, preset, {**options}), aggregates=True)
 
     def _add(
         self, target: Any, options: StepOptions, make: Make | None = None, *, aggregates: bool = False
@@ -333,11 +336,24 @@ class Registry:
         self._frozen = True
 
 
-def _options(preset: StepOptions | None, options: dict[str, Any]) -> StepOptions:
+def _check_defaults(defaults: StepOptions | None) -> StepOptions:
+    if defaults is None:
+        return StepOptions()
+    if not isinstance(defaults, StepOptions):
+        raise InvalidArguments("Graph", f"defaults= is a StepOptions, not {defaults!r}")
+    named = [name for name in ("name", "renamed_from") if getattr(defaults, name)]
+    if named:
+        raise InvalidArguments(
+            "Graph", f"defaults= cannot have {', '.join(named)}: each step has a name of its own"
+        )
+    return defaults
+
+
+def _options(defaults: StepOptions, preset: StepOptions | None, options: dict[str, Any]) -> StepOptions:
     if preset is not None and not isinstance(preset, StepOptions):
         raise TypeError(f"a step is decorated with options or a StepOptions preset, not {preset!r}")
     try:
-        return (preset or StepOptions()).override(**options)
+        return (defaults if preset is None else preset.over(defaults)).override(**options)
     except TypeError as error:
         hints = [nearest_option(name) for name in options if name not in StepOptions.__dataclass_fields__]
         near = ", ".join(hint for hint in hints if hint)

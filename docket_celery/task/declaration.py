@@ -62,7 +62,9 @@ _DECORATOR_OPTIONS = frozenset(
     }
 )
 """What Celery's decorator takes besides the attributes of the class."""
-_BELONGS = "{name}= is an option of a step; give it to graph.step(...)"
+_BELONGS = (
+    "{name}= is an option of a step; give it to graph.step(...), or to all steps with Graph(defaults=...)"
+)
 _EMPTY_BODIES = (
     "pass",
     "'text'",
