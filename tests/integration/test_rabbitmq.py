@@ -66,7 +66,8 @@ def quorum(urls: Urls) -> Generator[list[str]]:
 
     def use(values: dict[str, Any]) -> None:
         conf.update(values)
-        caches.pop("queues", None)
+        for name in ("queues", "default_exchange"):
+            caches.pop(name, None)
         caches["_rtable"] = None
         caches.pop("router", None)
 
