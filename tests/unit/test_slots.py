@@ -245,7 +245,7 @@ def test_a_cancelled_coroutine_keeps_its_slot_until_it_has_cleaned_up() -> None:
     graph, gauge = Graph("shop"), Gauge()
     cleaning, clean = threading.Event(), threading.Event()
 
-    @graph.step(max_concurrent=1, timeout=0.05, retry=RetryPolicy(max_attempts=2, backoff=FixedBackoff(0)))
+    @graph.step(max_concurrent=1, timeout=0.5, retry=RetryPolicy(max_attempts=2, backoff=FixedBackoff(0)))
     async def charge(order: Order, ctx: StepContext) -> Charge:
         with gauge.inside(str(ctx.attempt)):
             try:
