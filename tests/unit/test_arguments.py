@@ -124,7 +124,7 @@ def test_declaring_a_task_registers_its_types_at_once() -> None:
         raise NotImplementedError
 
     take.__annotations__ = {"order": kind, "return": Order}
-    graph_task(app, Graph("lazy"), name="lazy.take")(take)
+    graph_task(app, Graph("lazy"), name="lazy.take", shared=False)(take)
     assert loads(dumps(content)) == kind()
     assert not app.finalized
 
