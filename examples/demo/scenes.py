@@ -70,15 +70,19 @@ def play_kill(worker: Worker, database: Database) -> None:
 
     def charged_by() -> int | None:
         worker.check()
+        # Once the reservation is kept too, shipping is all that is left, and that waits for the warehouse.
         rows = database.rows(
-            "SELECT caller_pid FROM demo_payment_ledger JOIN docket_cache ON step_name = 'charge_card'"
+            "SELECT caller_pid FROM demo_payment_ledger JOIN docket_cache ON step_name = 'reserve_inventory'"
             " AND docket_cache.execution_id = 'order-17' WHERE order_id = '17'"
         )
         return int(rows[0][0]) if rows else None
 
-    victim = wait_for("the card is charged and the charge is kept", charged_by)
+    victim = wait_for("the card is charged, the goods are reserved, and both are kept", charged_by)
     before = pool_pids()
-    claim(f"pool process {victim} charged the card, and the charge is in docket_cache", victim in before)
+    claim(
+        f"pool process {victim} charged the card, and charge and reservation are in docket_cache",
+        victim in before,
+    )
     claim("the order has not shipped", not result.ready())
 
     os.kill(victim, signal.SIGKILL)
@@ -115,15 +119,14 @@ def play_sql(database: Database) -> None:
         SELECT delivery, step_name, status, attempts, cached, duration_ms, worker
         FROM docket_executions WHERE execution_id = 'order-17' ORDER BY started_at;
     """)
-    # Delivery 1 was killed while it reserved: nothing was kept of that, and delivery 2 reserved.
     told = [(row[0], row[1], row[4]) for row in steps]
     claim(
-        "delivery 1 called charge_card; delivery 2 restored its result and ran the rest",
-        told[:1] == [(1, "charge_card", False)]
-        and sorted(told[1:])
-        == [(2, "charge_card", True), (2, "reserve_inventory", False), (2, "ship", False)],
+        "delivery 1 charged and reserved; delivery 2 restored both results and shipped",
+        told[:2] == [(1, "charge_card", False), (1, "reserve_inventory", False)]
+        and sorted(told[2:])
+        == [(2, "charge_card", True), (2, "reserve_inventory", True), (2, "ship", False)],
     )
-    claim("another process did that", steps[0][6] not in {row[6] for row in steps[1:]})
+    claim("another process did that", steps[0][6] not in {row[6] for row in steps[2:]})
     print()
     kept = database.show("""
         SELECT step_name, output_json, created_at

@@ -116,7 +116,7 @@ def test_the_demo_checks_what_it_claims_and_leaves_nothing_behind(folder: Path) 
     assert "three steps ran at once" in claims
     assert "the payment provider got 1 call and made 1 charge" in claims
     assert "the run SUCCEEDED in delivery 2, after losing 1 worker process" in claims
-    assert "delivery 1 called charge_card; delivery 2 restored its result and ran the rest" in claims
+    assert "delivery 1 charged and reserved; delivery 2 restored both results and shipped" in claims
     assert errors == ""
     assert list(folder.iterdir()) == []
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
+from celery import _state
 
 from docket_celery.engine.job import job_parts
 from docket_celery.engine.outcome import Submission
@@ -541,8 +542,12 @@ def test_a_run_of_n_persisted_steps_takes_n_plus_3_calls() -> None:
     assert store.calls == ["acquire", "restore", "save", "end"]
 
 
-def test_a_step_that_persists_needs_a_store() -> None:
+def test_a_step_that_persists_needs_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the step and the setting, and nothing ran."""
+    # An app that another test left current may have a database.
+    state: Any = _state
+    monkeypatch.setattr(state._tls, "current_app", None)
+    monkeypatch.setattr(state, "default_app", None)
     shop = Shop()
     with pytest.raises(StoreMissing, match=r"step 'charge' of graph 'shop' persists.*docket_database_url"):
         shop.run()
