@@ -69,6 +69,7 @@ class Scheduler(Ending):
         self._ready: deque[PlannedStep] = deque()
         self._runs: set[StepRun] = set()
         self._waiting: dict[StepRun, Alarm | Slot] = {}
+        self._seized: dict[StepRun, Alarm | Slot] = {}
         self._failures: list[StepFailed] = []
 
     # --- from outside ------------------------------------------------------------------------------------------
@@ -133,14 +134,15 @@ class Scheduler(Ending):
 
     def _seize(self) -> None:
         self._ready.clear()
+        # Taken under the lock, they are ours to end: an alarm or a slot that comes now finds them gone.
+        self._seized, self._waiting = self._waiting, {}
         for run in self._runs:
             if (attempt := run.in_flight) is not None:
                 attempt.abandon()
 
     def _let_go(self, error: BaseException) -> None:
-        waiting, self._waiting = self._waiting, {}
         runs = list(self._runs)
-        for run, waits_for in waiting.items():
+        for run, waits_for in self._seized.items():
             waits_for.cancel()
             run.life.close()
         for run in runs:

@@ -341,6 +341,41 @@ def make_delivery(**facts: Any) -> Delivery:
     return Delivery(**{**common, **facts})
 
 
+class Interleaved(Cancellation):
+    """Does something in the middle of an abort, as another thread may."""
+
+    meanwhile: Callable[[], None] | None = None
+
+    def cancel(self, error: BaseException) -> None:
+        if self.meanwhile is not None:
+            self.meanwhile()
+        super().cancel(error)
+
+
+def test_a_wait_that_ends_while_its_run_is_aborted_resumes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timer may ring between the end of the run and the moment when its alarms are cancelled."""
+    graph, outcomes, resumed = Graph("shop"), queue.SimpleQueue[Outcome](), list[object]()
+    cancellation = Interleaved()
+
+    @graph.step(retry=RetryPolicy(max_attempts=2, backoff=FixedBackoff(3600)))
+    def charge(order: Order) -> Charge:
+        raise ValueError("busy")
+
+    execution = Scheduler(
+        graph.plan(Charge, Order), [Order()], make_delivery(cancellation=cancellation), outcomes.put
+    )
+    execution.start()
+    execution.dispatch()
+    poll(lambda: bool(execution._waiting))
+    (waiting,) = execution._waiting
+    monkeypatch.setattr(execution, "_go_on", resumed.append)
+    cancellation.meanwhile = lambda: execution._wake(waiting)
+    stop = RunCancelled("o-1", "asked to")
+    execution.abort(stop)
+    assert outcomes.get(timeout=WAIT_S).error is stop
+    assert resumed == []
+
+
 class Watch(Cancellation):
     """Tells the time that a test sets."""
 
