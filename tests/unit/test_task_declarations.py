@@ -279,6 +279,28 @@ def test_two_graphs_of_one_name_are_refused_in_one_app(way: str, app: Celery, gr
     other.close()
 
 
+def test_two_apps_of_one_process_may_each_have_a_graph_of_one_name(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Celery gives each app the tasks of the other one."""
+    # Only here: other tests' apps are not to get these tasks.
+    state: Any = _state
+    monkeypatch.setattr(state, "_on_app_finalizers", set(state._on_app_finalizers))
+    twin = Graph(graph.name)
+
+    def ship_order(order: Order) -> Shipment:
+        raise NotImplementedError
+
+    apps = [Celery(name, broker="memory://", set_as_current=False) for name in ("first", "second")]
+    for app, own in zip(apps, (graph, twin), strict=True):
+        graph_task(app, own, name=f"{app.main}.ship")(ship_order)
+    for app, own in zip(apps, (graph, twin), strict=True):
+        app.finalize()
+        tasks: Any = app.tasks
+        assert tasks[f"{app.main}.ship"].graph is own
+        app.close()
+
+
 def test_two_graphs_of_one_name_are_refused_for_shared_tasks(app: Celery, graph: Graph) -> None:
     """As soon as an app takes them."""
 
