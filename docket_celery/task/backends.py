@@ -92,7 +92,9 @@ class _Patient:
         self, task_id: str, exc: BaseException, traceback: Any = None, request: Any = None, **options: Any
     ) -> None:
         """Tell a failure, unless the run's outcome is another one."""
-        if request is not None and (_told_success(self, request) or _sent_again(self.app, request, exc)):
+        # The caller of an eager task waits here: it is told what happened, and nothing is sent.
+        told_later = request is not None and not request.is_eager
+        if told_later and (_told_success(self, request) or _sent_again(self.app, request, exc)):
             return
         owner: Any = super()
         owner.mark_as_failure(task_id, exc, traceback=traceback, request=request, **options)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from celery import Celery, states, uuid
+from celery.app.task import Context
 
 from docket_celery.task.backends import is_stored, patient
 
@@ -24,9 +24,9 @@ def app(broker_url: str, result_url: str) -> Celery:
     return Celery("copies", broker=broker_url, backend=result_url)
 
 
-def copy_of(task_id: str, **facts: Any) -> SimpleNamespace:
-    """What Celery calls the request of a delivery, as far as it matters here."""
-    return SimpleNamespace(
+def copy_of(task_id: str, **facts: Any) -> Any:
+    """Return the request of a delivery, as Celery has it."""
+    return Context(
         **({"id": task_id, "ignore_result": False, "chord": None, "group": None, "group_index": None} | facts)
     )
 

@@ -28,6 +28,7 @@ from docket_celery import (
 )
 from docket_celery.observe.events import EventKind
 from docket_celery.store.identity import idempotency_key
+from docket_celery.task import app_settings
 from docket_celery.testing import FakeClock, eager, inline, record_events, run_step, step_context
 from docket_celery.testing.workers import forget_connections
 from tests.unit.graphs import reached
@@ -375,8 +376,12 @@ def test_an_eager_task_gives_its_message() -> None:
     assert bench.clock.waited_s == pytest.approx(HOUR_S)
 
 
-def test_an_eager_failure_is_raised_at_delay_after_celerys_retries() -> None:
-    """Three attempts of each of two deliveries."""
+@pytest.mark.parametrize("in_worker", [False, True])
+def test_an_eager_failure_is_raised_at_delay_after_celerys_retries(
+    in_worker: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three attempts of each of two deliveries; also where a worker's process submits it eagerly."""
+    monkeypatch.setattr(app_settings.process, "app", app if in_worker else None)
     failures.extend([1] * 99)
     with eager(app), record_events(flaky) as events, pytest.raises(StepFailed, match="BusyError: 7"):
         ship_order.delay(ORDER)
