@@ -225,6 +225,7 @@ def test_an_upload_that_cannot_be_finished_sends_nothing(
 # --- streams -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_result_is_read_one_page_at_a_time(urls: Urls) -> None:
     """The first item costs one page, and the next page is read when somebody asks for its first item."""
     run, pages = unique("pages"), list[tuple[int, int]]()

@@ -276,6 +276,7 @@ def test_what_cannot_be_cancelled_says_so() -> None:
 # --- streams -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stream_of_items_becomes_a_batch(journals: Journals, urls: Urls) -> None:
     """Read one by one, stored in pages, named like any batch; only a reference travels."""
     run = unique("stream")
@@ -310,6 +311,7 @@ def test_a_stream_of_items_becomes_a_batch(journals: Journals, urls: Urls) -> No
         paced.look_at_all.submit_batch(iter(movies(run, 2499)), execution_id=run)
 
 
+@pytest.mark.slow
 def test_a_result_is_that_of_its_own_batch(journals: Journals, urls: Urls, store: SQLStore) -> None:
     """The name of a purged run is free: whoever still holds its result must not get the items of another batch."""
     run = unique("renamed")

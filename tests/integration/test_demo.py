@@ -156,6 +156,7 @@ def test_a_killed_demo_takes_its_servers_and_its_worker_with_it(folder: Path) ->
         wait_until("all processes end", lambda: not any(process.is_running() for process in started))
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_start_fails_the_demo(folder: Path) -> None:
     """The exit status is 1 and the reason is shown: here the worker is killed as soon as it is there."""
     with started_demo(folder) as demo:
