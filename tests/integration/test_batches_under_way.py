@@ -161,13 +161,15 @@ def await_heartbeats(urls: Urls, run: str, beats: int = 4) -> None:
     seen: dict[int, set[Any]] = {}
 
     def extended() -> bool:
-        for lo, until in query(
+        running = query(
             urls,
             "SELECT lo, lease_until FROM docket_chunks WHERE execution_id = %s AND state = 'RUNNING'",
             run,
-        ):
+        )
+        for lo, until in running:
             seen.setdefault(lo, set()).add(until)
-        return bool(seen) and all(len(times) > beats for times in seen.values())
+        # One that was seen and has ended since is extended no more.
+        return bool(running) and all(len(seen[lo]) > beats for lo, _ in running)
 
     wait_until(extended, within_s=WAIT_S, what=f"{beats} heartbeats of the chunks of {run}")
 
