@@ -44,7 +44,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from docket_celery.frames import fold, show
+from docket_celery.frames import show, trim_traceback
 
 MAX_CAUSE_CHARS = 4000
 """Most characters of a cause's text that a `StepFailed` or `AbortError` carries."""
@@ -190,7 +190,7 @@ class StepFailed(DocketError):
         """Build the error for *cause* and chain it; its traceback starts in the user's code."""
         names = [type_path(kind) for kind in type(cause).__mro__ if kind is not object]
         error = StepFailed(step, attempts, retriable, names, safe_text(cause, notes=True))
-        error.__cause__ = fold(cause)
+        error.__cause__ = trim_traceback(cause)
         return error
 
     def caused_by(self, kind: type[BaseException]) -> bool:

@@ -13,7 +13,7 @@ _ENGINE: Final = os.path.dirname(__file__) + os.sep
 _MOST_CHARS: Final = 4000
 
 
-def fold(error: E) -> E:
+def trim_traceback(error: E) -> E:
     """Let the traceback of *error* start in the users' code: what led there is the engine's, the same each time.
 
     A traceback without any other frame is left as it is: then the engine's are all there is to go by.

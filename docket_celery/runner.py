@@ -26,7 +26,7 @@ from docket_celery.plan.messages import Value
 from docket_celery.plan.mutation import checked
 from docket_celery.plan.options import Seconds, StepOptions, to_seconds
 from docket_celery.plan.override import Overriding, Substitute
-from docket_celery.plan.plan import Plan, is_spread
+from docket_celery.plan.plan import Plan
 from docket_celery.plan.registry import Registry
 from docket_celery.store.contract import BatchStore, Store
 from docket_celery.store.identity import check_execution_id
@@ -170,7 +170,7 @@ class Runner(Registry):
         Raises:
             StoreMissing, InvalidSettings: As from `find_store`, if the plan persists.
         """
-        if not is_spread(plan) or ambient() is not None:
+        if not plan.fans_out or ambient() is not None:
             return None
         if plan.persists or self.store is not None:
             found: Store | None = self.find_store(plan, settings)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from docket_celery.batch.layout import Layout, earlier_stages, failures_of, find_part, step_names
-from docket_celery.batch.options import BatchOrder
+from docket_celery.batch.layout import Layout, earlier_stages, failures_of, find_stage, step_names
+from docket_celery.batch.options import BatchOptions
 from docket_celery.engine.checkpointing import read_value
 from docket_celery.engine.ending import Ending, Outcome
 from docket_celery.engine.fan_out import Stored, make_item, policy_of
@@ -30,7 +30,7 @@ from docket_celery.errors import (
 from docket_celery.observe.events import EventKind
 from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.messages import Value, from_bytes
-from docket_celery.plan.plan import Part, Plan
+from docket_celery.plan.plan import Plan, Stage
 from docket_celery.store.contract import BatchStore
 from docket_celery.store.records import (
     Checkpoint,
@@ -54,7 +54,7 @@ class ChunkRun(Run):
         submission: Who asks for it.
         settings: Those in force.
         store: Where everything lies.
-        order: How the batch is to be worked on.
+        options: How the batch is to be worked on.
         stage: Which stage, counted from 1.
         lo: Index of the chunk's first item.
         limit: Most items at once; None: as many as there are threads.
@@ -66,7 +66,7 @@ class ChunkRun(Run):
         submission: Submission,
         settings: Settings,
         store: BatchStore,
-        order: BatchOrder,
+        options: BatchOptions,
         stage: int,
         lo: int,
         limit: int | None = None,
@@ -76,8 +76,8 @@ class ChunkRun(Run):
         self._limit = max(1, settings.threads if limit is None else min(limit, settings.threads))
         self._stopped = RunCancelled(submission.execution_id, "its batch was stopped")
         self._progress: Progress | None = None
-        self._batches, self._order, self._stage, self._lo = store, order, stage, lo
-        self._policy = order.policy
+        self._batches, self._options, self._stage, self._lo = store, options, stage, lo
+        self._policy = options.policy
         self._layout = Layout.of(plan, submission.execution_id)
         self._work: ItemGroup | None = None
         self._skips: frozenset[int] = frozenset()
@@ -101,7 +101,7 @@ class ChunkRun(Run):
                 max_deliveries=settings.max_deliveries,
                 task_id=submission.task_id,
                 retries=submission.retries,
-                released=submission.released,
+                ended_cleanly=submission.ended_cleanly,
             )
         )
         if isinstance(found, ChunkRefusal):
@@ -114,7 +114,7 @@ class ChunkRun(Run):
         return found
 
     def _advance(self, lease: Lease) -> None:
-        part = find_part(self._plan, self._stage)
+        part = find_stage(self._plan, self._stage)
         self._delivery = self._new_delivery(lease.epoch)
         try:
             if part is None or lease.chunk is None:
@@ -128,9 +128,9 @@ class ChunkRun(Run):
         except Exception as error:  # noqa: BLE001 -- the lease is held: the chunk must end in order
             self._end(Outcome(error=error))
 
-    def _make(self, part: Part, chunk: Chunk) -> ItemGroup:
+    def _make(self, part: Stage, chunk: Chunk) -> ItemGroup:
         layout, plan = self._layout, self._plan
-        self._policy = policy_of(plan, part, self._order.policy)
+        self._policy = policy_of(plan, part, self._options.policy)
         steps = {name: planned.step for planned in part.plan.steps for name in step_names(planned.step)}
         made = {planned.step.name for planned in part.plan.steps if planned.step.output in part.outputs}
         self._delivery.keeps = frozenset(made)
@@ -159,7 +159,7 @@ class ChunkRun(Run):
         stored = {(steps[row.step_name].name, row.item): row for row in rows if row.step_name in steps}
         return self._group(part, chunk, {**self._read_shared(shared, rows), **values}, stored)
 
-    def _group(self, part: Part, chunk: Chunk, values: Mapping[ValueKey, Any], stored: Stored) -> ItemGroup:
+    def _group(self, part: Stage, chunk: Chunk, values: Mapping[ValueKey, Any], stored: Stored) -> ItemGroup:
         """Return the items of the chunk.
 
         Args:
@@ -213,9 +213,9 @@ class ChunkRun(Run):
 
     # --- while it runs -----------------------------------------------------------------------------------------
 
-    def look_after(self) -> float:
+    def poll(self) -> float:
         """As for any run; and end early where the rest of the stage has come to nothing."""
-        wait_s = super().look_after()
+        wait_s = super().poll()
         halt = None if self._held is None else self._held.halt
         if halt is Halt.STOPPED:
             self.stop(self._stopped)

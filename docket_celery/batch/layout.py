@@ -11,7 +11,7 @@ from docket_celery.error_records import from_record
 from docket_celery.errors import DocketError, StepFailed
 from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.messages import Value, type_name, value_bytes
-from docket_celery.plan.plan import Part, Plan
+from docket_celery.plan.plan import Plan, Stage
 from docket_celery.plan.step import Step
 from docket_celery.store.identity import item_key, workflow_key
 from docket_celery.store.records import Checkpoint, ChunkRow, Progress, RunState
@@ -39,7 +39,7 @@ class Layout:
         """Return the layout of *plan* for one run."""
         makers = {planned.step.output: planned.step for planned in plan.steps}
         fan_outs: dict[ValueKey, str] = {} if plan.batch is None else {plan.batch: ""}
-        for part in plan.parts:
+        for part in plan.stages:
             for planned in part.plan.steps:
                 if part.fan_out is not None:
                     fan_outs[planned.step.output] = part.fan_out
@@ -64,12 +64,12 @@ class Layout:
     def shared(self) -> list[ValueKey]:
         """Return the values that are there once: handed in, or made by what runs once."""
         given = [key for key in self.plan.given if key != self.plan.batch]
-        made = [p.step.output for part in self.plan.parts if part.fan_out is None for p in part.plan.steps]
+        made = [p.step.output for part in self.plan.stages if part.fan_out is None for p in part.plan.steps]
         return [key for key in (*given, *made) if key not in self.fan_outs]
 
     def splitters(self) -> list[str]:
         """Return the fan-outs whose items are cut from one value: of the batch, and of steps that run once."""
-        return sorted({part.fan_out for part in self.plan.parts if part.fan_out is not None})
+        return sorted({part.fan_out for part in self.plan.stages if part.fan_out is not None})
 
     def given_row(self, key: ValueKey, value: Value) -> Checkpoint:
         """Return the row of a value that was handed in once."""
@@ -146,7 +146,7 @@ def stage_rows(rows: Iterable[ChunkRow], stage: int) -> list[ChunkRow]:
 
 def find_progress(plan: Plan, stage: int, rows: Iterable[ChunkRow], total: int) -> Progress:
     """Return how far a stage of *total* items is, whose chunks stand so."""
-    stages = [number for number, part in enumerate(plan.parts, 1) if part.fan_out is not None]
+    stages = [number for number, part in enumerate(plan.stages, 1) if part.fan_out is not None]
     done = sum(row.chunk.hi - row.chunk.lo for row in rows if row.state is RunState.SUCCEEDED)
     return Progress(done=done, total=total, stage=stages.index(stage) + 1, stages=len(stages))
 
@@ -174,11 +174,11 @@ def fatal_of(rows: Iterable[ChunkRow]) -> DocketError | None:
 
 def earlier_stages(plan: Plan, stage: int) -> set[int]:
     """Return the stages before *stage* over the same items."""
-    fan_out = plan.parts[stage - 1].fan_out
-    return {number for number, part in enumerate(plan.parts[: stage - 1], 1) if part.fan_out == fan_out}
+    fan_out = plan.stages[stage - 1].fan_out
+    return {number for number, part in enumerate(plan.stages[: stage - 1], 1) if part.fan_out == fan_out}
 
 
-def find_part(plan: Plan, stage: int) -> Part | None:
+def find_stage(plan: Plan, stage: int) -> Stage | None:
     """Return the part that a stage works on, or None if this plan has no such stage."""
-    part = plan.parts[stage - 1] if 0 < stage <= len(plan.parts) else None
+    part = plan.stages[stage - 1] if 0 < stage <= len(plan.stages) else None
     return part if part is not None and part.fan_out is not None else None

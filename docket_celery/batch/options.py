@@ -21,7 +21,7 @@ MOST_ITEMS = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BatchOrder:
+class BatchOptions:
     """How a batch is to be worked on.
 
     Attributes:

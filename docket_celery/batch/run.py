@@ -23,7 +23,7 @@ from docket_celery.batch.layout import (
     stage_rows,
     step_names,
 )
-from docket_celery.batch.options import BatchOrder
+from docket_celery.batch.options import BatchOptions
 from docket_celery.engine.checkpointing import read_value
 from docket_celery.engine.ending import Ending, Outcome
 from docket_celery.engine.execution import join_failures
@@ -37,7 +37,7 @@ from docket_celery.errors import DocketError, GraphChanged, RunNotFound, RunQuar
 from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.batch import BatchResult
 from docket_celery.plan.messages import Value, frame, from_bytes
-from docket_celery.plan.plan import Part, Plan
+from docket_celery.plan.plan import Plan, Stage
 from docket_celery.store.contract import BatchStore, Store
 from docket_celery.store.records import Checkpoint, ChunkRow, Lease, RunRequest, RunState
 
@@ -54,7 +54,7 @@ class BatchRun(Run):
         submission: Who asks for it.
         settings: Those in force.
         store: Where everything lies.
-        order: How the batch is to be worked on.
+        options: How the batch is to be worked on.
         message: What whoever finds the run lost needs to go on with it.
     """
 
@@ -65,12 +65,12 @@ class BatchRun(Run):
         submission: Submission,
         settings: Settings,
         store: BatchStore,
-        order: BatchOrder,
+        options: BatchOptions,
         message: bytes | None = None,
     ) -> None:
         super().__init__(plan, inputs or (), submission, settings, store)
         self._message = message
-        self._batches, self._order, self._is_first = store, order, inputs is not None
+        self._batches, self._options, self._is_first = store, options, inputs is not None
         self._layout = Layout.of(plan, submission.execution_id)
         self._values: dict[ValueKey, Any] = {}
         self._counts: dict[str, int] = {}
@@ -94,7 +94,7 @@ class BatchRun(Run):
         self._delivery = self._new_delivery(lease.epoch)
         self._delivery.keeps = frozenset(
             planned.step.name
-            for part in self._plan.parts
+            for part in self._plan.stages
             for planned in part.plan.steps
             if part.fan_out is None and planned.step.output in part.outputs and not planned.step.splits
         )
@@ -176,7 +176,7 @@ class BatchRun(Run):
 
     def _carry_on(self, index: int) -> None:
         """Go on with part *index*: run it, open it for others, or pass it if it is done."""
-        for number, part in enumerate(self._plan.parts[index:], index):
+        for number, part in enumerate(self._plan.stages[index:], index):
             if self._cancellation.error is not None:
                 self._end(Outcome(error=self._cancellation.error))
                 return
@@ -193,7 +193,7 @@ class BatchRun(Run):
         fan_out = self._layout.fan_outs.get(key)
         return key in self._values if fan_out is None else fan_out in self._counts
 
-    def _run_once(self, number: int, part: Part, outputs: Sequence[ValueKey]) -> None:
+    def _run_once(self, number: int, part: Stage, outputs: Sequence[ValueKey]) -> None:
         inputs = [self._gather(key, part) for key in part.plan.given]
 
         def ended(outcome: Outcome) -> None:
@@ -235,10 +235,10 @@ class BatchRun(Run):
         except Exception as error:  # noqa: BLE001 -- the lease is held: the run must end in order
             self._end(Outcome(error=error))
 
-    def _is_past(self, stage: int, part: Part, fan_out: str) -> bool:
+    def _is_past(self, stage: int, part: Stage, fan_out: str) -> bool:
         """Tell whether a stage is done; else open it for others, or fail."""
         rows, total = stage_rows(self._chunks, stage), self._counts[fan_out]
-        policy = policy_of(self._plan, part, self._order.policy)
+        policy = policy_of(self._plan, part, self._options.policy)
         failures = self._failures.setdefault(fan_out, {})
         earlier = len(failures)
         failures |= failures_of(rows)
@@ -250,7 +250,7 @@ class BatchRun(Run):
         if error is not None:
             self._end(Outcome(error=error))
             return False
-        chunks = [row.chunk for row in rows] or self._order.cut(stage, total)
+        chunks = [row.chunk for row in rows] or self._options.cut(stage, total)
         undone = [row.chunk for row in rows if is_undone(row)] if rows else chunks
         if not undone:
             return True
@@ -264,7 +264,7 @@ class BatchRun(Run):
             policy.allowed(total) - earlier,
             self._delivery.rows,
             progress=progress,
-            lanes=self._order.lanes(len(chunks)),
+            lanes=self._options.lanes(len(chunks)),
             message=self._message,
         )
         self._delivery.heartbeat().unwatch(self._held)
@@ -280,7 +280,7 @@ class BatchRun(Run):
 
     # --- values ------------------------------------------------------------------------------------------------
 
-    def _gather(self, key: ValueKey, part: Part) -> Any:
+    def _gather(self, key: ValueKey, part: Stage) -> Any:
         """Return a value as a step that runs once sees it; a list only where one is asked for."""
         if key not in self._layout.fan_outs:
             return self._values.get(key)
@@ -309,7 +309,7 @@ class BatchRun(Run):
             return self._values[target]
         digest = self.submission.job_digest
         items = self._items(target, None if digest is None else self._batches.keyed(digest))
-        collects = self._order.policy.on_error == "collect"
+        collects = self._options.policy.on_error == "collect"
         errors = self._failures.get(self._layout.fan_outs[target], {})
         batch = StoredBatch(items=items, collects=collects, errors=errors)
         found: list[Any] | BatchResult[Any] | StoredBatch = batch

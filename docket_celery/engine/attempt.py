@@ -19,7 +19,7 @@ from docket_celery.engine.process.pool import Worker
 from docket_celery.engine.process.timer import Alarm
 from docket_celery.engine.step_scope import await_within, call_within
 from docket_celery.errors import StepTimedOut
-from docket_celery.frames import fold
+from docket_celery.frames import trim_traceback
 from docket_celery.observe.events import EventKind
 from docket_celery.plan.context import StepContext, bind_context
 from docket_celery.plan.messages import Value
@@ -120,7 +120,7 @@ class Attempt:
             result: Result = delivery.base.copy().run(self._invoke, context), None
         except BaseException as error:  # noqa: BLE001 -- user code; every kind is judged
             self.on_host = not isinstance(threading.current_thread(), Worker)
-            result = None, fold(error)
+            result = None, trim_traceback(error)
         self.result = self._ended(result)
         return True
 
@@ -172,7 +172,7 @@ class Attempt:
             future = self._delivery.base.copy().run(lambda: submit(self._await(context), self.release))
         except BaseException as error:  # noqa: BLE001 -- the call may fail before its first await
             self.release()
-            self.result = self._ended((None, fold(error)))
+            self.result = self._ended((None, trim_traceback(error)))
             return
 
         def finished(future: Future[Result]) -> None:
@@ -220,7 +220,7 @@ class Attempt:
                 # holds the very locks which giving back a slot needs, so another thread does it.
                 _thread.start_new_thread(self.release, ())
             self.on_host = self._delivery.loop is not None or self._delivery.runtime.inline
-            return None, fold(error)
+            return None, trim_traceback(error)
 
     # --- ending ------------------------------------------------------------------------------------------------
 

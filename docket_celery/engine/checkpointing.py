@@ -260,13 +260,13 @@ def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> dict[tuple[str, 
             if step.persist is Scope.WORKFLOW:
                 names[name] = step.name
                 keys.append(workflow_key(lease.graph, lease.execution_id, name))
-            elif not plan.parts:
+            elif not plan.stages:
                 # A run that fans out keeps what its chunks need of such steps, in the same form.
                 now = "has no persist=" if step.persist is None else f"has persist={step.persist}"
                 other_scope[name] = f"{step.name} (kept its output for the run, now {now})"
     found: dict[tuple[str, str], Checkpoint] = {}
     changed: list[str] = []
-    for checkpoint in store.restore(lease, keys, items=bool(plan.parts)):
+    for checkpoint in store.restore(lease, keys, items=bool(plan.stages)):
         if (present := names.get(checkpoint.step_name)) is not None:
             found.setdefault((present, checkpoint.item), checkpoint)
         elif checkpoint.step_name not in plan.known_names:

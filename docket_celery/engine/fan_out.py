@@ -16,7 +16,7 @@ from docket_celery.observe.events import EventKind
 from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.batch import ONE_FAILS, BatchPolicy, BatchResult
 from docket_celery.plan.messages import Value
-from docket_celery.plan.plan import Part, Plan, PlannedStep
+from docket_celery.plan.plan import Plan, PlannedStep, Stage
 from docket_celery.store.records import Checkpoint
 
 Stored = Mapping[tuple[str, str], Checkpoint]
@@ -49,7 +49,7 @@ def make_execution(
     """
     if delivery.runtime.inline:
         max_concurrency = 1
-    if plan.parts:
+    if plan.stages:
         return StagedScheduler(
             plan,
             inputs,
@@ -143,9 +143,9 @@ class StagedScheduler(Ending):
             with self.lock:
                 if self.closed:
                     return
-                if self.failing or self._next == len(self._plan.parts):
+                if self.failing or self._next == len(self._plan.stages):
                     break
-                part = self._plan.parts[self._next]
+                part = self._plan.stages[self._next]
                 self._next += 1
                 keys = {
                     planned.step.output for planned in part.plan.steps if planned.step.name in self._wanted
@@ -158,7 +158,7 @@ class StagedScheduler(Ending):
             return
         self.end(Outcome() if self.failing else Outcome(values=tuple(map(self._result, self._outputs))))
 
-    def _make_items(self, part: Part, outputs: Sequence[ValueKey]) -> ItemGroup:
+    def _make_items(self, part: Stage, outputs: Sequence[ValueKey]) -> ItemGroup:
         # What only restored items would use is not made: then one of the others tells how many there are.
         made = (self._values.get(key) for key in part.each)
         count = 1 if part.fan_out is None else next(len(values) for values in made if values is not None)
@@ -182,7 +182,7 @@ class StagedScheduler(Ending):
         self._delivery.tell(EventKind.BATCH_PROGRESS, done=done, total=total)
 
     def _make(
-        self, part: Part, outputs: Sequence[ValueKey], index: int, on_end: Callable[[Outcome], None]
+        self, part: Stage, outputs: Sequence[ValueKey], index: int, on_end: Callable[[Outcome], None]
     ) -> Ending:
         """Return the execution of one item, or of the steps that run once."""
         inputs: list[Value | None]
@@ -204,7 +204,7 @@ class StagedScheduler(Ending):
         )
 
     def _part_ended(
-        self, part: Part, outputs: Sequence[ValueKey], items: ItemGroup, error: BaseException | None
+        self, part: Stage, outputs: Sequence[ValueKey], items: ItemGroup, error: BaseException | None
     ) -> None:
         """Take what a part made, and go on."""
         error = error or self._failure(part, items)
@@ -225,7 +225,7 @@ class StagedScheduler(Ending):
                 self._fan_outs[key] = fan_out
         self._advance()
 
-    def _failure(self, part: Part, items: ItemGroup) -> BaseException | None:
+    def _failure(self, part: Stage, items: ItemGroup) -> BaseException | None:
         """Return what fails the run, if too many items failed."""
         policy = policy_of(self._plan, part, self._policy)
         return too_many(policy, items.failures, len(items.results))
@@ -257,7 +257,7 @@ class StagedScheduler(Ending):
     def _find_wanted(self) -> set[str]:
         """Return the steps that are needed, from the outputs down: none that only restored ones would use."""
         makers = {
-            planned.step.output: (planned, part) for part in self._plan.parts for planned in part.plan.steps
+            planned.step.output: (planned, part) for part in self._plan.stages for planned in part.plan.steps
         }
         wanted: set[str] = set()
         todo = list(self._outputs)
@@ -270,10 +270,10 @@ class StagedScheduler(Ending):
                 todo += planned.step.inputs
         return wanted
 
-    def _is_restored(self, planned: PlannedStep, part: Part) -> bool:
+    def _is_restored(self, planned: PlannedStep, part: Stage) -> bool:
         """Tell whether a step need not run at all."""
         name = planned.step.name
-        if not self._stored or part.plan.parts:
+        if not self._stored or part.plan.stages:
             return False
         if part.fan_out is None:
             return (name, self._delivery.item) in self._stored
@@ -282,7 +282,7 @@ class StagedScheduler(Ending):
 
 
 def make_item(
-    part: Part,
+    part: Stage,
     outputs: Sequence[ValueKey],
     inputs: Sequence[Value | None],
     delivery: Delivery,
@@ -304,7 +304,7 @@ def make_item(
         limit: Most items at once, of a fan-out within the item.
         max_concurrency: What the caller said, if anything.
     """
-    if part.plan.parts:
+    if part.plan.stages:
         return StagedScheduler(
             part.plan,
             inputs,
@@ -330,7 +330,7 @@ def make_item(
     )
 
 
-def policy_of(plan: Plan, part: Part, policy: BatchPolicy) -> BatchPolicy:
+def policy_of(plan: Plan, part: Stage, policy: BatchPolicy) -> BatchPolicy:
     """Return how the items of *part* are treated: by the caller's *policy* only those that the call is about.
 
     They are the batch's, or without a batch those that the target is made for. An item of any other fan-out is a part
@@ -343,7 +343,7 @@ def tolerant_fan_out(plan: Plan) -> str | None:
     """Return the fan-out whose items the caller's policy is about."""
     if plan.batch is not None:
         return ""
-    return next((part.fan_out for part in reversed(plan.parts) if plan.target in part.outputs), None)
+    return next((part.fan_out for part in reversed(plan.stages) if plan.target in part.outputs), None)
 
 
 def too_many(policy: BatchPolicy, failures: Mapping[int, StepFailed], total: int) -> DocketError | None:

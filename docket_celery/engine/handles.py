@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from docket_celery.engine.outcome import RunOutcome
 from docket_celery.engine.process.pool import Worker
 from docket_celery.engine.run import Run
-from docket_celery.engine.waiting import LOOK_S, call_aside, read_value, refuse_on_loop, require_threads
+from docket_celery.engine.waiting import LOOK_S, read_value, refuse_on_loop, require_threads, run_on_pool
 from docket_celery.error_records import to_record
 from docket_celery.errors import RunCancelled, RunNotFound
 from docket_celery.store.contract import Store
@@ -65,7 +65,7 @@ class RunHandle:
         def cancel() -> RunRow | None:
             return self._store.cancel(self.graph, self.execution_id, error, self._retention_s)
 
-        row = call_aside(cancel, self._threads)
+        row = run_on_pool(cancel, self._threads)
         if row is None:
             missing = RunNotFound(self.graph, self.execution_id)
             missing.add_note(

@@ -24,10 +24,10 @@ class Submission:
     Attributes:
         job_digest: Taken where the job was submitted; None: taken here over the inputs.
         number: Delivery number when there is no lease to count them.
-        attached: This submission waits for the outcome of a run that somebody else advances.
-        waited: How often it was sent again for that.
-        released: The task's delivery before this one ended in order.
-        retried: Celery tries the task again, as `RunRequest.retried`.
+        waits_for_other: This submission waits for the outcome of a run that somebody else advances.
+        requeues: How often it was sent again for that.
+        ended_cleanly: The task's delivery before this one ended in order.
+        celery_retry: Celery tries the task again, as `Runrequest.celery_retry`.
         max_concurrency: Most steps at once, or, of a plan that fans out, most items.
         policy: How a fan-out treats its items.
         waits: Wait here while another holder advances the run; False: end with `Busy`.
@@ -49,10 +49,10 @@ class Submission:
     task_name: str | None = None
     task_id: str | None = None
     retries: int = 0
-    attached: bool = False
-    waited: int = 0
-    released: bool = False
-    retried: bool = True
+    waits_for_other: bool = False
+    requeues: int = 0
+    ended_cleanly: bool = False
+    celery_retry: bool = True
     waits: bool = True
     may_help: bool = True
     listeners: Sequence[Listener] = ()

@@ -92,7 +92,7 @@ class Run:
         self._began = self._cancellation.now()
         self._until = None if submission.timeout_s is None else self._began + submission.timeout_s
         self._owner = str(uuid.uuid4()) if self.store is not None else ""
-        self._attached, self._waited = submission.attached, 0
+        self._waits_for_other, self._requeues = submission.waits_for_other, 0
         self._delivery = self._new_delivery(submission.number)
 
     # --- whoever waits -----------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class Run:
     def start(self, report: Callable[[RunOutcome], None]) -> None:
         """Begin; *report* is called once, on any thread, with the outcome.
 
-        The calling thread runs steps here if the submission allows it; whoever waits calls `look_after`, or `watch`
+        The calling thread runs steps here if the submission allows it; whoever waits calls `poll`, or `watch`
         once.
         """
         self._report = report
@@ -113,7 +113,7 @@ class Run:
             helps = self.submission.may_help and self._until is None and self.inline is None
             (execution.help if helps else execution.dispatch)()
 
-    def look_after(self) -> float:
+    def poll(self) -> float:
         """Stop the run if its deadline has passed or its lease is lost; return in how many seconds to look again."""
         if self._beats is not None:
             self._beats.beat_if_due()
@@ -132,7 +132,7 @@ class Run:
     def watch(self) -> None:
         """Have the timer look after the run until it ends: nobody's thread does."""
         if not self.concluded and (self._until is not None or self.store is not None):
-            self._runtime.timer.after(self.look_after(), self.watch)
+            self._runtime.timer.after(self.poll(), self.watch)
 
     def stop(self, error: BaseException) -> None:
         """End the run with *error* unless it has ended: contexts are cancelled, late results discarded."""
@@ -170,7 +170,10 @@ class Run:
         if self._cancellation.error is not None:
             self._conclude(RunOutcome(error=self._cancellation.error))
             return None
-        if self._attached and (row := find_holder(self.store, self._plan.graph, self.submission)) is not None:
+        if (
+            self._waits_for_other
+            and (row := find_holder(self.store, self._plan.graph, self.submission)) is not None
+        ):
             self._wait_for(row)
             return None
         asked_at = self._cancellation.now()
@@ -191,7 +194,7 @@ class Run:
             self._settings,
             store,
             owner=self._owner,
-            attached=self._attached,
+            waits_for_other=self._waits_for_other,
         )
 
     def _advance(self, lease: Lease) -> None:
@@ -307,12 +310,12 @@ class Run:
 
     def _wait_for(self, row: RunRow) -> None:
         if not self.submission.waits:
-            self._conclude(RunOutcome(busy_s=find_busy_s(row, self.submission.waited)))
+            self._conclude(RunOutcome(busy_s=find_busy_s(row, self.submission.requeues)))
         else:
-            self._attached = True
+            self._waits_for_other = True
             # The end of a run that is held may be near; an open stage has others to wait for.
-            wait_s = find_busy_s(row, self._waited) / 10 if row.state is RunState.WAITING else 0.1
-            self._waited += 1
+            wait_s = find_busy_s(row, self._requeues) / 10 if row.state is RunState.WAITING else 0.1
+            self._requeues += 1
             self._runtime.timer.after(wait_s, lambda: self._runtime.submit_surely(self._open))
 
     # --- building ----------------------------------------------------------------------------------------------

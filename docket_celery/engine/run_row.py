@@ -64,7 +64,7 @@ def run_request(
     store: Store,
     *,
     owner: str,
-    attached: bool,
+    waits_for_other: bool,
 ) -> RunRequest:
     """Return what *submission* asks *store* for.
 
@@ -75,7 +75,7 @@ def run_request(
         settings: Those in force.
         store: Keeps the job's digest in its own form.
         owner: Who will hold the lease.
-        attached: The submission has met another holder of the run before.
+        waits_for_other: The submission has met another holder of the run before.
 
     Raises:
         PayloadTooLarge: The job is too large to be stored.
@@ -95,9 +95,9 @@ def run_request(
         task_name=submission.task_name,
         task_id=submission.task_id,
         retries=submission.retries,
-        attached=attached,
-        released=submission.released,
-        retried=submission.retried,
+        waits_for_other=waits_for_other,
+        ended_cleanly=submission.ended_cleanly,
+        celery_retry=submission.celery_retry,
     )
 
 
@@ -107,7 +107,7 @@ def is_busy(row: RunRow, submission: Submission) -> bool:
         submission.task_id is not None
         and row.task_id == submission.task_id
         and submission.retries > row.retries
-        and submission.retried
+        and submission.celery_retry
     )
     return row.state is RunState.RUNNING and (row.lease_left_s or 0.0) > 0.0 and not newer
 
@@ -119,16 +119,16 @@ def find_holder(store: Store, graph: str, submission: Submission) -> RunRow | No
         RunNotFound: An earlier delivery met the run, which has ended and is purged: its effects are not repeated.
     """
     row = store.find_run(graph, submission.execution_id)
-    if row is None and submission.attached:
+    if row is None and submission.waits_for_other:
         raise RunNotFound(graph, submission.execution_id)
     return row if row is not None and is_busy(row, submission) else None
 
 
-def find_busy_s(row: RunRow, waited: int) -> float:
-    """Return in how many seconds to ask again for a run that stands so, having asked *waited* times before."""
+def find_busy_s(row: RunRow, requeues: int) -> float:
+    """Return in how many seconds to ask again for a run that stands so, having asked *requeues* times before."""
     if row.state is RunState.WAITING:
         # What keeps an open stage to its task tells nothing of when that ends: ask less and less often.
-        return 2.0 ** min(waited, _MOST_DOUBLINGS)
+        return 2.0 ** min(requeues, _MOST_DOUBLINGS)
     return max(0.0, row.lease_left_s or 0.0)
 
 

@@ -100,7 +100,7 @@ async def run_on_loop(run: Run, loop: CallerLoop) -> RunOutcome:
     return ended.result()
 
 
-def call_aside(work: Callable[[], R], threads: int) -> R:
+def run_on_pool(work: Callable[[], R], threads: int) -> R:
     """Do *work*, such as SQL, where the host does not interrupt it: on this thread, else on the pool.
 
     Args:
@@ -156,7 +156,7 @@ def read_outcome(outcome: RunOutcome) -> object:
 
 def _wait(run: Run, outcomes: queue.SimpleQueue[RunOutcome]) -> RunOutcome:
     while True:
-        wait_s = run.look_after()
+        wait_s = run.poll()
         try:
             return outcomes.get(timeout=wait_s)
         except queue.Empty:

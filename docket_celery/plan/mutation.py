@@ -23,8 +23,8 @@ from docket_celery.plan.step import Step
 def checked(plan: Plan) -> Plan:
     """Return *plan* with every step checked."""
     steps = tuple(replace(planned, step=_checked(planned.step)) for planned in plan.steps)
-    parts = tuple(replace(part, plan=checked(part.plan)) for part in plan.parts)
-    return replace(plan, steps=steps, parts=parts)
+    stages = tuple(replace(stage, plan=checked(stage.plan)) for stage in plan.stages)
+    return replace(plan, steps=steps, stages=stages)
 
 
 def _checked(step: Step) -> Step:

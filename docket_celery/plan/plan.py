@@ -32,12 +32,12 @@ class PlannedStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class Stage:
     """What a plan with fan-outs does in one go.
 
     Attributes:
         plan: The steps, to be run once, or once for each item of *fan_out*.
-        outputs: What later parts need of it.
+        outputs: What later stages need of it.
         fan_out: The step whose parts the items are, '' for the batch itself; None: the steps run once.
         each: Which of the plan's given values are the item's own; the others are the same for all items.
     """
@@ -60,7 +60,7 @@ class Plan:
         output_slots: The slots that must be filled, the target's first.
         pending: For each step, how many other steps it waits for.
         known_names: Every present or former step name of the whole graph.
-        parts: The same steps cut at the aggregates, in order; empty where nothing fans out.
+        stages: The same steps cut at the aggregates, in order; empty where nothing fans out.
         batch: Which of the given values is a batch, one item after the other.
         collects: The target is made for each item of a fan-out, and wanted as a list.
     """
@@ -74,7 +74,7 @@ class Plan:
     known_names: frozenset[str]
     persists: bool
     keeps_run: bool
-    parts: tuple[Part, ...] = ()
+    stages: tuple[Stage, ...] = ()
     batch: ValueKey | None = None
     collects: bool = False
 
@@ -83,6 +83,11 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    @property
+    def fans_out(self) -> bool:
+        """Whether a stage runs for each item of a batch or of a step's output."""
+        return any(stage.fan_out is not None for stage in self.stages)
 
     @property
     def levels(self) -> tuple[tuple[str, ...], ...]:
@@ -114,13 +119,13 @@ class Plan:
         number = {planned.step.name: planned.index for planned in self.steps}
         lines: list[str] = []
         inside: set[str] = set()
-        for index, part in enumerate(self.parts):
-            if part.fan_out is not None:
-                title = f"for each of {part.fan_out}" if part.fan_out else "for each item"
+        for index, stage in enumerate(self.stages):
+            if stage.fan_out is not None:
+                title = f"for each of {stage.fan_out}" if stage.fan_out else "for each item"
                 lines.append(f'    subgraph p{index}["{title}"]')
-                lines += [f'        s{number[name]}["{name}"]' for name in part.plan]
+                lines += [f'        s{number[name]}["{name}"]' for name in stage.plan]
                 lines.append("    end")
-                inside.update(part.plan)
+                inside.update(stage.plan)
         return [f'    s{p.index}["{p.step.name}"]' for p in self.steps if p.step.name not in inside] + lines
 
     def __repr__(self) -> str:
@@ -269,8 +274,3 @@ def _brief(names: Sequence[str]) -> str:
 
 def _short(name: str) -> str:
     return name if len(name) <= 60 else name[:59] + "…"
-
-
-def is_spread(plan: Plan) -> bool:
-    """Tell whether a part of *plan* runs for each item of a batch or fan-out."""
-    return any(part.fan_out is not None for part in plan.parts)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from docket_celery.errors import GraphError
 from docket_celery.plan.annotation import ValueKey
-from docket_celery.plan.plan import Part, Plan, assemble, compile_plan, order_steps
+from docket_celery.plan.plan import Plan, Stage, assemble, compile_plan, order_steps
 from docket_celery.plan.step import Step
 from docket_celery.plan.wiring import Wiring
 
@@ -39,7 +39,7 @@ class Asked(NamedTuple):
 
 
 def compile_asked(wiring: Wiring, asked: Asked) -> Plan:
-    """Return the plan for what is asked, cut into parts if something fans out.
+    """Return the plan for what is asked, cut into stages if something fans out.
 
     Raises:
         GraphError: The graph has faults, a needed value has no producer, or a step cannot be staged.
@@ -51,7 +51,7 @@ def compile_asked(wiring: Wiring, asked: Asked) -> Plan:
 
 
 def _cut(plan: Plan, asked: Asked) -> Plan:
-    """Return *plan* with its `parts`: stages of per-item work, and what runs once before, between and after them."""
+    """Return *plan* with its `stages`: per-item work, and what runs once before, between and after it."""
     steps = [planned.step for planned in plan.steps]
     paths = _Paths({key: BATCH if key == asked.batch else () for key in plan.given}, {})
     faults = [fault for step in steps for fault in paths.place(step)]
@@ -59,8 +59,8 @@ def _cut(plan: Plan, asked: Asked) -> Plan:
         faults += _target_faults(plan.target, paths.values[plan.target], collects=asked.collects)
     if faults:
         raise GraphError(plan.graph, faults)
-    parts = _Cut(plan, paths).parts(steps, (), [plan.target])
-    return replace(plan, parts=parts, batch=asked.batch, collects=asked.collects)
+    stages = _Cut(plan, paths).stages(steps, (), [plan.target])
+    return replace(plan, stages=stages, batch=asked.batch, collects=asked.collects)
 
 
 def find_faults(wiring: Wiring, given: Sequence[ValueKey], batch: ValueKey | None) -> list[str]:
@@ -120,13 +120,13 @@ class _Paths:
 
 
 class _Cut:
-    """Assigns the steps of one level to parts, and descends into the fan-outs."""
+    """Assigns the steps of one level to stages, and descends into the fan-outs."""
 
     def __init__(self, whole: Plan, paths: _Paths) -> None:
         self._whole, self._paths = whole, paths
 
-    def parts(self, steps: Sequence[Step], scope: Path, outputs: Sequence[ValueKey]) -> tuple[Part, ...]:
-        """Return the parts that *steps* form for somebody who sees the values at *scope*.
+    def stages(self, steps: Sequence[Step], scope: Path, outputs: Sequence[ValueKey]) -> tuple[Stage, ...]:
+        """Return the stages that *steps* form for somebody who sees the values at *scope*.
 
         Args:
             steps: In an order that respects inputs; all run at *scope* or within its fan-outs.
@@ -135,12 +135,12 @@ class _Cut:
         """
         groups = self._group(steps, scope)
         ordered = sorted(groups, key=lambda group: (group[0], group[1] is not None))
-        parts: list[Part] = []
+        stages: list[Stage] = []
         for index, group in enumerate(ordered):
             later = {key for other in ordered[index + 1 :] for step in groups[other] for key in step.inputs}
             inner = None if group[1] is None else (*scope, group[1])
-            parts.append(self._part(groups[group], inner, {*later, *outputs}))
-        return tuple(parts)
+            stages.append(self._stage(groups[group], inner, {*later, *outputs}))
+        return tuple(stages)
 
     def _group(self, steps: Sequence[Step], scope: Path) -> dict[tuple[int, str | None], list[Step]]:
         """Return the steps by when they run: (round, None) once, then (round, fan-out) for each of its items."""
@@ -160,18 +160,18 @@ class _Cut:
             gatherable[step.output] = number if once else number + 1
         return groups
 
-    def _part(self, steps: list[Step], scope: Path | None, wanted: set[ValueKey]) -> Part:
-        """Return one part: of steps that run once, or for each item at *scope*."""
+    def _stage(self, steps: list[Step], scope: Path | None, wanted: set[ValueKey]) -> Stage:
+        """Return one stage: of steps that run once, or for each item at *scope*."""
         made = {step.output for step in steps}
         given = tuple(dict.fromkeys(key for step in steps for key in step.inputs if key not in made))
         outputs = tuple(step.output for step in steps if step.output in wanted)
         plan = assemble(self._whole.graph, steps, given, outputs, self._whole.known_names)
         if scope is None:
-            return Part(plan=plan, outputs=outputs)
+            return Stage(plan=plan, outputs=outputs)
         if any(step.splits or step.aggregates for step in steps):
-            plan = replace(plan, parts=self.parts(steps, scope, outputs))
+            plan = replace(plan, stages=self.stages(steps, scope, outputs))
         each = frozenset(key for key in given if self._paths.values[key][: len(scope)] == scope)
-        return Part(plan=plan, outputs=outputs, fan_out=scope[-1], each=each)
+        return Stage(plan=plan, outputs=outputs, fan_out=scope[-1], each=each)
 
 
 def _target_faults(target: ValueKey, path: Path, *, collects: bool) -> Iterable[str]:

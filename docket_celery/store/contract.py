@@ -71,10 +71,10 @@ class Store(Protocol):
 
         Taken: an unknown run; QUEUED; WAITING, unless an open stage keeps it for another task id
         (`BatchStore.open_stage`); FAILED when another task id (or none) submits it again unless
-        ``request.attached``; RUNNING when the lease expired, when *owner* is the holder itself, or when the same
-        task id comes with greater ``retries``. A RUNNING lease taken over counts as lost, unless the same task id
-        comes with greater ``retries`` and ``request.released``; at ``max_deliveries`` the run becomes QUARANTINED
-        instead and its row is returned. The ``retries`` of one task id only grow. The holder itself
+        ``request.waits_for_other``; RUNNING when the lease expired, when *owner* is the holder itself, or when the
+        same task id comes with greater ``retries``. A RUNNING lease taken over counts as lost, unless the same task
+        id comes with greater ``retries`` and ``request.ended_cleanly``; at ``max_deliveries`` the run becomes
+        QUARANTINED instead and its row is returned. The ``retries`` of one task id only grow. The holder itself
         gets its lease again with the same epoch. Resuming FAILED starts ``failures`` from 0. Not taken: another
         live holder, an ended run, and a run of another target or job digest; the caller compares.
         """

@@ -133,10 +133,10 @@ class RunRequest:
         lease_s: Seconds until others may take over unless the lease is extended.
         max_deliveries: Takeovers of never released leases at which the run is quarantined.
         task_name, task_id, retries: Celery's own; None and 0 in process.
-        attached: This submission met the live run before and waits for its outcome: it does not resume a
+        waits_for_other: This submission met the live run before and waits for its outcome: it does not resume a
             FAILED run.
-        released: The delivery before this one of the same task ended in order, so its lease is no crash.
-        retried: Celery itself tries the task again. Only then does a greater count of ``retries`` mean that the
+        ended_cleanly: The delivery before this one of the same task ended in order, so its lease is no crash.
+        celery_retry: Celery itself tries the task again. Only then does a greater count of ``retries`` mean that the
             holder of a live lease has died; the body of a second chord has one too.
     """
 
@@ -151,9 +151,9 @@ class RunRequest:
     task_name: str | None = None
     task_id: str | None = None
     retries: int = 0
-    attached: bool = False
-    released: bool = False
-    retried: bool = True
+    waits_for_other: bool = False
+    ended_cleanly: bool = False
+    celery_retry: bool = True
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -371,7 +371,7 @@ class ChunkRequest:
     max_deliveries: int
     task_id: str | None = None
     retries: int = 0
-    released: bool = False
+    ended_cleanly: bool = False
 
 
 class ChunkStop(enum.StrEnum):

@@ -51,9 +51,9 @@ def may_take(
         return False
     if state == RunState.RUNNING:
         newer = request.task_id is not None and task_id == request.task_id and request.retries > retries
-        return expired or owner == request.owner or (newer and request.retried)
+        return expired or owner == request.owner or (newer and request.celery_retry)
     if state == RunState.FAILED:
-        return not request.attached and (request.task_id is None or task_id != request.task_id)
+        return not request.waits_for_other and (request.task_id is None or task_id != request.task_id)
     if state == RunState.WAITING:
         # An open stage belongs to its task; a second one would open it beside.
         same = request.task_id is not None and task_id == request.task_id
@@ -67,7 +67,7 @@ def is_crash(
     """Tell whether taking the run that stands so means that its holder died. Postgres decides the same in SQL."""
     # A delivery that comes again after it took the lease itself died with it, whatever came before it.
     newer = request.task_id is not None and task_id == request.task_id and request.retries > retries
-    return state == RunState.RUNNING and owner != request.owner and not (request.released and newer)
+    return state == RunState.RUNNING and owner != request.owner and not (request.ended_cleanly and newer)
 
 
 def known_retries(request: RunRequest, *, task_id: str | None, retries: int) -> int:

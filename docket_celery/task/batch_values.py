@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from docket_celery.engine.process.state import process_defaults
 from docket_celery.engine.stored_items import PAGE, ItemPlace, StoredBatch, StoredItems
-from docket_celery.engine.waiting import call_aside
+from docket_celery.engine.waiting import run_on_pool
 from docket_celery.errors import InvalidArguments, InvalidSettings
 from docket_celery.plan.batch import BatchResult
 from docket_celery.store.contract import BatchStore
@@ -43,7 +43,7 @@ def load_batch(app: Celery, reference: envelope.Reference) -> Any:
         InvalidSettings: This process has no database.
     """
     batch = find_batch(app, reference)
-    return call_aside(batch.load, app_settings.app_settings(app).threads)
+    return run_on_pool(batch.load, app_settings.app_settings(app).threads)
 
 
 def stream_batch(app: Celery, value: Any) -> Iterator[Message | None]:
@@ -56,7 +56,7 @@ def stream_batch(app: Celery, value: Any) -> Iterator[Message | None]:
     if isinstance(value, envelope.Reference):
         batch, threads = find_batch(app, value), app_settings.app_settings(app).threads
         for lo in range(0, batch.items.place.total, PAGE):
-            yield from call_aside(functools.partial(batch.page, lo), threads)
+            yield from run_on_pool(functools.partial(batch.page, lo), threads)
         return
     found = read_batch(app, value)
     held: Any = found.results if isinstance(found, BatchResult) else found  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]

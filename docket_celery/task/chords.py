@@ -19,18 +19,18 @@ from kombu.utils.json import dumps, loads
 
 from docket_celery.batch.chunk import ChunkRun
 from docket_celery.batch.layout import stage_rows
-from docket_celery.batch.options import BatchOrder
+from docket_celery.batch.options import BatchOptions
 from docket_celery.batch.run import BatchRun
 from docket_celery.engine.job import digest_job
 from docket_celery.engine.outcome import OpenStage, RunOutcome, Submission
 from docket_celery.engine.process.settings import Settings
-from docket_celery.engine.waiting import call_aside, run_here
+from docket_celery.engine.waiting import run_here, run_on_pool
 from docket_celery.errors import InvalidArguments, StoreMissing
 from docket_celery.graph import Graph
 from docket_celery.plan.batch import BatchPolicy
 from docket_celery.plan.messages import Value
 from docket_celery.plan.mutation import checked
-from docket_celery.plan.plan import Plan, is_spread
+from docket_celery.plan.plan import Plan
 from docket_celery.store.contract import BatchStore
 from docket_celery.store.records import ChunkStop, LostRun, RunState
 from docket_celery.task import app_settings
@@ -48,9 +48,9 @@ from docket_celery.task.headers import (
 from docket_celery.task.progress import tell_progress
 from docket_celery.task.retries import keep
 
-ORDER: Final = ("on_error", "max_failed", "chunk_size", "max_concurrency")
+_BATCH_OPTIONS: Final = ("on_error", "max_failed", "chunk_size", "max_concurrency")
 """What a submission may ask of its batch."""
-_OURS: Final = (*ORDER, "execution_id")
+_OURS: Final = (*_BATCH_OPTIONS, "execution_id")
 _SLOTS, _THREADS = "slots", "threads"
 """In the order of a batch's parts: those of the worker that began it, so that all see the same lanes."""
 
@@ -99,7 +99,7 @@ class Receipt:
         return f"<chunk from item {self.facts['lo']}: {how}>"
 
 
-def read_order(task: Any, given: Mapping[str, Any] | None = None, threads: int = 1) -> BatchOrder:
+def read_batch_options(task: Any, given: Mapping[str, Any] | None = None, threads: int = 1) -> BatchOptions:
     """Return how a batch is to be worked on: as the submission says, else the GraphTask or its class.
 
     Raises:
@@ -110,7 +110,7 @@ def read_order(task: Any, given: Mapping[str, Any] | None = None, threads: int =
     on_error = said.get("on_error", task.on_error or usual)
     # A limit of the task's own means nothing to a submission under which no item may fail.
     max_failed = said.get("max_failed", task.max_failed if on_error == "collect" else None)
-    return BatchOrder(
+    return BatchOptions(
         policy=BatchPolicy(on_error, max_failed),
         chunk_size=said.get("chunk_size", task.chunk_size),
         max_concurrency=said.get("max_concurrency", task.max_concurrency),
@@ -128,21 +128,21 @@ def check_options(options: Mapping[str, Any]) -> None:
     _check_names(options)
     max_failed = options.get("max_failed")
     on_error: Any = options.get("on_error") or ("fail" if max_failed is None else "collect")
-    BatchOrder(
+    BatchOptions(
         policy=BatchPolicy(on_error, max_failed),
         chunk_size=options.get("chunk_size"),
         max_concurrency=options.get("max_concurrency"),
     )
 
 
-def take_order(options: dict[str, Any]) -> dict[str, Any]:
+def take_batch_options(options: dict[str, Any]) -> dict[str, Any]:
     """Take out of a submission's *options* what it asks of its batch, and return it.
 
     Raises:
         InvalidArguments: An option reads like one of ours, and is none.
     """
     _check_names(options)
-    return {name: value for name in ORDER if (value := options.pop(name, None)) is not None}
+    return {name: value for name in _BATCH_OPTIONS if (value := options.pop(name, None)) is not None}
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
@@ -158,15 +158,15 @@ def is_part(request: Any) -> bool:
     return not request.called_directly and PART in (request.headers or {})
 
 
-def write_order(task: Any, headers: dict[str, Any], said: Mapping[str, Any]) -> None:
+def write_batch_options(task: Any, headers: dict[str, Any], said: Mapping[str, Any]) -> None:
     """Note in *headers* what a submission asks of its batch.
 
     Raises:
         InvalidArguments: A value cannot be used, or the task's graph does not fan out.
     """
     if said:
-        read_order(task, said)
-        if not is_spread(task.plan()):
+        read_batch_options(task, said)
+        if not task.plan().fans_out:
             raise InvalidArguments(next(iter(said)), f"is about batches, and task {task.name} has none")
         headers[BATCH] = dict(said)
 
@@ -188,17 +188,17 @@ def deliver(
     """
     request, declared, graph = task.request, task.declaration, task.graph
     headers: Mapping[str, Any] = request.headers or {}
-    order, plan = read_order(task, headers.get(BATCH), max(1, settings.threads)), task.plan()
+    batch, plan = read_batch_options(task, headers.get(BATCH), max(1, settings.threads)), task.plan()
     alone = bool(request.called_directly or request.is_eager)
     store = None if alone else graph.find_batch_store(plan, settings)
-    submission = replace(submission, policy=order.policy)
+    submission = replace(submission, policy=batch.policy)
     if store is None:
         if values is None:
             raise StoreMissing(graph.name, next(iter(plan)))
         return graph.deliver(
             declared.target,
             values,
-            replace(submission, max_concurrency=order.max_concurrency),
+            replace(submission, max_concurrency=batch.max_concurrency),
             given=declared.given,
             batch=declared.batch,
             collects=declared.collects,
@@ -208,15 +208,15 @@ def deliver(
     plan = checked(plan) if settings.check_mutation else plan
     part: Mapping[str, Any] = headers.get(PART) or {}
     if values is None and "lo" in part:
-        return _work(task, plan, submission, settings, store, order, part)
+        return _work(task, plan, submission, settings, store, batch, part)
     if values is not None and submission.job_digest is None:
         # Sent past `apply_async`: the parts to come must name the same job.
         submission = replace(submission, job_digest=digest_job(declared.given, values))
-    message = _pack(task, submission, order)
-    outcome = run_here(BatchRun(plan, values, submission, settings, store, order, message))
+    message = _pack(task, submission, batch)
+    outcome = run_here(BatchRun(plan, values, submission, settings, store, batch, message))
     if outcome.opened is not None:
         tell_progress(task.backend, _asked_for(request), outcome.progress)
-        _open(task, _headers(request, submission, order), outcome.opened, submission.retries)
+        _open(task, _headers(request, submission, batch), outcome.opened, submission.retries)
     return outcome
 
 
@@ -253,7 +253,7 @@ def _work(
     submission: Submission,
     settings: Settings,
     store: BatchStore,
-    order: BatchOrder,
+    batch: BatchOptions,
     part: Mapping[str, Any],
 ) -> RunOutcome:
     """Work on a chunk; then go on with the next one of its lane, if it has one.
@@ -264,12 +264,12 @@ def _work(
     request = task.request
     submission = replace(submission, passthrough=(SoftTimeLimitExceeded,), hands_back=())
     limit, stage, lo = part.get("limit"), int(part["stage"]), int(part["lo"])
-    outcome = run_here(ChunkRun(plan, submission, settings, store, order, stage, lo, limit))
+    outcome = run_here(ChunkRun(plan, submission, settings, store, batch, stage, lo, limit))
     tell_progress(task.backend, part.get("task"), outcome.progress)
     state = (outcome.receipt or {}).get("state")
     following = _next_part(part) if state in {RunState.SUCCEEDED, ChunkStop.DONE} else None
     if following is not None:
-        headers = {**_headers(request, submission, order), PART: following}
+        headers = {**_headers(request, submission, batch), PART: following}
         _replace(task, _chunk(task, headers, _options(request)))
     if state in {ChunkStop.DONE, ChunkStop.FAILING} and request.retries and request.chord:
         body = signature(request.chord, app=task.app)
@@ -283,7 +283,7 @@ def _work(
 
         try:
             # The child that counted the last part may have died before this. A second body finds what is done.
-            call_aside(wake, settings.threads)
+            run_on_pool(wake, settings.threads)
         except Exception as error:
             raise keep(request.id, error) from error
     return outcome
@@ -350,21 +350,21 @@ def _chunk(task: BatchTask, headers: Mapping[str, Any], options: Mapping[str, An
     return task.signature(*blank, immutable=True, headers=headers, ignore_result=counts, **options)
 
 
-def _headers(request: Any, submission: Submission, order: BatchOrder) -> dict[str, Any]:
+def _headers(request: Any, submission: Submission, batch: BatchOptions) -> dict[str, Any]:
     """Return the headers that all parts of a batch have."""
     given: Mapping[str, Any] = request.headers or {}
     headers: dict[str, Any] = {name: v for name, v in given.items() if name not in OF_ONE_DELIVERY}
     headers[EXECUTION_ID] = submission.execution_id
     headers[DIGEST] = base64.b64encode(submission.job_digest or b"").decode("ascii")
-    headers[BATCH] = {**(given.get(BATCH) or {}), _SLOTS: order.slots, _THREADS: order.threads}
+    headers[BATCH] = {**(given.get(BATCH) or {}), _SLOTS: batch.slots, _THREADS: batch.threads}
     return headers
 
 
-def _pack(task: BatchTask, submission: Submission, order: BatchOrder) -> bytes:
+def _pack(task: BatchTask, submission: Submission, batch: BatchOptions) -> bytes:
     """Return the message with which this task goes on should its chord be lost, links and all."""
     request = task.request
     args, kwargs = task.declaration.blank()
-    headers = {**_headers(request, submission, order), PART: {"stage": 0}}
+    headers = {**_headers(request, submission, batch), PART: {"stage": 0}}
     again: Any = task.signature_from_request(request, args, kwargs, headers=headers, expires=None)
     return dumps(again).encode()
 

@@ -16,7 +16,7 @@ from kombu.utils.json import register_type
 
 from docket_celery.engine.job import job_parts, target_name
 from docket_celery.engine.process.settings import Settings
-from docket_celery.engine.waiting import call_aside
+from docket_celery.engine.waiting import run_on_pool
 from docket_celery.error_records import to_record
 from docket_celery.errors import (
     DecodeFailed,
@@ -227,10 +227,10 @@ def _store_job(task: TaskClass, messages: Sequence[Message], run: QueuedRun, set
         task_id=run.task_id,
     )
     kept_s = keep_s(run, settings)
-    other = call_aside(lambda: store.enqueue(request, kept_s), settings.threads)
+    other = run_on_pool(lambda: store.enqueue(request, kept_s), settings.threads)
     if other is not None:
         # Another codec keeps another digest of the same job; reading it tells the two cases apart.
-        call_aside(lambda: store.find_job(plan.graph, run.execution_id), settings.threads)
+        run_on_pool(lambda: store.find_job(plan.graph, run.execution_id), settings.threads)
         raise RunConflict(plan.graph, run.execution_id, "target" if other.target != request.target else "job")
 
 
@@ -339,7 +339,7 @@ def give_up(task: TaskClass, run: QueuedRun, error: DocketError) -> None:
             )
 
     try:
-        call_aside(functools.partial(close, store), settings.threads)
+        run_on_pool(functools.partial(close, store), settings.threads)
     except DocketError as problem:
         _logger.warning("run %r stays as it is: %s", run.execution_id, problem)
 
@@ -373,7 +373,7 @@ def _find_job(task: TaskClass, run: QueuedRun) -> tuple[Message, ...]:
     store = task.graph.choose_store(settings)
     if store is None:
         raise PayloadUnavailable(what, result.NO_DATABASE)
-    job = call_aside(lambda: store.find_job(graph, run.execution_id), settings.threads)
+    job = run_on_pool(lambda: store.find_job(graph, run.execution_id), settings.threads)
     if job is None:
         raise PayloadUnavailable(what, result.GONE)
     check_size(what, len(job), settings.max_stored_bytes, result.STORED_BYTES)
@@ -389,10 +389,10 @@ def _kept_job(task: TaskClass, run: QueuedRun) -> tuple[Message, ...] | None:
     store = _store_for(task, settings, eager=True)
     if store is None or task.declaration.batch is not None or not run.job_digest:
         return None
-    row = call_aside(lambda: store.find_run(graph, run.execution_id), settings.threads)
+    row = run_on_pool(lambda: store.find_run(graph, run.execution_id), settings.threads)
     if row is None or row.job_digest != store.keyed(run.job_digest):
         return None
-    job = call_aside(lambda: store.find_job(graph, run.execution_id), settings.threads)
+    job = run_on_pool(lambda: store.find_job(graph, run.execution_id), settings.threads)
     return None if job is None else _decode_parts(task.declaration, _read_parts(job))
 
 

@@ -14,7 +14,7 @@ from kombu.utils.json import register_type
 
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process_defaults
-from docket_celery.engine.waiting import call_aside
+from docket_celery.engine.waiting import run_on_pool
 from docket_celery.errors import DecodeFailed, PayloadUnavailable
 from docket_celery.graph import Graph
 from docket_celery.plan.batch import BatchResult
@@ -92,7 +92,7 @@ class StoredResult:
             # Not the proxy that stands for it: limits are kept by app.
             app = _state.get_current_app() if app is None else app
             settings = app_settings.app_settings(app)
-            self._message = call_aside(lambda: self._read(app, settings), settings.threads)
+            self._message = run_on_pool(lambda: self._read(app, settings), settings.threads)
         return self._message
 
     def _read(self, app: Celery, settings: Settings) -> Message:

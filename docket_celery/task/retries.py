@@ -61,7 +61,7 @@ def matches(error: object, kinds: Kinds) -> bool:
 
 
 def park_s(
-    task: RetryOptions, error: BaseException, lease: Lease | None, *, retries: int = 0, skipped: int = 0
+    task: RetryOptions, error: BaseException, lease: Lease | None, *, retries: int = 0, outages: int = 0
 ) -> float | None:
     """Return in how many seconds Celery shall deliver the run again, or None to end it.
 
@@ -70,11 +70,11 @@ def park_s(
         error: What ended the delivery.
         lease: The run's lease, which counts its ordinary retries; None: Celery counts them.
         retries: Celery's count so far.
-        skipped: Deliveries of this task so far that did not even get at the database.
+        outages: Deliveries of this task so far that did not even get at the database.
     """
     failures = retries if lease is None else lease.failures
     if isinstance(error, StoreUnavailable):
-        return _outage_s(task, skipped)
+        return _outage_s(task, outages)
     if isinstance(error, AbortError) or not _may_retry(task, error):
         return None
     limit = task.retry_kwargs.get("max_retries", task.declared_max_retries)
@@ -83,14 +83,14 @@ def park_s(
     return backoff_s(task, failures)
 
 
-def most_retries(task: RetryOptions, error: BaseException, *, eager: bool, skipped: int) -> int | None:
+def most_retries(task: RetryOptions, error: BaseException, *, eager: bool, outages: int) -> int | None:
     """Return up to which count Celery may retry the task; None: the run's lease counts.
 
     Args:
         task: Whose options decide.
         error: What ended the delivery.
         eager: Retries follow each other without a wait.
-        skipped: Deliveries of this task so far that did not even get at the database.
+        outages: Deliveries of this task so far that did not even get at the database.
     """
     if isinstance(error, StoreUnavailable):
         # An outage ends, but not while an eager task tries.
@@ -98,7 +98,7 @@ def most_retries(task: RetryOptions, error: BaseException, *, eager: bool, skipp
     if task.max_retries is None:
         return None
     limit: int | None = task.retry_kwargs.get("max_retries", task.max_retries)
-    return None if limit is None else limit + skipped
+    return None if limit is None else limit + outages
 
 
 def backoff_s(task: RetryOptions, retries: int) -> float:
@@ -111,9 +111,9 @@ def backoff_s(task: RetryOptions, retries: int) -> float:
     return float(task.retry_kwargs.get("countdown", task.default_retry_delay))
 
 
-def _outage_s(task: RetryOptions, skipped: int) -> float:
+def _outage_s(task: RetryOptions, outages: int) -> float:
     """Return the wait in seconds for a database that does not answer: growing and spread, as all tasks wait."""
-    longest_s = min(_OUTAGE_MOST_S, task.default_retry_delay * 2.0 ** min(skipped, 10))
+    longest_s = min(_OUTAGE_MOST_S, task.default_retry_delay * 2.0 ** min(outages, 10))
     return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 -- spreads load, keeps no secret
 
 

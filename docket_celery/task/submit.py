@@ -166,7 +166,7 @@ class SubmittedTask(OnCommitTask[P, R]):
         )
 
     def _note_order(self, headers: dict[str, Any], options: dict[str, Any]) -> None:
-        chords.write_order(self, headers, chords.take_order(options))
+        chords.write_batch_options(self, headers, chords.take_batch_options(options))
 
     def _publish(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], *more: Any, **options: Any

@@ -103,7 +103,7 @@ class GraphTask(SubmittedTask[P, R]):
         cls.declared_max_retries = cls.max_retries
         cls.routing = take_routing(cls)
         cls.throws = with_causes(cls.throws)
-        chords.read_order(cls)
+        chords.read_batch_options(cls)
         for key in (*cls.declaration.given, cls.declaration.target):
             envelope.types.allow(key.kind)
 
@@ -146,7 +146,7 @@ class GraphTask(SubmittedTask[P, R]):
             stored = self.declaration.batch is not None and large_jobs.holds_job(args, kwargs)
             messages = None if stored or chords.is_part(request) else read()
         except StoreUnavailable as error:
-            wait_s = park_s(self, error, None, retries=request.retries, skipped=_skipped(request))
+            wait_s = park_s(self, error, None, retries=request.retries, outages=_outages(request))
             self._raise(RunOutcome(error=error, park_s=None if direct else wait_s), error)
         except DocketError as error:
             if queued is not None:
@@ -189,7 +189,7 @@ class GraphTask(SubmittedTask[P, R]):
         if execution_id is None and self.execution_id is not None:
             execution_id = self.execution_id(*messages)
         digest = headers.get(DIGEST)
-        skipped = _skipped(request)
+        outages = _outages(request)
         return Submission(
             execution_id=check_execution_id(execution_id or request.id),
             values=read_context(headers.get(CONTEXT)),
@@ -198,18 +198,18 @@ class GraphTask(SubmittedTask[P, R]):
             number=request.retries + 1,
             task_name=self.name,
             task_id=request.id,
-            retries=request.retries - skipped + int(headers.get(CELERY_RETRIES) or 0),
-            attached=bool(headers.get(WAITS_FOR_OTHER)),
-            waited=int(headers.get(WAITS_FOR_OTHER) or 0),
-            released=headers.get(ENDED_CLEANLY) == request.retries,
-            retried=request.retries > skipped,
+            retries=request.retries - outages + int(headers.get(CELERY_RETRIES) or 0),
+            waits_for_other=bool(headers.get(WAITS_FOR_OTHER)),
+            requeues=int(headers.get(WAITS_FOR_OTHER) or 0),
+            ended_cleanly=headers.get(ENDED_CLEANLY) == request.retries,
+            celery_retry=request.retries > outages,
             waits=bool(request.is_eager),
             may_help=False,
             listeners=self.graph.listeners,
             passthrough=(Ignore, Reject, Retry, SoftTimeLimitExceeded),
             hands_back=(Ignore, Reject, Retry),
             scopes=(_scope(self, request),),
-            park_s=functools.partial(park_s, self, retries=request.retries, skipped=skipped),
+            park_s=functools.partial(park_s, self, retries=request.retries, outages=outages),
             worker=f"{request.hostname}/{os.getpid()}",
         )
 
@@ -232,11 +232,11 @@ class GraphTask(SubmittedTask[P, R]):
             headers |= {ENDED_CLEANLY: request.retries + 1, WAITS_FOR_OTHER: True}
         elif isinstance(error, StoreUnavailable):
             # Not a retry in the sense of leases: the holder may be well, and must not be taken for dead.
-            headers[OUTAGES] = _skipped(request) + 1
+            headers[OUTAGES] = _outages(request) + 1
         countdown = outcome.park_s
         if isinstance(error, StoreUnavailable):
             countdown = min(countdown, visibility_s(self.app) / 3)
-        limit = most_retries(self, error, eager=bool(request.is_eager), skipped=_skipped(request))
+        limit = most_retries(self, error, eager=bool(request.is_eager), outages=_outages(request))
         retry = cast("Callable[..., Exception]", self.retry)
         try:
             raise retry(exc=error, countdown=countdown, max_retries=limit, headers=headers)
@@ -285,7 +285,7 @@ def _scope(task: GraphTask[Any, Any], request: Any) -> Callable[[], contextlib.A
     return scope
 
 
-def _skipped(request: Any) -> int:
+def _outages(request: Any) -> int:
     """Return how many deliveries of the task so far did not even get at the database."""
     headers: Mapping[str, Any] = request.headers or {}
     return int(headers.get(OUTAGES) or 0)

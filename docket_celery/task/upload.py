@@ -15,7 +15,7 @@ from docket_celery.batch.layout import Layout, paged
 from docket_celery.engine.job import job_parts, target_name
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.stored_items import ENVELOPE_BYTES
-from docket_celery.engine.waiting import call_aside
+from docket_celery.engine.waiting import run_on_pool
 from docket_celery.errors import InvalidArguments, InvalidSettings, RunCancelled, RunConflict
 from docket_celery.graph import Graph
 from docket_celery.plan.annotation import ValueKey
@@ -220,7 +220,7 @@ class _Upload:
         )
 
     def _aside(self, work: Callable[[], T]) -> T:
-        return call_aside(work, self._settings.threads)
+        return run_on_pool(work, self._settings.threads)
 
 
 def _find_store(task: BatchTask) -> BatchStore | None:

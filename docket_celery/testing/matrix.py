@@ -115,7 +115,7 @@ class Job(ABC):
     timeout_s: float
 
     def __post_init__(self) -> None:
-        if self.plan.parts:
+        if self.plan.stages:
             problem = f"{self.plan!r} has items; only runs of single messages can be played"
             raise InvalidArguments("crash_matrix", problem)
 

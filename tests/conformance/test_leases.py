@@ -44,7 +44,7 @@ def test_an_expired_lease_is_taken_over_and_counted_as_lost(bench: Bench) -> Non
 def test_a_released_delivery_is_not_counted_as_lost(bench: Bench) -> None:
     """The delivery before ended in order, so its open lease is no crash."""
     bench.take(task_id="t1")
-    lease = bench.take(owner="second", task_id="t1", retries=1, released=True)
+    lease = bench.take(owner="second", task_id="t1", retries=1, ended_cleanly=True)
     assert (lease.epoch, lease.lost) == (2, 0)
 
 
@@ -105,7 +105,7 @@ def test_a_failed_run_is_not_resumed_by_its_own_task_or_by_who_waited_for_it(ben
     row = bench.refused(owner="second", task_id="t1", retries=1)
     assert row.error is not None
     assert str(from_record(row.error)) == str(error)
-    assert bench.refused(owner="third", task_id="t3", attached=True).state is RunState.FAILED
+    assert bench.refused(owner="third", task_id="t3", waits_for_other=True).state is RunState.FAILED
 
 
 def test_a_parked_run_is_taken_by_its_next_delivery(bench: Bench) -> None:
@@ -147,12 +147,12 @@ def test_a_quarantined_run_refuses_its_last_holder(bench: Bench) -> None:
 def test_only_a_retry_of_celerys_takes_a_live_lease(bench: Bench) -> None:
     """The body of a second chord has a greater count too, and its run's holder is well."""
     bench.take(task_id="t1", retries=1)
-    row = bench.refused(owner="body", task_id="t1", retries=2, retried=False)
+    row = bench.refused(owner="body", task_id="t1", retries=2, celery_retry=False)
     assert (row.state, row.lost) == (RunState.RUNNING, 0)
     lease = bench.take(owner="retry", task_id="t1", retries=2)
     assert (lease.epoch, lease.lost) == (2, 1)
     bench.pass_time(31)
-    assert bench.take(owner="body", task_id="t1", retries=3, retried=False).epoch == 3
+    assert bench.take(owner="body", task_id="t1", retries=3, celery_retry=False).epoch == 3
 
 
 def test_heartbeats_extend_only_what_is_held(bench: Bench) -> None:

@@ -13,9 +13,9 @@ pytestmark = pytest.mark.leaves_lease
 def test_a_redelivery_after_a_released_one_is_a_crash(bench: Bench) -> None:
     """The delivery that took the lease says itself that the one *before* it ended in order."""
     bench.store.end(bench.take(task_id="t1"), ending(RunState.WAITING, wake_in_s=1.0))
-    bench.take(owner="second", task_id="t1", retries=1, released=True)
+    bench.take(owner="second", task_id="t1", retries=1, ended_cleanly=True)
     bench.pass_time(31)  # its whole worker died: the broker delivers the same message again
-    lease = bench.take(owner="third", task_id="t1", retries=1, released=True)
+    lease = bench.take(owner="third", task_id="t1", retries=1, ended_cleanly=True)
     assert (lease.epoch, lease.lost) == (3, 1)
 
 
@@ -23,16 +23,16 @@ def test_another_task_s_released_delivery_says_nothing_of_the_holder(bench: Benc
     """Only the holder's own next retry knows that the holder ended in order."""
     bench.take(task_id="t1")
     bench.pass_time(31)
-    assert bench.take(owner="second", task_id="t2", retries=1, released=True).lost == 1
+    assert bench.take(owner="second", task_id="t2", retries=1, ended_cleanly=True).lost == 1
 
 
 def test_the_retry_of_a_parked_run_does_not_steal_it_from_a_quicker_copy(bench: Bench) -> None:
     """A copy took the parked run; the retry that was promised it finds a live holder and waits."""
     bench.store.end(bench.take(task_id="t1"), ending(RunState.WAITING, wake_in_s=1.0))
-    bench.take(owner="copy", task_id="t1", retries=0, attached=True)
-    assert bench.refused(owner="retry", task_id="t1", retries=1, released=True).epoch == 2
+    bench.take(owner="copy", task_id="t1", retries=0, waits_for_other=True)
+    assert bench.refused(owner="retry", task_id="t1", retries=1, ended_cleanly=True).epoch == 2
     # The copy is killed: Celery sends it again, and its lease must run out, since two lines of retries exist.
-    assert bench.refused(owner="copy again", task_id="t1", retries=1, attached=True).epoch == 2
+    assert bench.refused(owner="copy again", task_id="t1", retries=1, waits_for_other=True).epoch == 2
 
 
 def test_an_older_copy_does_not_make_known_retries_new(bench: Bench) -> None:

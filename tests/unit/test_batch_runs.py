@@ -18,7 +18,7 @@ from docket_celery import Codec, Graph, SQLStore
 from docket_celery.batch import run as batch_run
 from docket_celery.batch.chunk import ChunkRun
 from docket_celery.batch.layout import PAGE, PAGE_BYTES, Layout, paged
-from docket_celery.batch.options import BatchOrder
+from docket_celery.batch.options import BatchOptions
 from docket_celery.batch.run import BatchRun
 from docket_celery.engine.ending import Ending, Outcome
 from docket_celery.engine.items import ItemGroup
@@ -74,11 +74,11 @@ class Hands:
     """
 
     def __init__(
-        self, graph: Graph, store: SQLStore, target: type[Any], order: BatchOrder | None = None
+        self, graph: Graph, store: SQLStore, target: type[Any], order: BatchOptions | None = None
     ) -> None:
         self.given = (ValueKey(Movie),)
         self.plan = graph.compiled(ValueKey(target), self.given, ValueKey(Movie), collects=True)
-        self.store, self.order = store, order or BatchOrder(chunk_size=2)
+        self.store, self.order = store, order or BatchOptions(chunk_size=2)
         self.told: list[Event] = []
         digest = digest_job(self.given, [ITEMS])
         self.submission = Submission(
@@ -199,7 +199,7 @@ def test_an_item_that_is_held_between_its_steps_is_not_done() -> None:
 def test_items_beyond_a_memory_of_one_page_are_stored(store: SQLStore) -> None:
     """In pages; a batch of more items than one page holds comes back whole."""
     many = [Movie(title=str(number)) for number in range(PAGE + 500)]
-    hands = Hands(graph_with("rate", "total", "place"), store, EnrichedMovie, BatchOrder(chunk_size=PAGE))
+    hands = Hands(graph_with("rate", "total", "place"), store, EnrichedMovie, BatchOptions(chunk_size=PAGE))
     opened = hands.open(many, job_digest=digest_job(hands.given, [many]))
     assert opened.opened is not None
     assert store.measure_items("changing", RUN, "")[0] == PAGE + 500
@@ -236,7 +236,7 @@ def test_a_limit_is_cut_into_lanes(
     most: int | None, chunks: int, slots: int, threads: int, lanes: list[int] | None
 ) -> None:
     """As many as run at once, or as the limit takes; together they have the whole limit, and each has some."""
-    found = BatchOrder(max_concurrency=most, slots=slots, threads=threads).lanes(chunks)
+    found = BatchOptions(max_concurrency=most, slots=slots, threads=threads).lanes(chunks)
     shares = None if found is None else found.shares()
     assert shares == lanes
     assert shares is None or (sum(shares) == most and min(shares) >= 1)
@@ -246,12 +246,12 @@ def test_a_limit_is_cut_into_lanes(
 def test_a_limit_is_a_positive_number(value: Any) -> None:
     """Anything else is refused by name."""
     with pytest.raises(InvalidArguments, match="max_concurrency: must be at least 1"):
-        BatchOrder(max_concurrency=value)
+        BatchOptions(max_concurrency=value)
 
 
 def test_a_worker_that_runs_many_tasks_gets_more_chunks() -> None:
     """Else its last tasks would wait for one another."""
-    assert len(BatchOrder(slots=100).cut(1, 4000)) == 400
+    assert len(BatchOptions(slots=100).cut(1, 4000)) == 400
 
 
 def test_progress_is_told_in_process_too() -> None:
@@ -287,7 +287,7 @@ def failing(store: SQLStore, on_error: Literal["fail", "collect"], size: int = 6
     graph = Graph("failing")
     graph.register(picky, name="rate")
     policy = BatchPolicy(on_error)
-    hands = Hands(graph, store, EnrichedMovie, BatchOrder(chunk_size=size, policy=policy))
+    hands = Hands(graph, store, EnrichedMovie, BatchOptions(chunk_size=size, policy=policy))
     hands.submission = replace(hands.submission, policy=policy)
     return hands
 
@@ -464,7 +464,7 @@ def test_a_limit_counts_the_parts_of_an_item(store: SQLStore) -> None:
     graph.register(split)
     graph.register(look)
     graph.register_aggregate(merge)
-    hands = Hands(graph, store, EnrichedMovie, BatchOrder(chunk_size=6, max_concurrency=3))
+    hands = Hands(graph, store, EnrichedMovie, BatchOptions(chunk_size=6, max_concurrency=3))
     hands.open(ITEMS)
     submission = replace(hands.submission, task_id="c")
     settings = Settings.read({"docket_threads": 8})

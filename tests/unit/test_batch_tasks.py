@@ -16,7 +16,7 @@ from celery import Celery, _state
 from sqlalchemy import text
 
 from docket_celery import BatchResult, Graph, GraphTask, SQLStore, StepContext, graph_task
-from docket_celery.batch.options import BatchOrder
+from docket_celery.batch.options import BatchOptions
 from docket_celery.engine.process.state import process_defaults
 from docket_celery.errors import (
     InvalidArguments,
@@ -164,10 +164,10 @@ def test_a_backend_without_chords_is_a_fault(app: Celery, tmp_path: Path, backen
 )
 def test_stages_are_cut_into_chunks(size: int | None, count: int, first: int, number: int) -> None:
     """About 64 without a size, of at most 500 items; no item is left out or in two."""
-    chunks = BatchOrder(chunk_size=size).cut(2, count)
+    chunks = BatchOptions(chunk_size=size).cut(2, count)
     assert (chunks[0], len(chunks)) == (Chunk(2, 0, first), number)
     assert [c.lo for c in chunks] + [count] == [0] + [c.hi for c in chunks]
-    assert BatchOrder(chunk_size=size).cut(2, 0) == []
+    assert BatchOptions(chunk_size=size).cut(2, 0) == []
 
 
 # --- submitting --------------------------------------------------------------------------------------------------
@@ -342,8 +342,8 @@ def test_parts_keep_to_the_lanes_of_the_worker_that_began(app: Celery) -> None:
     def check_all(movies: list[Movie]) -> list[EnrichedMovie]:
         raise NotImplementedError
 
-    here = chords.read_order(check_all)
-    begun = chords.read_order(check_all, {"slots": 3, "threads": 4, "max_concurrency": 6}, threads=1)
+    here = chords.read_batch_options(check_all)
+    begun = chords.read_batch_options(check_all, {"slots": 3, "threads": 4, "max_concurrency": 6}, threads=1)
     assert (here.slots, here.max_concurrency) == (app_settings.worker_slots(), 8)
     assert begun.lanes(64) == Lanes(6, 3)
 

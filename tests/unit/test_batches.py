@@ -636,6 +636,6 @@ def test_the_plan_shows_its_stages() -> None:
     graph = share_graph()
     plan = graph.plan(list[Charge], list[Order])
     assert list(plan) == ["total", "charge"]
-    assert [(part.fan_out, list(part.plan)) for part in plan.parts] == [(None, ["total"]), ("", ["charge"])]
+    assert [(part.fan_out, list(part.plan)) for part in plan.stages] == [(None, ["total"]), ("", ["charge"])]
     assert '    subgraph p1["for each item"]\n        s1["charge"]\n    end' in plan.mermaid()
-    assert graph.plan(list[Charge]).parts == plan.parts
+    assert graph.plan(list[Charge]).stages == plan.stages

@@ -260,7 +260,9 @@ def test_a_begun_run_does_not_need_the_result_that_it_was_given(database: str) -
         receive(repeat_label, [lost], {}, run, travelled=True)
     store = SQLStore(database)
     store.acquire(
-        run_request(repeat_label.plan(), [job], submission, settings(), store, owner="w", attached=False)
+        run_request(
+            repeat_label.plan(), [job], submission, settings(), store, owner="w", waits_for_other=False
+        )
     )
     store.close()
     assert receive(repeat_label, [lost], {}, run, travelled=True) == (job,)
@@ -311,7 +313,7 @@ def keeping_job_bytes(job: Label) -> int:
     store = MemoryStore()
     submission = Submission(execution_id="o-1")
     plan = repeat_label.plan()
-    return len(run_request(plan, [job], submission, settings(), store, owner="", attached=False).job)
+    return len(run_request(plan, [job], submission, settings(), store, owner="", waits_for_other=False).job)
 
 
 # --- references --------------------------------------------------------------------------------------------------
@@ -331,7 +333,7 @@ def test_a_replayed_result_is_referred_to_as_its_row_has_it(database: str, small
     assert as_written != to_bytes(made)
     task, submission = repeat_label, Submission(execution_id="o-1")
     store = SQLStore(database)
-    request = run_request(task.plan(), [job], submission, settings(), store, owner="w", attached=False)
+    request = run_request(task.plan(), [job], submission, settings(), store, owner="w", waits_for_other=False)
     lease = store.acquire(request)
     assert isinstance(lease, Lease)
     store.end(lease, RunEnd(state=RunState.SUCCEEDED, result=as_written))

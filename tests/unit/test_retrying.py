@@ -132,7 +132,7 @@ def test_a_database_that_does_not_answer_uses_up_no_retry() -> None:
     """However often, in growing waits up to a bound."""
     error = StoreUnavailable("save", "gone")
     task = Options(declared_max_retries=0, default_retry_delay=1)
-    first, late = park_s(task, error, lease(99)), park_s(task, error, None, skipped=99)
+    first, late = park_s(task, error, lease(99)), park_s(task, error, None, outages=99)
     assert first is not None
     assert late is not None
     assert 0.5 <= first <= 1.0

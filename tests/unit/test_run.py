@@ -261,7 +261,7 @@ def test_of_two_submissions_at_once_one_runs_and_both_get_the_outcome() -> None:
 
 
 def test_a_waiting_submission_shares_a_failure() -> None:
-    """It attached to the live run, so it reports that run's error instead of starting over."""
+    """It attaches to the live run, so it reports that run's error instead of starting over."""
     store = FaultyStore()
     shop = Shop(store)
     shop.broken = True
@@ -333,7 +333,7 @@ def test_a_copy_that_met_a_holder_comes_back_without_sending_the_job() -> None:
     shop.before_ship = lambda: pass_on(shipping, go)
     first = start(lambda: shop.graph.execute(Shipment, Order(order_id="7"), execution_id="o-1"))
     reached(shipping)
-    copy = Submission(execution_id="o-1", task_id="t", attached=True, waits=False)
+    copy = Submission(execution_id="o-1", task_id="t", waits_for_other=True, waits=False)
     outcome = within(lambda: shop.graph.deliver(ValueKey(Shipment), [Order(order_id="7")], copy))
     assert outcome.busy_s is not None
     assert 0 < outcome.busy_s <= 30

@@ -67,9 +67,9 @@ def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
     """See `Store.acquire`."""
     values = request_values(request) | {
         "lease_s": request.lease_s,
-        "released": request.released,
-        "attached": request.attached,
-        "retried": request.retried,
+        "ended_cleanly": request.ended_cleanly,
+        "waits_for_other": request.waits_for_other,
+        "celery_retry": request.celery_retry,
         "max_deliveries": request.max_deliveries,
     }
     for _ in range(_TRIES):

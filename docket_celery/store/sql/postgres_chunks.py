@@ -114,7 +114,7 @@ WHERE {_IS_RUN} AND lo < :before AND hi > :first AND failed > 0 ORDER BY stage, 
 """)
 _NEWER = "(c.task_id = CAST(:task_id AS text) AND CAST(:retries AS integer) > c.retries)"
 _CRASH = f"""(c.state = 'RUNNING' AND c.owner <> :owner
-    AND NOT (CAST(:released AS boolean) AND COALESCE({_NEWER}, false)))"""
+    AND NOT (CAST(:ended_cleanly AS boolean) AND COALESCE({_NEWER}, false)))"""
 _POISON = f"({_CRASH} AND c.lost + 1 >= CAST(:max_deliveries AS integer))"
 _LEASE_CHUNK = text(f"""
 WITH run AS (

@@ -30,7 +30,7 @@ _RUN = """
     EXTRACT(EPOCH FROM r.lease_until - clock_timestamp()) AS lease_left_s"""
 _TAKES_NEW = "(r.task_id = excluded.task_id AND excluded.retries > r.retries)"
 # A delivery that comes again after it took the lease itself died with it, whatever came before it.
-_IS_RELEASED = f"(CAST(:released AS boolean) AND COALESCE({_TAKES_NEW}, false))"
+_IS_RELEASED = f"(CAST(:ended_cleanly AS boolean) AND COALESCE({_TAKES_NEW}, false))"
 _IS_CRASH = f"(r.state = 'RUNNING' AND r.owner <> excluded.owner AND NOT {_IS_RELEASED})"
 _IS_POISON = f"({_IS_CRASH} AND r.lost + 1 >= CAST(:max_deliveries AS integer))"
 _UNTIL = f"clock_timestamp() + CAST(:lease_s AS double precision) * {_SECOND}"
@@ -77,11 +77,11 @@ WHERE r.target = excluded.target AND r.job_digest = excluded.job_digest AND (
     r.state = 'QUEUED'
     -- An open stage belongs to its task; a second one would open it beside.
     OR (r.state = 'WAITING' AND (r.lease_until IS NULL OR r.task_id = excluded.task_id OR NOT {_IS_KEPT}))
-    OR (r.state = 'FAILED' AND NOT CAST(:attached AS boolean)
+    OR (r.state = 'FAILED' AND NOT CAST(:waits_for_other AS boolean)
         AND (excluded.task_id IS NULL OR r.task_id IS DISTINCT FROM excluded.task_id))
     OR (r.state = 'RUNNING'
         AND (r.lease_until <= clock_timestamp() OR r.owner = excluded.owner
-            OR (CAST(:retried AS boolean) AND {_TAKES_NEW}))))
+            OR (CAST(:celery_retry AS boolean) AND {_TAKES_NEW}))))
 RETURNING {_RUN}
 """)
 
