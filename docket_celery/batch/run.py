@@ -27,7 +27,7 @@ from docket_celery.batch.options import BatchOptions
 from docket_celery.engine.checkpointing import read_value
 from docket_celery.engine.ending import Ending, Outcome
 from docket_celery.engine.execution import join_failures
-from docket_celery.engine.fan_out import make_item, policy_of, too_many
+from docket_celery.engine.fan_out import make_item, policy_of, tolerant_fan_out, too_many
 from docket_celery.engine.job import job_parts
 from docket_celery.engine.outcome import OpenStage, RunOutcome, Submission
 from docket_celery.engine.process.settings import Settings
@@ -187,7 +187,8 @@ class BatchRun(Run):
                     return
             elif not self._is_past(number + 1, part, part.fan_out):
                 return
-        self._end(Outcome(values=(self._result(),)))
+        failed = self._failures.get(tolerant_fan_out(self._plan) or "", {})
+        self._end(Outcome(values=(self._result(),), failed=failed))
 
     def _is_made(self, key: ValueKey) -> bool:
         fan_out = self._layout.fan_outs.get(key)

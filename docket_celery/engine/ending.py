@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from docket_celery.errors import StepFailed
 from docket_celery.plan.context import Cancellation
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an execution ended: with the values of its outputs, or an error."""
+    """How an execution ended: with the values of its outputs, or an error.
+
+    Attributes:
+        failed: Why items failed, by index, of a fan-out that ended all the same.
+    """
 
     values: tuple[Any, ...] = ()
     error: BaseException | None = None
+    failed: Mapping[int, StepFailed] = field(default_factory=dict[int, StepFailed])
 
 
 class Ending:

@@ -156,7 +156,11 @@ class StagedScheduler(Ending):
                 items = self._items = self._make_items(part, outputs)
             items.dispatch()
             return
-        self.end(Outcome() if self.failing else Outcome(values=tuple(map(self._result, self._outputs))))
+        if self.failing:
+            self.end(Outcome())
+            return
+        failed = self._failures.get(tolerant_fan_out(self._plan) or "", {})
+        self.end(Outcome(values=tuple(map(self._result, self._outputs)), failed=failed))
 
     def _make_items(self, part: Stage, outputs: Sequence[ValueKey]) -> ItemGroup:
         # What only restored items would use is not made: then one of the others tells how many there are.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from docket_celery.engine.step_scope import MakeScope
+from docket_celery.errors import StepFailed
 from docket_celery.observe.events import Listener
 from docket_celery.plan.batch import ONE_FAILS, BatchPolicy
 from docket_celery.store.records import (
@@ -99,6 +100,7 @@ class RunOutcome:
         opened: The run waits for this stage.
         receipt: What a chunk's task tells of it, as JSON.
         progress: How far the stage is, once a chunk has ended or the stage was opened.
+        failed: Why items of the batch failed, by index, where it succeeded all the same.
     """
 
     value: Any = None
@@ -111,3 +113,4 @@ class RunOutcome:
     opened: OpenStage | None = None
     receipt: Mapping[str, Any] | None = None
     progress: Progress | None = None
+    failed: Mapping[int, StepFailed] = field(default_factory=dict[int, StepFailed])

@@ -6,7 +6,7 @@ import contextvars
 import functools
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from docket_celery.engine.checkpointing import read_checkpoints
@@ -30,6 +30,7 @@ from docket_celery.errors import (
     PayloadTooLarge,
     RunConflict,
     RunTimedOut,
+    StepFailed,
     StoreUnavailable,
 )
 from docket_celery.observe.events import EventKind
@@ -43,6 +44,7 @@ _logger = logging.getLogger("docket_celery.run")
 _SLICE_S = 0.5
 _END_TRIES = 4
 _LOST_BUSY_S = 1.0
+_MOST_SHOWN, _MOST_CHARS = 3, 300
 
 
 class Run:
@@ -81,11 +83,9 @@ class Run:
         self._base = contextvars.copy_context()
         self._hooks = (*connection_hooks(owns_thread), *load_hooks(settings.step_hooks))
         self._cancellation = Cancellation() if self.inline is None else InlineCancellation(self.inline)
-        self._beats = (
-            InlineHeartbeat(self.store, self.inline.clock)
-            if self.inline is not None and self.store is not None
-            else None
-        )
+        self._beats: InlineHeartbeat | None = None
+        if self.inline is not None and self.store is not None:
+            self._beats = InlineHeartbeat(self.store, self.inline.clock)
         self._held: HeldLease | None = None
         self._execution: Ending | None = None
         self.concluded = False
@@ -236,7 +236,7 @@ class Run:
 
     def _end(self, outcome: Outcome) -> None:
         """Close or park the run, then report."""
-        result = RunOutcome(value=outcome.values[0] if outcome.values else None)
+        result = RunOutcome(value=outcome.values[0] if outcome.values else None, failed=outcome.failed)
         if outcome.error is not None:
             lease = self._held.lease if self._held is not None else None
             result = self.parked_or_failed(outcome.error, lease)
@@ -278,6 +278,7 @@ class Run:
             # Soon, as the new holder may have ended the run by now; the next look tells how long its lease is.
             outcome = RunOutcome(error=outcome.error, busy_s=min(_LOST_BUSY_S, self._settings.lease_seconds))
         outcome = replace(outcome, held=self._held is not None)
+        _warn_of(outcome.failed, self._plan, self.submission.execution_id)
         elapsed = self._cancellation.now() - self._began
         detail = "" if outcome.error is None else type(outcome.error).__name__
         try:
@@ -345,3 +346,13 @@ class Run:
             loop=self._loop,
             beats=self._beats,
         )
+
+
+def _warn_of(failed: Mapping[int, StepFailed], plan: Plan, execution_id: str) -> None:
+    """Log which items a result is made without, unless it says so itself: the task's state does not."""
+    if not failed or plan.collects:
+        return
+    errors = [" ".join(str(failed[index]).split())[:_MOST_CHARS] for index in sorted(failed)[:_MOST_SHOWN]]
+    first = "; ".join(errors) + ("; ..." if len(failed) > _MOST_SHOWN else "")
+    text = "run %r of graph %r succeeded, failed items left out: %d (%s)"
+    _logger.warning(text, execution_id, plan.graph, len(failed), first)

@@ -151,7 +151,7 @@ def run_end(
         result = _result_bytes(outcome.value)
         what = f"the result of run {submission.execution_id!r}"
         check_size(what, len(result), settings.max_stored_bytes, _STORED)
-        return replace(end, result=result)
+        return replace(end, result=result, items_failed=len(outcome.failed) or None)
     error = outcome.error
     record = to_record(error) if isinstance(error, DocketError) else None
     if outcome.park_s is not None:

@@ -238,6 +238,7 @@ class RunEnd:
         wake_in_s: WAITING only: when the next delivery is due, in seconds from now.
         executions: Rows not yet written with a save.
         retention_s: Seconds until purging may delete the run; counted from its end.
+        items_failed: SUCCEEDED only: how many items of the batch failed, if any.
     """
 
     state: RunState
@@ -247,6 +248,7 @@ class RunEnd:
     wake_in_s: float | None = None
     executions: Sequence[StepExecution] = field(default=())
     retention_s: float | None = None
+    items_failed: int | None = None
 
 
 class Halt(enum.StrEnum):

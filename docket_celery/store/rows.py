@@ -204,6 +204,7 @@ def end_values(lease: Lease, end: RunEnd) -> dict[str, Any]:
         "result": end.result,
         "result_checksum": checksum,
         "error": None if end.error is None else dump_json(end.error),
+        "items_failed": end.items_failed,
     }
 
 

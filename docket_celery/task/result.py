@@ -12,10 +12,18 @@ from celery.result import AsyncResult
 from google.protobuf.message import Message
 from kombu.utils.json import register_type
 
+from docket_celery.batch.layout import failures_of
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process_defaults
 from docket_celery.engine.waiting import run_on_pool
-from docket_celery.errors import DecodeFailed, PayloadUnavailable
+from docket_celery.errors import (
+    DecodeFailed,
+    InvalidArguments,
+    InvalidSettings,
+    PayloadUnavailable,
+    RunNotFound,
+    StepFailed,
+)
 from docket_celery.graph import Graph
 from docket_celery.plan.batch import BatchResult
 from docket_celery.plan.messages import brief, check_size, from_bytes, to_bytes, type_name
@@ -27,6 +35,7 @@ R = TypeVar("R", bound=Message | Sequence[Message] | BatchResult[Any])
 M = TypeVar("M", bound=Message)
 RESULT_MARKER: Final = "docket.result"
 _MOST_CHARS: Final = 500
+_MOST_ITEMS: Final = 2**62
 STORED_BYTES: Final = "docket_max_stored_bytes"
 GONE: Final = "its row is gone: purged after docket_retention, or deleted; submit the job again"
 OTHER: Final = "its row holds another result than the one referred to; submit the job again and wait for it"
@@ -141,6 +150,9 @@ else:
 class GraphResult(_TypedResult[R]):
     """The promise of a GraphTask's message."""
 
+    task: Any = None
+    execution_id: str | None = None
+
     def get(self, *args: Any, **kwargs: Any) -> R:
         """Wait for the message, like `AsyncResult.get`; of a batch for all of them.
 
@@ -184,6 +196,41 @@ class GraphResult(_TypedResult[R]):
         app_settings.app_settings(self.app)
         told = {} if on_message is None else {"on_message": on_message}
         return stream_batch(self.app, self._wait_for(timeout=timeout, **told))
+
+    def failed_items(self, execution_id: str | None = None) -> dict[int, StepFailed]:
+        """Return why items of the batch failed, by index, as the database has it: so far, while it runs.
+
+        A result that an aggregate made under ``on_error="collect"`` says nothing of the items it is made without.
+
+        Args:
+            execution_id: The name of the run, where this promise was made by ``AsyncResult(task_id)`` and the run is
+                not named by its task's id.
+
+        Raises:
+            RunNotFound: There is no run of that name (yet), or it was purged.
+            InvalidArguments: The promise was pickled.
+            InvalidSettings: This process has no ``docket_database_url``.
+            StoreUnavailable: The database does not answer; trying again is safe.
+        """
+        if self.task is None:
+            raise InvalidArguments(
+                "failed_items", "a promise that was pickled does not know its task; use task.AsyncResult"
+            )
+        graph: Graph = self.task.graph
+        settings = app_settings.app_settings(self.app)
+        store = graph.find_batch_store(self.task.plan(), settings)
+        name = execution_id or self.execution_id or self.id
+        if store is None:
+            raise InvalidSettings(
+                "docket_database_url", "failed items are read from the database; there is none here"
+            )
+
+        def read() -> dict[int, StepFailed]:
+            if store.find_run(graph.name, name) is None:
+                raise RunNotFound(graph.name, name)
+            return failures_of(store.find_failed(graph.name, name, 0, _MOST_ITEMS))
+
+        return run_on_pool(read, settings.threads)
 
     def _wait_for(self, *args: Any, **kwargs: Any) -> Any:
         value = cast("Any", super().get(*args, **kwargs))

@@ -57,7 +57,9 @@ class SubmittedTask(OnCommitTask[P, R]):
 
     def AsyncResult(self, task_id: str, **kwargs: Any) -> GraphResult[R]:  # noqa: N802 -- Celery's name
         """Return the promise of the task called *task_id*."""
-        return GraphResult(task_id, backend=self.backend, task_name=self.name, app=self.app, **kwargs)
+        promise = GraphResult[R](task_id, backend=self.backend, task_name=self.name, app=self.app, **kwargs)
+        promise.task = self
+        return promise
 
     def apply_async(
         self,
@@ -173,7 +175,9 @@ class SubmittedTask(OnCommitTask[P, R]):
     ) -> GraphResult[R]:
         submit = cast("Callable[..., GraphResult[R]]", super().apply_async)
         wrapped = tuple(map(envelope.wrap, args)), {name: envelope.wrap(v) for name, v in kwargs.items()}
-        return submit(*wrapped, *more, **whole_seconds(self.app, add_routing(self.routing, options)))
+        promise = submit(*wrapped, *more, **whole_seconds(self.app, add_routing(self.routing, options)))
+        promise.execution_id = options["headers"].get(EXECUTION_ID)
+        return promise
 
     def apply(
         self,

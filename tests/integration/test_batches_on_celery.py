@@ -16,6 +16,7 @@ from docket_celery.errors import (
     BatchFailed,
     PayloadUnavailable,
     RunConflict,
+    RunNotFound,
     RunQuarantined,
     StepFailed,
 )
@@ -160,6 +161,45 @@ def test_too_many_failures_fail_a_collecting_batch(journals: Journals) -> None:
         batches.sum_some.delay(movies(run, "fail", "fail", "fail", "")).get(timeout=WAIT_S)
     asked = batches.sum_some.apply_async((movies(run, "fail", "fail", "fail", ""),), max_failed=3)
     assert asked.get(timeout=WAIT_S).count == 1
+
+
+def test_items_that_an_aggregate_does_not_see_are_told(worker: WorkerProcess, urls: Urls) -> None:
+    """In the run's row, in one warning of the worker, and by the caller's promise; in that of another process too."""
+    run = unique("unseen")
+    promise = batches.sum_some.apply_async(
+        (movies(run, "", "fail", "", "", "fail"),), execution_id=run, max_failed=0.9
+    )
+    assert promise.get(timeout=WAIT_S).count == 3
+    found = promise.failed_items()
+    assert sorted(found) == [1, 4]
+    assert all(found[index].caused_by(ConnectionError) for index in (1, 4))
+    elsewhere = batches.sum_some.AsyncResult(promise.id)
+    assert {index: str(error) for index, error in elsewhere.failed_items(run).items()} == {
+        index: str(error) for index, error in found.items()
+    }
+    with pytest.raises(RunNotFound):
+        elsewhere.failed_items()
+    store = SQLStore(urls.database)
+    try:
+        with store.engine.connect() as connection:
+            query = text("SELECT items_failed FROM docket_runs WHERE execution_id = :run")
+            assert connection.execute(query, {"run": run}).scalar_one() == 2
+    finally:
+        store.close()
+    worker.wait_for_log(f"run '{run}' of graph 'acting' succeeded, failed items left out: 2 (")
+    warnings = [
+        line for line in worker.read_log().splitlines() if f"'{run}' of graph" in line and "left out" in line
+    ]
+    assert len(warnings) == 1
+    assert "step 'rate' of item 1 failed after 1 attempt" in warnings[0]
+    assert "WARNING" in warnings[0]
+
+
+def test_a_batch_without_failures_has_no_failed_items(urls: Urls) -> None:
+    """Nothing is made up for it."""
+    promise = batches.sum_all.delay(movies(unique("whole"), "", ""))
+    promise.get(timeout=WAIT_S)
+    assert promise.failed_items() == {}
 
 
 def test_an_abort_stops_the_batch(urls: Urls) -> None:

@@ -427,3 +427,30 @@ def test_the_text_of_a_failed_chunk_reads_after_celerys_succeeded() -> None:
     )
     assert repr(chords.Receipt({"lo": 0, "state": "SUCCEEDED", "failed": 0})) == "<chunk from item 0: done>"
     assert chords.Receipt({"lo": 0, "state": "BUSY"}).__json__() == {"lo": 0, "state": "BUSY"}
+
+
+def test_items_that_an_aggregate_does_not_see_are_logged(
+    app: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, with the first of them; a result that has its errors itself needs no line."""
+    graph_of_both = Graph("unseen")
+    graph_of_both.step(check)
+
+    @graph_of_both.aggregate
+    def count(checked: list[EnrichedMovie]) -> BatchStats:
+        return BatchStats(count=len(checked))
+
+    class CountSome(GraphTask[[list[Movie]], BatchStats]):
+        graph = graph_of_both
+        on_error = "collect"
+
+    class CheckSome(GraphTask[[list[Movie]], BatchResult[EnrichedMovie]]):
+        graph = graph_of_both
+
+    with caplog.at_level("WARNING", "docket_celery"):
+        assert app.register_task(CheckSome())(MOVIES).errors
+        assert not caplog.records
+        assert app.register_task(CountSome())(MOVIES).count == 4
+    (record,) = caplog.records
+    assert "of graph 'unseen' succeeded, failed items left out: 1 (" in record.getMessage()
+    assert "step 'check' of item 4 failed" in record.getMessage()

@@ -373,7 +373,7 @@ WITH f AS (
             CASE WHEN CAST(:state AS text) = 'WAITING' AND message IS NOT NULL
                 THEN CAST(:lease_s AS double precision) END) * {_SECOND},
         retries = retries + CASE WHEN CAST(:wake_in_s AS double precision) IS NULL THEN 0 ELSE 1 END,
-        items_failed = CASE WHEN NOT CAST(:ended AS boolean) THEN items_failed END,
+        items_failed = CASE WHEN CAST(:ended AS boolean) THEN CAST(:items_failed AS bigint) ELSE items_failed END,
         items_allowed = CASE WHEN NOT CAST(:ended AS boolean) THEN items_allowed END,
         ended_at = CASE WHEN CAST(:ended AS boolean) THEN clock_timestamp() END,
         expires_at = CASE WHEN CAST(:ended AS boolean)

@@ -146,7 +146,7 @@ UPDATE docket_runs SET
     state = :state, lease_until = NULL, failures = failures + :failed, result = :result,
     result_checksum = :result_checksum, error = :error, wake_at = {after(_WAKE_IN_S)},
     retries = retries + (:wake_in_s IS NOT NULL),
-    items_failed = CASE WHEN NOT :ended THEN items_failed END,
+    items_failed = CASE WHEN :ended THEN :items_failed ELSE items_failed END,
     items_allowed = CASE WHEN NOT :ended THEN items_allowed END,
     ended_at = CASE WHEN :ended THEN {NOW} END,
     expires_at = CASE WHEN :ended THEN {after(":retention_s")} END, updated_at = {NOW}
