@@ -35,26 +35,26 @@
     ├── PayloadUnavailable          DC503   a stored job or result cannot be had here
     └── ServersUnavailable          DC600   the development servers cannot be started
 
-Every class passes its fields positionally to ``Exception.__init__`` and every field is a JSON value, so that
-type, fields and text survive pickle and Celery's JSON result backend. A cause travels as type names and text.
+The fields of a class are the parameters of its constructor, JSON values, and ``args``: so type, fields and text
+survive pickle and Celery's JSON result backend. A cause travels as type names and text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+import contextlib
+import os
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, TypeVar, cast, dataclass_transform
 
-from docket_celery.frames import show, trim_traceback
+E = TypeVar("E", bound=BaseException)
 
 MAX_CAUSE_CHARS = 4000
-"""Most characters of a cause's text that a `StepFailed` or `AbortError` carries."""
+"""Most characters of a cause's text or traceback that a `StepFailed` or `AbortError` carries."""
 MAX_OTHER_TRACES = 5
 """Most tracebacks of further steps that failed in the same run which a `StepFailed` shows."""
-
-
-def type_path(kind: type) -> str:
-    """Return the importable name of *kind*, as ``module.QualName``."""
-    return f"{kind.__module__}.{kind.__qualname__}"
+_PACKAGE: Final = os.path.dirname(__file__) + os.sep
 
 
 class DocketError(Exception):
@@ -65,6 +65,9 @@ class DocketError(Exception):
     """
 
     code: ClassVar[str] = "DC000"
+
+    def __init_subclass__(cls, code: str | None = None) -> None:
+        cls.code = cls.code if code is None else code
 
     def describe(self) -> str:
         """Return what happened, which thing it concerns and what to do, without the code."""
@@ -78,72 +81,93 @@ class DocketError(Exception):
         return f"<{type(self).__name__} {self}>"
 
 
-class _About(Exception):
-    """Fields and text of errors that say of one thing what is wrong with it and what to do."""
+@dataclass_transform(eq_default=False)
+class _Declared(DocketError):
+    """An error whose class declares its fields, as a dataclass does, and the template of its text.
 
-    def __init__(self, what: str, problem: str) -> None:
-        super().__init__(what, problem)
-        self.what, self.problem = what, problem
+    A field that holds several texts is a tuple in the error and a list in ``args``, as JSON has no tuples.
+    """
+
+    template: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __init_subclass__(cls, code: str | None = None) -> None:
+        super().__init_subclass__(code)
+        # Subclasses of users are ordinary classes.
+        if cls.__module__ == __name__ and "__init__" not in vars(cls):
+            dataclass(eq=False, repr=False)(cls)
+
+    def __post_init__(self) -> None:
+        values: dict[str, Any] = {name: vars(self)[name] for name in self.__dataclass_fields__}
+        many: dict[str, list[Any]] = {n: [*v] for n, v in values.items() if isinstance(v, (list, tuple))}
+        vars(self).update({name: tuple(value) for name, value in many.items()})
+        self.args = tuple({**values, **many}.values())
 
     def describe(self) -> str:
-        return f"{self.what}: {self.problem}"
+        return self._fill()
+
+    def _fill(self, **more: object) -> str:
+        fields: dict[str, Any] = vars(self)
+        shown = {
+            n: ", ".join(cast("tuple[str, ...]", v)) if isinstance(v, tuple) else v for n, v in fields.items()
+        }
+        return self.template.format(**shown, **more)
 
 
-class GraphError(DocketError):
+class _About(_Declared):
+    """Says of one thing what is wrong with it and what to do."""
+
+    template = "{what}: {problem}"
+    what: str
+    problem: str
+
+
+class _OfRun(_Declared):
+    """Is about one run of a graph."""
+
+    graph: str
+    execution_id: str
+
+
+class GraphError(_Declared, code="DC100"):
     """A graph is wired wrongly, or a registration is refused. *faults* lists everything found."""
 
-    code = "DC100"
-
-    def __init__(self, graph: str, faults: Sequence[str]) -> None:
-        super().__init__(graph, list(faults))
-        self.graph, self.faults = graph, tuple(faults)
+    template = "graph {graph!r} has {count}:"
+    graph: str
+    faults: Sequence[str]
 
     def describe(self) -> str:
-        head = f"graph {self.graph!r} has {len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
-        return "\n".join([head + ":", *(f"  - {fault}" for fault in self.faults)])
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        return _with_lines(self._fill(count=count), self.faults)
 
 
-class InvalidArguments(_About, DocketError, TypeError):
+class InvalidArguments(_About, TypeError, code="DC101"):
     """A call's arguments do not fit what it declares; nothing was sent and nothing ran."""
 
-    code = "DC101"
 
-
-class InvalidSettings(DocketError, ValueError):
+class InvalidSettings(_Declared, ValueError, code="DC102"):
     """A ``docket_*`` setting is unknown, or its value cannot be used."""
 
-    code = "DC102"
-
-    def __init__(self, key: str, problem: str) -> None:
-        super().__init__(key, problem)
-        self.key, self.problem = key, problem
-
-    def describe(self) -> str:
-        return f"setting {self.key}: {self.problem}"
+    template = "setting {key}: {problem}"
+    key: str
+    problem: str
 
 
-class InvalidDeclaration(DocketError, TypeError):
+class InvalidDeclaration(_Declared, TypeError, code="DC103"):
     """A GraphTask is declared in a way that cannot work."""
 
-    code = "DC103"
-
-    def __init__(self, task: str, problem: str) -> None:
-        super().__init__(task, problem)
-        self.task, self.problem = task, problem
-
-    def describe(self) -> str:
-        return f"task {self.task}: {self.problem}"
+    template = "task {task}: {problem}"
+    task: str
+    problem: str
 
 
-class AbortError(DocketError):
+class AbortError(DocketError, code="DC200"):
     """Raised by a step to stop the whole graph at once; nobody retries it.
 
     Args:
         message: Why going on would be wrong.
         cause: What led to it; kept as ``__cause__`` here, as text after transport.
     """
-
-    code = "DC200"
 
     def __init__(self, message: str, cause: BaseException | str | None = None) -> None:
         text = f"{type(cause).__name__}: {safe_text(cause)}" if isinstance(cause, BaseException) else cause
@@ -156,7 +180,7 @@ class AbortError(DocketError):
         return self.message if self.cause is None else f"{self.message} ({self.cause})"
 
 
-class StepFailed(DocketError):
+class StepFailed(_Declared, code="DC201"):
     """A step failed for good; the run failed with it.
 
     Attributes:
@@ -169,21 +193,14 @@ class StepFailed(DocketError):
         item: Path of the item it worked on, in a batch or fan-out; else ''.
     """
 
-    code = "DC201"
-
-    def __init__(
-        self,
-        step: str,
-        attempts: int,
-        retriable: bool,
-        cause_types: Sequence[str],
-        cause_text: str,
-        others: Sequence[str] = (),
-        item: str = "",
-    ) -> None:
-        super().__init__(step, attempts, retriable, list(cause_types), cause_text, list(others), item)
-        self.step, self.attempts, self.retriable, self.item = step, attempts, retriable, item
-        self.cause_types, self.cause_text, self.others = tuple(cause_types), cause_text, tuple(others)
+    template = "{where} failed after {tries} ({why}): {cause}: {cause_text}"
+    step: str
+    attempts: int
+    retriable: bool
+    cause_types: Sequence[str]
+    cause_text: str
+    others: Sequence[str] = ()
+    item: str = ""
 
     @classmethod
     def from_cause(cls, step: str, attempts: int, retriable: bool, cause: BaseException) -> StepFailed:
@@ -200,14 +217,14 @@ class StepFailed(DocketError):
     def add_others(self, failures: Sequence[StepFailed]) -> None:
         """Mention the other steps that failed in the same run.
 
-        Their texts are part of the transported fields; the tracebacks of some of their causes are notes, so that
-        they stand in logs and in Celery's ``result.traceback`` below the first one's.
+        Their texts are part of the transported fields. The tracebacks of some of their causes are notes, so that
+        logs and Celery's ``result.traceback`` show them below the first one's.
         """
         self.others = (*self.others, *map(str, failures))
         self.args = (*self.args[:-2], list(self.others), self.item)
         for failure in failures[:MAX_OTHER_TRACES]:
             if failure.__cause__ is not None:
-                self.add_note(f"step {failure.step!r} failed too:\n{show(failure.__cause__)}")
+                self.add_note(f"step {failure.step!r} failed too:\n{_show_traceback(failure.__cause__)}")
 
     def place(self, item: str) -> None:
         """Say on which item the step worked; part of the transported fields."""
@@ -215,24 +232,22 @@ class StepFailed(DocketError):
         self.args = (*self.args[:-1], item)
 
     def describe(self) -> str:
-        cause = self.cause_types[0].rpartition(".")[2] if self.cause_types else "error"
-        tries = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts"
-        why = "attempts used up" if self.retriable else "not retriable"
-        return self._with_others(f"{self._shown()} failed after {tries} ({why}): {cause}: {self.cause_text}")
-
-    def _shown(self) -> str:
-        return f"step {self.step!r} of item {self.item}" if self.item else f"step {self.step!r}"
-
-    def _with_others(self, text: str) -> str:
-        return (
-            text if not self.others else "\n".join([text, "also failed:", *(f"  - {o}" for o in self.others)])
+        text = self._fill(
+            where=f"step {self.step!r} of item {self.item}" if self.item else f"step {self.step!r}",
+            tries="1 attempt" if self.attempts == 1 else f"{self.attempts} attempts",
+            why="attempts used up" if self.retriable else "not retriable",
+            cause=self.cause_types[0].rpartition(".")[2] if self.cause_types else "error",
         )
+        return _with_lines(f"{text}\nalso failed:", self.others) if self.others else text
 
 
-class StepTimedOut(StepFailed):
+class StepTimedOut(StepFailed, code="DC202"):
     """A step's last attempt passed its ``timeout``; its late result, if any, is discarded."""
 
-    code = "DC202"
+    template = (
+        "{where} passed timeout={timeout_s:g} s (attempt {attempts}); raise the timeout, split the step, or watch "
+        "ctx.cancelled in it"
+    )
 
     def __init__(
         self,
@@ -244,20 +259,14 @@ class StepTimedOut(StepFailed):
         item: str = "",
     ) -> None:
         super().__init__(step, attempts, retriable, [type_path(StepTimedOut)], "", others, item)
-        self.args = (step, attempts, timeout_s, retriable, list(others), item)
         self.timeout_s = timeout_s
-
-    def describe(self) -> str:
-        return self._with_others(
-            f"{self._shown()} passed timeout={self.timeout_s:g} s (attempt {self.attempts}); raise the timeout, "
-            "split the step, or watch ctx.cancelled in it"
-        )
+        self.args = (step, attempts, timeout_s, retriable, list(others), item)
 
 
-class WrongResult(StepFailed):
+class WrongResult(StepFailed, code="DC203"):
     """A step returned None or another type than it declares. Never retried."""
 
-    code = "DC203"
+    template = "{where} returned {actual}, but declares {expected}; return a {expected}"
 
     def __init__(
         self,
@@ -269,35 +278,27 @@ class WrongResult(StepFailed):
         item: str = "",
     ) -> None:
         super().__init__(step, attempts, False, [type_path(WrongResult)], "", others, item)
-        self.args = (step, attempts, expected, actual, list(others), item)
         self.expected, self.actual = expected, actual
-
-    def describe(self) -> str:
-        return self._with_others(
-            f"{self._shown()} returned {self.actual}, but declares {self.expected}; return a {self.expected}"
-        )
+        self.args = (step, attempts, expected, actual, list(others), item)
 
 
-class InputMutated(StepFailed):
+class InputMutated(StepFailed, code="DC204"):
     """A step changed messages that it was given and that other steps share (``docket_check_mutation``)."""
 
-    code = "DC204"
+    template = (
+        "{where} changed its input {inputs}, which other steps share; copy it first: mine = type(message)(); "
+        "mine.CopyFrom(message)"
+    )
 
     def __init__(
         self, step: str, attempts: int, inputs: Sequence[str], others: Sequence[str] = (), item: str = ""
     ) -> None:
         super().__init__(step, attempts, False, [type_path(InputMutated)], "", others, item)
-        self.args = (step, attempts, list(inputs), list(others), item)
         self.inputs = tuple(inputs)
-
-    def describe(self) -> str:
-        return self._with_others(
-            f"{self._shown()} changed its input {', '.join(self.inputs)}, which other steps share; copy it first: "
-            "mine = type(message)(); mine.CopyFrom(message)"
-        )
+        self.args = (step, attempts, list(inputs), list(others), item)
 
 
-class BatchFailed(DocketError):
+class BatchFailed(_Declared, code="DC205"):
     """More items of a batch failed than ``max_failed`` allows.
 
     Attributes:
@@ -307,313 +308,259 @@ class BatchFailed(DocketError):
         lines: What the first of them failed with.
     """
 
-    code = "DC205"
-
-    def __init__(self, failed: int, total: int, allowed: int, lines: Sequence[str] = ()) -> None:
-        super().__init__(failed, total, allowed, list(lines))
-        self.failed, self.total, self.allowed, self.lines = failed, total, allowed, tuple(lines)
+    template = (
+        "{failed} of {total} items failed, max_failed allows {allowed}; mend the cause and submit the batch again "
+        "under its execution id: only what is missing runs"
+    )
+    failed: int
+    total: int
+    allowed: int
+    lines: Sequence[str] = ()
 
     def describe(self) -> str:
-        text = (
-            f"{self.failed} of {self.total} items failed, max_failed allows {self.allowed}; mend the cause and "
-            f"submit the batch again under its execution id: only what is missing runs"
-        )
-        return "\n".join([text, *(f"  - {line}" for line in self.lines)])
+        return _with_lines(self._fill(), self.lines)
 
 
-class RunCancelled(DocketError):
+class RunCancelled(_Declared, code="DC300"):
     """Someone outside stopped the run."""
 
-    code = "DC300"
-
-    def __init__(self, execution_id: str, reason: str) -> None:
-        super().__init__(execution_id, reason)
-        self.execution_id, self.reason = execution_id, reason
-
-    def describe(self) -> str:
-        return f"run {self.execution_id!r} was cancelled: {self.reason}"
+    template = "run {execution_id!r} was cancelled: {reason}"
+    execution_id: str
+    reason: str
 
 
-class RunTimedOut(DocketError):
+class RunTimedOut(_Declared, code="DC301"):
     """The run's own deadline passed before its target was there."""
 
-    code = "DC301"
-
-    def __init__(self, execution_id: str, timeout_s: float) -> None:
-        super().__init__(execution_id, timeout_s)
-        self.execution_id, self.timeout_s = execution_id, timeout_s
-
-    def describe(self) -> str:
-        kept = "finished steps that persist are kept"
-        return f"run {self.execution_id!r} passed its timeout of {self.timeout_s:g} s; {kept}"
+    template = (
+        "run {execution_id!r} passed its timeout of {timeout_s:g} s; finished steps that persist are kept"
+    )
+    execution_id: str
+    timeout_s: float
 
 
-class RunConflict(DocketError):
+class RunConflict(_OfRun, code="DC302"):
     """The execution id names a run of another job or target (*what*), or one whose submission is `UNDER_WAY`."""
 
-    code = "DC302"
+    template = "run {execution_id!r} of graph {graph!r} {found}"
+    what: str
     UNDER_WAY = "submission under way"
-
-    def __init__(self, graph: str, execution_id: str, what: str) -> None:
-        super().__init__(graph, execution_id, what)
-        self.graph, self.execution_id, self.what = graph, execution_id, what
 
     def describe(self) -> str:
         found = f"exists with another {self.what}; use another execution_id, or submit the same job again"
         if self.what == self.UNDER_WAY:
             found = "has a submission under way; wait for it, or for docket_lease_seconds if it broke off"
-        return f"run {self.execution_id!r} of graph {self.graph!r} {found}"
+        return self._fill(found=found)
 
 
-class RunNotFound(DocketError):
+class RunNotFound(_OfRun, code="DC303"):
     """No run has that name."""
 
-    code = "DC303"
-
-    def __init__(self, graph: str, execution_id: str) -> None:
-        super().__init__(graph, execution_id)
-        self.graph, self.execution_id = graph, execution_id
-
-    def describe(self) -> str:
-        return f"graph {self.graph!r} has no run {self.execution_id!r}: no worker has begun it yet, or it is purged"
+    template = "graph {graph!r} has no run {execution_id!r}: no worker has begun it yet, or it is purged"
 
 
-class RunQuarantined(DocketError):
+class RunQuarantined(_OfRun, code="DC304"):
     """The run lost its worker too often; its code is not started again until an operator says so."""
 
-    code = "DC304"
-
-    def __init__(self, graph: str, execution_id: str, lost: int) -> None:
-        super().__init__(graph, execution_id, lost)
-        self.graph, self.execution_id, self.lost = graph, execution_id, lost
-
-    def describe(self) -> str:
-        return (
-            f"run {self.execution_id!r} of graph {self.graph!r} is quarantined: "
-            f"its worker was lost {self.lost} times; find what kills it (memory, a crash in C code) first"
-        )
+    template = (
+        "run {execution_id!r} of graph {graph!r} is quarantined: its worker was lost {lost} times; find what kills "
+        "it (memory, a crash in C code) first"
+    )
+    lost: int
 
 
-class GraphChanged(DocketError):
+class GraphChanged(_OfRun, code="DC305"):
     """A resumed run holds checkpoints of steps that are gone or have changed (in parentheses: how). Nothing ran."""
 
-    code = "DC305"
-
-    def __init__(self, graph: str, execution_id: str, steps: Sequence[str]) -> None:
-        super().__init__(graph, execution_id, list(steps))
-        self.graph, self.execution_id, self.steps = graph, execution_id, tuple(steps)
+    template = (
+        "run {execution_id!r} of graph {graph!r} holds checkpoints of {what}, or use a new execution_id"
+    )
+    steps: Sequence[str]
 
     def describe(self) -> str:
         what = f"{', '.join(self.steps)}; make the step what it was"
         if gone := ", ".join(repr(step) for step in self.steps if "(" not in step):
             what = f"{gone}, which the graph no longer has; put the step back, name the old one in renamed_from=(...)"
-        run = f"run {self.execution_id!r} of graph {self.graph!r}"
-        return f"{run} holds checkpoints of {what}, or use a new execution_id"
+        return self._fill(what=what)
 
 
-class LeaseLost(DocketError):
+class LeaseLost(_OfRun, code="DC306"):
     """Another worker took the run over, so this one may not save anything more."""
 
-    code = "DC306"
-
-    def __init__(self, graph: str, execution_id: str, epoch: int) -> None:
-        super().__init__(graph, execution_id, epoch)
-        self.graph, self.execution_id, self.epoch = graph, execution_id, epoch
-
-    def describe(self) -> str:
-        return (
-            f"run {self.execution_id!r} of graph {self.graph!r}: the lease of epoch {self.epoch} is gone; "
-            "another worker goes on with the run"
-        )
+    template = (
+        "run {execution_id!r} of graph {graph!r}: the lease of epoch {epoch} is gone; another worker continues the "
+        "run"
+    )
+    epoch: int
 
 
-class InputsChanged(DocketError):
+class InputsChanged(_Declared, code="DC307"):
     """A step's checkpoint was made from other inputs than it would get now (``on_input_change="error"``)."""
 
-    code = "DC307"
-
-    def __init__(self, execution_id: str, step: str) -> None:
-        super().__init__(execution_id, step)
-        self.execution_id, self.step = execution_id, step
-
-    def describe(self) -> str:
-        return (
-            f"run {self.execution_id!r}: the checkpoint of step {self.step!r} was made from other inputs; "
-            'persist the step above it, use on_input_change="reuse", or submit under a new execution_id'
-        )
+    template = (
+        "run {execution_id!r}: the checkpoint of step {step!r} was made from other inputs; persist the step above "
+        'it, use on_input_change="reuse", or submit under a new execution_id'
+    )
+    execution_id: str
+    step: str
 
 
-class TooManyAbandoned(DocketError):
+class TooManyAbandoned(_Declared, code="DC308"):
     """Steps that ignored their timeout hold so many threads that no run and no step with a timeout may start here."""
 
-    code = "DC308"
-
-    def __init__(self, abandoned: int, limit: int, steps: Sequence[str]) -> None:
-        super().__init__(abandoned, limit, list(steps))
-        self.abandoned, self.limit, self.steps = abandoned, limit, tuple(steps)
-
-    def describe(self) -> str:
-        return (
-            f"{self.abandoned} threads are held by steps past their timeout (limit {self.limit}): "
-            f"{', '.join(self.steps)}; let those steps watch ctx.cancelled, then restart the worker"
-        )
+    template = (
+        "{abandoned} threads are held by steps past their timeout (limit {limit}): {steps}; let those steps watch "
+        "ctx.cancelled, then restart the worker"
+    )
+    abandoned: int
+    limit: int
+    steps: Sequence[str]
 
 
-class StoreMissing(DocketError):
+class StoreMissing(_Declared, code="DC400"):
     """A step persists its output, but there is no store to keep it in."""
 
-    code = "DC400"
-
-    def __init__(self, graph: str, step: str) -> None:
-        super().__init__(graph, step)
-        self.graph, self.step = graph, step
-
-    def describe(self) -> str:
-        return (
-            f"step {self.step!r} of graph {self.graph!r} persists its output, but no store is configured; set "
-            "docket_database_url (or DOCKET_CELERY_DATABASE_URL), or pass store= to the graph or the call"
-        )
+    template = (
+        "step {step!r} of graph {graph!r} persists its output, but no store is configured; set docket_database_url "
+        "(or DOCKET_CELERY_DATABASE_URL), or pass store= to the graph or the call"
+    )
+    graph: str
+    step: str
 
 
-class StoreUnavailable(DocketError):
+class StoreUnavailable(_Declared, code="DC401"):
     """The database did not answer or refused for a passing reason; trying again is safe."""
 
-    code = "DC401"
-
-    def __init__(self, action: str, problem: str) -> None:
-        super().__init__(action, problem)
-        self.action, self.problem = action, problem
-
-    def describe(self) -> str:
-        return f"the database did not {self.action}: {self.problem}"
+    template = "the database did not {action}: {problem}"
+    action: str
+    problem: str
 
 
-class SchemaMismatch(DocketError):
+class SchemaMismatch(_Declared, code="DC402"):
     """The database's tables are missing or of a version that this release does not know."""
 
-    code = "DC402"
-
-    def __init__(self, found: int | None, expected: int) -> None:
-        super().__init__(found, expected)
-        self.found, self.expected = found, expected
+    template = "the database {state}, this release needs version {expected}; {fix}"
+    found: int | None
+    expected: int
 
     def describe(self) -> str:
         state = "has no docket tables" if self.found is None else f"has docket tables of version {self.found}"
         newer = (self.found or 0) > self.expected
         fix = "upgrade docket-celery" if newer else "run 'celery -A APP docket migrate', or store.migrate()"
-        return f"the database {state}, this release needs version {self.expected}; {fix}"
+        return self._fill(state=state, fix=fix)
 
 
-class CorruptCheckpoint(DocketError):
+class CorruptCheckpoint(_Declared, code="DC403"):
     """A stored row does not match its checksum, its type or its key. It is never used and never overwritten."""
 
-    code = "DC403"
-
-    def __init__(self, table: str, row: str, problem: str) -> None:
-        super().__init__(table, row, problem)
-        self.table, self.row, self.problem = table, row, problem
-
-    def describe(self) -> str:
-        return f"row {self.row} of {self.table} is damaged ({self.problem}); restore it from a backup or delete it"
+    template = "row {row} of {table} is damaged ({problem}); restore it from a backup or delete it"
+    table: str
+    row: str
+    problem: str
 
 
-class CodecFailed(_About, DocketError):
+class CodecFailed(_About, code="DC404"):
     """A value cannot be encoded, or a stored one not decoded; such a row is never used and never overwritten."""
 
-    code = "DC404"
 
-
-class CacheMismatch(DocketError):
+class CacheMismatch(_Declared, code="DC405"):
     """A GLOBAL entry is of another type than the step returns: another step's, or of an earlier release."""
 
-    code = "DC405"
-
-    def __init__(self, graph: str, step: str, cache: str | None, found: str, expected: str) -> None:
-        super().__init__(graph, step, cache, found, expected)
-        self.graph, self.step, self.cache = graph, step, cache
-        self.found, self.expected = found, expected
+    template = (
+        "step {step!r} of graph {graph!r} returns {expected}, but {whose} for these inputs is a {found}; give the "
+        "step another {fix}, or drop the entry with graph.forget({step!r}, ...)"
+    )
+    graph: str
+    step: str
+    cache: str | None
+    found: str
+    expected: str
 
     def describe(self) -> str:
-        whose = "its entry" if self.cache is None else f"the entry of cache {self.cache!r}"
-        fix = "version=" if self.cache is None else "cache= or version="
-        return (
-            f"step {self.step!r} of graph {self.graph!r} returns {self.expected}, but {whose} for these inputs is a "
-            f"{self.found}; give the step another {fix}, or drop the entry with graph.forget({self.step!r}, ...)"
-        )
+        if self.cache is None:
+            return self._fill(whose="its entry", fix="version=")
+        return self._fill(whose=f"the entry of cache {self.cache!r}", fix="cache= or version=")
 
 
-class StoreRefused(_About, DocketError):
+class StoreRefused(_About, code="DC406"):
     """The database refused for a reason that trying again does not cure: a missing right, its encoding, a table."""
 
-    code = "DC406"
 
-
-class PayloadTooLarge(DocketError):
+class PayloadTooLarge(_Declared, code="DC500"):
     """A message is larger than ``docket_max_message_bytes``, or a job or result than ``docket_max_stored_bytes``.
 
     Attributes:
         setting: The limit's name.
     """
 
-    code = "DC500"
-
-    def __init__(
-        self, what: str, size_bytes: int, limit_bytes: int, setting: str = "docket_max_message_bytes"
-    ) -> None:
-        super().__init__(what, size_bytes, limit_bytes, setting)
-        self.what, self.size_bytes, self.limit_bytes, self.setting = what, size_bytes, limit_bytes, setting
+    template = (
+        "{what} has {size_bytes} bytes, over the limit of {limit_bytes}; raise {setting}, or store the data "
+        "elsewhere and send its key{advice}"
+    )
+    what: str
+    size_bytes: int
+    limit_bytes: int
+    setting: str = "docket_max_message_bytes"
 
     def describe(self) -> str:
-        advice = f"raise {self.setting}, or store the data elsewhere and send its key"
-        if self.setting == "docket_max_message_bytes":
-            advice += (
-                "; or let the store take it: a step that persists, and docket_database_url where it is sent"
-            )
-        return f"{self.what} has {self.size_bytes} bytes, over the limit of {self.limit_bytes}; {advice}"
+        advice = "; or let the store take it: a step that persists, and docket_database_url where it is sent"
+        return self._fill(advice=advice if self.setting == "docket_max_message_bytes" else "")
 
 
-class UnknownMessageType(DocketError):
+class UnknownMessageType(_Declared, code="DC501"):
     """A message names a type that no declared task uses in this process."""
 
-    code = "DC501"
-
-    def __init__(self, type_name: str) -> None:
-        super().__init__(type_name)
-        self.type_name = type_name
-
-    def describe(self) -> str:
-        return (
-            f"message type {self.type_name!r} belongs to no declared GraphTask of this process; import the module "
-            "that declares the task, on the worker and where you call .get()"
-        )
+    template = (
+        "message type {type_name!r} belongs to no declared GraphTask of this process; import the module that "
+        "declares the task, on the worker and where you call .get()"
+    )
+    type_name: str
 
 
-class DecodeFailed(DocketError):
+class DecodeFailed(_Declared, code="DC502"):
     """The bytes of a message cannot be read as its type."""
 
-    code = "DC502"
-
-    def __init__(self, type_name: str, problem: str) -> None:
-        super().__init__(type_name, problem)
-        self.type_name, self.problem = type_name, problem
-
-    def describe(self) -> str:
-        return f"a message of type {self.type_name!r} cannot be read: {self.problem}"
+    template = "a message of type {type_name!r} cannot be read: {problem}"
+    type_name: str
+    problem: str
 
 
-class PayloadUnavailable(_About, DocketError):
-    """A job or result that was too large for a message lies in the store, and cannot be had from there here."""
+class PayloadUnavailable(_About, code="DC503"):
+    """A job or result that was too large for a message is in the store, and cannot be read from there here."""
 
-    code = "DC503"
-
-    def describe(self) -> str:
-        return f"{self.what} lies in the store: {self.problem}"
+    template = "{what} is in the store: {problem}"
 
 
-class ServersUnavailable(_About, DocketError):
+class ServersUnavailable(_About, code="DC600"):
     """The development servers cannot be found or started."""
 
-    code = "DC600"
+
+def to_record(error: DocketError) -> dict[str, Any]:
+    """Return *error* as a JSON object, for the run's row; `from_record` builds the error from it."""
+    return {"code": error.code, "args": list(error.args)}
+
+
+def from_record(record: dict[str, Any]) -> DocketError:
+    """Build the error that `to_record` described; an unknown code gives a plain `DocketError`."""
+    code, args = record.get("code"), record.get("args", [])
+    for kind in _family(DocketError):
+        if kind.code == code and kind.__module__ == __name__:
+            # A user's subclass may have fields of its own, and so may another release.
+            with contextlib.suppress(TypeError):
+                return kind(*args)
+            break
+    return DocketError(str(code), *args)
+
+
+def _family(kind: type[DocketError]) -> Iterator[type[DocketError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _family(child)
+
+
+def type_path(kind: type) -> str:
+    """Return the importable name of *kind*, as ``module.QualName``."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def safe_text(error: BaseException, *, notes: bool = False) -> str:
@@ -628,3 +575,28 @@ def safe_text(error: BaseException, *, notes: bool = False) -> str:
     except Exception as broken:  # noqa: BLE001 -- user code; its failure must not hide the first one
         return f"<{type(error).__name__} whose text raised {type(broken).__name__}>"
     return text if len(text) <= MAX_CAUSE_CHARS else text[: MAX_CAUSE_CHARS - 1] + "…"
+
+
+def trim_traceback(error: E) -> E:
+    """Make the traceback of *error* begin in the users' code: the engine's frames before it are always the same.
+
+    A traceback of the engine's frames alone is left as it is.
+    """
+    trace = error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        # Hooks that are generators are entered through contextlib.
+        if not file.startswith(_PACKAGE) and file != contextlib.__file__:
+            error.__traceback__ = trace
+            break
+        trace = trace.tb_next
+    return error
+
+
+def _show_traceback(error: BaseException) -> str:
+    text = "".join(traceback.format_exception(error)).rstrip()
+    return text if len(text) <= MAX_CAUSE_CHARS else "…" + text[-MAX_CAUSE_CHARS:]
+
+
+def _with_lines(text: str, lines: Sequence[str]) -> str:
+    return "\n".join([text, *(f"  - {line}" for line in lines)])

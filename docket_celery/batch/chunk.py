@@ -17,7 +17,6 @@ from docket_celery.engine.process.heartbeat import HeldLease
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.run import Run
 from docket_celery.engine.stored_items import ItemPlace, check_complete, read_item
-from docket_celery.error_records import to_record
 from docket_celery.errors import (
     CodecFailed,
     DocketError,
@@ -26,6 +25,7 @@ from docket_celery.errors import (
     RunCancelled,
     StepFailed,
     StoreUnavailable,
+    to_record,
 )
 from docket_celery.observe.events import EventKind
 from docket_celery.plan.annotation import ValueKey

@@ -7,8 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from docket_celery.error_records import from_record
-from docket_celery.errors import DocketError, StepFailed
+from docket_celery.errors import DocketError, StepFailed, from_record
 from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.messages import Value, type_name, value_bytes
 from docket_celery.plan.plan import Plan, Stage

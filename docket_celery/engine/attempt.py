@@ -18,8 +18,7 @@ from docket_celery.engine.process.limits import Slot
 from docket_celery.engine.process.pool import Worker
 from docket_celery.engine.process.timer import Alarm
 from docket_celery.engine.step_scope import await_within, call_within
-from docket_celery.errors import StepTimedOut
-from docket_celery.frames import trim_traceback
+from docket_celery.errors import StepTimedOut, trim_traceback
 from docket_celery.observe.events import EventKind
 from docket_celery.plan.context import StepContext, bind_context
 from docket_celery.plan.messages import Value

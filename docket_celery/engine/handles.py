@@ -14,8 +14,7 @@ from docket_celery.engine.outcome import RunOutcome
 from docket_celery.engine.process.pool import Worker
 from docket_celery.engine.run import Run
 from docket_celery.engine.waiting import LOOK_S, read_value, refuse_on_loop, require_threads, run_on_pool
-from docket_celery.error_records import to_record
-from docket_celery.errors import RunCancelled, RunNotFound
+from docket_celery.errors import RunCancelled, RunNotFound, to_record
 from docket_celery.store.contract import Store
 from docket_celery.store.records import RunRow, RunState
 

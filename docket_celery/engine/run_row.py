@@ -13,7 +13,6 @@ from docket_celery.engine.job import digest_job, job_parts, target_name
 from docket_celery.engine.outcome import RunOutcome, Submission
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.stored_items import ItemPlace, StoredBatch, StoredItems
-from docket_celery.error_records import from_record, to_record
 from docket_celery.errors import (
     DocketError,
     RunCancelled,
@@ -21,6 +20,8 @@ from docket_celery.errors import (
     RunQuarantined,
     StepFailed,
     StoreUnavailable,
+    from_record,
+    to_record,
 )
 from docket_celery.plan.batch import BatchResult
 from docket_celery.plan.messages import (

@@ -186,7 +186,7 @@ class Store(Protocol):
         Args:
             graph: With *execution_id* the name of the run.
             execution_id: See *graph*.
-            error: `error_records.to_record` of what others are told.
+            error: `errors.to_record` of what others are told.
             retention_s: Seconds until purging may delete the run.
 
         Returns:

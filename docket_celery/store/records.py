@@ -206,7 +206,7 @@ class RunRow:
 
     Attributes:
         result: Deterministic bytes of the target message, once SUCCEEDED.
-        error: `error_records.to_record` of what ended it.
+        error: `errors.to_record` of what ended it.
         lease_left_s: Seconds until the lease expires, by the database's clock; not positive: expired.
     """
 
@@ -233,7 +233,7 @@ class RunEnd:
     Attributes:
         state: An ended state, or WAITING: parked for another delivery.
         result: The target's bytes when SUCCEEDED.
-        error: `error_records.to_record` of what ended or parked it.
+        error: `errors.to_record` of what ended or parked it.
         failed_once: Count an ordinary retry (``failures + 1``).
         wake_in_s: WAITING only: when the next delivery is due, in seconds from now.
         executions: Rows not yet written with a save.
@@ -351,7 +351,7 @@ class ChunkRow:
         state: QUEUED, RUNNING, SUCCEEDED (each item was worked on), FAILED (stopped before), CANCELLED,
             QUARANTINED.
         failed: How many of its items failed.
-        errors: `error_records.to_record` of failed items by index, and under 'fatal' of what stopped the chunk.
+        errors: `errors.to_record` of failed items by index, and under 'fatal' of what stopped the chunk.
     """
 
     chunk: Chunk

@@ -16,8 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final, Literal
 
-from docket_celery.error_records import to_record
-from docket_celery.errors import CodecFailed, InvalidArguments, StoreUnavailable
+from docket_celery.errors import CodecFailed, InvalidArguments, StoreUnavailable, to_record
 from docket_celery.store.codec import Codec, find_fault, hash_key_of
 from docket_celery.store.identity import digest
 from docket_celery.store.records import (

@@ -20,13 +20,14 @@ from google.protobuf.message import Message
 from kombu.utils.json import register_type
 
 from docket_celery.engine.stored_items import StoredBatch
-from docket_celery.error_records import from_record, to_record
 from docket_celery.errors import (
     DecodeFailed,
     DocketError,
     PayloadTooLarge,
     StepFailed,
     UnknownMessageType,
+    from_record,
+    to_record,
 )
 from docket_celery.plan.batch import BatchResult
 from docket_celery.plan.messages import brief, from_bytes, to_bytes, type_name

@@ -17,13 +17,13 @@ from kombu.utils.json import register_type
 from docket_celery.engine.job import job_parts, target_name
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.waiting import run_on_pool
-from docket_celery.error_records import to_record
 from docket_celery.errors import (
     DecodeFailed,
     DocketError,
     InvalidArguments,
     PayloadUnavailable,
     RunConflict,
+    to_record,
 )
 from docket_celery.graph import Graph
 from docket_celery.plan.messages import Value, brief, check_size, frame, from_bytes, type_name, unframe

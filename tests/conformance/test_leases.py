@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from docket_celery.error_records import from_record, to_record
-from docket_celery.errors import AbortError, LeaseLost
+from docket_celery.errors import AbortError, LeaseLost, from_record, to_record
 from docket_celery.store.records import Lease, RunState
 from tests.conformance.samples import GRAPH, RUN, Bench, ending, execution, output, request
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from docket_celery.error_records import to_record
-from docket_celery.errors import LeaseLost, RunCancelled
+from docket_celery.errors import LeaseLost, RunCancelled, to_record
 from docket_celery.store.contract import BatchStore
 from docket_celery.store.identity import item_key
 from docket_celery.store.records import (

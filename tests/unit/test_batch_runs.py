@@ -29,7 +29,6 @@ from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.run_row import find_busy_s
 from docket_celery.engine.stored_items import ItemPlace, StoredBatch, StoredItems
 from docket_celery.engine.waiting import run_here
-from docket_celery.error_records import to_record
 from docket_celery.errors import (
     CodecFailed,
     GraphChanged,
@@ -37,6 +36,7 @@ from docket_celery.errors import (
     PayloadUnavailable,
     RunNotFound,
     StepFailed,
+    to_record,
 )
 from docket_celery.observe.events import Event, EventKind
 from docket_celery.plan.annotation import ValueKey

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 import docket_celery
-from docket_celery import errors
 from docket_celery.engine.process.settings import ENV_PREFIX, PREFIX, Settings
-from docket_celery.errors import DocketError
+from docket_celery.errors import DocketError, InvalidSettings
 from docket_celery.store.records import RunState
 from docket_celery.task import app_defaults
 from tests import error_page
+from tests.unit.test_errors import family
 from tools import draw_map
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,14 +25,6 @@ def rows(page: str) -> list[list[str]]:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     rules = {n for n, row in enumerate(cells) if set("".join(row)) <= {"-"}}
     return [row for n, row in enumerate(cells) if n not in rules and n + 1 not in rules]
-
-
-def family(kind: type[DocketError]) -> Iterator[type[DocketError]]:
-    """Yield a class of errors and all below it that this library defines."""
-    if kind.__module__ == errors.__name__:
-        yield kind
-    for child in kind.__subclasses__():
-        yield from family(child)
 
 
 def sources() -> str:
@@ -94,7 +85,7 @@ def test_settings_page_has_the_least_values() -> None:
             assert getattr(Settings.read({key: least}, {}), key.removeprefix(PREFIX)) == least
             try:
                 Settings.read({key: least - 1}, {})
-            except errors.InvalidSettings:
+            except InvalidSettings:
                 continue
             raise AssertionError(f"{key} = {least - 1} was accepted")
 

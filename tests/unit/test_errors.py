@@ -9,8 +9,7 @@ import pytest
 from celery import Celery
 
 from docket_celery import errors
-from docket_celery.error_records import from_record, to_record
-from docket_celery.errors import AbortError, DocketError, StepFailed, StepTimedOut
+from docket_celery.errors import AbortError, DocketError, StepFailed, StepTimedOut, from_record, to_record
 
 WITH_FIELDS: list[DocketError] = [
     errors.DocketError("something", 7),
@@ -56,7 +55,8 @@ IDS = [f"{type(error).__name__} {index}" for index, error in enumerate(WITH_FIEL
 
 def family(kind: type[DocketError]) -> Iterator[type[DocketError]]:
     """Yield *kind* and its descendants of the errors module, as the tree's docstring draws them."""
-    yield kind
+    if not kind.__name__.startswith("_"):
+        yield kind
     for child in kind.__subclasses__():
         if child.__module__ == errors.__name__:
             yield from family(child)
@@ -115,6 +115,33 @@ def test_messages_begin_with_their_code(error: DocketError) -> None:
     """The code leads to the explanation; a text follows it."""
     assert str(error).startswith(f"[{error.code}] ")
     assert len(error.describe()) > 3
+
+
+def test_fields_may_be_given_by_keyword_and_several_texts_as_any_sequence() -> None:
+    """The constructor is the one of a dataclass; ``args`` are JSON values all the same."""
+    error = errors.GraphChanged(execution_id="o-1", graph="shop", steps=("charge", "ship"))
+    assert error.args == ("shop", "o-1", ["charge", "ship"])
+    assert error.steps == ("charge", "ship")
+    assert errors.PayloadTooLarge("a job", 2, 1).args == ("a job", 2, 1, "docket_max_message_bytes")
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'execution_id'"):
+        errors.RunNotFound("shop")  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+
+
+class OverBudget(errors.RunCancelled, code="SHOP1"):
+    """A user's own subclass, with a code, and a constructor that fills in fields of its base."""
+
+    spent_cents: int
+
+    def __init__(self, execution_id: str, spent_cents: int) -> None:
+        super().__init__(execution_id, f"{spent_cents} cents are spent")
+        self.spent_cents = spent_cents
+
+
+def test_users_may_derive_from_declared_errors() -> None:
+    """Their annotations are no fields, and their constructor is their own."""
+    error = OverBudget("o-1", 7)
+    assert str(error) == "[SHOP1] run 'o-1' was cancelled: 7 cents are spent"
+    assert (error.spent_cents, error.args) == (7, ("o-1", "7 cents are spent"))
 
 
 def test_a_failure_knows_its_cause_before_and_after_transport() -> None:

@@ -12,7 +12,7 @@ from celery import Celery
 
 import docket_celery
 from docket_celery import DocketError, StepFailed, StepTimedOut, WrongResult
-from docket_celery.error_records import from_record, to_record
+from docket_celery.errors import from_record, to_record
 
 SURFACE = """
 AbortError BatchFailed BatchResult

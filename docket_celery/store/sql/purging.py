@@ -17,8 +17,7 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from docket_celery.error_records import to_record
-from docket_celery.errors import RunCancelled
+from docket_celery.errors import RunCancelled, to_record
 from docket_celery.store.records import Purged, RunState
 from docket_celery.store.rows import dump_json
 

@@ -10,8 +10,11 @@ from docket_celery import (
     Graph,
     GraphTask,
     RetryPolicy,
+    RunTimedOut,
     Scope,
     StepOptions,
+    StoreMissing,
+    WrongResult,
     graph_task,
     shared_graph_task,
 )
@@ -126,3 +129,8 @@ o1 = Scope.TASK  # expect-error
 graph_task(checkout, app)  # expect-error
 Graph()  # expect-error
 Graph("checkout", store="postgresql://")  # expect-error
+
+# --- errors
+RunTimedOut("order-1", "2.5")  # expect-error
+StoreMissing("shop")  # expect-error
+WrongResult("ship", 1, expected="shop.Shipment", given="None")  # expect-error
