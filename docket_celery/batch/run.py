@@ -309,7 +309,7 @@ class BatchRun(Run):
         if not self._plan.collects:
             return self._values[target]
         digest = self.submission.job_digest
-        items = self._items(target, None if digest is None else self._batches.keyed(digest))
+        items = self._items(target, None if digest is None else self._batches.hmac_digest(digest))
         collects = self._options.policy.on_error == "collect"
         errors = self._failures.get(self._layout.fan_outs[target], {})
         batch = StoredBatch(items=items, collects=collects, errors=errors)

@@ -156,7 +156,7 @@ class StepRecord:
         self._release_claim()
         if key is not None and store is not None:
             try:
-                store.disclaim(key, self._claimant)
+                store.release_claim(key, self._claimant)
             except DocketError as error:
                 _logger.warning("a claim stays until it expires: %s", error)
 
@@ -219,8 +219,8 @@ def shared_key(graph: str, step: Step, values: Sequence[Value], store: Store) ->
         named: object = step.options.key(*values)
         inputs = [_named_key(step, named)]
     if step.options.cache is not None:
-        return store.keyed(cache_key(step.options.cache, step.options.version, inputs))
-    return store.keyed(global_key(graph, step.name, step.options.version, inputs))
+        return store.hmac_digest(cache_key(step.options.cache, step.options.version, inputs))
+    return store.hmac_digest(global_key(graph, step.name, step.options.version, inputs))
 
 
 def _named_key(step: Step, named: object) -> tuple[str, bytes]:
@@ -239,7 +239,7 @@ def _named_key(step: Step, named: object) -> tuple[str, bytes]:
 def hash_inputs(values: Sequence[Value], store: Store) -> str:
     """Return `input_digest` of a step's input values in hex, as *store* keeps it."""
     plain = input_digest((value_name(value), value_bytes(value)) for value in values)
-    return store.keyed(bytes.fromhex(plain)).hex()
+    return store.hmac_digest(bytes.fromhex(plain)).hex()
 
 
 def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> dict[tuple[str, str], Checkpoint]:

@@ -89,7 +89,7 @@ def run_request(
         execution_id=submission.execution_id,
         target=target_name(plan),
         job=framed,
-        job_digest=store.keyed(submission.job_digest or digest_job(plan.given, inputs)),
+        job_digest=store.hmac_digest(submission.job_digest or digest_job(plan.given, inputs)),
         owner=owner,
         lease_s=settings.lease_seconds,
         max_deliveries=settings.max_deliveries,

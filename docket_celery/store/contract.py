@@ -43,7 +43,7 @@ class Store(Protocol):
         """What encodes jobs, outputs, results and error texts here, or None."""
         ...
 
-    def keyed(self, digest: bytes) -> bytes:
+    def hmac_digest(self, digest: bytes) -> bytes:
         """Return *digest*, taken over user bytes, as it is stored: itself, or its HMAC with the codec's ``hash_key``.
 
         What it was taken over cannot be guessed from the tables then.
@@ -150,7 +150,7 @@ class Store(Protocol):
         """
         ...
 
-    def disclaim(self, key: bytes, owner: str) -> None:
+    def release_claim(self, key: bytes, owner: str) -> None:
         """Give up a claim without a result, so that another may compute."""
         ...
 
@@ -227,7 +227,7 @@ class Store(Protocol):
         """
         ...
 
-    def twin(self) -> Store:
+    def clone(self) -> Store:
         """Return a store over the same data with connections of its own (itself where there is but one).
 
         The heartbeat uses it: it must not queue behind steps for a connection.

@@ -231,8 +231,8 @@ class MemoryStore:
                 del self._cache[key]
             return live and stored is not None and stored.checkpoint.execution_id is None
 
-    def disclaim(self, key: bytes, owner: str) -> None:
-        """See `Store.disclaim`."""
+    def release_claim(self, key: bytes, owner: str) -> None:
+        """See `Store.release_claim`."""
         with self._lock:
             _drop_claim(self._claims, key, owner)
 
@@ -330,12 +330,12 @@ class MemoryStore:
     def check_schema(self) -> None:
         """Do nothing: memory is always of this release's version."""
 
-    def keyed(self, digest: bytes) -> bytes:
-        """See `Store.keyed`; memory has no codec."""
+    def hmac_digest(self, digest: bytes) -> bytes:
+        """See `Store.hmac_digest`; memory has no codec."""
         return digest
 
-    def twin(self) -> MemoryStore:
-        """See `Store.twin`."""
+    def clone(self) -> MemoryStore:
+        """See `Store.clone`."""
         return self
 
     def close(self) -> None:

@@ -208,6 +208,7 @@ class RunRow:
         result: Deterministic bytes of the target message, once SUCCEEDED.
         error: `errors.to_record` of what ended it.
         lease_left_s: Seconds until the lease expires, by the database's clock; not positive: expired.
+        progress: Of the open stage of a batch, or of its last one.
     """
 
     graph: str
@@ -224,6 +225,7 @@ class RunRow:
     result: bytes | None = None
     error: dict[str, Any] | None = None
     lease_left_s: float | None = None
+    progress: Progress | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -266,6 +266,7 @@ def read_run(row: Row) -> RunRow:
     try:
         state = RunState(row["state"])
         error = None if row["error"] is None else json.loads(row["error"])
+        progress = read_progress(row["progress"])
     except ValueError as problem:
         raise CorruptCheckpoint("docket_runs", name, str(problem)) from problem
     return RunRow(
@@ -283,6 +284,7 @@ def read_run(row: Row) -> RunRow:
         result=result,
         error=error,
         lease_left_s=None if row["lease_left_s"] is None else float(row["lease_left_s"]),
+        progress=progress,
     )
 
 

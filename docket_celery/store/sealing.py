@@ -12,9 +12,9 @@ import binascii
 import hmac
 import json
 import traceback
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, Final, Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, TypeVar, cast
 
 from docket_celery.errors import CodecFailed, InvalidArguments, StoreUnavailable, to_record
 from docket_celery.store.codec import Codec, find_fault, hash_key_of
@@ -24,7 +24,7 @@ from docket_celery.store.records import (
     Chunk,
     ChunkEnd,
     ChunkRow,
-    Lease,
+    LostRun,
     RunEnd,
     RunRequest,
     RunRow,
@@ -33,10 +33,65 @@ from docket_celery.store.records import (
 from docket_celery.store.rows import clean_text, dump_json
 
 MARK: Final = b"\x00docket\x01"
-"""How every value begins that went through a codec."""
+"""The first bytes of every value that went through a codec."""
 _TEXT_MARK: Final = "docket-codec:"
 _SEALED: Final = "sealed"
 _CHECK_BYTES: Final = 8
+
+V = TypeVar("V")
+R = TypeVar(
+    "R", bound=RunRequest | RunRow | RunEnd | Checkpoint | StepExecution | ChunkEnd | ChunkRow | LostRun
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a value is stored: the codec is given *tag* and the values of *names*; errors show *text*."""
+
+    tag: str
+    names: tuple[str, ...]
+    text: str
+
+    def of(self, record: object, names: Mapping[str, object]) -> tuple[str, bytes]:
+        """Return the text for errors and the identity for the codec: each part with its length in front."""
+        parts = [names[name] if name in names else getattr(record, name) for name in self.names]
+        framed = bytearray()
+        for part in (self.tag, *parts):
+            data = part if isinstance(part, bytes) else clean_text(_to_text(part)).encode()
+            framed += len(data).to_bytes(8, "big") + data
+        return self.text.format(*map(_to_text, parts), of=record), bytes(framed)
+
+
+def _to_text(part: object) -> str:
+    if isinstance(part, Chunk):
+        return f"{part.stage}/{part.lo}"
+    return part.hex() if isinstance(part, bytes) else str(part)
+
+
+_RUN = ("graph", "execution_id")
+JOB = Place("job", _RUN, "the job of run {1!r} of graph {0!r}")
+MESSAGE = Place("message", _RUN, "the message of run {1!r}")
+ERROR = Place("error", _RUN, "the error of run {1!r}")
+_RESULT = Place("result", (*_RUN, "target"), "the result of run {1!r} of graph {0!r}")
+_CHUNK = Place("chunk errors", (*_RUN, "chunk"), "the errors of a chunk of run {1!r}")
+_OUTPUT = Place("output", ("key", "output_type"), "row cache_key={0} of docket_cache (step {of.step_name!r})")
+_STEP = Place(
+    "step error",
+    (*_RUN, "step_name", "item", "delivery"),
+    "the error of step {2!r} of run {1!r}",
+)
+_PLACES: Mapping[type, tuple[tuple[str, Place], ...]] = {
+    RunRequest: (("job", JOB),),
+    RunRow: (("result", _RESULT), ("error", ERROR)),
+    RunEnd: (("result", _RESULT), ("error", ERROR)),
+    Checkpoint: (("output_data", _OUTPUT),),
+    StepExecution: (("error_message", _STEP),),
+    ChunkEnd: (("errors", _CHUNK),),
+    ChunkRow: (("errors", _CHUNK),),
+    LostRun: (("message", MESSAGE),),
+}
+"""The fields of each record that hold what is the user's."""
+_NESTED = ("checkpoints", "executions")
 
 
 class Seal:
@@ -58,184 +113,109 @@ class Seal:
         self.codec = codec
         self._hash_key = None if codec is None else hash_key_of(codec)
 
-    def keyed(self, plain: bytes) -> bytes:
-        """See `Store.keyed`."""
+    def hmac_digest(self, plain: bytes) -> bytes:
+        """See `Store.hmac_digest`."""
         return plain if self._hash_key is None else hmac.digest(self._hash_key, plain, "sha256")
 
-    # --- writing -----------------------------------------------------------------------------------------------
+    def seal(self, record: R, **names: object) -> R:
+        """Return *record* with all that is the user's encoded, and a checkpoint without its view for people.
 
-    def close_request(self, request: RunRequest) -> RunRequest:
-        """Return *request* with its job encoded.
-
-        Raises:
-            CodecFailed: The codec failed.
-        """
-        if self.codec is None:
-            return request
-        run = request.graph, request.execution_id
-        return replace(request, job=self._encode(_job_name(*run), request.job, _place("job", *run)))
-
-    def close_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Return *checkpoint* with its output encoded and without the view for people.
+        Args:
+            record: What is to be stored.
+            **names: The parts of a value's place that *record* itself does not have, such as ``graph``.
 
         Raises:
-            CodecFailed: The codec failed.
+            CodecFailed: The codec failed on a job, an output or a result. A failure on an error's text is stored
+                in place of that text: a run must be able to end.
         """
         if self.codec is None:
-            return checkpoint
-        data = self._encode(_row_name(checkpoint), checkpoint.output_data, _checkpoint_place(checkpoint))
-        return replace(checkpoint, output_data=data, output_json=None)
+            return record
+        changed: dict[str, Any] = {
+            field: self.seal_value(getattr(record, field), place, record, **names)
+            for field, place in _PLACES[type(record)]
+        }
+        for field in _NESTED:
+            if hasattr(record, field):
+                changed[field] = self.seal_all(getattr(record, field))
+        if isinstance(record, Checkpoint):
+            changed["output_json"] = None
+        return replace(record, **changed)
 
-    def close_execution(self, execution: StepExecution | None) -> StepExecution | None:
-        """Return *execution* with its error's text encoded."""
-        if self.codec is None or execution is None or execution.error_message is None:
-            return execution
-        name = f"the error of step {execution.step_name!r} of run {execution.execution_id!r}"
-        return replace(
-            execution,
-            error_message=self._encode_text(name, execution.error_message, _execution_place(execution)),
-        )
+    def seal_all(self, records: Iterable[R]) -> list[R]:
+        """Return *records* as `seal` gives them."""
+        return [self.seal(record) for record in records]
 
-    def close_end(self, lease: Lease, end: RunEnd) -> RunEnd:
-        """Return *end* with result and error texts encoded.
+    def unseal(self, record: R, **names: object) -> R:
+        """Return the stored *record* decoded.
 
         Raises:
-            CodecFailed: The codec failed on the result.
+            CodecFailed: A value cannot be decoded, or was stored with another codec or none.
         """
-        if self.codec is None:
-            return end
-        run = lease.graph, lease.execution_id
-        result, error = end.result, end.error
-        if result is not None:
-            result = self._encode(_result_name(*run), result, _place("result", *run, lease.target))
-        if error is not None:
-            error = self.close_error(*run, error)
-        executions = [one for row in end.executions if (one := self.close_execution(row)) is not None]
-        return replace(end, result=result, error=error, executions=executions)
+        changed: dict[str, Any] = {}
+        for field, place in _PLACES[type(record)]:
+            value = getattr(record, field)
+            decoded = self.unseal_value(value, place, record, **names)
+            if decoded is not value:
+                changed[field] = decoded
+        return replace(record, **changed) if changed else record
 
-    def close_error(self, graph: str, execution_id: str, error: dict[str, Any]) -> dict[str, Any]:
-        """Return the record of a run's *error* encoded."""
-        if self.codec is None:
-            return error
-        place = _place("error", graph, execution_id)
-        return self._encode_record(f"the error of run {execution_id!r}", error, place)
-
-    def close_message(self, graph: str, execution_id: str, message: bytes) -> bytes:
-        """Return *message*, with which a lost run goes on, encoded: it holds the caller's context.
-
-        Raises:
-            CodecFailed: The codec failed.
-        """
-        if self.codec is None:
-            return message
-        return self._encode(_message_name(execution_id), message, _place("message", graph, execution_id))
-
-    def close_chunk(self, lease: Lease, end: ChunkEnd) -> ChunkEnd:
-        """Return *end* with outputs and error texts encoded.
-
-        Raises:
-            CodecFailed: The codec failed on an output.
-        """
-        if self.codec is None:
-            return end
-        name = f"the errors of a chunk of run {lease.execution_id!r}"
-        place = _chunk_place(lease.graph, lease.execution_id, lease.chunk)
-        return replace(
-            end,
-            checkpoints=[self.close_checkpoint(checkpoint) for checkpoint in end.checkpoints],
-            executions=[one for row in end.executions if (one := self.close_execution(row)) is not None],
-            errors={key: self._encode_record(name, error, place) for key, error in end.errors.items()},
-        )
-
-    # --- reading -----------------------------------------------------------------------------------------------
-
-    def open_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Return a stored *checkpoint* with its output decoded.
-
-        Raises:
-            CodecFailed: It cannot be decoded, or was stored with another codec or none.
-        """
-        name = _row_name(checkpoint)
-        data = self._decode(name, checkpoint.output_data, _checkpoint_place(checkpoint))
-        return checkpoint if data is checkpoint.output_data else replace(checkpoint, output_data=data)
-
-    def open_saved(self, stored: Checkpoint, closed: Checkpoint, ours: Checkpoint) -> Checkpoint:
-        """Return what counts after a save: *ours*, whose encoded form is *closed*, or another one decoded.
+    def unseal_saved(self, stored: Checkpoint, sealed: Checkpoint, ours: Checkpoint) -> Checkpoint:
+        """Return what counts after a save: *ours*, whose encoded form is *sealed*, or another one decoded.
 
         Raises:
             CodecFailed: The other one cannot be decoded, or was stored with another codec or none.
         """
-        if stored.output_data == closed.output_data:
+        if stored.output_data == sealed.output_data:
             return replace(stored, output_data=ours.output_data)
-        return self.open_checkpoint(stored)
+        return self.unseal(stored)
 
-    def open_run(self, row: RunRow) -> RunRow:
-        """Return a stored *row* with result and error decoded.
+    def seal_value(self, value: V, place: Place, record: object = None, **names: object) -> V:
+        """Return one *value* of the user's encoded; see `seal`.
 
-        Raises:
-            CodecFailed: One of them cannot be decoded, or was stored with another codec or none.
+        Args:
+            value: Bytes, an error's text, an error's record, or a mapping of such records; None stays.
+            place: Where it is to be stored.
+            record: Has the parts of that place that *names* has not.
+            **names: See `seal`.
         """
-        run = row.graph, row.execution_id
-        result, error = row.result, row.error
-        if result is not None:
-            result = self._decode(_result_name(*run), result, _place("result", *run, row.target))
-        if error is not None:
-            error = self._decode_record(
-                f"the error of run {row.execution_id!r}", error, _place("error", *run)
-            )
-        if result is row.result and error is row.error:
-            return row
-        return replace(row, result=result, error=error)
+        if self.codec is None or value is None:
+            return value
+        found: Any = value
+        name, identity = place.of(record, names)
+        if isinstance(value, bytes):
+            found = self._encode(name, value, identity)
+        elif isinstance(value, str):
+            found = self._encode_text(name, value, identity)
+        elif place is _CHUNK:
+            found = {key: self._encode_record(name, one, identity) for key, one in found.items()}
+        else:
+            found = self._encode_record(name, found, identity)
+        return cast("V", found)
 
-    def open_job(self, graph: str, execution_id: str, job: bytes) -> bytes:
-        """Return a run's stored *job* decoded.
+    def unseal_value(self, value: V, place: Place, record: object = None, **names: object) -> V:
+        """Return one stored *value* decoded; see `unseal` and `seal_value`."""
+        found: Any = value
+        if isinstance(value, bytes):
+            if self.codec is None and not value.startswith(MARK):
+                return value
+            found = self._decode(*place.of(record, names), value)
+        elif isinstance(value, str):
+            if value.startswith(_TEXT_MARK):
+                data = _from_base64(value.removeprefix(_TEXT_MARK))
+                found = self._decode(*place.of(record, names), data).decode()
+        elif place is _CHUNK:
+            decoded = {key: self._decode_record(one, place, record, names) for key, one in found.items()}
+            found = decoded if any(decoded[key] is not found[key] for key in decoded) else found
+        elif value is not None:
+            found = self._decode_record(found, place, record, names)
+        return cast("V", found)
 
-        Raises:
-            CodecFailed: It cannot be decoded, or was stored with another codec or none.
-        """
-        return self._decode(_job_name(graph, execution_id), job, _place("job", graph, execution_id))
+    def _encode(self, name: str, data: bytes, identity: bytes) -> bytes:
+        return MARK + self._call(
+            name, "encode", _check(data, identity) + data, identity, "nothing was stored"
+        )
 
-    def open_message(self, graph: str, execution_id: str, message: bytes) -> bytes:
-        """Return a stored *message* decoded.
-
-        Raises:
-            CodecFailed: It cannot be decoded, or was stored with another codec or none.
-        """
-        return self._decode(_message_name(execution_id), message, _place("message", graph, execution_id))
-
-    def open_chunk(self, graph: str, execution_id: str, row: ChunkRow) -> ChunkRow:
-        """Return a stored chunk's *row* with its error texts decoded.
-
-        Raises:
-            CodecFailed: They cannot be decoded, or were stored with another codec or none.
-        """
-        name = f"the errors of a chunk of run {execution_id!r}"
-        place = _chunk_place(graph, execution_id, row.chunk)
-        errors = {key: self._decode_record(name, error, place) for key, error in row.errors.items()}
-        return replace(row, errors=errors)
-
-    def open_execution(self, execution: StepExecution) -> StepExecution:
-        """Return a stored *execution* with its error's text decoded.
-
-        Raises:
-            CodecFailed: It cannot be decoded.
-        """
-        text = execution.error_message
-        if text is None or not text.startswith(_TEXT_MARK):
-            return execution
-        name = f"the error of step {execution.step_name!r} of run {execution.execution_id!r}"
-        data = self._decode(name, _from_base64(text.removeprefix(_TEXT_MARK)), _execution_place(execution))
-        return replace(execution, error_message=data.decode())
-
-    # --- values ------------------------------------------------------------------------------------------------
-
-    def _encode(self, name: str, data: bytes, place: bytes) -> bytes:
-        codec = self.codec
-        assert codec is not None
-        encoded = self._call(name, "encode", _check(data, place) + data, place, "nothing was stored")
-        return MARK + encoded
-
-    def _decode(self, name: str, data: bytes, place: bytes) -> bytes:
+    def _decode(self, name: str, identity: bytes, data: bytes) -> bytes:
         marked = data.startswith(MARK)
         if self.codec is None:
             if marked:
@@ -243,21 +223,21 @@ class Seal:
             return data
         if not marked:
             raise CodecFailed(name, _NOT_ENCODED)
-        decoded = self._call(name, "decode", data[len(MARK) :], place, _OTHER_KEY)
+        decoded = self._call(name, "decode", data[len(MARK) :], identity, _OTHER_KEY)
         check, value = decoded[:_CHECK_BYTES], decoded[_CHECK_BYTES:]
-        if check != _check(value, place):
+        if check != _check(value, identity):
             shown = type(self.codec).__name__
             raise CodecFailed(name, f"decode of {shown} returned other bytes than were encoded; {_OTHER_KEY}")
         return value
 
     def _call(
-        self, name: str, method: Literal["encode", "decode"], data: bytes, place: bytes, advice: str
+        self, name: str, method: Literal["encode", "decode"], data: bytes, identity: bytes, advice: str
     ) -> bytes:
         """Call the codec; its own error is named but not shown, since its text may hold what was to be hidden."""
         shown = f"{method} of {type(self.codec).__name__}"
         code: Callable[[bytes, bytes], object] = getattr(self.codec, method)
         try:
-            found = code(data, place)
+            found = code(data, identity)
         except StoreUnavailable:
             raise
         except Exception as error:  # noqa: BLE001 -- user code; whatever it raises, the run must hear of it
@@ -270,30 +250,32 @@ class Seal:
             problem = f"{shown} returned a {type(found).__name__}, not bytes; {advice}"
         raise CodecFailed(name, problem)
 
-    def _encode_text(self, name: str, text: str, place: bytes) -> str:
+    def _encode_text(self, name: str, text: str, identity: bytes) -> str:
         """Return *text* encoded; if the codec fails, that is told in its place: a run must be able to end."""
         try:
-            data = self._encode(name, clean_text(text).encode(), place)
+            data = self._encode(name, clean_text(text).encode(), identity)
         except CodecFailed as error:
             return str(error)
         return _TEXT_MARK + base64.b64encode(data).decode("ascii")
 
-    def _encode_record(self, name: str, record: dict[str, Any], place: bytes) -> dict[str, Any]:
+    def _encode_record(self, name: str, record: dict[str, Any], identity: bytes) -> dict[str, Any]:
         """Return an error's *record* encoded but for its code; told as in `_encode_text` if that fails."""
         if record.get("code") == CodecFailed.code:
-            # It holds nothing of the user's, and whoever has the right key must be able to read it.
+            # It holds nothing of the user's, and with the right key it must be readable.
             return record
         try:
-            data = self._encode(name, dump_json(record).encode(), place)
+            data = self._encode(name, dump_json(record).encode(), identity)
         except CodecFailed as error:
             return to_record(error)
         return {"code": record.get("code"), _SEALED: base64.b64encode(data).decode("ascii")}
 
-    def _decode_record(self, name: str, record: dict[str, Any], place: bytes) -> dict[str, Any]:
-        text = record.get(_SEALED)
+    def _decode_record(
+        self, error: dict[str, Any], place: Place, record: object, names: Mapping[str, object]
+    ) -> dict[str, Any]:
+        text = error.get(_SEALED)
         if not isinstance(text, str):
-            return record
-        opened: dict[str, Any] = json.loads(self._decode(name, _from_base64(text), place))
+            return error
+        opened: dict[str, Any] = json.loads(self._decode(*place.of(record, names), _from_base64(text)))
         return opened
 
 
@@ -311,47 +293,8 @@ _OTHER_KEY: Final = (
 )
 
 
-def _check(value: bytes, place: bytes) -> bytes:
-    return digest(b"docket.codec.1", place, value)[:_CHECK_BYTES]
-
-
-def _place(*parts: str | bytes) -> bytes:
-    """Return the identity of a place: its parts, each with its length in front."""
-    framed = bytearray()
-    for part in parts:
-        data = part if isinstance(part, bytes) else clean_text(part).encode()
-        framed += len(data).to_bytes(8, "big") + data
-    return bytes(framed)
-
-
-def _checkpoint_place(checkpoint: Checkpoint) -> bytes:
-    return _place("output", checkpoint.key, checkpoint.output_type)
-
-
-def _chunk_place(graph: str, execution_id: str, chunk: Chunk | None) -> bytes:
-    shown = "" if chunk is None else f"{chunk.stage}/{chunk.lo}"
-    return _place("chunk errors", graph, execution_id, shown)
-
-
-def _execution_place(execution: StepExecution) -> bytes:
-    run = execution.graph, execution.execution_id
-    return _place("step error", *run, execution.step_name, execution.item, str(execution.delivery))
-
-
-def _row_name(checkpoint: Checkpoint) -> str:
-    return f"row cache_key={checkpoint.key.hex()} of docket_cache (step {checkpoint.step_name!r})"
-
-
-def _job_name(graph: str, execution_id: str) -> str:
-    return f"the job of run {execution_id!r} of graph {graph!r}"
-
-
-def _message_name(execution_id: str) -> str:
-    return f"the message of run {execution_id!r}"
-
-
-def _result_name(graph: str, execution_id: str) -> str:
-    return f"the result of run {execution_id!r} of graph {graph!r}"
+def _check(value: bytes, identity: bytes) -> bytes:
+    return digest(b"docket.codec.1", identity, value)[:_CHECK_BYTES]
 
 
 def _from_base64(text: str) -> bytes:

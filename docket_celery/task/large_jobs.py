@@ -219,7 +219,7 @@ def _store_job(task: TaskClass, messages: Sequence[Message], run: QueuedRun, set
         execution_id=run.execution_id,
         target=target_name(plan),
         job=job,
-        job_digest=store.keyed(run.job_digest),
+        job_digest=store.hmac_digest(run.job_digest),
         owner="",
         lease_s=0.0,
         max_deliveries=0,
@@ -325,7 +325,7 @@ def give_up(task: TaskClass, run: QueuedRun, error: DocketError) -> None:
             execution_id=run.execution_id,
             target=target_name(plan),
             job=b"",  # the row has it
-            job_digest=store.keyed(run.job_digest),
+            job_digest=store.hmac_digest(run.job_digest),
             owner=str(uuid.uuid4()),
             lease_s=settings.lease_seconds,
             max_deliveries=settings.max_deliveries,
@@ -390,7 +390,7 @@ def _kept_job(task: TaskClass, run: QueuedRun) -> tuple[Message, ...] | None:
     if store is None or task.declaration.batch is not None or not run.job_digest:
         return None
     row = run_on_pool(lambda: store.find_run(graph, run.execution_id), settings.threads)
-    if row is None or row.job_digest != store.keyed(run.job_digest):
+    if row is None or row.job_digest != store.hmac_digest(run.job_digest):
         return None
     job = run_on_pool(lambda: store.find_job(graph, run.execution_id), settings.threads)
     return None if job is None else _decode_parts(task.declaration, _read_parts(job))

@@ -159,7 +159,7 @@ class _Upload:
         closing = [self._layout.given_row(key, message) for key, message in self._shared.items()]
         closing.append(self._layout.count_row("", self._count))
         self._aside(lambda: store.close_items(lease, "", self._count, closing))
-        digest = store.keyed(self._job_digest())
+        digest = store.hmac_digest(self._job_digest())
         self._aside(lambda: store.finish_upload(lease, digest, self._keep_s))
 
     def _compare(self, items: Iterable[Any], row: RunRow) -> None:
@@ -173,7 +173,7 @@ class _Upload:
             raise RunConflict(graph, execution_id, "target")
         for _ in self._checked(items):
             pass
-        if self._store.keyed(self._job_digest()) != row.job_digest:
+        if self._store.hmac_digest(self._job_digest()) != row.job_digest:
             raise RunConflict(graph, execution_id, "job")
         # What is stored already must be there when a worker comes to it.
         known = replace(self._request, job_digest=row.job_digest)

@@ -123,7 +123,7 @@ class _ForkedJob(Job):
         if store is not None:
             for claim in (entry for entry in journal.read(1) if entry.kind == CLAIM):
                 # As if its lease had run out: nobody waits for that.
-                store.disclaim(bytes.fromhex(claim.key), claim.owner)
+                store.release_claim(bytes.fromhex(claim.key), claim.owner)
         if resume:
             told["result"] = to_text(self._deliver(store, Watch(journal, 2), task_id=NAME, retries=1))
         if store is not None:

@@ -293,13 +293,13 @@ def test_a_claim_is_extended_and_given_up_only_by_its_owner(bench: Bench) -> Non
     """Others can do neither."""
     key = shared().key
     bench.store.lookup(key, "a", 30.0)
-    bench.store.disclaim(key, "b")
+    bench.store.release_claim(key, "b")
     bench.store.extend([], [(key, "b", 300.0)])
     bench.pass_time(20)
     bench.store.extend([], [(key, "a", 30.0)])
     bench.pass_time(20)
     assert bench.store.lookup(key, "b", 30.0) is False
-    bench.store.disclaim(key, "a")
+    bench.store.release_claim(key, "a")
     assert bench.store.lookup(key, "b", 30.0) is True
 
 

@@ -191,7 +191,7 @@ class TestStatements:
         assert count(lambda: store.lookup(shared().key, "b", 30.0)) == 1
         assert count(lambda: store.publish(shared(), "a", execution("infer"))) == 1
         assert count(lambda: store.lookup(shared().key, "b", 30.0)) == 1
-        assert count(lambda: store.disclaim(shared().key, "b")) == 1
+        assert count(lambda: store.release_claim(shared().key, "b")) == 1
 
     def test_the_unhappy_ways_cost_one_more(
         self, bench: SQLBench, count: Callable[[Callable[[], Any]], int]

@@ -364,12 +364,12 @@ def test_a_value_in_another_place_is_refused(open_store: OpenStore) -> None:
 def test_an_errors_text_belongs_to_its_step() -> None:
     """Read back where it was written; refused anywhere else."""
     seal = Seal(codecs.CODEC)
-    written = seal.close_execution(execution(error_message=SECRET))
+    written = seal.seal(execution(error_message=SECRET))
     assert written is not None
     assert SECRET not in repr(written)
-    assert seal.open_execution(written).error_message == SECRET
+    assert seal.unseal(written).error_message == SECRET
     with pytest.raises(CodecFailed, match="the error of step 'ship'"):
-        seal.open_execution(execution("ship", error_message=written.error_message))
+        seal.unseal(execution("ship", error_message=written.error_message))
 
 
 # --- keys --------------------------------------------------------------------------------------------------------
@@ -532,8 +532,8 @@ def test_a_damaged_text_is_a_failed_decoding() -> None:
     """Not even base64 any more."""
     seal = Seal(codecs.CODEC)
     with pytest.raises(CodecFailed):
-        seal.open_execution(execution(error_message="docket-codec:***"))
-    assert seal.open_execution(execution(error_message="plain")).error_message == "plain"
+        seal.unseal(execution(error_message="docket-codec:***"))
+    assert seal.unseal(execution(error_message="plain")).error_message == "plain"
 
 
 def test_no_plain_value_begins_like_an_encoded_one() -> None:

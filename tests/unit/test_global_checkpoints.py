@@ -31,7 +31,7 @@ class WatchedStore(MemoryStore):
 
     def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__(clock)
-        self.waited, self.disclaimed = threading.Event(), threading.Event()
+        self.waited, self.released = threading.Event(), threading.Event()
         self.refusals = 0
 
     def lookup(
@@ -55,9 +55,9 @@ class WatchedStore(MemoryStore):
             raise StoreUnavailable("answer", "gone for a moment")
         return super().publish(checkpoint, owner, execution, asked_s=asked_s)
 
-    def disclaim(self, key: bytes, owner: str) -> None:
-        super().disclaim(key, owner)
-        self.disclaimed.set()
+    def release_claim(self, key: bytes, owner: str) -> None:
+        super().release_claim(key, owner)
+        self.released.set()
 
     @property
     def claims(self) -> int:
@@ -236,7 +236,7 @@ def test_a_claim_is_given_up_however_its_step_ends(fault: str) -> None:
         rates.body = body
     with pytest.raises((StepFailed, AbortError, StoreUnavailable)):
         within(rates.ask)
-    reached(rates.store.disclaimed)
+    reached(rates.store.released)
     rates.body, rates.store.refusals = (lambda _ctx: None), 0
     assert within(rates.ask) == "7 2"
     assert rates.store.claims == 0
@@ -293,7 +293,7 @@ def test_a_claim_that_comes_after_the_lease_was_lost_is_given_up() -> None:
         run.result(WAIT_S)
     rates.store.lookup = look_up  # type: ignore[method-assign]
     answer.set()
-    reached(rates.store.disclaimed)
+    reached(rates.store.released)
     assert rates.store.claims == 0
     assert not process_heartbeat(rates.store)._claims
     assert within(rates.ask) == "7 1"
@@ -419,7 +419,7 @@ def test_an_item_that_fails_drops_its_own_claim_alone() -> None:
         if len(rates.calls) == 1:
             reached(rates.store.waited)
             raise ValueError("first")
-        reached(rates.store.disclaimed)
+        reached(rates.store.released)
         claims.append(rates.store.claims)
 
     rates.body = body

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any, ParamSpec
 
 import pytest
+from sqlalchemy import event
 
 from docket_celery.engine.handles import StartedRun
 from docket_celery.engine.outcome import Submission
@@ -455,10 +456,7 @@ class Watched(SQLStore):
         super().__init__("sqlite://")
         self.threads: set[int] = set()
         self.migrate()
-
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
-        self.threads.add(threading.get_ident())
-        return super()._call(*args, **kwargs)
+        event.listen(self.engine, "before_cursor_execute", lambda *_: self.threads.add(threading.get_ident()))
 
 
 @pytest.fixture

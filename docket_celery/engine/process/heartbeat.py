@@ -165,7 +165,7 @@ def process_heartbeat(store: Store) -> Heartbeat:
     with _process.lock:
         found = _process.beats.get(id(store))
         if found is None:
-            found = _process.beats[id(store)] = (store, Heartbeat(store.twin()))
+            found = _process.beats[id(store)] = (store, Heartbeat(store.clone()))
         return found[1]
 
 

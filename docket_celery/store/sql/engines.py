@@ -96,7 +96,7 @@ class Engines:
         self.dialect = self.url.get_backend_name()
         self.in_memory = is_memory(self.url)
         # SQLite in memory is one connection; statements of two threads must not mix in one transaction.
-        self._turn: AbstractContextManager[Any] = threading.Lock() if self.in_memory else nullcontext()
+        self._lock: AbstractContextManager[Any] = threading.Lock() if self.in_memory else nullcontext()
         self._made_by = os.getpid()
         self._engines: dict[int, Engine] = {}
 
@@ -105,9 +105,9 @@ class Engines:
         """Whether there is but one engine to use: the user's own, or SQLite in memory."""
         return self.in_memory or self._given is not None
 
-    def turn(self) -> AbstractContextManager[Any]:
+    def lock(self) -> AbstractContextManager[Any]:
         """Return what a call must hold while it uses a connection; free unless SQLite is in memory."""
-        return self._turn
+        return self._lock
 
     def current(self) -> Engine:
         """Return this process's engine: mostly a look-up, and never a lock that a fork could leave held."""
@@ -124,7 +124,7 @@ class Engines:
     def _make(self, pid: int) -> Engine:
         forked = pid != self._made_by
         if forked and self.in_memory:
-            self._turn = threading.Lock()  # a thread of the parent may have held it at the fork
+            self._lock = threading.Lock()  # a thread of the parent may have held it at the fork
         # Two threads may both make one: setdefault keeps one, the other never connected and is dropped.
         # The parent's stays where it is, unused: closing its connections would end the parent's sessions.
         if self._given is None:

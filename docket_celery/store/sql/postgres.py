@@ -157,9 +157,9 @@ def forget(connection: Connection, key: bytes) -> bool:
     return bool(connection.execute(sql.FORGET, {"cache_key": key}).scalar())
 
 
-def disclaim(connection: Connection, key: bytes, owner: str) -> None:
-    """See `Store.disclaim`."""
-    connection.execute(sql.DISCLAIM, {"cache_key": key, "owner": clean_text(owner)})
+def release_claim(connection: Connection, key: bytes, owner: str) -> None:
+    """See `Store.release_claim`."""
+    connection.execute(sql.RELEASE_CLAIM, {"cache_key": key, "owner": clean_text(owner)})
 
 
 def extend(

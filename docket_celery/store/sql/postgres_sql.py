@@ -27,6 +27,7 @@ _SECOND = "interval '1 second'"
 _RUN = """
     r.graph, r.execution_id, r.target, r.job_digest, r.state, r.epoch, r.owner, r.lost, r.failures, r.retries,
     r.task_name, r.task_id, r.result, r.result_checksum, CAST(r.error AS text) AS error,
+    CAST(r.progress AS text) AS progress,
     EXTRACT(EPOCH FROM r.lease_until - clock_timestamp()) AS lease_left_s"""
 _TAKES_NEW = "(r.task_id = excluded.task_id AND excluded.retries > r.retries)"
 # A delivery that comes again after it took the lease itself died with it, whatever came before it.
@@ -274,7 +275,7 @@ FORGET = text("""
 DELETE FROM docket_cache WHERE cache_key = :cache_key AND execution_id IS NULL
 RETURNING expires_at IS NULL OR expires_at > clock_timestamp()
 """)
-DISCLAIM = text(
+RELEASE_CLAIM = text(
     "DELETE FROM docket_claims "
     "WHERE cache_key = :cache_key AND owner = :owner AND lease_until > clock_timestamp()"
 )

@@ -73,7 +73,7 @@ def after(seconds: str) -> str:
 
 FIND_RUN = text(f"""
 SELECT graph, execution_id, target, job_digest, state, epoch, owner, lost, failures, retries, task_name,
-    task_id, result, result_checksum, error,
+    task_id, result, result_checksum, error, progress,
     (julianday(lease_until) - julianday({NOW})) * 86400.0 AS lease_left_s, lease_until <= {NOW} AS expired
 FROM docket_runs WHERE {_IS_RUN}
 """)
@@ -197,7 +197,7 @@ _FIND_CLAIM = text(f"""
 SELECT COALESCE(
     (SELECT claimed_at FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner), {after("-:asked_s")})
 """)
-_DISCLAIM = text("DELETE FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner")
+_RELEASE_CLAIM = text("DELETE FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner")
 _EXTEND_CLAIM = text(
     f"UPDATE docket_claims SET lease_until = {after(':lease_s')} "
     f"WHERE cache_key = :cache_key AND owner = :owner AND lease_until > {NOW}"
@@ -313,7 +313,7 @@ def publish(
     values = checkpoint_values(ours) | {"owner": clean_text(owner), "within_s": None, "asked_s": asked_s}
     with writing(connection):
         values["claimed_at"] = claimed_at = connection.execute(_FIND_CLAIM, values).scalar()
-        connection.execute(_DISCLAIM, values)
+        connection.execute(_RELEASE_CLAIM, values)
         if execution is not None:
             row = _execution_values(execution)
             if connection.execute(_FIND_EXECUTION, row).first() is None:
@@ -334,10 +334,10 @@ def forget(connection: Connection, key: bytes) -> bool:
         return connection.execute(_FORGET, values).rowcount > 0 and live
 
 
-def disclaim(connection: Connection, key: bytes, owner: str) -> None:
-    """See `Store.disclaim`."""
+def release_claim(connection: Connection, key: bytes, owner: str) -> None:
+    """See `Store.release_claim`."""
     with writing(connection):
-        connection.execute(_DISCLAIM, {"cache_key": key, "owner": clean_text(owner)})
+        connection.execute(_RELEASE_CLAIM, {"cache_key": key, "owner": clean_text(owner)})
 
 
 def extend(

@@ -2,80 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+import logging
+from collections.abc import Sequence
+from typing import Any
 
-from sqlalchemy import URL, Connection, Engine
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy import URL, Engine
 
-from docket_celery.errors import DocketError, SchemaMismatch, StoreUnavailable
+from docket_celery.errors import CodecFailed
 from docket_celery.store.codec import Codec
 from docket_celery.store.records import (
     Checkpoint,
+    Chunk,
+    ChunkEnd,
+    ChunkRefusal,
+    ChunkRequest,
+    ChunkRow,
     Halt,
+    Lanes,
     Lease,
+    LostRun,
+    Progress,
     Purged,
     RunEnd,
     RunRequest,
     RunRow,
     StepExecution,
 )
-from docket_celery.store.sealing import Seal
+from docket_celery.store.sealing import ERROR, JOB, MESSAGE, Seal
 from docket_celery.store.sql import (
-    faults,
     postgres,
     postgres_chunks,
     postgres_upkeep,
     postgres_uploads,
-    schema,
     sqlite,
     sqlite_chunks,
     sqlite_upkeep,
     sqlite_uploads,
 )
-from docket_celery.store.sql.batches import BatchCalls
-from docket_celery.store.sql.engines import Engines
+from docket_celery.store.sql.database import Database
 
-T = TypeVar("T")
-
-
-class _Calls(Protocol):
-    """What a module of one dialect offers: the calls of `Store` on a given connection."""
-
-    def enqueue(self, connection: Connection, request: RunRequest, keep_s: float) -> RunRow | None: ...
-    def acquire(self, connection: Connection, request: RunRequest) -> Lease | RunRow: ...
-    def restore(
-        self, connection: Connection, lease: Lease, keys: Sequence[bytes], items: bool
-    ) -> list[Checkpoint]: ...
-    def save(
-        self, connection: Connection, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None
-    ) -> Checkpoint: ...
-    def lookup(
-        self, connection: Connection, key: bytes, owner: str, lease_s: float, within_s: float | None
-    ) -> Checkpoint | bool: ...
-    def publish(
-        self,
-        connection: Connection,
-        checkpoint: Checkpoint,
-        owner: str,
-        execution: StepExecution | None,
-        *,
-        asked_s: float | None,
-    ) -> Checkpoint: ...
-    def forget(self, connection: Connection, key: bytes) -> bool: ...
-    def disclaim(self, connection: Connection, key: bytes, owner: str) -> None: ...
-    def extend(
-        self, connection: Connection, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]]
-    ) -> dict[tuple[str | int, ...], Halt | None]: ...
-    def end(self, connection: Connection, lease: Lease, ending: RunEnd) -> None: ...
-    def find_run(self, connection: Connection, graph: str, execution_id: str) -> RunRow | None: ...
-    def purge(self, connection: Connection, limit: int) -> Purged: ...
-    def find_job(self, connection: Connection, graph: str, execution_id: str) -> bytes | None: ...
-    def migrate(self, connection: Connection) -> int: ...
+_logger = logging.getLogger("docket_celery.store")
 
 
-class SQLStore(BatchCalls):
+class SQLStore:
     """Keeps checkpoints and runs in a database; no connection is held between calls.
 
     Args:
@@ -92,17 +61,18 @@ class SQLStore(BatchCalls):
 
     def __init__(self, source: str | URL | Engine, *, codec: Codec | None = None) -> None:
         self._seal = Seal(codec)
-        self._engines = Engines(source)
-        is_postgres = self._engines.dialect == "postgresql"
-        self._calls: _Calls = postgres if is_postgres else sqlite
-        self._batches = postgres_chunks if is_postgres else sqlite_chunks
-        self._uploads = postgres_uploads if is_postgres else sqlite_uploads
-        self._upkeep = postgres_upkeep if is_postgres else sqlite_upkeep
-        self.persistent = not self._engines.in_memory
-        self._twins: list[SQLStore] = []
+        self._database = Database(source)
+        self._run = self._database.run
+        is_postgres = self._database.dialect == "postgresql"
+        self._calls: Any = postgres if is_postgres else sqlite
+        self._chunks: Any = postgres_chunks if is_postgres else sqlite_chunks
+        self._uploads: Any = postgres_uploads if is_postgres else sqlite_uploads
+        self._upkeep: Any = postgres_upkeep if is_postgres else sqlite_upkeep
+        self.persistent = not self._database.in_memory
+        self._clones: list[SQLStore] = []
 
     def __repr__(self) -> str:
-        url = self._engines.url
+        url = self._database.url
         where = URL.create(url.drivername, host=url.host, port=url.port, database=url.database)
         return f"SQLStore({where.render_as_string()!r})"
 
@@ -111,53 +81,75 @@ class SQLStore(BatchCalls):
         """See `Store.codec`."""
         return self._seal.codec
 
-    def keyed(self, digest: bytes) -> bytes:
-        """See `Store.keyed`."""
-        return self._seal.keyed(digest)
+    def hmac_digest(self, digest: bytes) -> bytes:
+        """See `Store.hmac_digest`."""
+        return self._seal.hmac_digest(digest)
 
     @property
     def engine(self) -> Engine:
         """This process's engine; a forked child gets another one."""
-        return self._engines.current()
+        return self._database.current()
+
+    # --- runs ------------------------------------------------------------------------------------------------------
 
     def enqueue(self, request: RunRequest, keep_s: float) -> RunRow | None:
         """See `Store.enqueue`."""
-        closed = self._seal.close_request(request)
-        found = self._call(
-            "queue the run", lambda connection: self._calls.enqueue(connection, closed, keep_s)
-        )
-        return None if found is None else self._seal.open_run(found)
+        found = self._run("queue the run", self._calls.enqueue, self._seal.seal(request), keep_s)
+        return None if found is None else self._seal.unseal(found)
 
     def acquire(self, request: RunRequest) -> Lease | RunRow:
         """See `Store.acquire`."""
-        closed = self._seal.close_request(request)
-        found = self._call("acquire the run", lambda connection: self._calls.acquire(connection, closed))
-        return found if isinstance(found, Lease) else self._seal.open_run(found)
+        found = self._run("acquire the run", self._calls.acquire, self._seal.seal(request))
+        return found if isinstance(found, Lease) else self._seal.unseal(found)
 
     def restore(self, lease: Lease, keys: Sequence[bytes], *, items: bool = False) -> list[Checkpoint]:
         """See `Store.restore`."""
-        found = self._call(
-            "restore the run", lambda connection: self._calls.restore(connection, lease, keys, items)
-        )
-        return [self._seal.open_checkpoint(checkpoint) for checkpoint in found]
+        found = self._run("restore the run", self._calls.restore, lease, keys, items)
+        return [self._seal.unseal(checkpoint) for checkpoint in found]
 
     def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:
         """See `Store.save`."""
-        closed, row = self._seal.close_checkpoint(checkpoint), self._seal.close_execution(execution)
-        found = self._call(
-            "save the checkpoint", lambda connection: self._calls.save(connection, lease, closed, row)
-        )
-        return self._seal.open_saved(found, closed, checkpoint)
+        sealed, row = self._seal.seal(checkpoint), self._seal_row(execution)
+        found = self._run("save the checkpoint", self._calls.save, lease, sealed, row)
+        return self._seal.unseal_saved(found, sealed, checkpoint)
+
+    def extend(
+        self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
+    ) -> dict[tuple[str | int, ...], Halt | None]:
+        """See `Store.extend`."""
+        return self._run("extend the leases", self._calls.extend, leases, claims)
+
+    def end(self, lease: Lease, end: RunEnd) -> None:
+        """See `Store.end`."""
+        sealed = self._seal.seal(end, graph=lease.graph, execution_id=lease.execution_id, target=lease.target)
+        self._run("end the run", self._calls.end, lease, sealed)
+
+    def cancel(
+        self, graph: str, execution_id: str, error: dict[str, Any], retention_s: float
+    ) -> RunRow | None:
+        """See `Store.cancel`."""
+        sealed = self._seal.seal_value(error, ERROR, graph=graph, execution_id=execution_id)
+        found = self._run("cancel the run", self._upkeep.cancel, graph, execution_id, sealed, retention_s)
+        return None if found is None else self._seal.unseal(found)
+
+    def find_run(self, graph: str, execution_id: str) -> RunRow | None:
+        """See `Store.find_run`."""
+        found = self._run("find the run", self._calls.find_run, graph, execution_id)
+        return None if found is None else self._seal.unseal(found)
+
+    def find_job(self, graph: str, execution_id: str) -> bytes | None:
+        """See `Store.find_job`."""
+        job: bytes | None = self._run("find the job", self._calls.find_job, graph, execution_id)
+        return self._seal.unseal_value(job, JOB, graph=graph, execution_id=execution_id)
+
+    # --- shared checkpoints ----------------------------------------------------------------------------------------
 
     def lookup(
         self, key: bytes, owner: str, lease_s: float, within_s: float | None = None
     ) -> Checkpoint | bool:
         """See `Store.lookup`."""
-        found = self._call(
-            "look the checkpoint up",
-            lambda connection: self._calls.lookup(connection, key, owner, lease_s, within_s),
-        )
-        return found if isinstance(found, bool) else self._seal.open_checkpoint(found)
+        found = self._run("look the checkpoint up", self._calls.lookup, key, owner, lease_s, within_s)
+        return found if isinstance(found, bool) else self._seal.unseal(found)
 
     def publish(
         self,
@@ -168,123 +160,171 @@ class SQLStore(BatchCalls):
         asked_s: float | None = None,
     ) -> Checkpoint:
         """See `Store.publish`."""
-        closed, row = self._seal.close_checkpoint(checkpoint), self._seal.close_execution(execution)
-        found = self._call(
-            "publish the checkpoint",
-            lambda connection: self._calls.publish(connection, closed, owner, row, asked_s=asked_s),
-        )
-        return self._seal.open_saved(found, closed, checkpoint)
+        sealed, row = self._seal.seal(checkpoint), self._seal_row(execution)
+        found = self._run("publish the checkpoint", self._calls.publish, sealed, owner, row, asked_s=asked_s)
+        return self._seal.unseal_saved(found, sealed, checkpoint)
 
     def forget(self, key: bytes) -> bool:
         """See `Store.forget`; True may come back as False where an answer was lost and the call repeated."""
-        return self._call("forget the checkpoint", lambda connection: self._calls.forget(connection, key))
+        found: bool = self._run("forget the checkpoint", self._calls.forget, key)
+        return found
 
-    def disclaim(self, key: bytes, owner: str) -> None:
-        """See `Store.disclaim`."""
-        self._call("drop the claim", lambda connection: self._calls.disclaim(connection, key, owner))
+    def release_claim(self, key: bytes, owner: str) -> None:
+        """See `Store.release_claim`."""
+        self._run("drop the claim", self._calls.release_claim, key, owner)
 
-    def extend(
-        self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
-    ) -> dict[tuple[str | int, ...], Halt | None]:
-        """See `Store.extend`."""
-        return self._call(
-            "extend the leases", lambda connection: self._calls.extend(connection, leases, claims)
+    # --- items -----------------------------------------------------------------------------------------------------
+
+    def save_many(self, lease: Lease, checkpoints: Sequence[Checkpoint]) -> None:
+        """See `BatchStore.save_many`."""
+        self._run("save the items", self._chunks.save_many, lease, self._seal.seal_all(checkpoints))
+
+    def begin_upload(self, request: RunRequest, keep_s: float) -> Lease | RunRow:
+        """See `BatchStore.begin_upload`."""
+        found = self._run("reserve the run", self._uploads.begin_upload, self._seal.seal(request), keep_s)
+        return found if isinstance(found, Lease) else self._seal.unseal(found)
+
+    def put_items(self, lease: Lease, items: Sequence[Checkpoint]) -> None:
+        """See `BatchStore.put_items`."""
+        self._run("store the items", self._uploads.put_items, lease, self._seal.seal_all(items))
+
+    def close_items(self, lease: Lease, name: str, count: int, rows: Sequence[Checkpoint]) -> None:
+        """See `BatchStore.close_items`."""
+        self._run("count the items", self._uploads.close_items, lease, name, count, self._seal.seal_all(rows))
+
+    def finish_upload(self, lease: Lease, digest: bytes, keep_s: float) -> None:
+        """See `BatchStore.finish_upload`."""
+        self._run("queue the run", self._uploads.finish_upload, lease, digest, keep_s)
+
+    def read_items(
+        self,
+        graph: str,
+        execution_id: str,
+        names: Sequence[str],
+        lo: int,
+        hi: int,
+        keys: Sequence[bytes] = (),
+        *,
+        job_digest: bytes | None = None,
+    ) -> list[Checkpoint]:
+        """See `BatchStore.read_items`."""
+        found = self._run(
+            "read the items",
+            self._chunks.read_items,
+            graph,
+            execution_id,
+            names,
+            lo,
+            hi,
+            keys,
+            job_digest,
         )
+        return [self._seal.unseal(checkpoint) for checkpoint in found]
 
-    def end(self, lease: Lease, end: RunEnd) -> None:
-        """See `Store.end`."""
-        closed = self._seal.close_end(lease, end)
-        self._call("end the run", lambda connection: self._calls.end(connection, lease, closed))
-
-    def find_run(self, graph: str, execution_id: str) -> RunRow | None:
-        """See `Store.find_run`."""
-        found = self._call(
-            "find the run", lambda connection: self._calls.find_run(connection, graph, execution_id)
+    def measure_items(self, graph: str, execution_id: str, name: str) -> tuple[int, int]:
+        """See `BatchStore.measure_items`."""
+        found: tuple[int, int] = self._run(
+            "measure the items", self._chunks.measure_items, graph, execution_id, name
         )
-        return None if found is None else self._seal.open_run(found)
+        return found
 
-    def find_job(self, graph: str, execution_id: str) -> bytes | None:
-        """See `Store.find_job`."""
-        job = self._call(
-            "find the job", lambda connection: self._calls.find_job(connection, graph, execution_id)
+    def find_names(self, graph: str, execution_id: str) -> set[str]:
+        """See `BatchStore.find_names`."""
+        return self._run("find what is stored", self._chunks.find_names, graph, execution_id)
+
+    # --- stages and chunks -----------------------------------------------------------------------------------------
+
+    def open_stage(
+        self,
+        lease: Lease,
+        stage: int,
+        chunks: Sequence[Chunk],
+        allowed: int,
+        executions: Sequence[StepExecution] = (),
+        *,
+        progress: Progress | None = None,
+        lanes: Lanes | None = None,
+        message: bytes | None = None,
+    ) -> Lanes | None:
+        """See `BatchStore.open_stage`."""
+        found: Lanes | None = self._run(
+            "open the stage",
+            self._chunks.open_stage,
+            lease,
+            stage,
+            chunks,
+            allowed,
+            self._seal.seal_all(executions),
+            progress,
+            lanes,
+            self._seal.seal_value(message, MESSAGE, lease),
         )
-        return None if job is None else self._seal.open_job(graph, execution_id, job)
+        return found
+
+    def find_chunks(self, graph: str, execution_id: str) -> list[ChunkRow]:
+        """See `BatchStore.find_chunks`."""
+        found = self._run("find the chunks", self._chunks.find_chunks, graph, execution_id)
+        return [self._seal.unseal(row, graph=graph, execution_id=execution_id) for row in found]
+
+    def find_failed(self, graph: str, execution_id: str, lo: int, hi: int) -> list[ChunkRow]:
+        """See `BatchStore.find_failed`."""
+        found = self._run("find the failed chunks", self._chunks.find_failed, graph, execution_id, lo, hi)
+        return [self._seal.unseal(row, graph=graph, execution_id=execution_id) for row in found]
+
+    def lease_chunk(self, request: ChunkRequest) -> Lease | ChunkRefusal:
+        """See `BatchStore.lease_chunk`."""
+        found: Lease | ChunkRefusal = self._run("take the chunk", self._chunks.lease_chunk, request)
+        return found
+
+    def end_chunk(self, lease: Lease, end: ChunkEnd) -> Progress | None:
+        """See `BatchStore.end_chunk`."""
+        sealed = self._seal.seal(end, graph=lease.graph, execution_id=lease.execution_id, chunk=lease.chunk)
+        found: Progress | None = self._run("end the chunk", self._chunks.end_chunk, lease, sealed)
+        return found
+
+    # --- upkeep ----------------------------------------------------------------------------------------------------
+
+    def find_lost(
+        self, task_names: Sequence[str], lease_s: float, max_deliveries: int, limit: int
+    ) -> list[LostRun]:
+        """See `BatchStore.find_lost`; a run whose message cannot be decoded here is left to others."""
+        lost: list[LostRun] = []
+        for one in self._run(
+            "look for lost runs", self._upkeep.find_lost, task_names, lease_s, max_deliveries, limit
+        ):
+            try:
+                lost.append(self._seal.unseal(one))
+            except CodecFailed as error:
+                _logger.warning("a lost run cannot be revived here: %s", error)
+        return lost
 
     def purge(self, limit: int) -> Purged:
         """See `Store.purge`."""
-        return self._call("purge its tables", lambda connection: self._calls.purge(connection, limit))
+        found: Purged = self._run("purge its tables", self._calls.purge, limit)
+        return found
 
     def migrate(self) -> int:
         """See `Store.migrate`."""
-        return self._call("migrate its tables", self._calls.migrate)
+        found: int = self._run("migrate its tables", self._calls.migrate)
+        return found
 
     def check_schema(self) -> None:
         """See `Store.check_schema`."""
-        try:
-            self._call("say which tables it has", schema.check)
-        except StoreUnavailable as error:
-            cause = error.__cause__
-            if isinstance(cause, DBAPIError):
-                fault = faults.find_setting_fault(cause, self._engines.url)
-                if fault is not None:
-                    raise fault from cause
-            raise
+        self._database.check_schema()
 
-    def twin(self) -> SQLStore:
-        """See `Store.twin`; closed with this store."""
-        if self._engines.shared:
+    def clone(self) -> SQLStore:
+        """See `Store.clone`; closed with this store."""
+        if self._database.shared:
             return self
-        twin = SQLStore(self._engines.url, codec=self.codec)
-        self._twins.append(twin)
-        return twin
+        clone = SQLStore(self._database.url, codec=self.codec)
+        self._clones.append(clone)
+        return clone
 
     def close(self) -> None:
         """Close this process's connections. The store stays usable; a user's own engine is left alone."""
-        for twin in self._twins:
-            twin.close()
-        self._engines.dispose()
+        for clone in self._clones:
+            clone.close()
+        self._database.dispose()
 
-    def _call(self, action: str, work: Callable[[Connection], T]) -> T:
-        """Do *work* with a connection, once more at once if its connection was found dead.
-
-        A server that restarted leaves dead connections in the pool; SQLAlchemy drops them all on the first
-        error. Whether that error came before or after a commit is unknown, so every call must bear repeating.
-        """
-        try:
-            try:
-                return self._once(work)
-            except DBAPIError as error:
-                if not (error.connection_invalidated or faults.leaves_server(error)):
-                    raise
-                return self._once(work)
-        except (DBAPIError, PoolTimeout) as error:
-            raise self._find_mismatch(action, error) or faults.translate(
-                action, error, self._engines.url
-            ) from error
-
-    def _once(self, work: Callable[[Connection], T]) -> T:
-        engine = self._engines.current()
-        with self._engines.turn(), engine.connect() as connection:
-            try:
-                return work(connection)
-            except DBAPIError as error:
-                if faults.leaves_server(error):
-                    # The address may lead to another server by now; what is pooled stays with this one.
-                    connection.invalidate(error)
-                    engine.dispose()
-                raise
-
-    def _find_mismatch(self, action: str, error: DBAPIError | PoolTimeout) -> DocketError | None:
-        """Return the error for a table or a column that is missing; None: nothing is."""
-        if not (isinstance(error, DBAPIError) and schema.misses_something(error)):
-            return None
-        try:
-            found = self._once(schema.find_version)
-        except (DBAPIError, PoolTimeout):
-            return StoreUnavailable(action, "something is missing, and it did not say which tables it has")
-        if found != schema.VERSION:
-            return SchemaMismatch(found, schema.VERSION)
-        words = faults.describe(error, self._engines.url)
-        return faults.refused(
-            action, words, "restore what is missing; the version of the tables is the right one"
-        )
+    def _seal_row(self, execution: StepExecution | None) -> StepExecution | None:
+        return None if execution is None else self._seal.seal(execution)

@@ -1,0 +1,88 @@
+"""`Database`: runs a call on a connection, repeats it once on a dead one, and turns driver errors into ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from docket_celery.errors import DocketError, SchemaMismatch, StoreUnavailable
+from docket_celery.store.sql import faults, schema
+from docket_celery.store.sql.engines import Engines
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Database(Engines):
+    """The engines of a store and how its calls run on them; no connection is held between calls."""
+
+    def run(
+        self,
+        action: str,
+        work: Callable[Concatenate[Connection, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Call *work* with a connection and the arguments, once more at once if its connection was dead.
+
+        A server that restarted leaves dead connections in the pool; SQLAlchemy drops them all on the first
+        error. Whether that error came before or after a commit is unknown, so every call must bear repeating.
+
+        Args:
+            action: What the database is asked to do, for errors: "save the checkpoint".
+            work: A function of a store call; its first argument is the connection.
+            *args: The others.
+            **kwargs: The others by name.
+        """
+        try:
+            try:
+                return self._once(work, *args, **kwargs)
+            except DBAPIError as error:
+                if not (error.connection_invalidated or faults.leaves_server(error)):
+                    raise
+                return self._once(work, *args, **kwargs)
+        except (DBAPIError, PoolTimeout) as error:
+            raise self._find_mismatch(action, error) or faults.translate(action, error, self.url) from error
+
+    def check_schema(self) -> None:
+        """See `Store.check_schema`."""
+        try:
+            self.run("say which tables it has", schema.check)
+        except StoreUnavailable as error:
+            cause = error.__cause__
+            if isinstance(cause, DBAPIError):
+                fault = faults.find_setting_fault(cause, self.url)
+                if fault is not None:
+                    raise fault from cause
+            raise
+
+    def _once(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        engine = self.current()
+        with self.lock(), engine.connect() as connection:
+            try:
+                return work(connection, *args, **kwargs)
+            except DBAPIError as error:
+                if faults.leaves_server(error):
+                    # The address may lead to another server by now; what is pooled stays with this one.
+                    connection.invalidate(error)
+                    engine.dispose()
+                raise
+
+    def _find_mismatch(self, action: str, error: DBAPIError | PoolTimeout) -> DocketError | None:
+        """Return the error for a table or a column that is missing; None: nothing is."""
+        if not (isinstance(error, DBAPIError) and schema.misses_something(error)):
+            return None
+        try:
+            found = self._once(schema.find_version)
+        except (DBAPIError, PoolTimeout):
+            return StoreUnavailable(action, "something is missing, and it did not say which tables it has")
+        if found != schema.VERSION:
+            return SchemaMismatch(found, schema.VERSION)
+        words = faults.describe(error, self.url)
+        return faults.refused(
+            action, words, "restore what is missing; the version of the tables is the right one"
+        )
