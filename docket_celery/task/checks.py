@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from celery import Celery
 from celery.backends.base import DisabledBackend
@@ -18,23 +18,13 @@ from docket_celery.plan.plan import Plan
 from docket_celery.store.contract import Store
 from docket_celery.task.app_settings import check_settings
 
+if TYPE_CHECKING:
+    from docket_celery.task.task import GraphTask
+
 _logger = logging.getLogger("docket_celery.worker")
 
 
-class TaskClass(Protocol):
-    """What is needed of a GraphTask here."""
-
-    name: str
-    graph: Graph
-    max_retries: int | None
-
-    @property
-    def backend(self) -> Any: ...
-    @classmethod
-    def plan(cls) -> Plan: ...
-
-
-def graph_tasks(app: Celery) -> Iterator[TaskClass]:
+def graph_tasks(app: Celery) -> Iterator[GraphTask[Any, Any]]:
     """Yield the GraphTasks declared on *app*, by name."""
     tasks = cast("dict[str, Any]", app.tasks)
     for name in sorted(tasks):
@@ -108,7 +98,7 @@ _INLINE_FAULT: Final = (
 )
 
 
-def _backend_fault(task: TaskClass, pool: str | None) -> str | None:
+def _backend_fault(task: GraphTask[Any, Any], pool: str | None) -> str | None:
     """Return why no chord of *task* could end, or None."""
     backend = task.backend
     if isinstance(backend, DisabledBackend):

@@ -7,10 +7,9 @@ only, since each header message holds a copy of the body.
 from __future__ import annotations
 
 import base64
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from celery import Celery, chord, signature
 from celery.backends.redis import RedisBackend
@@ -21,20 +20,14 @@ from docket_celery.batch.chunk import ChunkRun
 from docket_celery.batch.layout import stage_rows
 from docket_celery.batch.options import BatchOptions
 from docket_celery.batch.run import BatchRun
-from docket_celery.engine.job import digest_job
 from docket_celery.engine.outcome import OpenStage, RunOutcome, Submission
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.waiting import run_here, run_on_pool
-from docket_celery.errors import InvalidArguments, StoreMissing
-from docket_celery.graph import Graph
-from docket_celery.plan.batch import BatchPolicy
 from docket_celery.plan.messages import Value
 from docket_celery.plan.mutation import checked
 from docket_celery.plan.plan import Plan
 from docket_celery.store.contract import BatchStore
 from docket_celery.store.records import ChunkStop, LostRun, RunState
-from docket_celery.task import app_settings
-from docket_celery.task.declaration import Declaration
 from docket_celery.task.headers import (
     BATCH,
     CELERY_RETRIES,
@@ -45,34 +38,12 @@ from docket_celery.task.headers import (
     PREPARED,
     WAITS_FOR_OTHER,
 )
+from docket_celery.task.options import SLOTS, THREADS
 from docket_celery.task.progress import tell_progress
 from docket_celery.task.retries import keep
 
-_BATCH_OPTIONS: Final = ("on_error", "max_failed", "chunk_size", "max_concurrency")
-"""What a submission may ask of its batch."""
-_OURS: Final = (*_BATCH_OPTIONS, "execution_id")
-_SLOTS, _THREADS = "slots", "threads"
-"""In the order of a batch's parts: those of the worker that began it, so that all see the same lanes."""
-
-
-class BatchTask(Protocol):
-    """What is needed of a GraphTask here."""
-
-    name: str
-    graph: Graph
-    declaration: Declaration
-
-    @property
-    def app(self) -> Celery: ...
-    @property
-    def request(self) -> Any: ...
-    @property
-    def backend(self) -> Any: ...
-    @classmethod
-    def plan(cls) -> Plan: ...
-    def signature(self, *args: Any, **kwargs: Any) -> Any: ...
-    def signature_from_request(self, request: Any, args: Any, kwargs: Any, **options: Any) -> Any: ...
-    def replace(self, sig: Any) -> Any: ...
+if TYPE_CHECKING:
+    from docket_celery.task.task import GraphTask
 
 
 class Receipt:
@@ -99,119 +70,40 @@ class Receipt:
         return f"<chunk from item {self.facts['lo']}: {how}>"
 
 
-def read_batch_options(task: Any, given: Mapping[str, Any] | None = None, threads: int = 1) -> BatchOptions:
-    """Return how a batch is to be worked on: as the submission says, else the GraphTask or its class.
-
-    Raises:
-        InvalidArguments: A value cannot be used.
-    """
-    said = {name: value for name, value in (given or {}).items() if value is not None}
-    usual = "collect" if task.declaration.form == "BatchResult" else "fail"
-    on_error = said.get("on_error", task.on_error or usual)
-    # A limit of the task's own means nothing to a submission under which no item may fail.
-    max_failed = said.get("max_failed", task.max_failed if on_error == "collect" else None)
-    return BatchOptions(
-        policy=BatchPolicy(on_error, max_failed),
-        chunk_size=said.get("chunk_size", task.chunk_size),
-        max_concurrency=said.get("max_concurrency", task.max_concurrency),
-        slots=int(said.get(_SLOTS, app_settings.worker_slots())),
-        threads=int(said.get(_THREADS, threads)),
-    )
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Look at a task's options for batches where it is declared; Celery makes its class later.
-
-    Raises:
-        InvalidArguments: A value cannot be used.
-    """
-    _check_names(options)
-    max_failed = options.get("max_failed")
-    on_error: Any = options.get("on_error") or ("fail" if max_failed is None else "collect")
-    BatchOptions(
-        policy=BatchPolicy(on_error, max_failed),
-        chunk_size=options.get("chunk_size"),
-        max_concurrency=options.get("max_concurrency"),
-    )
-
-
-def take_batch_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Take out of a submission's *options* what it asks of its batch, and return it.
-
-    Raises:
-        InvalidArguments: An option reads like one of ours, and is none.
-    """
-    _check_names(options)
-    return {name: value for name in _BATCH_OPTIONS if (value := options.pop(name, None)) is not None}
-
-
-def _check_names(options: Mapping[str, Any]) -> None:
-    # Celery takes any option and drops what nobody knows: a limit with a slip of the pen would be none.
-    for name in options:
-        close = [] if name in _OURS else difflib.get_close_matches(name, _OURS, n=1, cutoff=0.85)
-        if close:
-            raise InvalidArguments(name, f"is not known; did you mean {close[0]}?")
-
-
-def is_part(request: Any) -> bool:
-    """Tell whether a delivery is of a part of a batch, whose job lies in the store."""
-    return not request.called_directly and PART in (request.headers or {})
-
-
-def write_batch_options(task: Any, headers: dict[str, Any], said: Mapping[str, Any]) -> None:
-    """Note in *headers* what a submission asks of its batch.
-
-    Raises:
-        InvalidArguments: A value cannot be used, or the task's graph does not fan out.
-    """
-    if said:
-        read_batch_options(task, said)
-        if not task.plan().fans_out:
-            raise InvalidArguments(next(iter(said)), f"is about batches, and task {task.name} has none")
-        headers[BATCH] = dict(said)
-
-
 def deliver(
-    task: BatchTask, values: Sequence[Value] | None, submission: Submission, settings: Settings
+    task: GraphTask[Any, Any],
+    plan: Plan,
+    values: Sequence[Value] | None,
+    submission: Submission,
+    settings: Settings,
+    store: BatchStore,
+    batch: BatchOptions,
 ) -> RunOutcome:
-    """Run one delivery of *task*, whichever part it is.
+    """Run one delivery of a batch over several workers, whichever part it is.
 
     Args:
         task: Whose it is.
-        values: The job; None: a later part, whose job lies in the store.
+        plan: What it does.
+        values: The job; None: it is in the store.
         submission: Who asks for it, and how.
         settings: Those in force.
+        store: What the workers share.
+        batch: How it is worked on.
 
     Raises:
-        StoreMissing: It is a part of a batch, and this worker has no database.
+        Ignore: A stage was opened, or the next chunk of a lane was published.
+        Reject: It could not be; the broker keeps the delivery.
         DocketError: As from `Graph.deliver`.
     """
-    request, declared, graph = task.request, task.declaration, task.graph
-    headers: Mapping[str, Any] = request.headers or {}
-    batch, plan = read_batch_options(task, headers.get(BATCH), max(1, settings.threads)), task.plan()
-    alone = bool(request.called_directly or request.is_eager)
-    store = None if alone else graph.find_batch_store(plan, settings)
-    submission = replace(submission, policy=batch.policy)
-    if store is None:
-        if values is None:
-            raise StoreMissing(graph.name, next(iter(plan)))
-        return graph.deliver(
-            declared.target,
-            values,
-            replace(submission, max_concurrency=batch.max_concurrency),
-            given=declared.given,
-            batch=declared.batch,
-            collects=declared.collects,
-            settings=settings,
-        )
-    graph.freeze()
+    request = task.request
+    task.graph.freeze()
     plan = checked(plan) if settings.check_mutation else plan
-    part: Mapping[str, Any] = headers.get(PART) or {}
+    part: Mapping[str, Any] = (request.headers or {}).get(PART) or {}
     if values is None and "lo" in part:
         return _work(task, plan, submission, settings, store, batch, part)
     if values is not None and submission.job_digest is None:
         # Sent past `apply_async`: the parts to come must name the same job.
-        submission = replace(submission, job_digest=digest_job(declared.given, values))
+        submission = replace(submission, job_digest=task.declaration.digest(values))
     message = _pack(task, submission, batch)
     outcome = run_here(BatchRun(plan, values, submission, settings, store, batch, message))
     if outcome.opened is not None:
@@ -220,7 +112,7 @@ def deliver(
     return outcome
 
 
-def _open(task: BatchTask, headers: Mapping[str, Any], opened: OpenStage, retries: int) -> None:
+def _open(task: GraphTask[Any, Any], headers: Mapping[str, Any], opened: OpenStage, retries: int) -> None:
     """Replace *task* with the chord of a stage.
 
     Raises:
@@ -238,7 +130,8 @@ def _open(task: BatchTask, headers: Mapping[str, Any], opened: OpenStage, retrie
         WAITS_FOR_OTHER: True,
     }
     # Celery checks the arguments against the declared ones, on every submission.
-    body = task.signature(*task.declaration.blank(), immutable=True, headers=body_headers, **options)
+    blank = task.declaration.blank()
+    body: Any = task.signature(*blank, immutable=True, headers=body_headers, **options)
     parts = _parts(opened) if opened.lanes is None else _first_parts(opened, opened.lanes.shares())
     told = {"task": _asked_for(request)}
     chunks = [_chunk(task, {**headers, PART: {**part, **told}}, options) for part in parts]
@@ -248,7 +141,7 @@ def _open(task: BatchTask, headers: Mapping[str, Any], opened: OpenStage, retrie
 
 
 def _work(
-    task: BatchTask,
+    task: GraphTask[Any, Any],
     plan: Plan,
     submission: Submission,
     settings: Settings,
@@ -289,7 +182,7 @@ def _work(
     return outcome
 
 
-def _replace(task: BatchTask, signature: Any) -> NoReturn:
+def _replace(task: GraphTask[Any, Any], signature: Any) -> NoReturn:
     """Let *signature* go on in place of *task*.
 
     Raises:
@@ -341,7 +234,7 @@ def _next_part(part: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**part, "lo": lo, "hi": min(lo + size, int(part["total"]))}
 
 
-def _chunk(task: BatchTask, headers: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+def _chunk(task: GraphTask[Any, Any], headers: dict[str, Any], options: Mapping[str, Any]) -> Any:
     """Return the signature of a chunk's task; its receipt is what the chord counts."""
     blank = task.declaration.blank()
     # Redis counts parts without their results. Of a stored one Celery believes that it was counted, though its child
@@ -356,11 +249,11 @@ def _headers(request: Any, submission: Submission, batch: BatchOptions) -> dict[
     headers: dict[str, Any] = {name: v for name, v in given.items() if name not in OF_ONE_DELIVERY}
     headers[EXECUTION_ID] = submission.execution_id
     headers[DIGEST] = base64.b64encode(submission.job_digest or b"").decode("ascii")
-    headers[BATCH] = {**(given.get(BATCH) or {}), _SLOTS: batch.slots, _THREADS: batch.threads}
+    headers[BATCH] = {**(given.get(BATCH) or {}), SLOTS: batch.slots, THREADS: batch.threads}
     return headers
 
 
-def _pack(task: BatchTask, submission: Submission, batch: BatchOptions) -> bytes:
+def _pack(task: GraphTask[Any, Any], submission: Submission, batch: BatchOptions) -> bytes:
     """Return the message with which this task goes on should its chord be lost, links and all."""
     request = task.request
     args, kwargs = task.declaration.blank()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import types
 import typing
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 from weakref import WeakSet
 
 from google.protobuf.message import Message
@@ -26,11 +25,31 @@ from docket_celery.plan.annotation import (
     resolve,
 )
 from docket_celery.plan.batch import BatchResult
-from docket_celery.plan.messages import Value, encoding_fault, from_json_object, is_json_form, type_name
-from docket_celery.plan.options import RetryPolicy, Scope, StepOptions, nearest_option
+from docket_celery.plan.messages import (
+    Value,
+    check_size,
+    encoding_fault,
+    from_json_object,
+    is_json_form,
+    type_name,
+    value_digest,
+)
 from docket_celery.plan.plan import Plan
 from docket_celery.plan.signature import read_hints
+from docket_celery.store.identity import job_digest
 from docket_celery.task.envelope import Result, Results, Undecodable
+from docket_celery.task.envelope import types as known_types
+from docket_celery.task.options import (
+    check_name_function,
+    check_options,
+    check_step_options,
+    read_batch_options,
+    take_routing,
+)
+from docket_celery.task.retries import with_causes
+
+if TYPE_CHECKING:
+    from docket_celery.task.task import GraphTask
 
 NameFunction = (
     Callable[[Any], str]
@@ -40,41 +59,18 @@ NameFunction = (
     | Callable[[Any, Any, Any, Any, Any], str]
 )
 """From a task's messages, the name of their run. By arity, since strict checkers refuse a lambda for ``...``."""
-_DESTINATION = ("queue", "exchange", "exchange_type", "routing_key")
-_MANNER = ("delivery_mode", "priority")
-STEP_ONLY: Final = frozenset(StepOptions.__dataclass_fields__) - {"name"}
-_PLAIN_STEP_OPTIONS = STEP_ONLY - {"retry", "version", "key", "cache"}
-_DECORATOR_OPTIONS = frozenset(
-    {
-        *(
-            "base",
-            "bind",
-            "connection",
-            "exchange",
-            "exchange_type",
-            "execution_id",
-            "filter",
-            "graph",
-            "lazy",
-            "name",
-        ),
-        *("compression", "delivery_mode", "priority", "queue", "routing_key", "shared"),
-    }
-)
-"""What Celery's decorator takes besides the attributes of the class."""
-_BELONGS = (
-    "{name}= is an option of a step; give it to graph.step(...), or to all steps with Graph(defaults=...)"
-)
-_EMPTY_BODIES = (
-    "pass",
-    "'text'",
-    "raise NotImplementedError",
-    "'text'; raise NotImplementedError",
-    "raise NotImplementedError()",
-    "'text'; raise NotImplementedError()",
-    "raise NotImplementedError('text')",
-    "'text'; raise NotImplementedError('text')",
-)
+_EMPTY_BODIES = [
+    f"{docstring}{body}"
+    for docstring in ("", "'text'; ")
+    for body in (
+        "pass",
+        "raise NotImplementedError",
+        "raise NotImplementedError()",
+        "raise NotImplementedError('text')",
+    )
+]
+_LISTS: Final = 64
+"""A list that travels may be this many times ``docket_max_message_bytes``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +80,7 @@ class Declaration:
     Attributes:
         signature: Binds arguments; parameters in the order of `given`.
         given: What goes in, one for each parameter.
+        labels: What a job's digest calls each of them.
         target: What comes out.
         batch: Which of `given` comes as a list.
         form: How the target comes: 'one' message, a 'list' of them, or a 'BatchResult'.
@@ -92,6 +89,7 @@ class Declaration:
     task: str
     signature: inspect.Signature
     given: tuple[ValueKey, ...]
+    labels: tuple[str, ...]
     target: ValueKey
     batch: ValueKey | None = None
     form: Literal["one", "list", "BatchResult"] = "one"
@@ -108,6 +106,34 @@ class Declaration:
             GraphError: The graph has faults.
         """
         return graph.compiled(self.target, self.given, self.batch, collects=self.collects)
+
+    def allow_types(self) -> None:
+        """Have messages of the declared types encoded and decoded in this process."""
+        for key in (*self.given, self.target):
+            known_types.allow(key.kind)
+
+    def digest(self, values: Iterable[Value]) -> bytes:
+        """Return the digest of the job that `bind` returned."""
+        return job_digest(zip(self.labels, map(value_digest, values), strict=True))
+
+    def check_sizes(self, values: Iterable[Value], limit_bytes: int, *, lists: bool = True) -> None:
+        """Refuse what is too large to travel.
+
+        Args:
+            values: Messages, and lists of them.
+            limit_bytes: Most bytes of a message.
+            lists: Look at the sizes of whole lists too.
+
+        Raises:
+            PayloadTooLarge: One is.
+        """
+        for value in values:
+            messages = [value] if isinstance(value, Message) else value
+            for message in messages:
+                check_size(f"{type_name(message)} of task {self.task}", message.ByteSize(), limit_bytes)
+            if lists and not isinstance(value, Message):
+                size = sum(message.ByteSize() for message in messages)
+                check_size(f"the list of task {self.task}", size, limit_bytes * _LISTS)
 
     def blank(self) -> tuple[tuple[None, ...], dict[str, None]]:
         """Return arguments that fit in number only."""
@@ -268,66 +294,57 @@ def read_generic(task: str, arguments: tuple[Any, ...]) -> Declaration:
     return _declaration(task, inspect.Signature(parameters), list(kinds), arguments[1])
 
 
-def check_options(task: str, options: Mapping[str, Any], known: Collection[str]) -> None:
-    """Refuse what is no option of a task.
-
-    Args:
-        task: The task's name.
-        options: As they were given to the decorator.
-        known: The attributes of the task's class.
+def declare(cls: type[GraphTask[Any, Any]], base: type[GraphTask[Any, Any]]) -> None:
+    """Check a new subclass of *base*, `GraphTask`, and write what it declares onto it.
 
     Raises:
-        InvalidDeclaration: One belongs to a step, or does not exist.
+        InvalidDeclaration, InvalidArguments: It cannot work.
     """
-    check_step_options(task, options)
-    for name in options:
-        if name in STEP_ONLY:
-            raise InvalidDeclaration(task, _BELONGS.format(name=name))
-        if name in known or name in _DECORATOR_OPTIONS or name.startswith("_"):
-            continue
-        close = difflib.get_close_matches(name, [each for each in known if each[0] != "_"], n=1, cutoff=0.85)
-        if close:
-            hint = f"did you mean {close[0]}=?"
-        elif nearest := nearest_option(name):
-            hint = f"if it is meant for a step, write {nearest} in graph.step(...)"
-        else:
-            hint = "see Celery's task options; attributes of your own go on a class GraphTask[[...], ...]"
-        raise InvalidDeclaration(task, f"{name}= is no option of a task; {hint}")
-
-
-def check_step_options(task: str, attributes: Mapping[str, Any]) -> None:
-    """Refuse class attributes that are plainly options of a step.
-
-    Raises:
-        InvalidDeclaration: One is.
-    """
-    for name, value in attributes.items():
-        # `retry` is a method of Celery's tasks, which a class may override.
-        if name in _PLAIN_STEP_OPTIONS or (name in STEP_ONLY and isinstance(value, (RetryPolicy, Scope))):
-            raise InvalidDeclaration(task, _BELONGS.format(name=name))
-
-
-def check_name_function(task: str, function: Callable[..., Any] | None, given: Sequence[ValueKey]) -> None:
-    """Refuse an ``execution_id`` that does not take the messages, one parameter for each.
-
-    Raises:
-        InvalidDeclaration: It does not.
-    """
-    if function is None:
+    own = cls.__dict__
+    name, decorated, named = (
+        str(own.get("name") or cls.__name__),
+        own.get("_decorated"),
+        own.get("execution_id"),
+    )
+    if callable(named) and hasattr(named, "__get__") and not isinstance(named, type):
+        # A function in a class body is a method; this one takes the messages alone.
+        cls.execution_id = staticmethod(typing.cast("Callable[..., str]", named))
+    if "graph" not in own:
+        if decorated:
+            raise InvalidDeclaration(name, "it names no graph, so its body would run; pass graph=")
         return
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return
-    try:
-        signature.bind(*given)
-    except TypeError as error:
-        first = next(iter(signature.parameters), "")
-        fix = (
-            f"drop {first}: it is called with the messages alone" if first in ("self", "cls") else str(error)
-        )
-        problem = f"execution_id takes {signature}, and the task has {len(given)} message(s); {fix}"
-        raise InvalidDeclaration(task, problem) from None
+    if not isinstance(cls.graph, Graph):
+        raise InvalidDeclaration(name, f"graph= must be a docket_celery.Graph, not {cls.graph!r}")
+    cls.abstract = False
+    check_step_options(name, own)
+    if decorated:
+        check_options(name, own, dir(base))
+    cls.declaration = _read_class(cls, base, name)
+    check_name_function(name, cls.execution_id, cls.declaration.given)
+    cls.declared_max_retries = cls.max_retries
+    cls.routing = take_routing(cls)
+    cls.throws = with_causes(cls.throws)
+    read_batch_options(cls)
+    cls.declaration.allow_types()
+
+
+def _read_class(cls: type[GraphTask[Any, Any]], base: type[GraphTask[Any, Any]], name: str) -> Declaration:
+    """Read the declared function or the generic arguments, and let *base*'s `run` take the function's place."""
+    declared = cls.__dict__.get("run")
+    if declared is None:
+        for generic in cls.__dict__.get("__orig_bases__", ()):
+            arguments = getattr(generic, "__args__", ())
+            if getattr(generic, "__origin__", None) is base and arguments:
+                return read_generic(name, arguments)
+        raise InvalidDeclaration(name, "write class X(GraphTask[[InputType], OutputType]) or declare run()")
+    if not isinstance(declared, staticmethod):
+        if cls.__dict__.get("_decorated"):
+            raise InvalidDeclaration(name, "bind=True hands the task to a body that never runs; drop it")
+        raise InvalidDeclaration(name, "declare the types as GraphTask[[...], ...] and drop its run method")
+    function = declared.__func__
+    del cls.run
+    cls.declared = staticmethod(function)
+    return read_function(name, function)
 
 
 def note_graph(app: Any, task: str, graph: Graph, where: str, *, is_declared: bool = False) -> None:
@@ -378,26 +395,6 @@ _homes: weakref.WeakKeyDictionary[Graph, WeakSet[Any]] = weakref.WeakKeyDictiona
 _graphs: weakref.WeakKeyDictionary[Any, dict[str, _GraphTasks]] = weakref.WeakKeyDictionary()
 
 
-def take_routing(cls: type) -> dict[str, Any]:
-    """Take the class's own routing attributes off it and return them, with those taken off its bases.
-
-    Celery warns of them on each task class, since its version 6 will not look at them.
-    """
-    own = {name: cls.__dict__[name] for name in (*_DESTINATION, *_MANNER) if name in cls.__dict__}
-    for name in own:
-        delattr(cls, name)
-    inherited: dict[str, Any] = getattr(cls, "routing", {})
-    return inherited | own
-
-
-def add_routing(declared: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of one submission, with what the task declared and they leave open."""
-    given = {name: value for name, value in options.items() if value is not None}
-    # A queue and an exchange are two ways to say where: what is said here replaces the whole.
-    left_out = _DESTINATION if any(name in given for name in _DESTINATION) else ()
-    return {**options, **{k: v for k, v in declared.items() if k not in given and k not in left_out}}
-
-
 def is_empty(function: Callable[..., Any]) -> bool:
     """Tell whether a body is nothing but a docstring, ``...``, ``pass`` or ``raise NotImplementedError``."""
     code = getattr(inspect.unwrap(function), "__code__", None)
@@ -438,7 +435,13 @@ def _declaration(task: str, signature: inspect.Signature, hints: list[Any], resu
     target, form = _target(task, result)
     batch = batches[0] if batches else None
     return Declaration(
-        task=task, signature=signature, given=tuple(given), target=target, batch=batch, form=form
+        task=task,
+        signature=signature,
+        given=tuple(given),
+        labels=tuple(key.label("list" if key == batch else type_name(key.kind)) for key in given),
+        target=target,
+        batch=batch,
+        form=form,
     )
 
 

@@ -10,8 +10,8 @@ from celery import Celery, shared_task
 from docket_celery.errors import InvalidDeclaration
 from docket_celery.graph import Graph
 from docket_celery.plan.step import locate
-from docket_celery.task import chords, envelope
-from docket_celery.task.declaration import NameFunction, check_options, note_graph, read_function
+from docket_celery.task.declaration import NameFunction, note_graph, read_function
+from docket_celery.task.options import check_batch_options, check_options, check_step_options
 from docket_celery.task.result import R
 from docket_celery.task.task import GraphTask
 
@@ -34,18 +34,12 @@ def graph_task(
     """
 
     def declare(function: Callable[P, R]) -> GraphTask[P, R]:
-        name = _check(function, graph, options)
-        note_graph(
-            app,
-            name or app.gen_task_name(function.__name__, function.__module__),
-            graph,
-            locate(function),
-            is_declared=True,
-        )
-        declare_task = cast("Any", app.task)(
-            base=GraphTask, graph=graph, execution_id=execution_id, **options
-        )
-        return cast("GraphTask[P, R]", declare_task(function))
+        _check(function, graph, options)
+        name = options.get("name") or app.gen_task_name(function.__name__, function.__module__)
+        note_graph(app, name, graph, locate(function), is_declared=True)
+        make: Any = app.task
+        task = make(base=GraphTask, graph=graph, execution_id=execution_id, **options)(function)
+        return cast("GraphTask[P, R]", task)
 
     return declare
 
@@ -61,25 +55,23 @@ def shared_graph_task(
 
     def declare(function: Callable[P, R]) -> GraphTask[P, R]:
         _check(function, graph, options)
-        declare_task = cast("Any", shared_task)(
-            base=GraphTask, graph=graph, execution_id=execution_id, **options
-        )
-        return cast("GraphTask[P, R]", declare_task(function))
+        make: Any = shared_task
+        task = make(base=GraphTask, graph=graph, execution_id=execution_id, **options)(function)
+        return cast("GraphTask[P, R]", task)
 
     return declare
 
 
-def _check(function: Callable[..., Any], graph: object, options: Mapping[str, Any]) -> str | None:
-    """Refuse what cannot work where it is written, since Celery makes the class later; return the name, if given."""
+def _check(function: Callable[..., Any], graph: object, options: Mapping[str, Any]) -> None:
+    """Refuse what cannot work where it is written: Celery makes the class later, when the app is finalized."""
     name = str(options.get("name") or getattr(function, "__name__", function))
     if not isinstance(graph, Graph):
         raise InvalidDeclaration(name, f"the graph must be a docket_celery.Graph, not {graph!r}")
     if options.get("bind"):
         raise InvalidDeclaration(name, "bind=True hands the task to a body that never runs; drop it")
-    chords.check_options(options)
-    check_options(name, options, dir(GraphTask))
     declared = read_function(name, function)
-    # Celery makes the class when the app is finalized; results and arguments may have to be read before.
-    for key in (*declared.given, declared.target):
-        envelope.types.allow(key.kind)
-    return options.get("name")
+    check_batch_options(declared.form, options)
+    check_step_options(name, options)
+    check_options(name, options, dir(GraphTask))
+    # Results and arguments may have to be read before the class is made.
+    declared.allow_types()

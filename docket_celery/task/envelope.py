@@ -36,6 +36,10 @@ MARKER: Final = "docket.pb"
 BATCH_MARKER: Final = "docket.batch"
 
 
+class Stored:
+    """Base of what stands in a task's message for a value in the store."""
+
+
 class Undecodable:
     """Stands for a message that cannot be read; encodes to what it was read from.
 
@@ -107,8 +111,8 @@ class Results:
         return f"<{len(items)} results{failed}>"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
+@dataclass(frozen=True, kw_only=True)
+class Reference(Stored):
     """A batch's result that lies in the store; the fields are those of `ItemPlace` and `StoredBatch`."""
 
     graph: str

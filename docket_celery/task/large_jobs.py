@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import logging
 import uuid
@@ -30,10 +31,11 @@ from docket_celery.plan.messages import Value, brief, check_size, frame, from_by
 from docket_celery.plan.options import MAX_SECONDS
 from docket_celery.plan.plan import Plan
 from docket_celery.store.contract import Store
-from docket_celery.store.identity import job_digest
+from docket_celery.store.identity import check_execution_id, job_digest
 from docket_celery.store.records import Lease, RunEnd, RunRequest, RunState
 from docket_celery.task import app_settings, envelope, result
 from docket_celery.task.declaration import Declaration
+from docket_celery.task.headers import DIGEST, EXECUTION_ID
 
 _logger = logging.getLogger("docket_celery.payloads")
 JOB_MARKER: Final = "docket.job"
@@ -60,7 +62,7 @@ class TaskClass(Protocol):
     def plan(cls) -> Plan: ...
 
 
-class StoredJob:
+class StoredJob(envelope.Stored):
     """Stands in a task's message for an argument; the whole job lies in the row of the task's run.
 
     Attributes:
@@ -94,6 +96,16 @@ class QueuedRun:
     job_digest: bytes
     task_id: str
     wait_s: float
+
+
+def queued_run(headers: Mapping[str, Any], task_id: str | None, options: Mapping[str, Any]) -> QueuedRun:
+    """Return the run that a task with these headers asks for, where its job has been bound before."""
+    return QueuedRun(
+        execution_id=check_execution_id(headers.get(EXECUTION_ID) or task_id),
+        job_digest=base64.b64decode(headers.get(DIGEST) or ""),
+        task_id=task_id or "",
+        wait_s=wait_s(options),
+    )
 
 
 def arrange(

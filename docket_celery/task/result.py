@@ -46,7 +46,7 @@ OnMessage = Callable[[dict[str, Any]], None]
 Arguments = tuple[Sequence[Any], Mapping[str, Any]]
 
 
-class StoredResult:
+class StoredResult(envelope.Stored):
     """A GraphTask's result that is too large for the result backend; it lies in the row of the run.
 
     `GraphResult.get` and GraphTasks that get one as an argument read the message by themselves. An ordinary task in a
@@ -148,7 +148,11 @@ else:
 
 
 class GraphResult(_TypedResult[R]):
-    """The promise of a GraphTask's message."""
+    """The promise of a GraphTask's message.
+
+    Attributes:
+        execution_id: The run's name, where this process submitted the job.
+    """
 
     task: Any = None
     execution_id: str | None = None

@@ -1,4 +1,4 @@
-"""When Celery shall deliver a run again, and how failures are matched: an error, or the cause of a step's failure."""
+"""When Celery delivers a run again, and how failures are matched: an error, or the cause of a step's failure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, cast
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
 
 from celery import Celery
 from celery.exceptions import Reject, SoftTimeLimitExceeded, TaskPredicate
@@ -17,26 +17,12 @@ from docket_celery.errors import AbortError, RunTimedOut, StepFailed, StoreUnava
 from docket_celery.plan.plan import Plan
 from docket_celery.store.records import Lease
 
+if TYPE_CHECKING:
+    from docket_celery.task.task import GraphTask
+
 _logger = logging.getLogger("docket_celery.retrying")
 Kinds = tuple[type[BaseException], ...]
 _OUTAGE_MOST_S = 15.0
-
-
-class RetryOptions(Protocol):
-    """Celery's retry options, as a task has them."""
-
-    autoretry_for: Kinds
-    dont_autoretry_for: Kinds
-    retry_kwargs: Mapping[str, Any]
-    retry_backoff: bool | float
-    retry_backoff_max: int
-    retry_jitter: bool
-    default_retry_delay: int
-    declared_max_retries: int | None
-    max_retries: int | None
-
-    @classmethod
-    def plan(cls) -> Plan: ...
 
 
 class _CausedBy(type):
@@ -61,16 +47,21 @@ def matches(error: object, kinds: Kinds) -> bool:
 
 
 def park_s(
-    task: RetryOptions, error: BaseException, lease: Lease | None, *, retries: int = 0, outages: int = 0
+    task: GraphTask[Any, Any],
+    error: BaseException,
+    lease: Lease | None,
+    *,
+    retries: int = 0,
+    outages: int = 0,
 ) -> float | None:
-    """Return in how many seconds Celery shall deliver the run again, or None to end it.
+    """Return in how many seconds Celery delivers the run again, or None to end it.
 
     Args:
         task: Whose options decide.
         error: What ended the delivery.
         lease: The run's lease, which counts its ordinary retries; None: Celery counts them.
         retries: Celery's count so far.
-        outages: Deliveries of this task so far that did not even get at the database.
+        outages: Deliveries of this task so far that did not reach the database.
     """
     failures = retries if lease is None else lease.failures
     if isinstance(error, StoreUnavailable):
@@ -83,14 +74,14 @@ def park_s(
     return backoff_s(task, failures)
 
 
-def most_retries(task: RetryOptions, error: BaseException, *, eager: bool, outages: int) -> int | None:
+def most_retries(task: GraphTask[Any, Any], error: BaseException, *, eager: bool, outages: int) -> int | None:
     """Return up to which count Celery may retry the task; None: the run's lease counts.
 
     Args:
         task: Whose options decide.
         error: What ended the delivery.
         eager: Retries follow each other without a wait.
-        outages: Deliveries of this task so far that did not even get at the database.
+        outages: Deliveries of this task so far that did not reach the database.
     """
     if isinstance(error, StoreUnavailable):
         # An outage ends, but not while an eager task tries.
@@ -101,7 +92,7 @@ def most_retries(task: RetryOptions, error: BaseException, *, eager: bool, outag
     return None if limit is None else limit + outages
 
 
-def backoff_s(task: RetryOptions, retries: int) -> float:
+def backoff_s(task: GraphTask[Any, Any], retries: int) -> float:
     """Return Celery's own wait in seconds before retry number *retries* (from 0), from the task's options."""
     if task.retry_backoff:
         factor = int(max(1.0, float(task.retry_backoff)))
@@ -111,13 +102,13 @@ def backoff_s(task: RetryOptions, retries: int) -> float:
     return float(task.retry_kwargs.get("countdown", task.default_retry_delay))
 
 
-def _outage_s(task: RetryOptions, outages: int) -> float:
+def _outage_s(task: GraphTask[Any, Any], outages: int) -> float:
     """Return the wait in seconds for a database that does not answer: growing and spread, as all tasks wait."""
     longest_s = min(_OUTAGE_MOST_S, task.default_retry_delay * 2.0 ** min(outages, 10))
     return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 -- spreads load, keeps no secret
 
 
-def _may_retry(task: RetryOptions, error: BaseException) -> bool:
+def _may_retry(task: GraphTask[Any, Any], error: BaseException) -> bool:
     if isinstance(error, TaskPredicate):
         # A step that raised Celery's own Ignore, Reject or Retry has decided itself.
         return False

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import base64
+import copy
+import functools
+import importlib
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from celery.result import EagerResult
 from google.protobuf.message import Message
 
 from docket_celery.engine.handles import RunHandle
-from docket_celery.engine.job import digest_job, job_bytes
+from docket_celery.engine.job import job_bytes
+from docket_celery.engine.process.settings import Settings
 from docket_celery.errors import InvalidArguments
-from docket_celery.graph import Graph
 from docket_celery.plan.batch import BatchResult
 from docket_celery.plan.messages import brief
-from docket_celery.plan.plan import Plan
 from docket_celery.store.identity import check_execution_id
-from docket_celery.task import app_settings, chords, envelope, large_jobs, result, upload
+from docket_celery.task import app_settings, chords, delays, large_jobs, upload
 from docket_celery.task.context import read_context, write_context
-from docket_celery.task.declaration import Declaration, add_routing
-from docket_celery.task.delays import whole_seconds
+from docket_celery.task.envelope import Result, Stored, wrap
 from docket_celery.task.headers import (
     BATCH,
     CONTEXT,
@@ -32,238 +33,221 @@ from docket_celery.task.headers import (
     PREPARED,
     WAITS_FOR_OTHER,
 )
-from docket_celery.task.on_commit import OnCommitTask
-from docket_celery.task.result import GraphResult, R, StoredResult
+from docket_celery.task.options import add_routing, read_batch_options, take_batch_options
+from docket_celery.task.result import GraphResult, read_results
 
-P = ParamSpec("P")
+if TYPE_CHECKING:
+    from docket_celery.task.task import GraphTask
+
+Publish = Callable[..., GraphResult[Any]]
+"""Celery's own `apply_async`, as the next class of the task has it."""
+RunEagerly = Callable[..., EagerResult[Any]]
+"""Celery's own `apply`, likewise."""
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class SubmittedTask(OnCommitTask[P, R]):
-    """What callers use of a GraphTask; its attributes are explained there."""
-
-    abstract = True
-    graph: Graph
-    execution_id: Callable[..., str] | None = None
-    on_error: str | None = None
-    max_failed: float | None = None
-    chunk_size: int | None = None
-    max_concurrency: int | None = None
-    declaration: Declaration
-    routing: Mapping[str, Any] = {}
-
-    if TYPE_CHECKING:
-
-        def delay(self, *args: P.args, **kwargs: P.kwargs) -> GraphResult[R]: ...
-
-    def AsyncResult(self, task_id: str, **kwargs: Any) -> GraphResult[R]:  # noqa: N802 -- Celery's name
-        """Return the promise of the task called *task_id*."""
-        promise = GraphResult[R](task_id, backend=self.backend, task_name=self.name, app=self.app, **kwargs)
-        promise.task = self
-        return promise
-
-    def apply_async(
-        self,
-        args: Any = None,
-        kwargs: Any = None,
-        task_id: str | None = None,
-        *more: Any,
-        execution_id: str | None = None,
-        context: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> GraphResult[R]:
-        """Submit a job.
-
-        Args:
-            args: The messages, positionally; their JSON form (a dict) is accepted too.
-            kwargs: The messages by name.
-            task_id: As in Celery; the run is named by *execution_id*.
-            *more: Celery's further positional options.
-            execution_id: Names the run; default: the task's ``execution_id`` function, else the task id.
-            context: JSON values for ``ctx.values``: at most 16 KiB as JSON, 32 levels, without NaN and Infinity.
-            **options: Celery's own; of a batch also ``on_error``, ``max_failed``, ``chunk_size`` and
-                ``max_concurrency``, in place of the task's.
-
-        Raises:
-            GraphError: The graph has faults.
-            InvalidArguments: An argument is missing or of another type, or the name cannot be used.
-            PayloadTooLarge: The job is too large for a message, and for the store or there is none.
-            RunConflict, StoreUnavailable: Of a job that is too large for a message and goes to the store.
-        """
-        headers = dict(options.pop("headers", None) or {})
-        # The job's own delivery comes again: it was checked, and its headers are ours.
-        again = options.pop(PREPARED, False) or options.get("retries")
-        if not again:
-            args, kwargs = self._prepare(args, kwargs, headers, execution_id, context)
-            self._note_order(headers, options)
-        args, kwargs = args or (), kwargs or {}
-        options.setdefault("argsrepr", chords.describe(headers) or f"({', '.join(map(_brief, args))})")
-        options.setdefault("kwargsrepr", f"{{{', '.join(f'{k}={_brief(v)}' for k, v in kwargs.items())}}}")
-        # A copy that waits for its turn carries what its original did: nobody else may have stored that.
-        if not options.get("retries") and PART not in headers and WAITS_FOR_OTHER not in headers:
-            task_id = task_id or str(uuid.uuid4())
-            run = queued_run(headers, task_id, options)
-            args, kwargs = upload.send(self, args, kwargs, run) or large_jobs.send(self, args, kwargs, run)
-        return self._publish(args, kwargs, task_id, *more, headers=headers, **options)
-
-    def submit_batch(
-        self,
-        items: Iterable[Any],
-        *others: Message,
-        execution_id: str | None = None,
-        context: Mapping[str, Any] | None = None,
-        task_id: str | None = None,
-        **options: Any,
-    ) -> GraphResult[R]:
-        """Submit a batch whose items are read one after the other and stored, never all of them in memory.
-
-        Args:
-            items: Messages, or their JSON form; any iterable, read once, here and now.
-            *others: The messages that all items share, in the order of the task's other parameters.
-            execution_id: As for `apply_async`; the task's own function is not asked, since it takes the whole list.
-            context: JSON values for ``ctx.values``: at most 16 KiB as JSON, 32 levels, without NaN and Infinity.
-            task_id: As in Celery.
-            **options: As for `apply_async`.
-
-        Raises:
-            InvalidArguments: An argument is of another type, the task takes no list, or the run must be named.
-            InvalidSettings: This process has no ``docket_database_url``.
-            PayloadTooLarge: An item is too large.
-            RunConflict: The run exists with another job, or is being submitted by another process.
-            StoreUnavailable: The database does not answer; submitting it again is safe, once the lease of what had
-                begun is over (``docket_lease_seconds``).
-        """
-        self.plan()
-        shared = self.declaration.bind_others(others)
-        if self.app.conf.task_always_eager:
-            eager = cast("Callable[..., GraphResult[R]]", self.apply_async)
-            job = self.declaration.join(list(items), shared)
-            return eager(job, None, task_id, execution_id=execution_id, context=context, **options)
-        headers = dict(options.pop("headers", None) or {})
-        if execution_id is None and EXECUTION_ID not in headers and self.execution_id is not None:
-            raise InvalidArguments(
-                "execution_id", f"task {self.name} names its runs by their items; name this one"
-            )
-        self._name_run(headers, execution_id, context)
-        self._note_order(headers, options)
+def submit(
+    task: GraphTask[Any, Any],
+    publish: Publish,
+    args: Any,
+    kwargs: Any,
+    task_id: str | None,
+    more: Sequence[Any],
+    execution_id: str | None,
+    context: Mapping[str, Any] | None,
+    options: dict[str, Any],
+) -> GraphResult[Any]:
+    """Submit a job, or a later delivery of one; see `GraphTask.apply_async`."""
+    headers = dict(options.pop("headers", None) or {})
+    settings = app_settings.app_settings(task.app)
+    # A later delivery of a job was checked before, and its headers are ours.
+    if not (options.pop(PREPARED, False) or options.get("retries")):
+        args, kwargs = _prepare(task, args, kwargs, headers, execution_id, context, options, settings)
+    args, kwargs = tuple(args or ()), kwargs or {}
+    shown = chords.describe(headers) if PART in headers else f"({', '.join(map(_brief, args))})"
+    options.setdefault("argsrepr", shown)
+    options.setdefault("kwargsrepr", f"{{{', '.join(f'{k}={_brief(v)}' for k, v in kwargs.items())}}}")
+    # A copy that waits for its turn carries what its original did: only that may have been stored.
+    first = not options.get("retries") and PART not in headers and WAITS_FOR_OTHER not in headers
+    if first and not _travels(task, (*args, *kwargs.values()), settings):
         task_id = task_id or str(uuid.uuid4())
-        digest, stored = upload.upload(self, items, shared, queued_run(headers, task_id, options))
-        headers[DIGEST] = base64.b64encode(digest).decode("ascii")
-        args = tuple(stored.values())
-        options |= {"argsrepr": f"({', '.join(map(repr, args))})", "kwargsrepr": "{}"}
-        return self._publish(args, {}, task_id, headers=headers, **options)
+        run = large_jobs.queued_run(headers, task_id, options)
+        args, kwargs = upload.send(task, args, kwargs, run) or large_jobs.send(task, args, kwargs, run)
+    return _publish(task, publish, args, kwargs, task_id, more, headers, options)
 
-    def handle(self, execution_id: str) -> RunHandle:
-        """Return the run of that name, to cancel it.
 
-        Raises:
-            InvalidArguments: It cannot name a run.
-            StoreMissing, InvalidSettings: This process has no database.
-        """
-        settings, plan = app_settings.app_settings(self.app), self.plan()
-        shared = self.graph.find_batch_store(plan, settings)
-        store = self.graph.find_store(plan, settings) if shared is None else shared
-        name = check_execution_id(execution_id)
-        return RunHandle(
-            store, self.graph.name, name, retention_s=settings.retention, threads=settings.threads
+def submit_on_commit(
+    task: GraphTask[Any, Any],
+    args: Any,
+    kwargs: Any,
+    more: Sequence[Any],
+    execution_id: str | None,
+    context: Mapping[str, Any] | None,
+    options: dict[str, Any],
+) -> None:
+    """Submit a job as it is now when Django's transaction commits; see `GraphTask.apply_async_on_commit`."""
+    headers = dict(options.pop("headers", None) or {})
+    settings = app_settings.app_settings(task.app)
+    job = copy.deepcopy(_prepare(task, args, kwargs, headers, execution_id, context, options, settings))
+    options |= {"headers": headers, PREPARED: True}
+    transaction: Any = importlib.import_module("django.db.transaction")
+    transaction.on_commit(functools.partial(task.apply_async, *job, *more, **options))
+
+
+def submit_batch(
+    task: GraphTask[Any, Any],
+    publish: Publish,
+    items: Iterable[Any],
+    others: Sequence[Message],
+    task_id: str | None,
+    execution_id: str | None,
+    context: Mapping[str, Any] | None,
+    options: dict[str, Any],
+) -> GraphResult[Any]:
+    """Store a batch page by page, then submit it; see `GraphTask.submit_batch`."""
+    task.plan()
+    shared = task.declaration.bind_others(others)
+    if task.app.conf.task_always_eager:
+        eager = cast("Publish", task.apply_async)
+        job = task.declaration.join(list(items), shared)
+        return eager(job, None, task_id, execution_id=execution_id, context=context, **options)
+    headers = dict(options.pop("headers", None) or {})
+    if execution_id is None and EXECUTION_ID not in headers and task.execution_id is not None:
+        raise InvalidArguments(
+            "execution_id", f"task {task.name} names its runs by their items; name this one"
         )
-
-    def _note_order(self, headers: dict[str, Any], options: dict[str, Any]) -> None:
-        chords.write_batch_options(self, headers, chords.take_batch_options(options))
-
-    def _publish(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], *more: Any, **options: Any
-    ) -> GraphResult[R]:
-        submit = cast("Callable[..., GraphResult[R]]", super().apply_async)
-        wrapped = tuple(map(envelope.wrap, args)), {name: envelope.wrap(v) for name, v in kwargs.items()}
-        promise = submit(*wrapped, *more, **whole_seconds(self.app, add_routing(self.routing, options)))
-        promise.execution_id = options["headers"].get(EXECUTION_ID)
-        return promise
-
-    def apply(
-        self,
-        args: Any = None,
-        kwargs: Any = None,
-        *more: Any,
-        execution_id: str | None = None,
-        context: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> EagerResult[R]:
-        """Run a job here and now, as a worker would; arguments as in `apply_async`."""
-        headers = dict(options.pop("headers", None) or {})
-        if not options.get("retries") and not large_jobs.holds_job(args, kwargs):
-            args, kwargs = self._prepare(args, kwargs, headers, execution_id, context, travels=False)
-            self._note_order(headers, options)
-        run = cast("Callable[..., EagerResult[R]]", super().apply)
-        if more:
-            return run(args, kwargs, *more, headers=headers, **options)
-        # Raised here: told to throw, Celery throws the Retry of a job that is to be tried again.
-        throw = options.pop("throw", None)
-        result = run(args, kwargs, headers=headers, throw=False, **options)
-        if self.app.conf.task_eager_propagates if throw is None else throw:
-            result.get(disable_sync_subtasks=False)
-        return result
-
-    def _prepare(
-        self,
-        args: Any,
-        kwargs: Any,
-        headers: dict[str, Any],
-        execution_id: str | None,
-        context: Mapping[str, Any] | None,
-        *,
-        travels: bool = True,
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = self.declaration.given
-        self.plan()  # a wiring fault is the caller's to see, not first the worker's
-        messages = self.declaration.bind(*result.read_results(args or (), kwargs or {}, self.app))
-        headers[DIGEST] = base64.b64encode(digest_job(given, messages)).decode("ascii")
-        named_run = headers.get(EXECUTION_ID) if execution_id is None else execution_id
-        if named_run is None and self.execution_id is not None:
-            named_run = self.execution_id(*messages)
-        self._name_run(headers, named_run, context)
-        size = job_bytes(given, messages) if travels else None
-        streams = travels and upload.wants_upload(self, messages)
-        return large_jobs.arrange(self, messages, args or (), kwargs or {}, size, streams=streams)
-
-    def _name_run(
-        self, headers: dict[str, Any], execution_id: str | None, context: Mapping[str, Any] | None
-    ) -> None:
-        for name in (*OF_ONE_DELIVERY, BATCH):
-            # They speak of one delivery; whoever passes on the headers of a running task passes on these too.
-            headers.pop(name, None)
-        named_run = headers.get(EXECUTION_ID) if execution_id is None else execution_id
-        if named_run is not None:
-            headers[EXECUTION_ID] = check_execution_id(named_run)
-        if context is not None or CONTEXT in headers:
-            # In the headers of a running task it is a text already; older versions and callers may have a mapping.
-            values = read_context(headers.get(CONTEXT)) if context is None else context
-            headers[CONTEXT] = write_context(values)
-
-    @classmethod
-    def plan(cls) -> Plan:
-        """Return the plan of this task.
-
-        Raises:
-            GraphError: The graph has faults.
-        """
-        return cls.declaration.compile(cls.graph)
+    _name_run(headers, execution_id, context)
+    _note_batch_options(task, headers, options)
+    task_id = task_id or str(uuid.uuid4())
+    digest, stored = upload.upload(task, items, shared, large_jobs.queued_run(headers, task_id, options))
+    headers[DIGEST] = base64.b64encode(digest).decode("ascii")
+    args = tuple(stored.values())
+    options |= {"argsrepr": f"({', '.join(map(repr, args))})", "kwargsrepr": "{}"}
+    return _publish(task, publish, args, {}, task_id, (), headers, options)
 
 
-def queued_run(
-    headers: Mapping[str, Any], task_id: str | None, options: Mapping[str, Any]
-) -> large_jobs.QueuedRun:
-    """Return the run that a task with these headers asks for, where its job has been bound before."""
-    return large_jobs.QueuedRun(
-        execution_id=check_execution_id(headers.get(EXECUTION_ID) or task_id),
-        job_digest=base64.b64decode(headers.get(DIGEST) or ""),
-        task_id=task_id or "",
-        wait_s=large_jobs.wait_s(options),
+def run_eagerly(
+    task: GraphTask[Any, Any],
+    run: RunEagerly,
+    args: Any,
+    kwargs: Any,
+    more: Sequence[Any],
+    execution_id: str | None,
+    context: Mapping[str, Any] | None,
+    options: dict[str, Any],
+) -> EagerResult[Any]:
+    """Run a job here and now; see `GraphTask.apply`."""
+    headers = dict(options.pop("headers", None) or {})
+    if not options.get("retries") and not large_jobs.holds_job(args, kwargs):
+        settings = app_settings.app_settings(task.app)
+        args, kwargs = _prepare(
+            task, args, kwargs, headers, execution_id, context, options, settings, travels=False
+        )
+    if more:
+        return run(args, kwargs, *more, headers=headers, **options)
+    # Raised here: told to throw, Celery throws the Retry of a job that is to be tried again.
+    throw = options.pop("throw", None)
+    result = run(args, kwargs, headers=headers, throw=False, **options)
+    if task.app.conf.task_eager_propagates if throw is None else throw:
+        result.get(disable_sync_subtasks=False)
+    return result
+
+
+def find_handle(task: GraphTask[Any, Any], execution_id: str) -> RunHandle:
+    """Return the run of that name; see `GraphTask.handle`."""
+    settings, plan = app_settings.app_settings(task.app), task.plan()
+    shared = task.graph.find_batch_store(plan, settings)
+    store = task.graph.find_store(plan, settings) if shared is None else shared
+    name = check_execution_id(execution_id)
+    return RunHandle(store, task.graph.name, name, retention_s=settings.retention, threads=settings.threads)
+
+
+def _prepare(
+    task: GraphTask[Any, Any],
+    args: Any,
+    kwargs: Any,
+    headers: dict[str, Any],
+    execution_id: str | None,
+    context: Mapping[str, Any] | None,
+    options: dict[str, Any],
+    settings: Settings,
+    *,
+    travels: bool = True,
+) -> Arguments:
+    """Check a job, write what names it into *headers*, and return its arguments; not *travels*: it runs here."""
+    declared, args, kwargs = task.declaration, tuple(args or ()), dict[str, Any](kwargs or {})
+    task.plan()  # a wiring fault is the caller's to see, not first the worker's
+    holds_stored = any(isinstance(value, Stored) for value in (*args, *kwargs.values()))
+    messages = declared.bind(*(read_results(args, kwargs, task.app) if holds_stored else (args, kwargs)))
+    headers[DIGEST] = base64.b64encode(declared.digest(messages)).decode("ascii")
+    if execution_id is None and headers.get(EXECUTION_ID) is None and task.execution_id is not None:
+        execution_id = task.execution_id(*messages)
+    _name_run(headers, execution_id, context)
+    _note_batch_options(task, headers, options)
+    if holds_stored or not _travels(task, messages, settings):
+        size = job_bytes(declared.given, messages) if travels else None
+        streams = travels and upload.wants_upload(task, messages)
+        return large_jobs.arrange(task, messages, args, kwargs, size, streams=streams)
+    values = dict(zip(declared.signature.parameters, messages, strict=True))
+    named = {name: values.pop(name) for name in kwargs}
+    return tuple(values.values()), named
+
+
+def _travels(task: GraphTask[Any, Any], values: Iterable[Any], settings: Settings) -> bool:
+    """Tell whether a job goes by the ordinary door: single messages, none of them too large."""
+    limit = settings.max_message_bytes
+    return task.declaration.batch is None and not any(
+        isinstance(value, Message) and value.ByteSize() > limit for value in values
     )
 
 
+def _name_run(headers: dict[str, Any], execution_id: str | None, context: Mapping[str, Any] | None) -> None:
+    """Write into *headers* what a submission says of its run."""
+    for name in (*OF_ONE_DELIVERY, BATCH):
+        # They speak of one delivery; whoever passes on the headers of a running task passes on these too.
+        headers.pop(name, None)
+    named = headers.get(EXECUTION_ID) if execution_id is None else execution_id
+    if named is not None:
+        headers[EXECUTION_ID] = check_execution_id(named)
+    if context is not None or CONTEXT in headers:
+        # In the headers of a running task it is a text already; older versions and callers may have a mapping.
+        values = read_context(headers.get(CONTEXT)) if context is None else context
+        headers[CONTEXT] = write_context(values)
+
+
+def _note_batch_options(task: GraphTask[Any, Any], headers: dict[str, Any], options: dict[str, Any]) -> None:
+    """Move what *options* ask of a batch into *headers*."""
+    asked = take_batch_options(options) if options else {}
+    if asked:
+        read_batch_options(task, asked)
+        if not task.plan().fans_out:
+            raise InvalidArguments(next(iter(asked)), f"is about batches, and task {task.name} has none")
+        headers[BATCH] = asked
+
+
+def _publish(
+    task: GraphTask[Any, Any],
+    publish: Publish,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    task_id: str | None,
+    more: Sequence[Any],
+    headers: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> GraphResult[Any]:
+    if task.routing:
+        options = add_routing(task.routing, options)
+    if options.get("countdown") is not None or options.get("eta") is not None:
+        options = delays.whole_seconds(task.app, options)
+    wrapped = tuple(map(wrap, args)), {name: wrap(value) for name, value in kwargs.items()}
+    result = publish(*wrapped, task_id, *more, headers=headers, **options)
+    result.execution_id = headers.get(EXECUTION_ID) or result.id
+    return result
+
+
 def _brief(value: Any) -> str:
-    value = value.message if isinstance(value, envelope.Result) else value
-    if isinstance(value, large_jobs.StoredJob | StoredResult):
+    value = value.message if isinstance(value, Result) else value
+    if isinstance(value, Stored):
         return repr(value)
     if isinstance(value, (list, tuple, BatchResult)):
         return f"<{len(cast('Sequence[Any]', value))} messages>"

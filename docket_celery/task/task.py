@@ -2,59 +2,36 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import functools
-import logging
-import os
-import random
-import uuid
-from collections.abc import Callable, Generator, Mapping
-from typing import Any, NoReturn, ParamSpec, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
-from celery import Celery, _state
-from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from celery import Celery, Task
+from celery.result import EagerResult
 from google.protobuf.message import Message
 
-from docket_celery.engine.outcome import RunOutcome, Submission
-from docket_celery.engine.process.state import process_defaults
-from docket_celery.errors import DocketError, InvalidDeclaration, RunTimedOut, StoreUnavailable
+from docket_celery.engine.handles import RunHandle
 from docket_celery.graph import Graph
-from docket_celery.plan.messages import Value
+from docket_celery.plan.plan import Plan
 from docket_celery.plan.step import locate
-from docket_celery.store.identity import check_execution_id
-from docket_celery.task import app_settings, backends, chords, envelope, large_jobs, result, sweeper, worker
-from docket_celery.task.context import read_context
-from docket_celery.task.declaration import (
-    Declaration,
-    check_name_function,
-    check_options,
-    check_step_options,
-    note_graph,
-    read_function,
-    read_generic,
-    take_routing,
+from docket_celery.task import (
+    app_settings,
+    backends,
+    deliver,
+    envelope,
+    large_jobs,
+    result,
+    submit,
+    sweeper,
+    worker,
 )
-from docket_celery.task.headers import (
-    CELERY_RETRIES,
-    CONTEXT,
-    DIGEST,
-    ENDED_CLEANLY,
-    EXECUTION_ID,
-    OUTAGES,
-    PREPARED,
-    WAITS_FOR_OTHER,
-)
-from docket_celery.task.result import R
-from docket_celery.task.retries import Kinds, keep, most_retries, park_s, visibility_s, with_causes
-from docket_celery.task.submit import SubmittedTask, queued_run
+from docket_celery.task.declaration import Declaration, declare, note_graph
+from docket_celery.task.result import GraphResult, R
+from docket_celery.task.retries import Kinds
 
-_logger = logging.getLogger("docket_celery.task")
 P = ParamSpec("P")
-_BUSY_MOST_S = 15.0
 
 
-class GraphTask(SubmittedTask[P, R]):
+class GraphTask(Task[P, R]):
     """A Celery task whose body is a graph. Declare it with `graph_task`, as a class, or with ``base=GraphTask``.
 
     Class attributes besides Celery's own:
@@ -67,8 +44,16 @@ class GraphTask(SubmittedTask[P, R]):
     """
 
     abstract = True
+    graph: Graph
+    execution_id: Callable[..., str] | None = None
+    on_error: str | None = None
+    max_failed: float | None = None
+    chunk_size: int | None = None
+    max_concurrency: int | None = None
+    declaration: Declaration
     declared: Callable[..., Any] | None = None
     declared_max_retries: int | None = 3
+    routing: Mapping[str, Any] = {}
     acks_late = True
     retry_on_worker_lost = True
     track_started = True
@@ -84,38 +69,14 @@ class GraphTask(SubmittedTask[P, R]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if _is_function(cls.__dict__.get("execution_id")):
-            # A function in a class body is a method; this one takes the messages alone.
-            cls.execution_id = staticmethod(cls.__dict__["execution_id"])
-        name = str(cls.__dict__.get("name") or cls.__name__)
-        if "graph" not in cls.__dict__:
-            if cls.__dict__.get("_decorated"):
-                raise InvalidDeclaration(name, "it names no graph, so its body would run; pass graph=")
-            return
-        if not isinstance(cls.graph, Graph):
-            raise InvalidDeclaration(name, f"graph= must be a docket_celery.Graph, not {cls.graph!r}")
-        cls.abstract = False
-        check_step_options(name, cls.__dict__)
-        if cls.__dict__.get("_decorated"):
-            check_options(name, cls.__dict__, dir(GraphTask))
-        cls.declaration = _declare(cls, name)
-        check_name_function(name, cls.execution_id, cls.declaration.given)
-        cls.declared_max_retries = cls.max_retries
-        cls.routing = take_routing(cls)
-        cls.throws = with_causes(cls.throws)
-        chords.read_batch_options(cls)
-        for key in (*cls.declaration.given, cls.declaration.target):
-            envelope.types.allow(key.kind)
+        declare(cls, GraphTask)
 
     @classmethod
     def on_bound(cls, app: Celery) -> None:
         """Look at the wiring once all modules are imported; a fault is logged here and stops a worker's start."""
         if "graph" in cls.__dict__:
-            where = (
-                locate(cls.declared)
-                if cls.declared is not None
-                else f"class {cls.__module__}.{cls.__qualname__}"
-            )
+            declared = cls.declared
+            where = f"class {cls.__module__}.{cls.__qualname__}" if declared is None else locate(declared)
             note_graph(app, cls.name, cls.graph, where)
             worker.watch_task(app)
             sweeper.watch(app)
@@ -130,189 +91,141 @@ class GraphTask(SubmittedTask[P, R]):
     def backend(self, value: Any) -> None:
         self._backend = value
 
-    # --- running -----------------------------------------------------------------------------------------------
+    @classmethod
+    def plan(cls) -> Plan:
+        """Return the plan of this task.
+
+        Raises:
+            GraphError: The graph has faults.
+        """
+        return cls.declaration.compile(cls.graph)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Resolve the graph for one delivery; Celery calls this."""
-        request = self.request
-        direct = bool(request.called_directly)
-        settings = app_settings.app_settings(self.app)
-        if backends.is_redelivered(request) and backends.is_stored(self.backend, request):
-            raise Ignore("the task has ended before; its message came once more")
-        queued = None if direct else queued_run(request.headers or {}, request.id, {})
-        try:
-            travelled = not (direct or request.is_eager)
-            read = functools.partial(large_jobs.receive, self, args, kwargs, queued, travelled=travelled)
-            stored = self.declaration.batch is not None and large_jobs.holds_job(args, kwargs)
-            messages = None if stored or chords.is_part(request) else read()
-        except StoreUnavailable as error:
-            wait_s = park_s(self, error, None, retries=request.retries, outages=_outages(request))
-            self._raise(RunOutcome(error=error, park_s=None if direct else wait_s), error)
-        except DocketError as error:
-            if queued is not None:
-                large_jobs.give_up(self, queued, error)
-            raise
-        submission = (self._direct if direct else self._delivered)(messages or ())
-        outcome = chords.deliver(self, messages, submission, settings)
-        if outcome.busy_s is not None:
-            self._send_again(outcome.busy_s)
-        if outcome.error is not None:
-            self._raise(outcome, outcome.error)
-        value: Any = outcome.value if outcome.receipt is None else chords.Receipt(outcome.receipt)
-        if value is None:
-            raise AssertionError(f"a run ended without a value: {outcome!r}")
-        if direct or request.is_eager or outcome.receipt is not None:
-            return value
-        result: Any = envelope.Results(value)
-        if isinstance(value, Message):
-            result = large_jobs.wrap(self, value, submission.execution_id, outcome.stored)
-        if outcome.replayed and backends.is_stored(self.backend, request, result):
-            raise Ignore("a copy of a delivery that ended before")
-        if outcome.held or outcome.replayed:
-            backends.note_ended(request)
-        return result
+        return deliver.deliver(self, args, kwargs)
 
-    def _direct(self, messages: tuple[Value, ...]) -> Submission:
-        named = None if self.execution_id is None else self.execution_id(*messages)
-        execution_id = str(uuid.uuid4()) if named is None else check_execution_id(named)
-        return Submission(
-            execution_id=execution_id,
-            task_name=self.name,
-            may_help=process_defaults.may_help(),
-            listeners=self.graph.listeners,
-        )
+    # --- submitting --------------------------------------------------------------------------------------------
 
-    def _delivered(self, messages: tuple[Value, ...]) -> Submission:
-        request = self.request
-        headers: Mapping[str, Any] = request.headers or {}
-        execution_id = headers.get(EXECUTION_ID)
-        if execution_id is None and self.execution_id is not None:
-            execution_id = self.execution_id(*messages)
-        digest = headers.get(DIGEST)
-        outages = _outages(request)
-        return Submission(
-            execution_id=check_execution_id(execution_id or request.id),
-            values=read_context(headers.get(CONTEXT)),
-            job_digest=None if digest is None else base64.b64decode(digest),
-            timeout_s=app_settings.deadline_s(self, request),
-            number=request.retries + 1,
-            task_name=self.name,
-            task_id=request.id,
-            retries=request.retries - outages + int(headers.get(CELERY_RETRIES) or 0),
-            waits_for_other=bool(headers.get(WAITS_FOR_OTHER)),
-            requeues=int(headers.get(WAITS_FOR_OTHER) or 0),
-            ended_cleanly=headers.get(ENDED_CLEANLY) == request.retries,
-            celery_retry=request.retries > outages,
-            waits=bool(request.is_eager),
-            may_help=False,
-            listeners=self.graph.listeners,
-            passthrough=(Ignore, Reject, Retry, SoftTimeLimitExceeded),
-            hands_back=(Ignore, Reject, Retry),
-            scopes=(_scope(self, request),),
-            park_s=functools.partial(park_s, self, retries=request.retries, outages=outages),
-            worker=f"{request.hostname}/{os.getpid()}",
-        )
+    if TYPE_CHECKING:
 
-    # --- ending a delivery -------------------------------------------------------------------------------------
+        def delay(self, *args: P.args, **kwargs: P.kwargs) -> GraphResult[R]: ...
 
-    def _raise(self, outcome: RunOutcome, error: BaseException) -> NoReturn:
-        """Fail the task, or have Celery deliver it again.
+    def AsyncResult(self, task_id: str, **kwargs: Any) -> GraphResult[R]:  # noqa: N802 -- Celery's name
+        """Return the promise of the task called *task_id*."""
+        promise = GraphResult[R](task_id, backend=self.backend, task_name=self.name, app=self.app, **kwargs)
+        promise.task = self
+        return promise
+
+    def apply_async(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        task_id: str | None = None,
+        *more: Any,
+        execution_id: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> GraphResult[R]:
+        """Submit a job.
+
+        Args:
+            args: The messages, positionally; their JSON form (a dict) is accepted too.
+            kwargs: The messages by name.
+            task_id: As in Celery; the run is named by *execution_id*.
+            *more: Celery's further positional options.
+            execution_id: Names the run; default: the task's ``execution_id`` function, else the task id.
+            context: JSON values for ``ctx.values``: at most 16 KiB as JSON, 32 levels, without NaN and Infinity.
+            **options: Celery's own; of a batch also ``on_error``, ``max_failed``, ``chunk_size`` and
+                ``max_concurrency``, in place of the task's.
 
         Raises:
-            BaseException: Always.
+            GraphError: The graph has faults.
+            InvalidArguments: An argument is missing or of another type, or the name cannot be used.
+            PayloadTooLarge: The job is too large for a message, and for the store or there is none.
+            RunConflict, StoreUnavailable: Of a job that is too large for a message and goes to the store.
         """
-        if isinstance(error, RunTimedOut):
-            error = SoftTimeLimitExceeded(error.timeout_s)
-        if outcome.park_s is None:
-            raise error
-        request = self.request
-        headers: dict[str, Any] = dict(request.headers or {})
-        if outcome.held:
-            # A delivery that advanced the run may not start it anew should others end it before its retry.
-            headers |= {ENDED_CLEANLY: request.retries + 1, WAITS_FOR_OTHER: True}
-        elif isinstance(error, StoreUnavailable):
-            # Not a retry in the sense of leases: the holder may be well, and must not be taken for dead.
-            headers[OUTAGES] = _outages(request) + 1
-        countdown = outcome.park_s
-        if isinstance(error, StoreUnavailable):
-            countdown = min(countdown, visibility_s(self.app) / 3)
-        limit = most_retries(self, error, eager=bool(request.is_eager), outages=_outages(request))
-        retry = cast("Callable[..., Exception]", self.retry)
-        try:
-            raise retry(exc=error, countdown=countdown, max_retries=limit, headers=headers)
-        except Reject as refused:
-            # Celery drops the message of a retry that it cannot publish; the run would be lost.
-            rejected: Any = refused  # its reason is missing from the stubs
-            raise keep(request.id, rejected.reason) from error
+        publish = cast("submit.Publish", super().apply_async)
+        return submit.submit(self, publish, args, kwargs, task_id, more, execution_id, context, options)
 
-    def _send_again(self, busy_s: float) -> None:
-        """Another delivery advances this run: come back later, without using up a retry or writing a state.
+    def delay_on_commit(self, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Submit a job when Django's transaction commits; at once outside of one, never if it is rolled back.
 
         Raises:
-            Ignore: The copy is published.
-            Reject: It could not be; the broker keeps the original.
+            InvalidArguments, PayloadTooLarge: As `delay`, here and now; what a server says, at the commit.
+            ImportError: Django is not installed.
         """
-        request = self.request
-        most_s = min(busy_s, _BUSY_MOST_S, visibility_s(self.app) / 3)
-        countdown = most_s * random.uniform(0.8, 1.0) + 0.1  # noqa: S311 -- spreads load, keeps no secret
-        known: Mapping[str, Any] = request.headers or {}
-        headers = {**known, WAITS_FOR_OTHER: int(known.get(WAITS_FOR_OTHER) or 0) + 1}
-        # A worker took the job up in time: while it waits for its turn it does not expire.
-        again: Any = self.signature_from_request(
-            request, countdown=countdown, retries=request.retries, headers=headers, expires=None
-        )
-        try:
-            again.apply_async(add_to_parent=False, **{PREPARED: True})
-        except Exception as error:
-            raise keep(request.id, error) from error
-        raise Ignore(f"another delivery advances this run; back in {countdown:.1f} s")
+        self.apply_async_on_commit(args, kwargs)
 
+    def apply_async_on_commit(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        *more: Any,
+        execution_id: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """Submit a job like `apply_async` when Django's transaction commits: the job as it is now.
 
-def _scope(task: GraphTask[Any, Any], request: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Return a scope in which ``current_task`` and its request are what they are in the task's own thread."""
-    stack: Any = cast("Any", _state)._task_stack
+        Arguments as for `apply_async`.
 
-    @contextlib.contextmanager
-    def scope() -> Generator[None]:
-        stack.push(task)
-        task.request_stack.push(request)
-        try:
-            yield
-        finally:
-            task.request_stack.pop()
-            stack.pop()
+        Raises:
+            InvalidArguments, PayloadTooLarge: As `apply_async`, here and now; what a server says, at the commit.
+            ImportError: Django is not installed.
+        """
+        submit.submit_on_commit(self, args, kwargs, more, execution_id, context, options)
 
-    return scope
+    def submit_batch(
+        self,
+        items: Iterable[Any],
+        *others: Message,
+        execution_id: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        task_id: str | None = None,
+        **options: Any,
+    ) -> GraphResult[R]:
+        """Submit a batch whose items are read one after the other and stored, never all of them in memory.
 
+        Args:
+            items: Messages, or their JSON form; any iterable, read once, here and now.
+            *others: The messages that all items share, in the order of the task's other parameters.
+            execution_id: As for `apply_async`; the task's own function is not asked, since it takes the whole list.
+            context: JSON values for ``ctx.values``: at most 16 KiB as JSON, 32 levels, without NaN and Infinity.
+            task_id: As in Celery.
+            **options: As for `apply_async`.
 
-def _outages(request: Any) -> int:
-    """Return how many deliveries of the task so far did not even get at the database."""
-    headers: Mapping[str, Any] = request.headers or {}
-    return int(headers.get(OUTAGES) or 0)
+        Raises:
+            InvalidArguments: An argument is of another type, the task takes no list, or the run must be named.
+            InvalidSettings: This process has no ``docket_database_url``.
+            PayloadTooLarge: An item is too large.
+            RunConflict: The run exists with another job, or is being submitted by another process.
+            StoreUnavailable: The database does not answer; submitting it again is safe, once the lease of what had
+                begun is over (``docket_lease_seconds``).
+        """
+        publish = cast("submit.Publish", super().apply_async)
+        return submit.submit_batch(self, publish, items, others, task_id, execution_id, context, options)
 
+    def apply(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        *more: Any,
+        execution_id: str | None = None,
+        context: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> EagerResult[R]:
+        """Run a job here and now, as a worker would; arguments as in `apply_async`."""
+        run = cast("submit.RunEagerly", super().apply)
+        return submit.run_eagerly(self, run, args, kwargs, more, execution_id, context, options)
 
-def _is_function(value: object) -> bool:
-    """Tell whether *value* is a plain function, which would become a method on a class."""
-    return callable(value) and hasattr(value, "__get__") and not isinstance(value, type)
+    def handle(self, execution_id: str) -> RunHandle:
+        """Return the run of that name, to cancel it.
 
-
-def _declare(cls: type[GraphTask[Any, Any]], name: str) -> Declaration:
-    """Read the declared function or the generic arguments, and put the graph's `run` in their place."""
-    declared = cls.__dict__.get("run")
-    if declared is None:
-        for base in cls.__dict__.get("__orig_bases__", ()):
-            arguments = getattr(base, "__args__", ())
-            if getattr(base, "__origin__", None) is GraphTask and arguments:
-                return read_generic(name, arguments)
-        raise InvalidDeclaration(name, "write class X(GraphTask[[InputType], OutputType]) or declare run()")
-    if not isinstance(declared, staticmethod):
-        if cls.__dict__.get("_decorated"):
-            raise InvalidDeclaration(name, "bind=True hands the task to a body that never runs; drop it")
-        raise InvalidDeclaration(name, "declare the types as GraphTask[[...], ...] and drop its run method")
-    function = declared.__func__
-    del cls.run
-    cls.declared = staticmethod(function)
-    return read_function(name, function)
+        Raises:
+            InvalidArguments: It cannot name a run.
+            StoreMissing, InvalidSettings: This process has no database.
+        """
+        return submit.find_handle(self, execution_id)
 
 
 envelope.install()

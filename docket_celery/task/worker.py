@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery import Celery, signals
 from celery.concurrency import get_implementation
@@ -14,7 +14,10 @@ from docket_celery.engine.process.state import process_defaults
 from docket_celery.errors import DocketError
 from docket_celery.plan.plan import Plan
 from docket_celery.task.app_settings import app_settings, current_values, in_task, process
-from docket_celery.task.checks import TaskClass, find_faults, graph_tasks
+from docket_celery.task.checks import find_faults, graph_tasks
+
+if TYPE_CHECKING:
+    from docket_celery.task.task import GraphTask
 
 _logger = logging.getLogger("docket_celery.worker")
 
@@ -38,7 +41,7 @@ def _on_after_finalize(sender: Any = None, **_: Any) -> None:
         _leave_retries_to_row(task, plan)
 
 
-def _leave_retries_to_row(task: TaskClass, plan: Plan) -> None:
+def _leave_retries_to_row(task: GraphTask[Any, Any], plan: Plan) -> None:
     if plan.persists:
         type(task).max_retries = None
 

@@ -30,6 +30,7 @@ from docket_celery.errors import (
 from docket_celery.store.records import UNFINISHED, Chunk, Lanes
 from docket_celery.task import app_settings, checks, chords, upload
 from docket_celery.task.headers import PREPARED, WAITS_FOR_OTHER
+from docket_celery.task.options import read_batch_options
 from examples.movies.graph import MOVIES, movie_graph
 from examples.movies.movies_pb2 import BatchStats, EnrichedMovie, Movie
 
@@ -342,8 +343,8 @@ def test_parts_keep_to_the_lanes_of_the_worker_that_began(app: Celery) -> None:
     def check_all(movies: list[Movie]) -> list[EnrichedMovie]:
         raise NotImplementedError
 
-    here = chords.read_batch_options(check_all)
-    begun = chords.read_batch_options(check_all, {"slots": 3, "threads": 4, "max_concurrency": 6}, threads=1)
+    here = read_batch_options(check_all)
+    begun = read_batch_options(check_all, {"slots": 3, "threads": 4, "max_concurrency": 6}, threads=1)
     assert (here.slots, here.max_concurrency) == (app_settings.worker_slots(), 8)
     assert begun.lanes(64) == Lanes(6, 3)
 

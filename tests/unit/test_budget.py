@@ -15,6 +15,8 @@ MOST_LINES_OF_A_FUNCTION = 60
 MOST_LINES_OF_NINE_IN_TEN_FUNCTIONS = 25
 MOST_LINES_OF_A_CLASS = 300
 MOST_LINES_OF_A_FILE = 450
+ARGUMENTS = {"docket_celery.task.task"}
+"""Modules of a class that functions below it get as an argument: they may name it in their annotations."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Edges = dict[str, set[str]]
@@ -71,15 +73,23 @@ def percentile(values: list[int], share: float) -> int:
 
 
 def imports(modules: dict[str, Module], *, inside_functions: bool) -> Edges:
-    """Say which of *modules* each one imports; imports for type checkers count like any other."""
+    """Say which of *modules* each one imports; imports for type checkers count too, except those of ARGUMENTS."""
     return {
         name: {
             target
             for node in (ast.walk(module.tree) if inside_functions else outside_functions(module.tree))
             for target in targets(node, module, modules)
-            if target != name
+            if target != name and not (target in ARGUMENTS and node in for_checkers(module))
         }
         for name, module in modules.items()
+    }
+
+
+def for_checkers(module: Module) -> set[ast.AST]:
+    """Return what stands under ``if TYPE_CHECKING``."""
+    guards = (node for node in ast.walk(module.tree) if isinstance(node, ast.If))
+    return {
+        inner for guard in guards if ast.unparse(guard.test) == "TYPE_CHECKING" for inner in ast.walk(guard)
     }
 
 

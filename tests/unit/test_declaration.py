@@ -12,8 +12,9 @@ from typing_extensions import TypeAliasType
 
 from docket_celery import BatchResult, InvalidArguments, InvalidDeclaration, Named, StepContext
 from docket_celery.errors import DecodeFailed
-from docket_celery.task.declaration import add_routing, is_empty, read_function, read_generic, take_routing
+from docket_celery.task.declaration import is_empty, read_function, read_generic
 from docket_celery.task.envelope import Result, Undecodable
+from docket_celery.task.options import add_routing, take_routing
 from tests.unit.protos.shop_pb2 import Charge, Money, Order, Shipment
 
 ROOT = Path(__file__).resolve().parents[2]

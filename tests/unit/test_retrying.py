@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from docket_celery import (
     AbortError,
     FixedBackoff,
     Graph,
-    Plan,
+    GraphTask,
     RetryPolicy,
     RunTimedOut,
     StepFailed,
@@ -20,40 +19,32 @@ from docket_celery.store.records import Lease
 from docket_celery.task.retries import backoff_s, matches, park_s, with_causes
 from tests.unit.protos.shop_pb2 import Label, Order, Shipment
 
-graph = Graph("retrying")
+steps = Graph("retrying")
 
 
-@graph.step(retry=RetryPolicy(max_attempts=2, backoff=FixedBackoff(0), redeliver=True))
+@steps.step(retry=RetryPolicy(max_attempts=2, backoff=FixedBackoff(0), redeliver=True))
 def ship(order: Order) -> Shipment:
     """A step that asks for another delivery."""
     return Shipment(tracking_id=order.order_id)
 
 
-@graph.step
+@steps.step
 def write(shipment: Shipment) -> Label:
     """A step that does not."""
     return Label(text=shipment.tracking_id)
 
 
-class Options:
-    """What a task says about retries; `park_s` reads nothing else."""
+def task_with(**options: Any) -> Any:
+    """Return a task's class with these retry options."""
 
-    def __init__(self, **options: Any) -> None:
-        self.autoretry_for: tuple[type[BaseException], ...] = ()
-        self.dont_autoretry_for: tuple[type[BaseException], ...] = ()
-        self.retry_kwargs: Mapping[str, Any] = {}
-        self.retry_backoff: bool | float = False
-        self.retry_backoff_max = 600
-        self.retry_jitter = False
-        self.default_retry_delay = 7
-        self.declared_max_retries: int | None = 3
-        self.max_retries: int | None = 3
-        vars(self).update(options)
+    class Write(GraphTask[[Order], Label]):
+        graph = steps
+        default_retry_delay = 7
+        retry_jitter = False
 
-    @classmethod
-    def plan(cls) -> Plan:
-        """Return the plan of both steps."""
-        return graph.plan(Label, Order)
+    for name, value in options.items():
+        setattr(Write, name, value)
+    return Write
 
 
 def failed(cause: BaseException, step: str = "write", *, retriable: bool = True) -> StepFailed:
@@ -68,7 +59,7 @@ def lease(failures: int) -> Lease:
     return Lease(**{**fields, **{k: v for k, v in texts.items() if k in fields}, "failures": failures})
 
 
-BUSY = Options(autoretry_for=(OSError,))
+BUSY = task_with(autoretry_for=(OSError,))
 
 
 @pytest.mark.parametrize(
@@ -93,12 +84,12 @@ def test_an_error_or_its_cause_decides(error: BaseException, wait_s: float | Non
 @pytest.mark.parametrize("error", [Ignore(), Reject(), Retry()])
 def test_celerys_own_words_are_no_failures(error: Exception) -> None:
     """A step that raises them has decided, whatever autoretry_for names."""
-    assert park_s(Options(autoretry_for=(Exception,)), error, None) is None
+    assert park_s(task_with(autoretry_for=(Exception,)), error, None) is None
 
 
 def test_what_shall_not_be_retried_wins() -> None:
     """Over autoretry_for and over the step's policy."""
-    task = Options(autoretry_for=(Exception,), dont_autoretry_for=(OSError,))
+    task = task_with(autoretry_for=(Exception,), dont_autoretry_for=(OSError,))
     assert park_s(task, failed(BrokenPipeError()), None) is None
     assert park_s(task, failed(BrokenPipeError(), "ship"), None) is None
     assert park_s(task, failed(ValueError()), None) == 7.0
@@ -106,7 +97,7 @@ def test_what_shall_not_be_retried_wins() -> None:
 
 def test_a_passed_limit_reads_as_celerys_error() -> None:
     """Where the run enforces the limit, autoretry_for names Celery's exception all the same."""
-    task = Options(autoretry_for=(SoftTimeLimitExceeded,))
+    task = task_with(autoretry_for=(SoftTimeLimitExceeded,))
     assert park_s(task, RunTimedOut("x", 1.0), None) == 7.0
     assert park_s(task, SoftTimeLimitExceeded(), None) == 7.0
 
@@ -117,21 +108,21 @@ def test_a_passed_limit_reads_as_celerys_error() -> None:
 )
 def test_the_row_counts_the_retries(options: dict[str, Any], last: int) -> None:
     """With a lease, the declared number bounds what its row has counted."""
-    task = Options(autoretry_for=(OSError,), **options)
+    task = task_with(autoretry_for=(OSError,), **options)
     assert park_s(task, OSError(), lease(last)) == 7.0
     assert park_s(task, OSError(), lease(last + 1)) is None
 
 
 def test_no_number_is_no_bound() -> None:
     """max_retries=None means what it means to Celery."""
-    task = Options(autoretry_for=(OSError,), declared_max_retries=None)
+    task = task_with(autoretry_for=(OSError,), declared_max_retries=None)
     assert park_s(task, OSError(), lease(10_000)) == 7.0
 
 
 def test_a_database_that_does_not_answer_uses_up_no_retry() -> None:
     """However often, in growing waits up to a bound."""
     error = StoreUnavailable("save", "gone")
-    task = Options(declared_max_retries=0, default_retry_delay=1)
+    task = task_with(declared_max_retries=0, default_retry_delay=1)
     first, late = park_s(task, error, lease(99)), park_s(task, error, None, outages=99)
     assert first is not None
     assert late is not None
@@ -151,7 +142,7 @@ def test_a_database_that_does_not_answer_uses_up_no_retry() -> None:
 )
 def test_waits_are_celerys_own(options: dict[str, Any], waits_s: list[float]) -> None:
     """Counted by Celery without a lease, and by the row with one."""
-    task = Options(autoretry_for=(OSError,), declared_max_retries=None, **options)
+    task = task_with(autoretry_for=(OSError,), declared_max_retries=None, **options)
     assert [backoff_s(task, n) for n in range(3)] == waits_s
     assert [park_s(task, OSError(), None, retries=n) for n in range(3)] == waits_s
     assert [park_s(task, OSError(), lease(n), retries=50) for n in range(3)] == waits_s
@@ -159,7 +150,7 @@ def test_waits_are_celerys_own(options: dict[str, Any], waits_s: list[float]) ->
 
 def test_jitter_stays_within_the_wait() -> None:
     """As Celery draws it."""
-    task = Options(retry_backoff=8, retry_jitter=True)
+    task = task_with(retry_backoff=8, retry_jitter=True)
     assert all(0 <= backoff_s(task, 2) <= 32 for _ in range(100))
 
 

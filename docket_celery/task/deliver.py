@@ -1,0 +1,268 @@
+"""One delivery of a GraphTask: reads the job, runs it, tells Celery the value, an error, or when to come again."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import os
+import random
+import uuid
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+
+from celery import _state
+from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from google.protobuf.message import Message
+
+from docket_celery.engine.outcome import RunOutcome, Submission
+from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.process.state import process_defaults
+from docket_celery.errors import DocketError, RunTimedOut, StoreMissing, StoreUnavailable
+from docket_celery.plan.messages import Value
+from docket_celery.store.identity import check_execution_id
+from docket_celery.task import app_settings, backends, chords, large_jobs
+from docket_celery.task.context import read_context
+from docket_celery.task.envelope import Result, Results, Stored
+from docket_celery.task.headers import (
+    BATCH,
+    CELERY_RETRIES,
+    CONTEXT,
+    DIGEST,
+    ENDED_CLEANLY,
+    EXECUTION_ID,
+    OUTAGES,
+    PART,
+    PREPARED,
+    WAITS_FOR_OTHER,
+)
+from docket_celery.task.options import read_batch_options
+from docket_celery.task.retries import keep, most_retries, park_s, visibility_s
+
+if TYPE_CHECKING:
+    from docket_celery.task.task import GraphTask
+
+_BUSY_MOST_S: Final = 15.0
+
+
+def deliver(task: GraphTask[Any, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run one delivery of *task* and return its value for Celery.
+
+    Raises:
+        Ignore: The task has ended before, another delivery advances its run, or a stage of its batch was opened.
+        Reject: Nothing could be published; the broker keeps the message.
+        Retry: The run is delivered again later.
+        Exception: Whatever ended the run.
+    """
+    request = task.request
+    settings = app_settings.app_settings(task.app)
+    if backends.is_redelivered(request) and backends.is_stored(task.backend, request):
+        raise Ignore("the task has ended before; its message came once more")
+    values = _read_job(task, args, kwargs, settings)
+    submission = _submission(task, values or ())
+    outcome = _run(task, values, submission, settings)
+    if outcome.busy_s is not None:
+        _send_again(task, outcome.busy_s)
+    if outcome.error is not None:
+        _retry_or_raise(task, outcome, outcome.error)
+    return _tell(task, outcome, submission, settings)
+
+
+def _read_job(
+    task: GraphTask[Any, Any], args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings
+) -> tuple[Value, ...] | None:
+    """Return the messages of the job; None: its parts are in the store."""
+    request, declared = task.request, task.declaration
+    direct, headers = bool(request.called_directly), _headers(request)
+    if not direct and PART in headers:
+        return None
+    travelled = not (direct or request.is_eager)
+    try:
+        if any(isinstance(value, Stored) for value in (*args, *kwargs.values())):
+            if declared.batch is not None and large_jobs.holds_job(args, kwargs):
+                return None
+            run = None if direct else large_jobs.queued_run(headers, request.id, {})
+            return large_jobs.receive(task, args, kwargs, run, travelled=travelled)
+        values = declared.bind(args, kwargs)
+        if travelled:
+            # Checked at submit too, but beat and `celery call` send the JSON form past it.
+            declared.check_sizes(values, settings.max_message_bytes)
+    except StoreUnavailable as error:
+        wait_s = park_s(task, error, None, retries=request.retries, outages=_outages(request))
+        _retry_or_raise(task, RunOutcome(error=error, park_s=None if direct else wait_s), error)
+    except DocketError as error:
+        if not direct:
+            large_jobs.give_up(task, large_jobs.queued_run(headers, request.id, {}), error)
+        raise
+    return values
+
+
+def _run(
+    task: GraphTask[Any, Any], values: tuple[Value, ...] | None, submission: Submission, settings: Settings
+) -> RunOutcome:
+    """Run the job in this process, or, where its plan fans out, as a batch over several workers."""
+    request, declared, graph, plan = task.request, task.declaration, task.graph, task.plan()
+    if plan.fans_out:
+        batch = read_batch_options(task, _headers(request).get(BATCH), max(1, settings.threads))
+        alone = request.called_directly or request.is_eager
+        store = None if alone else graph.find_batch_store(plan, settings)
+        submission = replace(submission, policy=batch.policy)
+        if store is not None:
+            return chords.deliver(task, plan, values, submission, settings, store, batch)
+        submission = replace(submission, max_concurrency=batch.max_concurrency)
+    if values is None:
+        raise StoreMissing(graph.name, next(iter(plan)))
+    return graph.deliver(
+        declared.target,
+        values,
+        submission,
+        given=declared.given,
+        batch=declared.batch,
+        collects=declared.collects,
+        settings=settings,
+    )
+
+
+def _submission(task: GraphTask[Any, Any], values: Sequence[Value]) -> Submission:
+    """Return who asks for the run, and how: the message's headers and the task say."""
+    request, name_run = task.request, task.execution_id
+    if request.called_directly:
+        named = None if name_run is None else name_run(*values)
+        return Submission(
+            execution_id=str(uuid.uuid4()) if named is None else check_execution_id(named),
+            task_name=task.name,
+            max_concurrency=task.max_concurrency,
+            may_help=process_defaults.may_help(),
+            listeners=task.graph.listeners,
+        )
+    headers, outages = _headers(request), _outages(request)
+    named, digest = headers.get(EXECUTION_ID), headers.get(DIGEST)
+    if named is None and name_run is not None:
+        named = name_run(*values)
+    requeues = int(headers.get(WAITS_FOR_OTHER) or 0)
+    return Submission(
+        execution_id=check_execution_id(named or request.id),
+        values=read_context(headers[CONTEXT]) if CONTEXT in headers else {},
+        job_digest=None if digest is None else base64.b64decode(digest),
+        timeout_s=app_settings.deadline_s(task, request),
+        max_concurrency=task.max_concurrency,
+        number=request.retries + 1,
+        task_name=task.name,
+        task_id=request.id,
+        retries=request.retries - outages + int(headers.get(CELERY_RETRIES) or 0),
+        waits_for_other=requeues > 0,
+        requeues=requeues,
+        ended_cleanly=headers.get(ENDED_CLEANLY) == request.retries,
+        celery_retry=request.retries > outages,
+        waits=bool(request.is_eager),
+        may_help=False,
+        listeners=task.graph.listeners,
+        passthrough=(Ignore, Reject, Retry, SoftTimeLimitExceeded),
+        hands_back=(Ignore, Reject, Retry),
+        scopes=(functools.partial(_current_task, task, request),),
+        park_s=functools.partial(park_s, task, retries=request.retries, outages=outages),
+        worker=f"{request.hostname}/{os.getpid()}",
+    )
+
+
+@contextlib.contextmanager
+def _current_task(task: GraphTask[Any, Any], request: Any) -> Generator[None]:
+    """Make ``current_task`` and its request in the block what they are in the task's own thread."""
+    stack: Any = cast("Any", _state)._task_stack
+    stack.push(task)
+    task.request_stack.push(request)
+    try:
+        yield
+    finally:
+        task.request_stack.pop()
+        stack.pop()
+
+
+def _tell(task: GraphTask[Any, Any], outcome: RunOutcome, submission: Submission, settings: Settings) -> Any:
+    """Return the value of a run that has ended, as Celery stores it."""
+    request, value = task.request, outcome.value
+    if outcome.receipt is not None:
+        return chords.Receipt(outcome.receipt)
+    if value is None:
+        raise AssertionError(f"a run ended without a value: {outcome!r}")
+    if request.called_directly or request.is_eager:
+        return value
+    result: Any = Results(value)
+    if isinstance(value, Message):
+        result = Result(value)
+        if value.ByteSize() > settings.max_message_bytes:
+            result = large_jobs.wrap(task, value, submission.execution_id, outcome.stored)
+    if outcome.replayed and backends.is_stored(task.backend, request, result):
+        raise Ignore("a copy of a delivery that ended before")
+    if outcome.held or outcome.replayed:
+        backends.note_ended(request)
+    return result
+
+
+def _retry_or_raise(task: GraphTask[Any, Any], outcome: RunOutcome, error: BaseException) -> NoReturn:
+    """Fail the task, or have Celery deliver it again.
+
+    Raises:
+        BaseException: Always.
+    """
+    if isinstance(error, RunTimedOut):
+        error = SoftTimeLimitExceeded(error.timeout_s)
+    countdown = outcome.park_s
+    if countdown is None:
+        raise error
+    request, outages = task.request, _outages(task.request)
+    headers = {**_headers(request)}
+    if outcome.held:
+        # A delivery that advanced the run must not restart it if others end it before its retry.
+        headers |= {ENDED_CLEANLY: request.retries + 1, WAITS_FOR_OTHER: True}
+    elif isinstance(error, StoreUnavailable):
+        # Not a retry in the sense of leases: the holder may be well, and must not be taken for dead.
+        headers[OUTAGES] = outages + 1
+        if headers.get(ENDED_CLEANLY) == request.retries:
+            # A delivery that did not reach the database takes nothing back of what the one before it said.
+            headers[ENDED_CLEANLY] = request.retries + 1
+    if isinstance(error, StoreUnavailable):
+        countdown = min(countdown, visibility_s(task.app) / 3)
+    limit = most_retries(task, error, eager=bool(request.is_eager), outages=outages)
+    retry = cast("Callable[..., Exception]", task.retry)
+    try:
+        raise retry(exc=error, countdown=countdown, max_retries=limit, headers=headers)
+    except Reject as refused:
+        # Celery drops the message of a retry that it cannot publish; the run would be lost.
+        rejected: Any = refused  # its reason is missing from the stubs
+        raise keep(request.id, rejected.reason) from error
+
+
+def _send_again(task: GraphTask[Any, Any], busy_s: float) -> NoReturn:
+    """Come back later, since another delivery advances this run: no retry is used up, no state is written.
+
+    Raises:
+        Ignore: The copy is published.
+        Reject: It could not be; the broker keeps the original.
+    """
+    request, headers = task.request, _headers(task.request)
+    most_s = min(busy_s, _BUSY_MOST_S, visibility_s(task.app) / 3)
+    countdown = most_s * random.uniform(0.8, 1.0) + 0.1  # noqa: S311 -- spreads load, keeps no secret
+    # The worker took the job in time: while it waits for its turn it does not expire.
+    again: Any = task.signature_from_request(
+        request,
+        countdown=countdown,
+        retries=request.retries,
+        headers={**headers, WAITS_FOR_OTHER: int(headers.get(WAITS_FOR_OTHER) or 0) + 1},
+        expires=None,
+    )
+    try:
+        again.apply_async(add_to_parent=False, **{PREPARED: True})
+    except Exception as error:
+        raise keep(request.id, error) from error
+    raise Ignore(f"another delivery advances this run; back in {countdown:.1f} s")
+
+
+def _headers(request: Any) -> Mapping[str, Any]:
+    return request.headers or {}
+
+
+def _outages(request: Any) -> int:
+    """Return how many deliveries of the task so far did not reach the database."""
+    return int(_headers(request).get(OUTAGES) or 0)

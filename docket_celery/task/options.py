@@ -1,0 +1,175 @@
+"""The options of a GraphTask: those of Celery, of batches and of routing; what is no option is refused."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from docket_celery.batch.options import BatchOptions
+from docket_celery.errors import InvalidArguments, InvalidDeclaration
+from docket_celery.plan.annotation import ValueKey
+from docket_celery.plan.batch import BatchPolicy
+from docket_celery.plan.options import RetryPolicy, Scope, StepOptions, nearest_option
+from docket_celery.task.app_settings import worker_slots
+
+if TYPE_CHECKING:
+    from docket_celery.task.task import GraphTask
+
+STEP_ONLY: Final = frozenset(StepOptions.__dataclass_fields__) - {"name"}
+_PLAIN_STEP_OPTIONS: Final = STEP_ONLY - {"retry", "version", "key", "cache"}
+_DESTINATION: Final = ("queue", "exchange", "exchange_type", "routing_key")
+_MANNER: Final = ("delivery_mode", "priority")
+_DECORATOR_OPTIONS: Final = frozenset(
+    {"base", "bind", "compression", "connection", "execution_id", "filter", "graph", "lazy", "name", "shared"}
+).union(_DESTINATION, _MANNER)
+"""What Celery's decorator takes besides the attributes of the class."""
+_BATCH_OPTIONS: Final = ("on_error", "max_failed", "chunk_size", "max_concurrency")
+"""What a task and a submission may ask of a batch."""
+SLOTS, THREADS = "slots", "threads"
+"""Beside them in the headers of a batch's parts: those of the worker that began it, so that all have its lanes."""
+_BELONGS: Final = (
+    "{name}= is an option of a step; give it to graph.step(...), or to all steps with Graph(defaults=...)"
+)
+
+
+def check_options(task: str, options: Mapping[str, Any], known: Collection[str]) -> None:
+    """Refuse what is no option of a task.
+
+    Args:
+        task: The task's name.
+        options: As they were given to the decorator.
+        known: The attributes of the task's class.
+
+    Raises:
+        InvalidDeclaration: One belongs to a step, or does not exist.
+    """
+    for name in options:
+        if name in STEP_ONLY:
+            raise InvalidDeclaration(task, _BELONGS.format(name=name))
+        if name in known or name in _DECORATOR_OPTIONS or name.startswith("_"):
+            continue
+        close = difflib.get_close_matches(name, [each for each in known if each[0] != "_"], n=1, cutoff=0.85)
+        if close:
+            hint = f"did you mean {close[0]}=?"
+        elif nearest := nearest_option(name):
+            hint = f"if it is meant for a step, write {nearest} in graph.step(...)"
+        else:
+            hint = "see Celery's task options; attributes of your own go on a class GraphTask[[...], ...]"
+        raise InvalidDeclaration(task, f"{name}= is no option of a task; {hint}")
+
+
+def check_step_options(task: str, attributes: Mapping[str, Any]) -> None:
+    """Refuse class attributes that are plainly options of a step.
+
+    Raises:
+        InvalidDeclaration: One is.
+    """
+    for name, value in attributes.items():
+        # `retry` is a method of Celery's tasks, which a class may override.
+        if name in _PLAIN_STEP_OPTIONS or (name in STEP_ONLY and isinstance(value, (RetryPolicy, Scope))):
+            raise InvalidDeclaration(task, _BELONGS.format(name=name))
+
+
+def check_name_function(task: str, function: Callable[..., Any] | None, given: Sequence[ValueKey]) -> None:
+    """Refuse an ``execution_id`` that does not take the messages, one parameter for each.
+
+    Raises:
+        InvalidDeclaration: It does not.
+    """
+    if function is None:
+        return
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*given)
+    except TypeError as error:
+        first = next(iter(signature.parameters), "")
+        fix = (
+            f"drop {first}: it is called with the messages alone" if first in ("self", "cls") else str(error)
+        )
+        problem = f"execution_id takes {signature}, and the task has {len(given)} message(s); {fix}"
+        raise InvalidDeclaration(task, problem) from None
+
+
+def read_batch_options(
+    task: GraphTask[Any, Any] | type[GraphTask[Any, Any]],
+    asked: Mapping[str, Any] | None = None,
+    threads: int = 1,
+) -> BatchOptions:
+    """Return how a batch of *task* is worked on: as the submission *asked*, else as the task or its class says.
+
+    Raises:
+        InvalidArguments: A value cannot be used.
+    """
+    own = {name: getattr(task, name) for name in _BATCH_OPTIONS}
+    return _choose(task.declaration.form, own, asked or {}, threads)
+
+
+def check_batch_options(form: str, options: Mapping[str, Any]) -> None:
+    """Check a task's options for batches where it is declared; Celery makes its class later.
+
+    Raises:
+        InvalidArguments: A value cannot be used, or an option reads like one of ours, and is none.
+    """
+    for name in options:
+        _refuse_misspelt(name)
+    _choose(form, options, {})
+
+
+def _choose(form: str, own: Mapping[str, Any], asked: Mapping[str, Any], threads: int = 1) -> BatchOptions:
+    asked = {name: value for name, value in asked.items() if value is not None}
+    on_error = asked.get("on_error", own.get("on_error") or ("collect" if form == "BatchResult" else "fail"))
+    # A limit of the task's own means nothing to a submission under which no item may fail.
+    max_failed = asked.get("max_failed", own.get("max_failed") if on_error == "collect" else None)
+    return BatchOptions(
+        policy=BatchPolicy(on_error, max_failed),
+        chunk_size=asked.get("chunk_size", own.get("chunk_size")),
+        max_concurrency=asked.get("max_concurrency", own.get("max_concurrency")),
+        slots=int(asked.get(SLOTS, worker_slots())),
+        threads=int(asked.get(THREADS, threads)),
+    )
+
+
+def take_batch_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take out of a submission's *options* what it asks of its batch, and return it.
+
+    Raises:
+        InvalidArguments: An option reads like one of ours, and is none.
+    """
+    for name in options:
+        _refuse_misspelt(name)
+    return {name: value for name in _BATCH_OPTIONS if (value := options.pop(name, None)) is not None}
+
+
+@functools.lru_cache(maxsize=256)
+def _refuse_misspelt(name: str) -> None:
+    # Celery takes any option and drops what it does not know: a misspelt limit would be none.
+    ours = (*_BATCH_OPTIONS, "execution_id")
+    close = [] if name in ours else difflib.get_close_matches(name, ours, n=1, cutoff=0.85)
+    if close:
+        raise InvalidArguments(name, f"is not known; did you mean {close[0]}?")
+
+
+def take_routing(cls: type) -> dict[str, Any]:
+    """Take the class's own routing attributes off it and return them, with those taken off its bases.
+
+    Celery warns of them on each task class, since its version 6 will not look at them.
+    """
+    own = {name: cls.__dict__[name] for name in (*_DESTINATION, *_MANNER) if name in cls.__dict__}
+    for name in own:
+        delattr(cls, name)
+    inherited: dict[str, Any] = getattr(cls, "routing", {})
+    return inherited | own
+
+
+def add_routing(declared: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of one submission, with what the task declared and they leave open."""
+    given = {name: value for name, value in options.items() if value is not None}
+    # A queue and an exchange are two ways to say where: what is said here replaces the whole.
+    left_out = _DESTINATION if any(name in given for name in _DESTINATION) else ()
+    return {**options, **{k: v for k, v in declared.items() if k not in given and k not in left_out}}
