@@ -121,8 +121,7 @@ class Run:
             self._until = None
             self.stop(RunTimedOut(self.submission.execution_id, self.submission.timeout_s or 0.0))
         elif self._held is not None and not self._held.trusted():
-            lease = self._held.lease
-            self.stop(LeaseLost(lease.graph, lease.execution_id, lease.epoch))
+            self.stop(self._held.fault())
         return (
             _SLICE_S
             if self._until is None

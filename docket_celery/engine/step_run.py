@@ -24,7 +24,6 @@ from docket_celery.errors import (
     DocketError,
     InputMutated,
     InputsChanged,
-    LeaseLost,
     StepFailed,
     StepTimedOut,
     StoreUnavailable,
@@ -232,8 +231,7 @@ def _next_attempt(run: StepRun, slot: Slot | None) -> Attempt:
     step, delivery = run.step, run.delivery
     try:
         if delivery.held is not None and not delivery.held.trusted():
-            lease = delivery.held.lease
-            raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+            raise delivery.held.fault()
         if step.timeout_s is not None and holds_thread(step):
             # Such an attempt may come to hold a thread for good, and so may each retry of it.
             delivery.runtime.pool.check_abandoned()

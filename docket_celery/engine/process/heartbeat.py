@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from docket_celery.errors import DocketError
+from docket_celery.errors import DocketError, LeaseLost, StoreUnavailable
 from docket_celery.store.contract import Store
 from docket_celery.store.records import Halt, Lease
 
@@ -49,6 +49,18 @@ class HeldLease:
     def trusted(self) -> bool:
         """Tell whether the run is surely still ours; False means: start nothing, save nothing."""
         return not self.lost and self._now() < self.trusted_until
+
+    def fault(self) -> LeaseLost | StoreUnavailable:
+        """Return why the lease is no longer trusted: another one has the run, or the database is away.
+
+        In an outage nothing says that the run was taken over: it is given back as soon as that can be written.
+        """
+        lease = self.lease
+        if self.lost:
+            return LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+        return StoreUnavailable(
+            "extend the lease", f"run {lease.execution_id!r} was held until it could expire"
+        )
 
 
 class Heartbeat:
