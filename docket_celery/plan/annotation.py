@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 
 from docket_celery.plan.context import StepContext
 from docket_celery.plan.messages import is_message_type, type_name
+from docket_celery.plan.options import is_name
 
 _LIKE_LISTS = (Iterable, Iterator, Sequence, Collection, tuple, set)
 _PLAIN_MODULES = frozenset({"builtins", "datetime", "decimal", "enum", "typing", "uuid"})
@@ -31,7 +32,7 @@ class Named:
     name: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not 1 <= len(self.name) <= 200 or not self.name.isprintable():
+        if not is_name(self.name):
             raise ValueError(f"Named takes 1 to 200 printable characters, not {self.name!r}")
 
 

@@ -61,6 +61,13 @@ def to_bytes(message: Message) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
+def copy_message(message: M) -> M:
+    """Return a message of its own that equals *message*."""
+    copy = type(message)()
+    copy.CopyFrom(message)
+    return copy
+
+
 def from_bytes(kind: type[M], data: bytes) -> M:
     """Read *data* as a *kind*.
 
@@ -275,8 +282,7 @@ def to_view(message: Value) -> str | None:
     try:
         shown = message
         if _holds_secrets(message.DESCRIPTOR):
-            shown = type(message)()
-            shown.CopyFrom(message)
+            shown = copy_message(message)
             _clear_secrets(shown)
         view = json.dumps(json_format.MessageToDict(shown, preserving_proto_field_name=True))
     except (KeyError, TypeError, ValueError, RecursionError, DecodeError, json_format.Error):

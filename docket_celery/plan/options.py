@@ -130,11 +130,7 @@ class RetryPolicy:
             return object.__new__(cls)
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.max_attempts, bool)
-            or not isinstance(self.max_attempts, int)
-            or self.max_attempts < 1
-        ):
+        if not is_count(self.max_attempts):
             raise ValueError(
                 f"RetryPolicy.max_attempts counts the first call, so at least 1; got {self.max_attempts!r}"
             )
@@ -217,10 +213,10 @@ class StepOptions:
         Raises:
             TypeError: An option does not exist; the nearest names are listed.
         """
-        known = {field.name for field in fields(self)}
-        unknown = sorted(set(changes) - known)
+        unknown = sorted(changes.keys() - self.__dataclass_fields__)
         if unknown:
-            raise TypeError(f"unknown step option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+            known = ", ".join(sorted(self.__dataclass_fields__))
+            raise TypeError(f"unknown step option {', '.join(unknown)}; known: {known}")
         return replace(self, **changes)
 
 
@@ -274,14 +270,18 @@ def _is_classifier(value: object) -> bool:
     return all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds)
 
 
-def _is_name(value: object) -> bool:
+def is_name(value: object) -> bool:
+    """Tell whether *value* can name something: 1 to 200 printable characters."""
     return isinstance(value, str) and 1 <= len(value) <= 200 and value.isprintable()
 
 
+def is_count(value: object) -> bool:
+    """Tell whether *value* is a whole number from 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _are_names(value: object) -> bool:
-    return isinstance(value, tuple) and all(
-        isinstance(name, str) and name and name.isprintable() for name in cast("tuple[object, ...]", value)
-    )
+    return isinstance(value, tuple) and all(map(is_name, cast("tuple[object, ...]", value)))
 
 
 _FORMS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -289,13 +289,9 @@ _FORMS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("retry", lambda value: isinstance(value, RetryPolicy), "a RetryPolicy(...)"),
     ("version", lambda value: isinstance(value, str) and value.isprintable(), "text of printable characters"),
     ("key", callable, "a function of the step's inputs"),
-    ("cache", _is_name, "a name of 1 to 200 printable characters"),
+    ("cache", is_name, "a name of 1 to 200 printable characters"),
     ("retriable", _is_classifier, "a predicate or exception types"),
-    (
-        "max_concurrent",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,
-        "a whole number from 1",
-    ),
+    ("max_concurrent", is_count, "a whole number from 1"),
     ("renamed_from", _are_names, "a tuple of names, oldest first, as in ('old',)"),
 )
 

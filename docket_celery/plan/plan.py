@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from docket_celery.errors import InvalidArguments
 from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.options import Scope
 from docket_celery.plan.step import Step
-from docket_celery.plan.wiring import Wiring
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,24 +130,6 @@ class Plan:
         return f"<Plan {_short(self.graph)}: {given} -> {_short(str(self.target))} by {names}>"
 
 
-def compile_plan(wiring: Wiring, target: ValueKey, given: Sequence[ValueKey]) -> Plan:
-    """Find the steps that *target* needs, given values of the types *given*.
-
-    Raises:
-        GraphError: The graph has faults; no step makes a needed value, or steps wait for each other.
-        InvalidArguments: A type is given twice.
-    """
-    slots = {key: slot for slot, key in enumerate(given)}
-    if len(slots) != len(given):
-        twice = next(key for key in given if list(given).count(key) > 1)
-        raise InvalidArguments(
-            f"graph {wiring.graph!r}", f"{twice} is given twice; one value of a type is used once"
-        )
-    wiring.check(slots, target=target)
-    ordered = order_steps(wiring, slots, wiring.needed(target, slots))
-    return assemble(wiring.graph, ordered, tuple(given), (target,), wiring.names())
-
-
 def assemble(
     graph: str,
     steps: Sequence[Step],
@@ -167,20 +146,21 @@ def assemble(
         outputs: What must be made, the target first.
         known_names: Every present or former step name of the graph.
     """
+    first = len(given)
     slots = {key: slot for slot, key in enumerate((*given, *(step.output for step in steps)))}
+    sources = [tuple(slots[key] for key in step.inputs) for step in steps]
     consumers: list[dict[int, None]] = [{} for _ in steps]
     pending = [0] * len(steps)
-    for index, step in enumerate(steps):
-        for slot in {slots[key] for key in step.inputs}:
-            if slot >= len(given):
-                consumers[slot - len(given)][index] = None
-                pending[index] += 1
+    for index, used in enumerate(sources):
+        for slot in {slot for slot in used if slot >= first}:
+            consumers[slot - first][index] = None
+            pending[index] += 1
     planned = tuple(
         PlannedStep(
             step=step,
             index=index,
-            sources=tuple(slots[key] for key in step.inputs),
-            slot=len(given) + index,
+            sources=sources[index],
+            slot=first + index,
             consumers=tuple(consumers[index]),
         )
         for index, step in enumerate(steps)
@@ -227,38 +207,6 @@ def count_pending(plan: Plan, needed: Collection[int]) -> list[int]:
     for index in needed:
         pending[index] = sum(slot - first in needed for slot in set(plan.steps[index].sources))
     return pending
-
-
-def order_steps(
-    wiring: Wiring, given: Collection[ValueKey], needed: Mapping[str, Step] | None = None
-) -> list[Step]:
-    """Return *needed* steps (None: all) in an order that respects their inputs; ties by registration.
-
-    Raises:
-        GraphError: Steps wait for each other.
-    """
-    if needed is None:
-        needed = {step.name: step for step in wiring.steps if step.output not in given}
-    waiting: dict[str, int] = {}
-    users: dict[str, list[Step]] = {name: [] for name in needed}
-    for step in needed.values():
-        sources = {key for key in step.inputs if key not in given}
-        waiting[step.name] = len(sources)
-        for key in sources:
-            users[wiring.producers[key].name].append(step)
-    ready = [(step.order, step.name) for step in needed.values() if not waiting[step.name]]
-    heapq.heapify(ready)
-    ordered: list[Step] = []
-    while ready:
-        step = needed[heapq.heappop(ready)[1]]
-        ordered.append(step)
-        for user in users[step.name]:
-            waiting[user.name] -= 1
-            if not waiting[user.name]:
-                heapq.heappush(ready, (user.order, user.name))
-    if len(ordered) != len(needed):
-        wiring.check(given)
-    return ordered
 
 
 def _label(key: ValueKey) -> str:

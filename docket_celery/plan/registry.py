@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar, Unpack, overload
+from typing import Any, TypeVar, Unpack, overload
 
 from google.protobuf.message import Message
 
 from docket_celery.errors import GraphError, InvalidArguments
 from docket_celery.plan.annotation import SignatureFault, ValueKey, read_many
 from docket_celery.plan.messages import is_message_type
-from docket_celery.plan.options import StepOptionFields, StepOptions, nearest_option
-from docket_celery.plan.override import Overriding, Substitute, find_step, read_overrides
+from docket_celery.plan.options import StepOptionFields, StepOptions, is_name, nearest_option
+from docket_celery.plan.override import Computes, Overriding, Substitute, find_step, read_overrides
 from docket_celery.plan.plan import Plan
 from docket_celery.plan.stages import Asked, compile_asked, find_faults
 from docket_celery.plan.step import Make, Registration, Step, default_name, locate
 from docket_celery.plan.wiring import Wiring, read_wiring
-
-
-class Computes(Protocol):
-    """What a factory makes: an object with ``compute``."""
-
-    @property
-    def compute(self) -> Callable[..., Any]:
-        """The step's code."""
-        ...
-
 
 C = TypeVar("C", bound=Computes)
 Makes = Callable[[], C] | Callable[[], AbstractContextManager[C]]
@@ -46,13 +36,12 @@ class Registry:
     """
 
     def __init__(self, name: str, guard: Guard, defaults: StepOptions | None = None) -> None:
-        if not isinstance(name, str) or not name or len(name) > 200 or not name.isprintable():
+        if not is_name(name):
             raise InvalidArguments("Graph", f"name must be 1 to 200 printable characters, got {name!r}")
         self.name = name
         self.defaults = _check_defaults(defaults)
         self._registrations: list[Registration] = []
         self._wiring: Wiring | None = None
-        self._plans: dict[Asked, Plan] = {}
         self._frozen = False
         self._guard = guard
 
@@ -110,9 +99,9 @@ class Registry:
 
     def _decorate(self, preset: Any, options: dict[str, Any], *, aggregates: bool) -> Any:
         if callable(preset) and not isinstance(preset, StepOptions):
-            self._add(preset, _options(self.defaults, None, options), aggregates=aggregates)
+            self._add(preset, self._options(None, options), aggregates=aggregates)
             return preset
-        chosen = _options(self.defaults, preset, options)
+        chosen = self._options(preset, options)
 
         def decorate(function: F) -> F:
             self._add(function, chosen, aggregates=aggregates)
@@ -161,7 +150,7 @@ class Registry:
             GraphError: The graph is frozen because it has run, or the step needs ``name=``.
         """
         make = None if factory is None else Make(target, factory)
-        self._add(target, _options(self.defaults, preset, {**options}), make)
+        self._add(target, self._options(preset, {**options}), make)
 
     def register_aggregate(
         self, target: object, preset: StepOptions | None = None, /, **options: Unpack[StepOptionFields]
@@ -170,42 +159,46 @@ class Registry:
 
         Arguments and errors as for `register`.
         """
-        self._add(target, _options(self.defaults, preset, {**options}), aggregates=True)
+        self._add(target, self._options(preset, {**options}), aggregates=True)
+
+    def _options(self, preset: StepOptions | None, options: dict[str, Any]) -> StepOptions:
+        if preset is not None and not isinstance(preset, StepOptions):
+            raise TypeError(f"a step is decorated with options or a StepOptions preset, not {preset!r}")
+        try:
+            return (self.defaults if preset is None else preset.over(self.defaults)).override(**options)
+        except TypeError as error:
+            hints = [nearest_option(name) for name in options if name not in StepOptions.__dataclass_fields__]
+            near = ", ".join(hint for hint in hints if hint)
+            raise TypeError(f"{error}; did you mean {near}?" if near else str(error)) from None
 
     def _add(
         self, target: Any, options: StepOptions, make: Make | None = None, *, aggregates: bool = False
     ) -> None:
         name = options.name if options.name is not None else default_name(target)
+        where = locate(target)
+        fault = None
         if not name:
-            where = locate(target)
-            raise GraphError(
-                self.name,
-                [
-                    f"DC110 no name: lambdas and partials have none of their own; give this one name=... ({where})"
-                ],
-            )
-        if not isinstance(name, str) or len(name) > 200 or not name.isprintable():
-            raise GraphError(
-                self.name,
-                [f"DC110 bad name: name= is 1 to 200 printable characters, got {name!r} ({locate(target)})"],
-            )
+            fault = f"DC110 no name: lambdas and partials have none of their own; give this one name=... ({where})"
+        elif not is_name(name):
+            fault = f"DC110 bad name: name= is 1 to 200 printable characters, got {name!r} ({where})"
         with self._guard():
-            if self._frozen:
-                late = f"step {name!r} ({locate(target)}) comes after the first run"
-                raise GraphError(self.name, [f"DC116 frozen: {late}; register all steps before running"])
+            if fault is None and self._frozen:
+                late = f"step {name!r} ({where}) comes after the first run"
+                fault = f"DC116 frozen: {late}; register all steps before running"
+            if fault is not None:
+                raise GraphError(self.name, [fault])
             self._registrations.append(
                 Registration(
                     target=target,
                     options=options,
-                    name=name,
+                    name=str(name),
                     order=len(self._registrations),
-                    where=locate(target),
+                    where=where,
                     make=make,
                     aggregates=aggregates,
                 )
             )
             self._wiring = None
-            self._plans.clear()
 
     # --- checking and planning ---------------------------------------------------------------------------------
 
@@ -263,18 +256,9 @@ class Registry:
             batch: Which of *given* comes as a list, item by item.
             collects: The target is wanted for each item.
         """
-        asked = Asked(target, given, batch, collects)
-        replaced = self.replaced()
-        if replaced is not None:
-            return replaced.compiled(self._read(), asked)
-        found = self._plans.get(asked)
-        if found is None:
-            wiring = self._read()
-            found = compile_asked(wiring, asked)
-            with self._guard():
-                if wiring is self._wiring:
-                    self._plans[asked] = found
-        return found
+        replaced, wiring = self.replaced(), self._read()
+        wiring = wiring if replaced is None else replaced.rewired(wiring)
+        return compile_asked(wiring, Asked(target, given, batch, collects))
 
     def unplanned(self, plans: Iterable[Plan]) -> list[Step]:
         """Return the steps that are in none of *plans*.
@@ -287,15 +271,10 @@ class Registry:
 
     def missing(self, target: ValueKey, given: Collection[ValueKey]) -> list[ValueKey]:
         """Return what the way to *target* needs besides *given* and no step returns."""
-        producers = self._read().producers
-        seen: dict[ValueKey, None] = {}
-        todo = [target]
-        while todo:
-            key = todo.pop()
-            if key not in seen and key not in given:
-                seen[key] = None
-                todo += producers[key].inputs if key in producers else ()
-        return [key for key in seen if key not in producers]
+        wiring = self._read()
+        found = [key for _, key in wiring.missing(wiring.needed(target, given).values(), given)]
+        made = target in wiring.producers or target in given
+        return list(dict.fromkeys(found if made else [target]))
 
     # --- replacing ---------------------------------------------------------------------------------------------
 
@@ -309,7 +288,7 @@ class Registry:
         Raises:
             GraphError: With all faults: a key that is no step, something that cannot stand in for it.
         """
-        return dict(read_overrides(self._read(), self._registrations, steps))
+        return read_overrides(self._read(), steps)
 
     def find_step(self, key: Any) -> Step:
         """Return the step that *key* means: a name, an output's message type, or what was registered.
@@ -317,9 +296,8 @@ class Registry:
         Raises:
             InvalidArguments: There is none; the text lists what there is.
         """
-        wiring = self._read()
         try:
-            found = find_step(wiring, [(r.target, r.name) for r in self._registrations], key)
+            found = find_step(self._read(), key)
         except SignatureFault as fault:
             raise InvalidArguments(f"graph {self.name!r}", f"{key!r}: {fault}") from None
         replaced = self.replaced()
@@ -349,31 +327,17 @@ def _check_defaults(defaults: StepOptions | None) -> StepOptions:
     return defaults
 
 
-def _options(defaults: StepOptions, preset: StepOptions | None, options: dict[str, Any]) -> StepOptions:
-    if preset is not None and not isinstance(preset, StepOptions):
-        raise TypeError(f"a step is decorated with options or a StepOptions preset, not {preset!r}")
-    try:
-        return (defaults if preset is None else preset.over(defaults)).override(**options)
-    except TypeError as error:
-        hints = [nearest_option(name) for name in options if name not in StepOptions.__dataclass_fields__]
-        near = ", ".join(hint for hint in hints if hint)
-        raise TypeError(f"{error}; did you mean {near}?" if near else str(error)) from None
-
-
 def given_keys(kinds: Sequence[object], where: str) -> tuple[tuple[ValueKey, ...], ValueKey | None]:
     """Return the values that *kinds* stand for, and which of them is a batch: the one written ``list[T]``.
 
     Raises:
         InvalidArguments: One is no message type, or two are lists.
     """
-    items = [read_many(kind) for kind in kinds]
-    keys = tuple(
-        value_key(k if many is None else many[0], where) for k, many in zip(kinds, items, strict=True)
-    )
-    lists = [key for key, many in zip(keys, items, strict=True) if many is not None]
+    read = [(value_key(item, where), many) for item, many in (read_many(k) or (k, "") for k in kinds)]
+    lists = [key for key, many in read if many]
     if len(lists) > 1:
         raise InvalidArguments(where, f"{', '.join(map(str, lists))} are all lists; a run has one batch")
-    return keys, lists[0] if lists else None
+    return tuple(key for key, _ in read), lists[0] if lists else None
 
 
 def value_key(kind: object, where: str) -> ValueKey:

@@ -9,7 +9,7 @@ import inspect
 import linecache
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.message import Message
@@ -26,9 +26,18 @@ from docket_celery.plan.annotation import (
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Signature:
-    """What a signature says; the fields are those of `Step`."""
+    """What a step takes and returns.
+
+    Attributes:
+        inputs: What it takes, a parameter each.
+        gathered: For each input '', or how an aggregate takes all items at once: 'list' or 'Iterable'.
+        output: What it returns.
+        splits: It returns a list, whose messages are the items of a fan-out.
+        positional: For each positional argument the index into `inputs`, or -1 for the StepContext.
+        keywords: The same for keyword-only arguments.
+    """
 
     inputs: tuple[ValueKey, ...]
     gathered: tuple[str, ...]
@@ -50,62 +59,78 @@ def read_signature(call: Callable[..., Any]) -> Signature:
         raise SignatureFault(
             f"its signature cannot be read ({error}); wrap it in a plain function"
         ) from error
-    function = _function(call)
+    function = unwrap(call)
     hints = read_hints(function)
-    bound = _bound(call)
     faults = list(_shape_faults(call, function, parameters))
-    output: ValueKey | None = None
-    splits = False
-    inputs = _Inputs()
-    if not faults:
+    if faults:
+        raise SignatureFault(*faults)
+    inputs, bound = _Inputs(), _bound(call)
+    output: tuple[ValueKey, bool] | None = None
+    try:
+        output = _result(hints)
+    except SignatureFault as fault:
+        faults += fault.texts
+    for parameter in parameters:
         try:
-            output, splits = _result(hints)
+            inputs.add(parameter, hints.get(parameter.name), bound=parameter.name in bound)
         except SignatureFault as fault:
             faults += fault.texts
-        for parameter in parameters:
-            try:
-                inputs.add(parameter, hints.get(parameter.name), bound=parameter.name in bound)
-            except SignatureFault as fault:
-                faults += fault.texts
     if faults or output is None:
-        raise SignatureFault(*faults, output=output)
+        raise SignatureFault(*faults, output=output and output[0])
     return Signature(
-        inputs=tuple(inputs.keys),
-        gathered=tuple(inputs.gathered),
-        output=output,
-        splits=splits,
+        inputs=tuple(key for key, _ in inputs.taken),
+        gathered=tuple(gathered for _, gathered in inputs.taken),
+        output=output[0],
+        splits=output[1],
         positional=tuple(inputs.positional),
         keywords=tuple(inputs.keywords),
     )
 
 
+def plain(call: Any) -> Any:
+    """Return what partials around *call* bind arguments of."""
+    while isinstance(call, functools.partial):
+        call = call.func
+    return call
+
+
+def unwrap(call: Any) -> Any:
+    """Return the function that has the annotations: behind partials, methods, callables and wrappers."""
+    found = plain(call)
+    if not inspect.isroutine(found):
+        found = type(found).__call__
+    found = inspect.unwrap(found)
+    return getattr(found, "__func__", found)
+
+
 def is_async(call: Callable[..., Any]) -> bool:
     """Tell whether calling it returns a coroutine."""
-    plain: Any = call
-    while isinstance(plain, functools.partial):
-        plain = plain.func
-    return inspect.iscoroutinefunction(plain) or inspect.iscoroutinefunction(getattr(plain, "__call__", None))  # noqa: B004
+    found = plain(call)
+    return inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(getattr(found, "__call__", None))  # noqa: B004
 
 
 def _result(hints: dict[str, Any]) -> tuple[ValueKey, bool]:
     if "return" not in hints:
         raise SignatureFault("its return annotation is missing; annotate it with the message type it returns")
-    many = read_many(hints["return"])
-    if many is not None and many[1] != "list":
+    item, many = read_many(hints["return"]) or (hints["return"], "")
+    if many == "Iterable":
         raise SignatureFault("its result is an Iterable[...]; a step that splits a value returns list[...]")
-    return read_annotation(hints["return"] if many is None else many[0], "its result"), many is not None
+    return read_annotation(item, "its result"), bool(many)
 
 
-@dataclass(slots=True)
 class _Inputs:
-    """What the parameters say, one after the other; the fields are those of `Signature`."""
+    """What the parameters say, one after the other; the attributes are those of `Signature`.
 
-    keys: list[ValueKey] = field(default_factory=list[ValueKey])
-    gathered: list[str] = field(default_factory=list[str])
-    positional: list[int] = field(default_factory=list[int])
-    keywords: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
-    taken: dict[tuple[ValueKey, str], str] = field(default_factory=dict[tuple[ValueKey, str], str])
-    left_out: bool = False
+    Attributes:
+        taken: The inputs, with how they are gathered, in their order; and the parameter of each.
+        left_out: A parameter was left to its default.
+    """
+
+    def __init__(self) -> None:
+        self.taken: dict[tuple[ValueKey, str], str] = {}
+        self.positional: list[int] = []
+        self.keywords: list[tuple[str, int]] = []
+        self.left_out = False
 
     def add(self, parameter: inspect.Parameter, annotation: Any, *, bound: bool = False) -> None:
         """Take *parameter*, unless it is bound or left to its default.
@@ -139,40 +164,24 @@ class _Inputs:
             self.positional.append(index)
 
     def _value(self, name: str, annotation: Any, what: str) -> int:
-        many = read_many(annotation)
-        key, gathered = (
-            read_annotation(annotation if many is None else many[0], what),
-            many[1] if many else "",
-        )
+        item, gathered = read_many(annotation) or (annotation, "")
+        key = read_annotation(item, what)
         other = self.taken.setdefault((key, gathered), name)
         if other != name:
             raise SignatureFault(
                 f"parameters {other!r} and {name!r} are both {key}, of which a run has one; drop one, or tell them "
                 'apart with Annotated[..., Named("...")]'
             )
-        self.keys.append(key)
-        self.gathered.append(gathered)
-        return len(self.keys) - 1
+        return len(self.taken) - 1
 
 
-def _bound(call: Callable[..., Any]) -> frozenset[str]:
+def _bound(call: Any) -> set[str]:
     """Return the parameters that partials give a value by name."""
     names: set[str] = set()
     while isinstance(call, functools.partial):
         names.update(call.keywords)
         call = call.func
-    return frozenset(names)
-
-
-def _function(call: Callable[..., Any]) -> Any:
-    """Return the function that has the annotations: behind partials, methods, callables and wrappers."""
-    plain: Any = call
-    while isinstance(plain, functools.partial):
-        plain = plain.func
-    if not inspect.isroutine(plain):
-        plain = type(plain).__call__
-    plain = inspect.unwrap(plain)
-    return getattr(plain, "__func__", plain)
+    return names
 
 
 def _shape_faults(
@@ -257,7 +266,7 @@ def _is_for_checkers(function: Any, name: str) -> bool:
     except SyntaxError:
         return False
     guarded = [node for node in ast.walk(tree) if isinstance(node, ast.If) and _names_checkers(node.test)]
-    imports = [node for block in guarded for part in block.body for node in ast.walk(part)]
+    imports = [node for block in guarded for node in ast.walk(block)]
     return any(
         name == (alias.asname or alias.name.partition(".")[0])
         for node in imports
@@ -267,6 +276,4 @@ def _is_for_checkers(function: Any, name: str) -> bool:
 
 
 def _names_checkers(test: ast.expr) -> bool:
-    return any(
-        "TYPE_CHECKING" in (getattr(node, "id", None), getattr(node, "attr", None)) for node in ast.walk(test)
-    )
+    return "TYPE_CHECKING" in {getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(test)}

@@ -1,25 +1,25 @@
 """Cuts a plan at its aggregates: what runs once, what runs for each item of a fan-out, and in which order.
 
-A value's path names the fan-outs it lies in, outermost first: ``()`` is made once in a run, ``("",)`` once for each
-item of the batch, ``("", "split")`` once for each part that the step ``split`` cut an item into. A step that takes
+A value's path names its fan-outs, outermost first: ``()`` is made once in a run, ``("",)`` once for each item of the
+batch, ``("", "split")`` once for each part that the step ``split`` cut an item into. A step that takes
 ``list[T]`` closes the innermost fan-out of T, so it runs one level further out than its items.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
-from docket_celery.errors import GraphError
+from docket_celery.errors import GraphError, InvalidArguments
 from docket_celery.plan.annotation import ValueKey
-from docket_celery.plan.plan import Plan, Stage, assemble, compile_plan, order_steps
+from docket_celery.plan.plan import Plan, Stage, assemble
 from docket_celery.plan.step import Step
 from docket_celery.plan.wiring import Wiring
 
 Path = tuple[str, ...]
 BATCH: Path = ("",)
-"""Where the items of a batch lie."""
+"""The path of the items of a batch."""
 
 
 class Asked(NamedTuple):
@@ -39,27 +39,41 @@ class Asked(NamedTuple):
 
 
 def compile_asked(wiring: Wiring, asked: Asked) -> Plan:
-    """Return the plan for what is asked, cut into stages if something fans out.
+    """Return the plan for what is asked, cut into stages if something fans out; compiled once.
 
     Raises:
         GraphError: The graph has faults, a needed value has no producer, or a step cannot be staged.
         InvalidArguments: A type is given twice.
     """
-    plan = compile_plan(wiring, asked.target, asked.given)
-    fans_out = any(planned.step.splits or planned.step.aggregates for planned in plan.steps)
-    return _cut(plan, asked) if fans_out or asked.collects or asked.batch is not None else plan
+    found: Plan | None = wiring.plans.get(asked)
+    if found is None:
+        found = wiring.plans[asked] = _compile(wiring, asked)
+    return found
 
 
-def _cut(plan: Plan, asked: Asked) -> Plan:
-    """Return *plan* with its `stages`: per-item work, and what runs once before, between and after it."""
-    steps = [planned.step for planned in plan.steps]
-    paths = _Paths({key: BATCH if key == asked.batch else () for key in plan.given}, {})
-    faults = [fault for step in steps for fault in paths.place(step)]
+def _compile(wiring: Wiring, asked: Asked) -> Plan:
+    given = set(asked.given)
+    if len(given) != len(asked.given):
+        twice = next(key for key in asked.given if asked.given.count(key) > 1)
+        raise InvalidArguments(
+            f"graph {wiring.graph!r}", f"{twice} is given twice; one value of a type is used once"
+        )
+    wiring.check(asked.given, target=asked.target)
+    steps = wiring.order(given, wiring.needed(asked.target, given))
+    plan = assemble(wiring.graph, steps, asked.given, (asked.target,), wiring.names())
+    if (
+        asked.batch is None
+        and not asked.collects
+        and not any(step.splits or step.aggregates for step in steps)
+    ):
+        return plan
+    levels = _Levels(wiring, {key: BATCH if key == asked.batch else () for key in asked.given})
+    faults = [fault for step in steps for fault in levels.place(step)]
     if not faults:
-        faults += _target_faults(plan.target, paths.values[plan.target], collects=asked.collects)
+        faults += _target_faults(asked.target, levels.values[asked.target], collects=asked.collects)
     if faults:
-        raise GraphError(plan.graph, faults)
-    stages = _Cut(plan, paths).stages(steps, (), [plan.target])
+        raise GraphError(wiring.graph, faults)
+    stages = levels.stages(steps, (), [asked.target])
     return replace(plan, stages=stages, batch=asked.batch, collects=asked.collects)
 
 
@@ -68,65 +82,62 @@ def find_faults(wiring: Wiring, given: Sequence[ValueKey], batch: ValueKey | Non
 
     Args:
         wiring: The graph.
-        given: What callers hand in; empty: whatever no step returns, and what aggregates take of that as batches.
+        given: What callers hand in; empty: what no step returns, and what aggregates take of that as batches.
         batch: Which of *given* comes as a list.
     """
     whole = wiring.gathered()
     values: dict[ValueKey, Path] = {key: BATCH if key == batch else () for key in given}
-    for step in wiring.steps:
-        for key in step.inputs:
-            if key not in wiring.producers and key not in values:
-                values[key] = (f"the batch of {key}",) if key in whole else ()
-    paths = _Paths(values, {})
-    return [fault for step in order_steps(wiring, values) for fault in paths.place(step)]
+    for _, key in wiring.missing(wiring.steps, given):
+        values[key] = (f"the batch of {key}",) if key in whole else ()
+    levels = _Levels(wiring, values)
+    return [fault for step in wiring.order(values) for fault in levels.place(step)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Paths:
-    """Where values lie and where steps run."""
+class _Levels:
+    """Finds the paths of values and steps, and cuts the steps of one path into stages.
 
-    values: dict[ValueKey, Path]
-    steps: dict[str, Path]
+    Args:
+        wiring: The graph.
+        values: The paths of what is handed in; those of the steps' results are added.
+    """
+
+    def __init__(self, wiring: Wiring, values: dict[ValueKey, Path]) -> None:
+        self.values = values
+        self._graph, self._names = wiring.graph, wiring.names()
+        self._steps: dict[str, Path] = {}
 
     def place(self, step: Step) -> Iterable[str]:
-        """Note where *step* runs and its result lies; yield what is wrong with it."""
-        lies: list[tuple[Path, ValueKey, bool]] = []
+        """Note the paths of *step* and of its result; yield what is wrong with it."""
+        who = f"DC120 stages: step {step.name!r} ({step.where}) takes"
+        taken: list[tuple[Path, ValueKey, bool]] = []
         for key, gathered in zip(step.inputs, step.gathered, strict=True):
             path = self.values[key]
-            whole = bool(gathered)
-            if whole and not path:
+            if gathered and not path:
                 yield (
-                    f"DC120 stages: step {step.name!r} ({step.where}) takes {gathered}[{key}], but {key} is made "
-                    f"once in a run; take it as it is, or make it for each item of a fan-out"
+                    f"{who} {gathered}[{key}], but {key} is made once in a run; take it as it is, or make it for "
+                    "each item of a fan-out"
                 )
-                whole = False
-            lies.append((path[:-1] if whole else path, key, whole))
-        deepest, example, _ = max(lies, key=lambda lie: len(lie[0]), default=((), None, False))
-        for path, key, whole in lies:
+            whole = bool(gathered and path)
+            taken.append((path[:-1] if whole else path, key, whole))
+        deepest, example, _ = max(taken, key=lambda each: len(each[0]), default=((), None, False))
+        for path, key, whole in taken:
             if path != deepest[: len(path)]:
                 yield (
-                    f"DC120 stages: step {step.name!r} ({step.where}) takes {example} for each item of "
-                    f"{_shown(deepest)} and {key} for each item of {_shown(path)}: items of two fan-outs have no "
-                    f"order in common; take one of them whole, as list[...], in an aggregate before it"
+                    f"{who} {example} for each item of {_shown(deepest)} and {key} for each item of {_shown(path)}: "
+                    "items of two fan-outs have no order in common; take one of them whole, as list[...], in an "
+                    "aggregate before it"
                 )
                 break
             if whole and path != deepest:
                 yield (
-                    f"DC120 stages: step {step.name!r} ({step.where}) takes all of {key} again for each item of "
-                    f"{_shown(deepest)}; make what it needs of them in an aggregate before it, once"
+                    f"{who} all of {key} again for each item of {_shown(deepest)}; make what it needs of them in an "
+                    "aggregate before it, once"
                 )
-        self.steps[step.name] = deepest
+        self._steps[step.name] = deepest
         self.values[step.output] = (*deepest, step.name) if step.splits else deepest
 
-
-class _Cut:
-    """Assigns the steps of one level to stages, and descends into the fan-outs."""
-
-    def __init__(self, whole: Plan, paths: _Paths) -> None:
-        self._whole, self._paths = whole, paths
-
     def stages(self, steps: Sequence[Step], scope: Path, outputs: Sequence[ValueKey]) -> tuple[Stage, ...]:
-        """Return the stages that *steps* form for somebody who sees the values at *scope*.
+        """Return the stages that *steps* form where the values at *scope* are seen.
 
         Args:
             steps: In an order that respects inputs; all run at *scope* or within its fan-outs.
@@ -144,18 +155,16 @@ class _Cut:
 
     def _group(self, steps: Sequence[Step], scope: Path) -> dict[tuple[int, str | None], list[Step]]:
         """Return the steps by when they run: (round, None) once, then (round, fan-out) for each of its items."""
-        depth = len(scope)
         usable: dict[ValueKey, int] = {}
         gatherable: dict[ValueKey, int] = {}
         groups: dict[tuple[int, str | None], list[Step]] = {}
         for step in steps:
-            path = self._paths.steps[step.name]
+            path = self._steps[step.name]
             once = path == scope
             pairs = zip(step.inputs, step.gathered, strict=True)
-            number = max(
-                (gatherable.get(k, 0) if once and many else usable.get(k, 0) for k, many in pairs), default=0
-            )
-            groups.setdefault((number, None if once else path[depth]), []).append(step)
+            rounds = [(gatherable if once and many else usable).get(key, 0) for key, many in pairs]
+            number = max(rounds, default=0)
+            groups.setdefault((number, None if once else path[len(scope)]), []).append(step)
             usable[step.output] = number
             gatherable[step.output] = number if once else number + 1
         return groups
@@ -165,12 +174,12 @@ class _Cut:
         made = {step.output for step in steps}
         given = tuple(dict.fromkeys(key for step in steps for key in step.inputs if key not in made))
         outputs = tuple(step.output for step in steps if step.output in wanted)
-        plan = assemble(self._whole.graph, steps, given, outputs, self._whole.known_names)
+        plan = assemble(self._graph, steps, given, outputs, self._names)
         if scope is None:
             return Stage(plan=plan, outputs=outputs)
         if any(step.splits or step.aggregates for step in steps):
             plan = replace(plan, stages=self.stages(steps, scope, outputs))
-        each = frozenset(key for key in given if self._paths.values[key][: len(scope)] == scope)
+        each = frozenset(key for key in given if self.values[key][: len(scope)] == scope)
         return Stage(plan=plan, outputs=outputs, fan_out=scope[-1], each=each)
 
 

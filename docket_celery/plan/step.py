@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
-from docket_celery.plan.annotation import SignatureFault, ValueKey
+from docket_celery.plan.annotation import SignatureFault
 from docket_celery.plan.context import StepContext
 from docket_celery.plan.messages import Value, type_name
 from docket_celery.plan.options import Scope, StepOptions, option_faults, to_seconds
-from docket_celery.plan.signature import Signature, is_async, read_signature
+from docket_celery.plan.signature import Signature, is_async, plain, read_signature
+
+_WAYS: dict[str, Callable[[Any], Any]] = {"": lambda value: value, "list": list, "Iterable": iter}
+"""How an input is handed over: an aggregate may sort its list, and uses an iterator up."""
 
 
 class Make(NamedTuple):
@@ -29,13 +32,14 @@ class Mark:
     __slots__ = ("__weakref__",)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Registration:
     """What was handed to the graph, before its signature is read (annotations may name later definitions).
 
     Attributes:
         mark: Names the registration, as a signature may be read more than once.
         make: Builds the instance of the class that *target* is.
+        aggregates: It takes all items of a fan-out at once.
     """
 
     target: Any
@@ -48,43 +52,17 @@ class Registration:
     aggregates: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step(Registration, Signature):
     """A typed function with its policy.
 
     Attributes:
-        call: The function or bound ``compute`` method.
-        gathered: For each input '', or how an aggregate takes all items at once: 'list' or 'Iterable'.
-        aggregates: It takes all items of a fan-out at once.
-        splits: It returns a list, whose messages are the items of a fan-out.
-        positional: For each positional argument the index into `inputs`, or -1 for the StepContext.
-        keywords: The same for keyword-only arguments.
-        identity: The oldest name; names checkpoints and idempotency keys.
-        timeout_s: Seconds for one attempt, or None.
-        retriable: Whether another attempt may cure an error; None: the default rule.
-        mark: What a process keeps of the step (its slots, its instance) is kept under this.
-        make: Builds the instance whose ``compute`` is called; None: `call` is called.
+        call: The function or bound ``compute`` method; with `make`, that of the class.
+        wrap: From the step, its code and the number of the attempt, what is called instead; None: the code.
     """
 
-    name: str
-    order: int
-    where: str
     call: Callable[..., Any]
-    inputs: tuple[ValueKey, ...]
-    gathered: tuple[str, ...]
-    aggregates: bool
-    output: ValueKey
-    splits: bool
-    positional: tuple[int, ...]
-    keywords: tuple[tuple[str, int], ...]
-    is_async: bool
-    options: StepOptions
-    timeout_s: float | None
-    ttl_s: float | None
-    max_attempts: int
-    retriable: Callable[[BaseException], bool] | None
-    mark: Mark
-    make: Make | None = None
+    wrap: Callable[[Step, Callable[..., Any], int], Callable[..., Any]] | None = None
 
     @property
     def identity(self) -> str:
@@ -94,17 +72,36 @@ class Step:
     def persist(self) -> Scope | None:
         return self.options.persist
 
+    @cached_property
+    def is_async(self) -> bool:
+        return is_async(self.call)
+
+    @cached_property
+    def timeout_s(self) -> float | None:
+        """Seconds for one attempt, or None."""
+        return None if self.options.timeout is None else to_seconds(self.options.timeout, "timeout")
+
+    @cached_property
+    def ttl_s(self) -> float | None:
+        return None if self.options.ttl is None else to_seconds(self.options.ttl, "ttl")
+
+    @property
+    def max_attempts(self) -> int:
+        return 1 if self.options.retry is None else self.options.retry.max_attempts
+
+    @cached_property
+    def retriable(self) -> Callable[[BaseException], bool] | None:
+        """Whether another attempt may cure an error; None: the default rule."""
+        kinds = self.options.retriable
+        if isinstance(kinds, (type, tuple)):
+            return lambda error: isinstance(error, kinds)
+        return kinds
+
     @property
     def result_name(self) -> str:
         """The full name of the type it returns."""
         name = type_name(self.output.kind)
         return f"list[{name}]" if self.splits else name
-
-    def _hand_over(self, values: Sequence[Any]) -> list[Any]:
-        # Lists and iterators of the step's own: an aggregate may sort the one, and the other is used up.
-        ways: dict[str, Callable[[Any], Any]] = {"list": list, "Iterable": iter}
-        pairs = zip(values, self.gathered, strict=True)
-        return [ways[many](value) if many else value for value, many in pairs]
 
     def wrong_result(self, value: object) -> str | None:
         """Return the name of what *value* is instead of the declared result, or None if it is that."""
@@ -118,12 +115,15 @@ class Step:
 
     def invoke(self, call: Callable[..., Any], values: Sequence[Value], context: StepContext) -> Any:
         """Call *call*, the step's code in this process; for ``async def`` this returns the coroutine."""
+        if self.wrap is not None:
+            call = self.wrap(self, call, context.attempt)
+        handed: Sequence[Any] = values
         if self.aggregates:
-            values = self._hand_over(values)
-        args = [context if i < 0 else values[i] for i in self.positional]
+            handed = [_WAYS[way](value) for way, value in zip(self.gathered, values, strict=True)]
+        args = [context if i < 0 else handed[i] for i in self.positional]
         if not self.keywords:
             return call(*args)
-        return call(*args, **{name: context if i < 0 else values[i] for name, i in self.keywords})
+        return call(*args, **{name: context if i < 0 else handed[i] for name, i in self.keywords})
 
 
 def _kind_name(value: object) -> str:
@@ -146,13 +146,11 @@ def default_name(target: Any) -> str | None:
 
 def locate(target: Any) -> str:
     """Return ``file:line`` of a function or class, or its repr."""
-    plain = inspect.unwrap(target) if callable(target) else target
-    while isinstance(plain, functools.partial):
-        plain = plain.func
-    plain = getattr(plain, "__func__", plain)
-    code = getattr(plain, "__code__", None)
+    found = plain(inspect.unwrap(target) if callable(target) else target)
+    found = getattr(found, "__func__", found)
+    code = getattr(found, "__code__", None)
     if code is None:
-        compute = getattr(plain if isinstance(plain, type) else type(plain), "compute", None)
+        compute = getattr(found if isinstance(found, type) else type(found), "compute", None)
         code = getattr(compute, "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else repr(target)
 
@@ -163,8 +161,7 @@ def read_step(registration: Registration) -> Step:
     Raises:
         SignatureFault: With all that is missing, unsupported or contradictory.
     """
-    options = registration.options
-    problems = option_faults(options)
+    problems = option_faults(registration.options)
     try:
         code = _code(registration)
         signature = read_signature(code)
@@ -173,27 +170,7 @@ def read_step(registration: Registration) -> Step:
         raise SignatureFault(*fault.texts, options=problems, output=fault.output) from fault
     if problems:
         raise SignatureFault(options=problems, output=signature.output)
-    return Step(
-        name=registration.name,
-        order=registration.order,
-        where=registration.where,
-        call=code,
-        inputs=signature.inputs,
-        gathered=signature.gathered,
-        aggregates=registration.aggregates,
-        output=signature.output,
-        splits=signature.splits,
-        positional=signature.positional,
-        keywords=signature.keywords,
-        is_async=is_async(code),
-        options=options,
-        timeout_s=None if options.timeout is None else to_seconds(options.timeout, "timeout"),
-        ttl_s=None if options.ttl is None else to_seconds(options.ttl, "ttl"),
-        max_attempts=1 if options.retry is None else options.retry.max_attempts,
-        retriable=_classifier(options),
-        mark=registration.mark,
-        make=registration.make,
-    )
+    return Step(**vars(registration), **vars(signature), call=code)
 
 
 def _code(registration: Registration) -> Callable[..., Any]:
@@ -213,10 +190,10 @@ def _code(registration: Registration) -> Callable[..., Any]:
         )
     compute = getattr(target, "compute", None)
     if compute is not None and not inspect.isroutine(target):
-        return typing.cast("Callable[..., Any]", compute)
+        return cast("Callable[..., Any]", compute)
     if not callable(target):
         raise SignatureFault(f"{target!r} is neither a function nor an object with a compute method")
-    return typing.cast("Callable[..., Any]", target)
+    return cast("Callable[..., Any]", target)
 
 
 def _compute_of(kind: Any, make: object) -> Callable[..., Any]:
@@ -234,19 +211,9 @@ def _compute_of(kind: Any, make: object) -> Callable[..., Any]:
             f"{kind.__name__} has no compute method; add one, with the step's inputs and result"
         )
     if isinstance(compute, (staticmethod, classmethod)):
-        return typing.cast("Callable[..., Any]", getattr(kind, "compute"))  # noqa: B009 -- not an attribute of type
+        return cast("Callable[..., Any]", getattr(kind, "compute"))  # noqa: B009 -- not an attribute of type
     # Any first argument will do: only the other parameters are looked at.
     return functools.partial(compute, None)
-
-
-def _classifier(options: StepOptions) -> Callable[[BaseException], bool] | None:
-    retriable = options.retriable
-    if retriable is None:
-        return None
-    if isinstance(retriable, (type, tuple)):
-        kinds = cast("tuple[type[BaseException], ...]", retriable)
-        return lambda error: isinstance(error, kinds)
-    return retriable
 
 
 def _check_gathers(registration: Registration, signature: Signature) -> None:

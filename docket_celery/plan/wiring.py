@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections.abc import Collection, Container, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from docket_celery.errors import GraphError
 from docket_celery.plan.annotation import SignatureFault, ValueKey
@@ -14,7 +16,7 @@ from docket_celery.plan.step import Registration, Step, read_step
 _MOST_SHOWN = 12
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Wiring:
     """The steps of a graph whose signatures were read.
 
@@ -23,8 +25,9 @@ class Wiring:
         steps: In the order of registration.
         producers: Which step makes a value; the first one where there are two (a fault).
         faults: What is wrong, each as one line with its code.
-        unread: What steps return that have faults of their own; who needs it is not reported as well.
+        unread: What steps return that have faults of their own; a step that needs it is not reported as well.
         unknown: There are steps whose result could not be read, so any value may be theirs.
+        plans: What was compiled of these steps, by what it was compiled for.
     """
 
     graph: str
@@ -33,6 +36,7 @@ class Wiring:
     faults: tuple[str, ...]
     unread: frozenset[ValueKey] = frozenset()
     unknown: bool = False
+    plans: dict[object, Any] = field(default_factory=dict[object, Any])
 
     def names(self) -> frozenset[str]:
         """Return every name a step has or had."""
@@ -56,6 +60,14 @@ class Wiring:
             key for step in self.steps for key, many in zip(step.inputs, step.gathered, strict=True) if many
         )
 
+    def missing(self, steps: Iterable[Step], given: Collection[ValueKey]) -> Iterator[tuple[Step, ValueKey]]:
+        """Yield what *steps* need and have no producer for besides *given*."""
+        known = (self.producers, given, self.unread)
+        for step in steps:
+            for key in dict.fromkeys(step.inputs):
+                if not any(key in keys for keys in known):
+                    yield step, key
+
     def check(
         self,
         given: Iterable[ValueKey] = (),
@@ -67,7 +79,7 @@ class Wiring:
 
         Args:
             given: The values a caller hands in; they are not made, so they break cycles.
-            complete: Every other input must have a producer; else whatever no step returns counts as handed in.
+            complete: Every other input must have a producer; else what no step returns counts as handed in.
             target: What the caller wants: it, and what the steps on the way to it take, must have producers.
 
         Raises:
@@ -75,16 +87,48 @@ class Wiring:
         """
         known = dict.fromkeys(given)
         faults = [*self.faults, *_cycles(self, known)]
-        if self.unknown:
-            pass
-        elif complete:
-            faults += _missing(self, self.steps, known)
-        elif target is not None:
-            if target not in self.producers and target not in known and target not in self.unread:
+        steps: Iterable[Step] = self.steps if complete else ()
+        if target is not None and not complete:
+            steps = self.needed(target, known).values()
+            if not self.unknown and not any(target in keys for keys in (self.producers, known, self.unread)):
                 faults.append(_unmade(self, target, known))
-            faults += _missing(self, self.needed(target, known).values(), known)
+        if not self.unknown:
+            faults += (
+                f"DC114 no producer: step {step.name!r} ({step.where}) needs {key}, which no step returns and the "
+                f"caller does not give (given: {_listed(known)}); register a step that returns it, or hand it in"
+                for step, key in self.missing(steps, known)
+            )
         if faults:
             raise GraphError(self.graph, faults)
+
+    def order(self, given: Collection[ValueKey], needed: Mapping[str, Step] | None = None) -> list[Step]:
+        """Return *needed* steps (None: all) in an order that respects their inputs; ties by registration.
+
+        Raises:
+            GraphError: Steps wait for each other.
+        """
+        if needed is None:
+            needed = {step.name: step for step in self.steps if step.output not in given}
+        waiting: dict[str, int] = {}
+        users: dict[str, list[Step]] = {name: [] for name in needed}
+        for step in needed.values():
+            sources = {key for key in step.inputs if key not in given}
+            waiting[step.name] = len(sources)
+            for key in sources:
+                users[self.producers[key].name].append(step)
+        ready = [(step.order, step.name) for step in needed.values() if not waiting[step.name]]
+        heapq.heapify(ready)
+        ordered: list[Step] = []
+        while ready:
+            step = needed[heapq.heappop(ready)[1]]
+            ordered.append(step)
+            for user in users[step.name]:
+                waiting[user.name] -= 1
+                if not waiting[user.name]:
+                    heapq.heappush(ready, (user.order, user.name))
+        if len(ordered) != len(needed):
+            self.check(given)
+        return ordered
 
 
 def read_wiring(graph: str, registrations: Iterable[Registration]) -> Wiring:
@@ -146,17 +190,6 @@ def _never_runs(step: Step) -> str:
     )
 
 
-def _missing(wiring: Wiring, steps: Iterable[Step], given: Collection[ValueKey]) -> Iterable[str]:
-    for step in steps:
-        for key in dict.fromkeys(step.inputs):
-            if key not in wiring.producers and key not in given and key not in wiring.unread:
-                yield (
-                    f"DC114 no producer: step {step.name!r} ({step.where}) needs {key}, which no step returns and "
-                    f"the caller does not give (given: {_listed(given)}); register a step that returns it, or hand "
-                    "it in"
-                )
-
-
 def _unmade(wiring: Wiring, target: ValueKey, given: Collection[ValueKey]) -> str:
     return (
         f"DC122 no result: the caller asks for {target}, which no step returns and which is not given (given: "
@@ -201,7 +234,7 @@ def _cycle(path: dict[str, Step], source: Step) -> str:
     loop.reverse()
     names = [repr(step.name) for step in loop]
     if loop[0] is not source:
-        # Longer than anybody would read; and whole paths of a thousand cycles are too much to build.
+        # Nobody reads a longer path, and the whole paths of a thousand cycles take too long to build.
         names = [repr(source.name), "...", *names]
     values = [f"{step.output} ({step.where})" for step in loop]
     return (

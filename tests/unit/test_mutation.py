@@ -225,3 +225,20 @@ def test_a_plain_failure_is_what_it_was() -> None:
     with check_inputs(), pytest.raises(StepFailed) as caught:
         graph.execute(Label, ORDER)
     assert (type(caught.value), caught.value.caused_by(ValueError)) == (StepFailed, True)
+
+
+class Spoiler:
+    """A step with state, built by a factory."""
+
+    def compute(self, order: Order) -> Charge:
+        """Change the input."""
+        spoil(order)
+        return Charge()
+
+
+def test_a_step_that_a_factory_builds_is_checked_too() -> None:
+    """Its code is another object in each process."""
+    graph = Graph("built")
+    graph.register(Spoiler, factory=Spoiler, name="charge")
+    with check_inputs(), pytest.raises(InputMutated, match="step 'charge' changed its input"):
+        graph.execute(Charge, Order(order_id="7"))
