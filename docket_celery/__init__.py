@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from docket_celery.engine.process.state import process_defaults
-
 if TYPE_CHECKING:
     from docket_celery.engine.handles import RunHandle, StartedRun
     from docket_celery.errors import (
@@ -55,7 +53,6 @@ if TYPE_CHECKING:
     from docket_celery.plan.plan import Plan
     from docket_celery.store import MemoryStore, SQLStore
     from docket_celery.store.codec import Codec
-    from docket_celery.store.contract import Store
     from docket_celery.store.records import RunState
     from docket_celery.task.app_defaults import configure
     from docket_celery.task.app_settings import settings
@@ -162,12 +159,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def _open_store(url: str, codec: Codec | None) -> Store:
-    from docket_celery.store import SQLStore
-
-    return SQLStore(url, codec=codec)
-
-
-process_defaults.use_opener(_open_store)

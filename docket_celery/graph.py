@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from docket_celery.engine.cache import check_inputs, find_shared_step, forget
 from docket_celery.engine.handles import StartedRun
 from docket_celery.engine.process.loops import CallerLoop
-from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.process.state import process
 from docket_celery.engine.waiting import read_outcome, read_value, run_on_loop
 from docket_celery.plan.batch import BatchPolicy, BatchResult, OnError
 from docket_celery.plan.messages import Value
@@ -65,7 +65,7 @@ class Graph(Runner):
             RunTimedOut, RunConflict, RunCancelled, RunQuarantined, GraphChanged: As they say.
         """
         submission = make_submission(
-            self.listeners, execution_id, context, max_concurrency, timeout, process_defaults.may_help()
+            self.listeners, execution_id, context, max_concurrency, timeout, process.may_help()
         )
         return read_value(self.deliver(value_key(target, "execute"), inputs, submission, store=store), target)
 
@@ -216,7 +216,7 @@ class Graph(Runner):
         found = find_shared_step(self, step, "forget")
         values = check_inputs(found, inputs, "forget")
         plan = self.compiled(found.output, tuple(dict.fromkeys(found.inputs)))
-        settings = process_defaults.settings()
+        settings = process.settings()
         return forget(self.find_store(plan, settings, store), self.name, found, values)
 
     @overload

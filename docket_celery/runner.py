@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import uuid
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,11 +11,10 @@ from typing import Any, cast
 from google.protobuf.message import Message
 
 from docket_celery.engine.outcome import RunOutcome, Submission
-from docket_celery.engine.overrides import ambient, surrounded
+from docket_celery.engine.overrides import overridden, overrides
 from docket_celery.engine.process.loops import CallerLoop
-from docket_celery.engine.process.perprocess import PerProcess
 from docket_celery.engine.process.settings import Settings
-from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.process.state import process
 from docket_celery.engine.run import Run
 from docket_celery.engine.waiting import run_here
 from docket_celery.errors import InvalidArguments, InvalidSettings, StoreMissing
@@ -42,12 +40,12 @@ class Runner(Registry):
     """
 
     def __init__(self, name: str, *, store: Store | None = None, defaults: StepOptions | None = None) -> None:
-        super().__init__(name, PerProcess(threading.Lock).get, defaults)
+        super().__init__(name, lambda: process.lock, defaults)
         self.store = store
         self.listeners: list[Listener] = []
 
     def replaced(self) -> Overriding | None:
-        around = ambient()
+        around = overrides()
         return None if around is None else around.replaced.get(self)
 
     @contextmanager
@@ -67,7 +65,7 @@ class Runner(Registry):
         """
         outer = self.replaced()
         found = self.read_overrides(steps)
-        with surrounded(replaced={self: Overriding({**(outer.steps if outer else {}), **found})}):
+        with overridden(replaced={self: Overriding({**(outer.steps if outer else {}), **found})}):
             yield
 
     def deliver(
@@ -132,8 +130,8 @@ class Runner(Registry):
             given, batch = self._given(target, inputs)
         plan = self.compiled(target, given, batch, collects=collects)
         self.freeze()
-        settings = process_defaults.settings() if settings is None else settings
-        around, clock = ambient(), None
+        settings = process.settings() if settings is None else settings
+        around, clock = overrides(), None
         if around is not None:
             settings, clock = around.adjust(settings), around.clock
             if around.listeners:
@@ -170,12 +168,12 @@ class Runner(Registry):
         Raises:
             StoreMissing, InvalidSettings: As from `find_store`, if the plan persists.
         """
-        if not plan.fans_out or ambient() is not None:
+        if not plan.fans_out or overrides() is not None:
             return None
         if plan.persists or self.store is not None:
             found: Store | None = self.find_store(plan, settings)
         else:
-            found = process_defaults.store(settings.database_url, settings.codec)
+            found = process.store(settings.database_url, settings.codec)
         return found if isinstance(found, BatchStore) and found.persistent else None
 
     def find_store(self, plan: Plan, settings: Settings, store: Store | None = None) -> Store:
@@ -199,7 +197,7 @@ class Runner(Registry):
         Raises:
             InvalidSettings: ``docket_codec`` is set, and the store was given without a codec.
         """
-        around = ambient()
+        around = overrides()
         candidates = (store, None if around is None else around.store, self.store)
         given = next((candidate for candidate in candidates if candidate is not None), None)
         if given is not None:
@@ -209,7 +207,7 @@ class Runner(Registry):
                 )
                 raise InvalidSettings("docket_codec", problem)
             return given
-        return process_defaults.store(settings.database_url, settings.codec)
+        return process.store(settings.database_url, settings.codec)
 
 
 def _kind(value: object) -> ValueKey:

@@ -120,12 +120,10 @@ def _no_leftovers(request: pytest.FixtureRequest) -> Generator[None]:
 
 def _close_idle() -> None:
     """End the process's idle threads and stores, which are meant to stay for the next run."""
-    if (runtime := sys.modules.get("docket_celery.engine.process.runtime")) is not None:
-        runtime.close_runtimes()
-    if (factory := sys.modules.get("docket_celery.engine.process.instances")) is not None:
-        factory.close_instances()
-    if (defaults := sys.modules.get("docket_celery.engine.process.state")) is not None:
-        defaults.process_defaults.close()
+    if (state := sys.modules.get("docket_celery.engine.process.state")) is not None:
+        state.process.close_runtimes()
+        state.process.close_instances()
+        state.process.close_stores()
 
 
 @pytest.fixture(scope="session")

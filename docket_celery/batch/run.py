@@ -198,7 +198,7 @@ class BatchRun(Run):
         inputs = [self._gather(key, part) for key in part.plan.given]
 
         def ended(outcome: Outcome) -> None:
-            self._runtime.submit_surely(functools.partial(self._once_ended, number, outputs, outcome))
+            self._runtime.submit_or_retry(functools.partial(self._once_ended, number, outputs, outcome))
 
         execution: Ending = make_item(
             part,

@@ -13,9 +13,10 @@ from typing import Any
 
 from docket_celery.engine.delivery import Delivery
 from docket_celery.engine.ending import Ending
-from docket_celery.engine.process.instances import Factory, call_of, factory_of, holds_thread
+from docket_celery.engine.process.instances import Factory
 from docket_celery.engine.process.limits import Slot
 from docket_celery.engine.process.pool import Worker
+from docket_celery.engine.process.state import process
 from docket_celery.engine.process.timer import Alarm
 from docket_celery.engine.step_scope import await_within, call_within
 from docket_celery.errors import StepTimedOut, trim_traceback
@@ -104,7 +105,7 @@ class Attempt:
                 return False
             thread = threading.current_thread()
             pooled = thread if isinstance(thread, Worker) else None
-            self.worker = pooled if holds_thread(step) else None
+            self.worker = pooled if process.holds_thread(step) else None
             if step.timeout_s is not None:
                 ring = functools.partial(self._ring, context, step.timeout_s)
                 self._alarm = delivery.runtime.timer.after(step.timeout_s, ring)
@@ -160,13 +161,13 @@ class Attempt:
                 slot.cancel()
 
     def _call(self, context: StepContext) -> Any:
-        return self._step.invoke(call_of(self._step), self._values, context)
+        return self._step.invoke(process.call_of(self._step), self._values, context)
 
     def _spawn(self, context: StepContext) -> None:
         # The coroutine's task copies the contextvars in force where it is made, so it is made inside the copy.
         submit = self._delivery.step_loop().submit
         try:
-            if (factory := factory_of(self._step)) is not None:
+            if (factory := process.factory_of(self._step)) is not None:
                 self._build(factory)
             future = self._delivery.base.copy().run(lambda: submit(self._await(context), self.release))
         except BaseException as error:  # noqa: BLE001 -- the call may fail before its first await

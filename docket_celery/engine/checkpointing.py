@@ -27,7 +27,7 @@ from docket_celery.store.contract import Store
 from docket_celery.store.identity import cache_key, global_key, input_digest, workflow_key
 from docket_celery.store.records import Checkpoint, Lease, StepExecution
 
-_logger = logging.getLogger("docket_celery.record")
+_logger = logging.getLogger("docket_celery.checkpointing")
 _MOST_CHARS = 2000
 
 

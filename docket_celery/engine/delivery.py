@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from docket_celery.engine.process.heartbeat import Heartbeat, HeldLease, process_heartbeat
+from docket_celery.engine.process.heartbeat import Heartbeat, HeldLease
 from docket_celery.engine.process.hooks import StepHook
 from docket_celery.engine.process.loops import StepLoop
 from docket_celery.engine.process.runtime import Runtime
+from docket_celery.engine.process.state import process
 from docket_celery.engine.step_scope import MakeScope
 from docket_celery.observe.events import Event, EventKind, Listener, emit
 from docket_celery.plan.context import Cancellation
@@ -73,7 +74,7 @@ class Delivery:
     def heartbeat(self) -> Heartbeat:
         """Return what keeps the lease and claims of this delivery alive."""
         assert self.store is not None
-        return process_heartbeat(self.store) if self.beats is None else self.beats
+        return process.heartbeat(self.store) if self.beats is None else self.beats
 
     def tell(self, kind: EventKind, step: str = "", attempt: int = 0, **facts: Any) -> None:
         """Tell the listeners."""

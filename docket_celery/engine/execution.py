@@ -151,7 +151,7 @@ class Scheduler(Ending):
                 run.report_cancelled(error)
         if any(run.record.claims for run in runs):
             # SQL, and this may be the thread that waits for the run.
-            self._delivery.runtime.submit_surely(functools.partial(_drop_claims, runs))
+            self._delivery.runtime.submit_or_retry(functools.partial(_drop_claims, runs))
 
     # --- driving a step ----------------------------------------------------------------------------------------
 
@@ -246,7 +246,7 @@ class Scheduler(Ending):
             self._work()
 
         # This may be the timer's thread, or another run's that gave a slot back: no error may reach it.
-        self._delivery.runtime.submit_surely(work)
+        self._delivery.runtime.submit_or_retry(work)
 
     # --- how a step ends ---------------------------------------------------------------------------------------
 

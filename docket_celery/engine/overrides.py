@@ -12,15 +12,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from docket_celery.engine.process.clock import Clock
 from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.process.timer import Clock
 from docket_celery.observe.events import Listener
 from docket_celery.plan.override import Overriding
 from docket_celery.store.contract import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ambient:
+class Overrides:
     """What surrounds the runs.
 
     Attributes:
@@ -42,21 +42,21 @@ class Ambient:
         return replace(settings, **self.settings) if self.settings else settings
 
 
-_NOTHING = Ambient()
-_current: ContextVar[Ambient | None] = ContextVar("docket_celery_ambient", default=None)
+_NOTHING = Overrides()
+_current: ContextVar[Overrides | None] = ContextVar("docket_celery_ambient", default=None)
 
 
-def ambient() -> Ambient | None:
+def overrides() -> Overrides | None:
     """Return what surrounds the caller, or None."""
     return _current.get()
 
 
 @contextmanager
-def surrounded(**changes: Any) -> Generator[Ambient]:
+def overridden(**changes: Any) -> Generator[Overrides]:
     """Change what surrounds the runs that begin in the block.
 
     Args:
-        **changes: Fields of `Ambient`; mappings and listeners are added to those of the blocks around.
+        **changes: Fields of `Overrides`; mappings and listeners are added to those of the blocks around.
     """
     outer = _current.get() or _NOTHING
     for name in ("replaced", "settings"):

@@ -15,14 +15,14 @@ from docket_celery.engine.ending import Ending, Outcome
 from docket_celery.engine.execution import Scheduler
 from docket_celery.engine.fan_out import StagedScheduler, Stored, make_execution
 from docket_celery.engine.outcome import RunOutcome, Submission
-from docket_celery.engine.process.clock import Clock, system_clock
-from docket_celery.engine.process.django_orm import connection_hooks
-from docket_celery.engine.process.heartbeat import HeldLease
-from docket_celery.engine.process.hooks import load_hooks
-from docket_celery.engine.process.inline import InlineCancellation, InlineHeartbeat, InlineRuntime
+from docket_celery.engine.process.heartbeat import Heartbeat, HeldLease
+from docket_celery.engine.process.hooks import django_hooks, load_hooks
+from docket_celery.engine.process.inline import InlineCancellation, InlineRuntime
 from docket_celery.engine.process.loops import StepLoop
-from docket_celery.engine.process.runtime import Runtime, owns_thread, process_runtime
+from docket_celery.engine.process.runtime import Runtime
 from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.process.state import process
+from docket_celery.engine.process.timer import Clock, system_clock
 from docket_celery.engine.run_row import find_busy_s, find_holder, read_outcome, run_end, run_request
 from docket_celery.errors import (
     CodecFailed,
@@ -77,15 +77,15 @@ class Run:
         self.submission, self.store = submission, store
         self._plan, self._inputs, self._settings, self._loop = plan, inputs, settings, loop
         self.inline = InlineRuntime(clock or system_clock) if settings.threads == 0 else None
-        self._runtime: Runtime = self.inline or process_runtime(settings.threads)
+        self._runtime: Runtime = self.inline or process.runtime(settings.threads)
         self.pool = self._runtime.pool
         self._report: Callable[[RunOutcome], None] | None = None
         self._base = contextvars.copy_context()
-        self._hooks = (*connection_hooks(owns_thread), *load_hooks(settings.step_hooks))
+        self._hooks = (*django_hooks(), *load_hooks(settings.step_hooks))
         self._cancellation = Cancellation() if self.inline is None else InlineCancellation(self.inline)
-        self._beats: InlineHeartbeat | None = None
+        self._beats: Heartbeat | None = None
         if self.inline is not None and self.store is not None:
-            self._beats = InlineHeartbeat(self.store, self.inline.clock)
+            self._beats = Heartbeat(self.store, self.inline.clock)
         self._held: HeldLease | None = None
         self._execution: Ending | None = None
         self.concluded = False
@@ -231,7 +231,7 @@ class Run:
         return None if execution.closed else execution
 
     def _end_on_pool(self, outcome: Outcome) -> None:
-        self._runtime.submit_surely(functools.partial(self._end, outcome))
+        self._runtime.submit_or_retry(functools.partial(self._end, outcome))
 
     def _end(self, outcome: Outcome) -> None:
         """Close or park the run, then report."""
@@ -252,7 +252,7 @@ class Run:
         except StoreUnavailable as error:
             if tries < _END_TRIES and held.trusted():
                 again = functools.partial(self._write_end, result, held, tries + 1)
-                self._runtime.timer.after(0.2 * 2**tries, lambda: self._runtime.submit_surely(again))
+                self._runtime.timer.after(0.2 * 2**tries, lambda: self._runtime.submit_or_retry(again))
                 return
             # What is saved stays saved; the next delivery restores it and writes the end.
             result = self.parked_or_failed(error, held.lease)
@@ -316,7 +316,7 @@ class Run:
             # The end of a run that is held may be near; an open stage has others to wait for.
             wait_s = find_busy_s(row, self._requeues) / 10 if row.state is RunState.WAITING else 0.1
             self._requeues += 1
-            self._runtime.timer.after(wait_s, lambda: self._runtime.submit_surely(self._open))
+            self._runtime.timer.after(wait_s, lambda: self._runtime.submit_or_retry(self._open))
 
     # --- building ----------------------------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ from docket_celery.engine.attempt import Attempt
 from docket_celery.engine.checkpointing import StepRecord, hash_inputs, read_value
 from docket_celery.engine.delivery import Delivery
 from docket_celery.engine.ending import Ending
-from docket_celery.engine.process.instances import holds_thread
-from docket_celery.engine.process.limits import Slot, slots_of
+from docket_celery.engine.process.limits import Slot
+from docket_celery.engine.process.state import process
 from docket_celery.errors import (
     AbortError,
     DocketError,
@@ -37,7 +37,7 @@ from docket_celery.plan.plan import PlannedStep
 from docket_celery.plan.step import Step
 from docket_celery.store.records import Checkpoint
 
-_logger = logging.getLogger("docket_celery.call")
+_logger = logging.getLogger("docket_celery.step_run")
 _SAVE_TRIES = 5
 _SAVE_DELAY_S = 0.2
 _ONE_ATTEMPT = (
@@ -222,7 +222,7 @@ def _find_fault(value: Value) -> str | None:
 
 def _find_slot(run: StepRun) -> Slot | None:
     """Return what to wait for before an attempt; None: it is part of a call that holds a slot of the step."""
-    slots = slots_of(run.step)
+    slots = process.slots_of(run.step)
     return None if slots is None or slots.lent(run.delivery.base) else Slot(slots)
 
 
@@ -232,7 +232,7 @@ def _next_attempt(run: StepRun, slot: Slot | None) -> Attempt:
     try:
         if delivery.held is not None and not delivery.held.trusted():
             raise delivery.held.fault()
-        if step.timeout_s is not None and holds_thread(step):
+        if step.timeout_s is not None and process.holds_thread(step):
             # Such an attempt may come to hold a thread for good, and so may each retry of it.
             delivery.runtime.pool.check_abandoned()
     except DocketError:

@@ -21,8 +21,7 @@ from google.protobuf.message import Message
 from docket_celery.engine.outcome import RunOutcome
 from docket_celery.engine.process.loops import CallerLoop, is_loop_thread
 from docket_celery.engine.process.pool import Worker
-from docket_celery.engine.process.runtime import process_runtime
-from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.process.state import process
 from docket_celery.engine.run import Run
 from docket_celery.engine.stored_items import StoredBatch
 from docket_celery.errors import InvalidArguments, InvalidSettings
@@ -110,7 +109,7 @@ def run_on_pool(work: Callable[[], R], threads: int) -> R:
     Raises:
         BaseException: Whatever *work* raised, or whatever interrupted the waiting thread.
     """
-    if threads == 0 or process_defaults.may_help():
+    if threads == 0 or process.may_help():
         return work()
     done: Future[R] = Future()
 
@@ -123,7 +122,7 @@ def run_on_pool(work: Callable[[], R], threads: int) -> R:
             told.put(None)
 
     told: queue.SimpleQueue[None] = queue.SimpleQueue()
-    process_runtime(threads).pool.submit(do)
+    process.runtime(threads).pool.submit(do)
     while not done.done():
         with contextlib.suppress(queue.Empty):
             told.get(timeout=LOOK_S)

@@ -12,13 +12,13 @@ from celery import Celery, _state
 
 from docket_celery.engine.process.pool import Worker
 from docket_celery.engine.process.settings import PREFIX, Settings, check_environment
-from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.process.state import process
 from docket_celery.task import envelope
 
 _KEYS: Final = tuple(PREFIX + name for name in Settings.__dataclass_fields__)
 
 
-class _Process:
+class _Worker:
     """What this process knows of its worker; a prefork child inherits it."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class _Process:
         self.watched: WeakSet[Celery] = WeakSet()
 
 
-process = _Process()
+this_worker = _Worker()
 
 
 def settings(**values: Any) -> Settings:
@@ -41,7 +41,7 @@ def settings(**values: Any) -> Settings:
     Raises:
         InvalidSettings: A key is unknown or a value cannot be used; nothing was changed.
     """
-    return process_defaults.set({k if k.startswith(PREFIX) else PREFIX + k: v for k, v in values.items()})
+    return process.set({k if k.startswith(PREFIX) else PREFIX + k: v for k, v in values.items()})
 
 
 def app_settings(app: Celery) -> Settings:
@@ -50,7 +50,7 @@ def app_settings(app: Celery) -> Settings:
     Raises:
         InvalidSettings: A value cannot be used.
     """
-    found = process_defaults.settings(_app_values(app))
+    found = process.settings(_app_values(app))
     # `current_app` is a proxy, which cannot be remembered weakly; the app behind it can.
     behind = getattr(app, "_get_current_object", None)
     envelope.types.limit(app if behind is None else behind(), found.max_message_bytes)
@@ -74,27 +74,27 @@ def check_settings(app: Celery) -> Settings:
 
 def worker_app() -> Celery | None:
     """Return the app of the worker that this process belongs to, or None."""
-    return process.app
+    return this_worker.app
 
 
 def worker_slots() -> int:
     """Return how many tasks this process's worker runs at once, as far as is known."""
-    return process.slots
+    return this_worker.slots
 
 
 def forks() -> bool:
     """Tell whether this process's worker runs its tasks in forked children."""
-    return process.pool == "prefork"
+    return this_worker.pool == "prefork"
 
 
 def runs_tasks() -> bool:
     """Tell whether this process runs a worker's tasks: under prefork its children do."""
-    return process.app is not None and not (forks() and os.getpid() == process.main_pid)
+    return this_worker.app is not None and not (forks() and os.getpid() == this_worker.main_pid)
 
 
 def soft_limits_work() -> bool:
     """Tell whether Celery itself enforces soft time limits here: in prefork only."""
-    return process.pool is None or process.pool == "prefork"
+    return this_worker.pool is None or this_worker.pool == "prefork"
 
 
 def deadline_s(task: Any, request: Any) -> float | None:

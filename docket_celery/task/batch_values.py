@@ -9,7 +9,7 @@ from typing import Any
 from celery import Celery
 from google.protobuf.message import Message
 
-from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.process.state import process
 from docket_celery.engine.stored_items import PAGE, ItemPlace, StoredBatch, StoredItems
 from docket_celery.engine.waiting import run_on_pool
 from docket_celery.errors import InvalidArguments, InvalidSettings
@@ -74,7 +74,7 @@ def find_batch(app: Celery, reference: envelope.Reference) -> StoredBatch:
     settings = app_settings.app_settings(app)
     graphs = [task.graph for task in checks.graph_tasks(app) if task.graph.name == reference.graph]
     own = next((graph.store for graph in graphs if graph.store is not None), None)
-    store = own if own is not None else process_defaults.store(settings.database_url, settings.codec)
+    store = own if own is not None else process.store(settings.database_url, settings.codec)
     if not isinstance(store, BatchStore):
         problem = (
             f"the result of batch {reference.execution_id!r} is too big to travel and lies in the database; "

@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 
 from docket_celery.engine.outcome import RunOutcome, Submission
 from docket_celery.engine.process.settings import Settings
-from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.process.state import process
 from docket_celery.errors import DocketError, RunTimedOut, StoreMissing, StoreUnavailable
 from docket_celery.plan.messages import Value
 from docket_celery.store.identity import check_execution_id
@@ -133,7 +133,7 @@ def _submission(task: GraphTask[Any, Any], values: Sequence[Value]) -> Submissio
             execution_id=str(uuid.uuid4()) if named is None else check_execution_id(named),
             task_name=task.name,
             max_concurrency=task.max_concurrency,
-            may_help=process_defaults.may_help(),
+            may_help=process.may_help(),
             listeners=task.graph.listeners,
         )
     headers, outages = _headers(request), _outages(request)

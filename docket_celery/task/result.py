@@ -14,7 +14,7 @@ from kombu.utils.json import register_type
 
 from docket_celery.batch.layout import failures_of
 from docket_celery.engine.process.settings import Settings
-from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.process.state import process
 from docket_celery.engine.waiting import run_on_pool
 from docket_celery.errors import (
     DecodeFailed,
@@ -112,7 +112,7 @@ class StoredResult(envelope.Stored):
         if isinstance(graph, Graph) and graph.name == self.graph:
             store = graph.choose_store(settings)
         else:
-            store = process_defaults.store(settings.database_url, settings.codec)
+            store = process.store(settings.database_url, settings.codec)
         if store is None:
             raise PayloadUnavailable(what, NO_DATABASE)
         row = store.find_run(self.graph, self.execution_id)

@@ -27,7 +27,7 @@ MOST_AT_ONCE = 20
 """So many runs does one look take at most: whoever looks next finds the others."""
 _TRIES = 20
 """So often is it tried to send a run on; by then the store finds it lost once more."""
-_logger = logging.getLogger("docket_celery.sweep")
+_logger = logging.getLogger("docket_celery.sweeper")
 
 
 class Schedule:

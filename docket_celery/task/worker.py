@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery, signals
 from celery.concurrency import get_implementation
 
-from docket_celery.engine.process.instances import close_instances
-from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.process.state import process
 from docket_celery.errors import DocketError
 from docket_celery.plan.plan import Plan
-from docket_celery.task.app_settings import app_settings, current_values, in_task, process
+from docket_celery.task.app_settings import app_settings, current_values, in_task, this_worker
 from docket_celery.task.checks import find_faults, graph_tasks
 
 if TYPE_CHECKING:
@@ -24,8 +23,8 @@ _logger = logging.getLogger("docket_celery.worker")
 
 def watch_task(app: Celery) -> None:
     """Look at the wiring of *app*'s GraphTasks once all of them are declared; done once for each app."""
-    if app not in process.watched:
-        process.watched.add(app)
+    if app not in this_worker.watched:
+        this_worker.watched.add(app)
         app.on_after_finalize.connect(_on_after_finalize, weak=False)
 
 
@@ -54,11 +53,11 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
     """
     pool = getattr(sender, "pool_cls", None)
     kind = get_implementation(pool) if isinstance(pool, str) else pool
-    process.pool = None if kind is None else kind.__module__.rpartition(".")[2]
-    process.main_pid = os.getpid()
-    process.app, process.slots = sender.app, max(1, int(getattr(sender, "concurrency", None) or 1))
+    this_worker.pool = None if kind is None else kind.__module__.rpartition(".")[2]
+    this_worker.main_pid = os.getpid()
+    this_worker.app, this_worker.slots = sender.app, max(1, int(getattr(sender, "concurrency", None) or 1))
     try:
-        faults = find_faults(sender.app, process.pool)
+        faults = find_faults(sender.app, this_worker.pool)
         for task in () if faults else graph_tasks(sender.app):
             # Those that were declared after the app was finalized have not been looked at.
             plan = task.plan()
@@ -76,17 +75,17 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
 
 def _on_process_shutdown(**_: Any) -> None:
     """End what steps have built in this process: a prefork child leaves without Python's own exit."""
-    close_instances()
+    process.close_instances()
 
 
 def _on_worker_shutdown(**_: Any) -> None:
-    close_instances()
-    process_defaults.close()
+    process.close_instances()
+    process.close_stores()
 
 
 def install() -> None:
     """Connect to Celery; done once, when GraphTask is imported."""
-    process_defaults.use_host(current_values, in_task)
+    process.use_host(current_values, in_task)
     signals.worker_init.connect(_on_worker_init, weak=False)
     signals.worker_process_shutdown.connect(_on_process_shutdown, weak=False)
     signals.worker_shutdown.connect(_on_worker_shutdown, weak=False)

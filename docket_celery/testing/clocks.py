@@ -7,12 +7,13 @@ import selectors
 import threading
 from typing import Any
 
+from docket_celery.engine.process.timer import Clock
 from docket_celery.plan.options import Seconds, to_seconds
 
 _WALL_START_S = 946_684_800.0  # 2000-01-01T00:00:00Z
 
 
-class FakeClock:
+class FakeClock(Clock):
     """Time that passes only when somebody waits for it, or by `advance`.
 
     For runs on the calling thread (`inline`, `eager`) it is what backoffs, deadlines, leases, ``ctx.sleep`` and, in

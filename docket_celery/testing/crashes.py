@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.message import Message
 
 from docket_celery.engine.outcome import Submission
-from docket_celery.engine.overrides import surrounded
+from docket_celery.engine.overrides import overridden
 from docket_celery.engine.waiting import read_value
 from docket_celery.errors import InvalidArguments
 from docket_celery.graph import Graph
@@ -142,7 +142,7 @@ class _ForkedJob(Job):
             listeners=self.graph.listeners,
         )
         steps = watch.steps([planned.step for planned in self.plan.steps])
-        with surrounded(
+        with overridden(
             replaced={self.graph: Overriding(steps)},
             settings={"max_deliveries": _MOST_DELIVERIES},
             listeners=() if store is not None else (watch,),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from docket_celery.engine.overrides import ambient, surrounded
+from docket_celery.engine.overrides import overridden, overrides
 from docket_celery.engine.process.settings import PREFIX, Settings
 from docket_celery.errors import InvalidSettings
 from docket_celery.store.contract import Store
@@ -59,7 +59,7 @@ def inline(
         raise InvalidSettings("docket_threads", "is 0 here: inline and eager run on the calling thread")
     checked = Settings.read({PREFIX + name: value for name, value in named.items()}, {})
     changes = {"check_mutation": True, **{name: getattr(checked, name) for name in named}}
-    with surrounded(settings=changes, clock=clock, store=store):
+    with overridden(settings=changes, clock=clock, store=store):
         yield Bench(clock=clock, store=store)
 
 
@@ -88,13 +88,13 @@ def eager(
 @contextmanager
 def check_inputs(*, enabled: bool = True) -> Generator[None]:
     """Fail steps that change their inputs with `InputMutated`, for every graph that is executed in the block."""
-    with surrounded(settings={"check_mutation": enabled}):
+    with overridden(settings={"check_mutation": enabled}):
         yield
 
 
-def ambient_store() -> Store | None:
+def overriding_store() -> Store | None:
     """Return the store of the `inline` or `eager` block around the caller, or None."""
-    around = ambient()
+    around = overrides()
     return None if around is None else around.store
 
 

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import overload
 
-from docket_celery.engine.overrides import surrounded
+from docket_celery.engine.overrides import overridden
 from docket_celery.graph import Graph
 from docket_celery.observe.events import Event, EventKind
 
@@ -105,7 +105,7 @@ def record_events(*graphs: Graph) -> Generator[Events]:
     with ExitStack() as stack:
         stack.callback(events.close)
         if not graphs:
-            stack.enter_context(surrounded(listeners=(events,)))
+            stack.enter_context(overridden(listeners=(events,)))
         for graph in dict.fromkeys(graphs):
             graph.listeners.append(events)
             stack.callback(_forget, graph, events)

@@ -10,7 +10,7 @@ from google.protobuf.message import Message
 
 from docket_celery.engine.outcome import Submission
 from docket_celery.engine.process.inline import InlineCancellation, InlineRuntime
-from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.process.state import process
 from docket_celery.engine.waiting import read_value
 from docket_celery.errors import InvalidArguments
 from docket_celery.graph import Graph
@@ -19,7 +19,7 @@ from docket_celery.plan.options import Seconds, to_seconds
 from docket_celery.store.contract import Store
 from docket_celery.store.identity import check_execution_id, idempotency_key
 from docket_celery.testing.clocks import FakeClock
-from docket_celery.testing.modes import ambient_store
+from docket_celery.testing.modes import overriding_store
 
 
 def step_context(
@@ -103,7 +103,7 @@ def run_step(
         got = ", ".join(type(message).__name__ for message in inputs) or "nothing"
         raise InvalidArguments(f"run_step of {found.name!r}", f"takes {wanted} in this order, got {got}")
     if store is None and found.persist is not None:
-        store = ambient_store()
+        store = overriding_store()
     if store is None and found.persist is not None:
         from docket_celery.store import MemoryStore
 
@@ -112,7 +112,7 @@ def run_step(
         execution_id=check_execution_id(execution_id),
         values=context or {},
         timeout_s=None if timeout is None else to_seconds(timeout, "timeout"),
-        may_help=process_defaults.may_help(),
+        may_help=process.may_help(),
         listeners=graph.listeners,
     )
     return read_value(

@@ -45,7 +45,7 @@ def _watch(app: Any, watched: dict[str, str], database_url: str) -> None:
     """Have each process of the pool tell what it does with one task, and die where it is told to."""
     from celery import signals
 
-    from docket_celery.engine.overrides import surrounded
+    from docket_celery.engine.overrides import overridden
     from docket_celery.plan.override import Overriding
     from docket_celery.store import SQLStore
     from docket_celery.task.app_settings import settings
@@ -60,7 +60,7 @@ def _watch(app: Any, watched: dict[str, str], database_url: str) -> None:
         watch = WorkerWatch(Orders(Path(watched["orders"])))
         replaced = Overriding(watch.steps([planned.step for planned in task.plan().steps]))
         store = watch.store(SQLStore(database_url))
-        stack.enter_context(surrounded(replaced={task.graph: replaced}, store=store))
+        stack.enter_context(overridden(replaced={task.graph: replaced}, store=store))
 
     signals.worker_process_init.connect(surround, weak=False)
 

@@ -11,7 +11,7 @@ import pytest
 import redis
 from sqlalchemy import event
 
-from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.process.state import process
 from docket_celery.engine.stored_items import PAGE
 from docket_celery.errors import RunCancelled, RunConflict, StoreUnavailable
 from docket_celery.store import SQLStore
@@ -233,7 +233,7 @@ def test_a_result_is_read_one_page_at_a_time(urls: Urls) -> None:
         movies(run, 2 * PAGE + 500), execution_id=run, context=OPEN, chunk_size=500
     )
     settings = app_settings.app_settings(paced.app)
-    store = process_defaults.store(settings.database_url, settings.codec)
+    store = process.store(settings.database_url, settings.codec)
     assert isinstance(store, SQLStore)
 
     def note(_connection: Any, _cursor: Any, statement: str, values: Any, *_: Any) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import secrets
@@ -16,12 +17,15 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, Engine, create_engine, make_url, text
 
+from docket_celery import Graph, Scope
 from docket_celery.devserver import ServerProcess, start_postgres
 from docket_celery.errors import SchemaMismatch, StoreUnavailable
 from docket_celery.store import SQLStore
 from docket_celery.store.records import Lease, RunState
 from docket_celery.store.sql import postgres, schema
 from tests.conformance.samples import GRAPH, RUN, SQLBench, ending, execution, output, request
+from tests.infra.processes import wait_until
+from tests.unit.protos.shop_pb2 import Charge, Order
 
 pytestmark = [pytest.mark.integration, pytest.mark.leaves_lease]
 
@@ -267,6 +271,35 @@ def test_a_forked_child_uses_its_own_connections(database_url: str, kind: str) -
     told = json.loads(done.stdout)
     assert told["status"] == 0
     assert told["child"] != told["before"] == told["after"]
+
+
+def test_a_store_that_nobody_has_any_more_gives_its_connections_back(database_url: str) -> None:
+    """Those of its heartbeat too; no store of a process is closed one by one."""
+    graph = Graph("freed")
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def charge(order: Order) -> Charge:
+        return Charge(charge_id=order.order_id)
+
+    keeper = SQLStore(database_url)
+    others = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    with keeper.engine.connect() as connection:
+        stores = [SQLStore(database_url) for _ in range(5)]
+        for number, store in enumerate(stores):
+            order = Order(order_id=str(number))
+            assert graph.execute(Charge, order, store=store).charge_id == order.order_id
+        assert connection.execute(others).scalar_one() >= len(stores)
+        del store
+        stores.clear()
+
+        def is_alone() -> bool:
+            gc.collect()
+            return bool(connection.execute(others).scalar_one() == 0)
+
+        wait_until(is_alone, within_s=10, what="all sessions end")
+    keeper.close()
 
 
 class TestSchema:

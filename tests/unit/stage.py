@@ -19,11 +19,9 @@ from google.protobuf.message import Message
 from sqlalchemy import text
 
 from docket_celery.engine.outcome import RunOutcome, Submission
-from docket_celery.engine.process.clock import Clock
-from docket_celery.engine.process.inline import InlineTimer
-from docket_celery.engine.process.runtime import process_runtime
 from docket_celery.engine.process.settings import Settings
-from docket_celery.engine.process.timer import Alarm, Timer
+from docket_celery.engine.process.state import process
+from docket_celery.engine.process.timer import Alarm, Clock, Timer, system_clock
 from docket_celery.errors import AbortError, StoreUnavailable
 from docket_celery.graph import Graph
 from docket_celery.observe.events import Event
@@ -60,13 +58,11 @@ class Deadlines:
 
     def timer(self) -> Timer:
         """Return a timer that tells of its alarms here."""
-        made: Timer = _timer_of(self, Timer)
-        return made
+        return _timer_of(self)
 
-    def inline_timer(self, clock: Clock) -> InlineTimer:
+    def inline_timer(self, clock: Clock, *, threaded: bool) -> Timer:
         """Return such a timer for runs without threads."""
-        made: InlineTimer = _timer_of(self, InlineTimer, clock)
-        return made
+        return _timer_of(self, clock, threaded=threaded)
 
     def note(self, timer: Timer, delay_s: float, alarm: Alarm) -> None:
         """Remember the alarm of an attempt."""
@@ -91,16 +87,16 @@ class Deadlines:
         return call if call is not None else lambda: None
 
 
-def _timer_of(deadlines: Deadlines, kind: type[Any], *args: Any) -> Any:
-    class ScriptedTimer(kind):  # type: ignore[misc] # either kind of timer
+def _timer_of(deadlines: Deadlines, clock: Clock = system_clock, *, threaded: bool = True) -> Timer:
+    class ScriptedTimer(Timer):
         def after(self, delay_s: float, call: Callable[[], None]) -> Alarm:
             if delay_s < _LONG_S:
-                return super().after(min(delay_s, _SHORT_S), call)  # type: ignore[no-any-return]
-            alarm: Alarm = super().after(delay_s, call)
+                return super().after(min(delay_s, _SHORT_S), call)
+            alarm = super().after(delay_s, call)
             deadlines.note(self, delay_s, alarm)
             return alarm
 
-    return ScriptedTimer(*args)
+    return ScriptedTimer(clock, threaded=threaded)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -157,10 +153,10 @@ class Cast:
         self, graph: Graph, run: str, threads: int, limit: int | None, store: Store | None = None
     ) -> RunOutcome:
         """Run one delivery to its end; never hangs a test."""
-        if threads and type(process_runtime(threads).timer) is Timer:
-            process_runtime(threads).timer = self.deadlines.timer()
+        if threads and type(process.runtime(threads).timer) is Timer:
+            process.runtime(threads).timer = self.deadlines.timer()
             # The model knows no such limit, and on a busy machine bodies that were let go take their time to leave.
-            process_runtime(threads).pool._most_abandoned = sys.maxsize
+            process.runtime(threads).pool._most_abandoned = sys.maxsize
         submission = Submission(
             execution_id=run, max_concurrency=limit, listeners=graph.listeners, may_help=threads != 2
         )
@@ -172,7 +168,7 @@ class Cast:
 
     def settle(self, threads: int) -> None:
         """Wait until nothing of a run goes on: work of the pool, coroutines, abandoned threads."""
-        runtime = process_runtime(threads)
+        runtime = process.runtime(threads)
         poll(lambda: not threads or runtime.pool._outstanding == 0)
         if runtime._loop is not None:
             # The loop begins what it was handed in that order: behind this nothing is left to begin.

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Struct
 
 from docket_celery.engine.process.loops import LoopThread
-from docket_celery.engine.process.runtime import process_runtime
+from docket_celery.engine.process.state import process
 from docket_celery.errors import AbortError, InvalidArguments, StepFailed, StepTimedOut, WrongResult
 from docket_celery.graph import Graph
 from docket_celery.observe.events import Event, EventKind
@@ -394,7 +394,7 @@ def test_a_coroutine_is_really_cancelled_at_its_timeout() -> None:
 def test_a_deadline_that_passes_while_a_coroutine_is_handed_over_cancels_it() -> None:
     """A timeout that comes before the coroutine's future is known finds nothing to cancel; that is made up for."""
     deadlines, cancelled = Deadlines(), threading.Event()
-    runtime = process_runtime(2)
+    runtime = process.runtime(2)
     runtime.timer = deadlines.timer()
     loop = cast("LoopThread", runtime.loop)
 

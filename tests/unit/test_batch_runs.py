@@ -24,8 +24,8 @@ from docket_celery.engine.ending import Ending, Outcome
 from docket_celery.engine.items import ItemGroup
 from docket_celery.engine.job import digest_job
 from docket_celery.engine.outcome import RunOutcome, Submission
-from docket_celery.engine.process.runtime import close_runtimes
 from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.process.state import process
 from docket_celery.engine.run_row import find_busy_s
 from docket_celery.engine.stored_items import ItemPlace, StoredBatch, StoredItems
 from docket_celery.engine.waiting import run_here
@@ -59,7 +59,7 @@ def store(tmp_path: Path) -> Generator[SQLStore]:
     made = SQLStore(f"sqlite:///{tmp_path / 'store.db'}")
     made.migrate()
     yield made
-    close_runtimes()
+    process.close_runtimes()
     made.close()
 
 
@@ -268,7 +268,7 @@ def test_progress_is_told_in_process_too() -> None:
         document_graph.execute_batch(DocumentSummary, documents, max_concurrency=1)
     finally:
         document_graph.listeners.remove(listen)
-        close_runtimes()
+        process.close_runtimes()
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 

@@ -17,7 +17,7 @@ from sqlalchemy import text
 
 from docket_celery import BatchResult, Graph, GraphTask, SQLStore, StepContext, graph_task
 from docket_celery.batch.options import BatchOptions
-from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.process.state import process
 from docket_celery.errors import (
     InvalidArguments,
     InvalidDeclaration,
@@ -60,7 +60,7 @@ def app() -> Generator[Celery]:
     state._tls.current_app = before
     state._on_app_finalizers.clear()
     state._on_app_finalizers.update(shared)
-    process_defaults.close()
+    process.close_stores()
 
 
 def test_a_list_makes_a_batch_here_and_now(app: Celery) -> None:

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from docket_celery.engine.process.inline import InlineHeartbeat
+from docket_celery.engine.process.heartbeat import Heartbeat
 from docket_celery.engine.process.settings import Settings, check_environment, default_threads
 from docket_celery.errors import InvalidSettings
 from docket_celery.store import MemoryStore
+from docket_celery.testing.clocks import FakeClock
 
 
 def test_defaults_are_the_documented_ones() -> None:
@@ -98,11 +99,13 @@ def test_unknown_variables_are_refused_with_the_nearest(key: str, text: str) -> 
 
 def test_a_lease_is_extended_every_quarter_of_it() -> None:
     """30 seconds every 7.5; of several leases and claims the shortest decides."""
-    beats = InlineHeartbeat(MemoryStore())
+    store = MemoryStore()
+    beats = Heartbeat(store, FakeClock())
+    assert beats.beat_if_due() is None
     beats.watch_claim(b"key", "owner", 30.0)
-    assert beats.interval_s() == 7.5
+    assert beats.beat_if_due() == 7.5
     beats.watch_claim(b"other", "owner", 2.0)
-    assert beats.interval_s() == 0.5
+    assert beats.beat_if_due() == 0.5
 
 
 @pytest.mark.parametrize(("lease", "margin"), [(30, 5.0), (60, 5.0), (6, 1.0), (1, 1 / 6)])

@@ -16,9 +16,8 @@ from docket_celery.engine.ending import Outcome
 from docket_celery.engine.execution import Scheduler
 from docket_celery.engine.outcome import Submission
 from docket_celery.engine.process.inline import InlineRuntime
-from docket_celery.engine.process.limits import slots_of
-from docket_celery.engine.process.runtime import process_runtime
 from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.process.state import process
 from docket_celery.engine.step_run import StepRun
 from docket_celery.errors import AbortError, RunCancelled, StepFailed, StepTimedOut
 from docket_celery.graph import Graph
@@ -69,7 +68,7 @@ def test_the_caller_runs_only_steps_that_it_could_run_alone() -> None:
 def test_a_step_that_no_thread_can_take_over_now_goes_on_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system refuses a thread between a coroutine's end and what follows, the run waits a moment."""
     graph, refusals = Graph("shop"), list[str]()
-    pool = process_runtime(2).pool
+    pool = process.runtime(2).pool
     submit = pool.submit
 
     def refuse_once(work: Callable[[], None]) -> None:
@@ -154,7 +153,7 @@ def test_the_pool_is_told_only_of_what_another_thread_could_take(
         "fan": {"tip": [], **{side: ["tip"] for side in sides}, "end": sides},
         "roots": {**{side: [] for side in sides}, "end": sides},
     }
-    pool, told = process_runtime(4).pool, list[int]()
+    pool, told = process.runtime(4).pool, list[int]()
     submit = pool.submit
 
     def count(work: Callable[[], None]) -> None:
@@ -321,7 +320,7 @@ def test_a_step_that_fails_after_another_one_is_not_retried(monkeypatch: pytest.
     def ship(charge: Charge, reservation: Reservation) -> Shipment:
         return Shipment()
 
-    pool = process_runtime(2).pool
+    pool = process.runtime(2).pool
     with pytest.raises(StepFailed, match="sold out") as caught:
         within(lambda: execute(graph, Shipment, Order(), threads=2))
     assert len(caught.value.others) == 1
@@ -334,7 +333,7 @@ def make_delivery(**facts: Any) -> Delivery:
     common: dict[str, Any] = {
         "graph": "shop",
         "execution_id": "o-1",
-        "runtime": process_runtime(2),
+        "runtime": process.runtime(2),
         "cancellation": Cancellation(),
         "base": contextvars.copy_context(),
     }
@@ -443,7 +442,7 @@ def test_a_retry_whose_alarm_rings_while_another_step_fails_is_given_up(
     assert isinstance(error, StepFailed)
     assert (error.step, len(error.others)) == ("reserve", 1)
     passed = threading.Event()
-    process_runtime(2).timer.after(0, passed.set)
+    process.runtime(2).timer.after(0, passed.set)
     reached(passed)
     assert caplog.messages == []
 
@@ -499,7 +498,7 @@ def test_a_step_that_a_stop_keeps_from_beginning_leaves_no_trace(monkeypatch: py
     executions[0].help()
     assert [type(outcome.error) for outcome in outcomes] == [RunCancelled]
     assert delivery.rows == []
-    slots = slots_of(plan.steps[0].step)
+    slots = process.slots_of(plan.steps[0].step)
     assert slots is not None
     assert slots.free == 1
 
@@ -588,7 +587,7 @@ def test_a_late_return_tells_how_late_it_is() -> None:
     """The step knew its deadline; the event names step and attempt, and how long that had been going on."""
     graph, heard, watch, deadlines = Graph("shop"), list[Event](), Watch(), Deadlines()
     late = threading.Event()
-    process_runtime(2).timer = deadlines.timer()
+    process.runtime(2).timer = deadlines.timer()
 
     @graph.step(timeout=3600)
     def charge(order: Order, ctx: StepContext) -> Charge:

@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 
 from docket_celery import settings
-from docket_celery.engine.process.instances import close_instances
-from docket_celery.engine.process.limits import slots_of
-from docket_celery.engine.process.runtime import process_runtime
+from docket_celery.engine.process.state import process
 from docket_celery.errors import GraphError, RunCancelled, StepFailed, StepTimedOut
 from docket_celery.graph import Graph
 from docket_celery.observe.events import EventKind
@@ -86,7 +84,7 @@ def test_an_instance_is_built_at_the_first_call_and_kept() -> None:
     for number in (1, 2, 3):
         assert within(lambda: execute(graph, Charge, Order())).charge_id == f"scorer {number}"
     assert len(made) == 1
-    close_instances()
+    process.close_instances()
     assert made[0].closed == ["scorer"]
 
 
@@ -177,7 +175,7 @@ def test_an_instance_that_comes_after_the_deadline_is_not_called_for_it() -> Non
     """The attempt is told to be late and leaves its slot; its coroutine is not even made."""
     graph, deadlines = Graph("shop"), Deadlines()
     calls: list[str] = []
-    process_runtime(2).timer = deadlines.timer()
+    process.runtime(2).timer = deadlines.timer()
     waiting, late = threading.Event(), threading.Event()
 
     class Slow:
@@ -202,7 +200,7 @@ def test_an_instance_that_comes_after_the_deadline_is_not_called_for_it() -> Non
         settings(threads=None)
     reached(late)
     (step,) = graph._read().steps
-    slots = slots_of(step)
+    slots = process.slots_of(step)
     assert slots is not None
     assert slots.free == 1
     run.cancel()
@@ -215,7 +213,7 @@ def test_an_instance_that_comes_after_the_deadline_is_not_called_for_it() -> Non
 def test_a_coroutine_holds_no_thread_once_its_instance_is_there(built_before: bool) -> None:
     """At its deadline it is cancelled, and no thread is given up for it."""
     graph, deadlines, heard = Graph("shop"), Deadlines(), list[EventKind]()
-    process_runtime(2).timer = deadlines.timer()
+    process.runtime(2).timer = deadlines.timer()
 
     class Slow:
         async def compute(self, order: Order) -> Charge:
@@ -231,7 +229,7 @@ def test_a_coroutine_holds_no_thread_once_its_instance_is_there(built_before: bo
     with pytest.raises(StepTimedOut):
         within(lambda: execute(graph, Charge, Order(), threads=2, helps=False))
     assert EventKind.STEP_ABANDONED not in heard
-    assert process_runtime(2).pool.abandoned() == []
+    assert process.runtime(2).pool.abandoned() == []
 
 
 def test_what_has_no_compute_is_refused_with_the_factorys_name() -> None:
@@ -264,7 +262,7 @@ def test_a_context_manager_is_entered_and_left() -> None:
     graph.register(Scorer, factory=scorer)
     assert within(lambda: execute(graph, Charge, Order())) == Charge(charge_id="managed 1")
     assert seen == ["enter"]
-    close_instances()
+    process.close_instances()
     assert seen == ["enter", "leave"]
 
 
@@ -278,7 +276,7 @@ def test_an_async_close_is_awaited() -> None:
 
     graph.register(Client, factory=Client)
     within(lambda: execute(graph, Charge, Order()))
-    close_instances()
+    process.close_instances()
     assert closed == ["closed"]
 
 
@@ -303,11 +301,11 @@ def test_closing_goes_backward_past_errors_and_the_next_call_builds_anew(
     graph.register(First, factory=First)
     graph.register(Second, factory=Second)
     within(lambda: execute(graph, Label, Order()))
-    close_instances()
+    process.close_instances()
     assert order == ["second", "first"]
     assert "Second was not closed properly" in caplog.text
     assert within(lambda: execute(graph, Label, Order())) == Label(text="scorer 1")
-    close_instances()
+    process.close_instances()
     assert order == ["second", "first"] * 2
 
 
@@ -330,7 +328,7 @@ def test_a_forked_child_builds_its_own_and_leaves_its_parents_alone() -> None:
         status = 1
         try:
             got = within(lambda: execute(graph, Charge, Order()))
-            close_instances()
+            process.close_instances()
             status = 0 if got == Charge(charge_id=f"{os.getpid()} 1") else 2
         finally:
             os._exit(status)

@@ -7,8 +7,7 @@ from typing import Annotated, Any, TypeAlias
 import pytest
 
 from docket_celery.engine.execution import Scheduler
-from docket_celery.engine.process.heartbeat import process_heartbeat
-from docket_celery.engine.process.runtime import process_runtime
+from docket_celery.engine.process.state import process
 from docket_celery.engine.process.timer import Alarm, Timer
 from docket_celery.engine.step_run import StepRun
 from docket_celery.errors import AbortError, InvalidArguments, LeaseLost, StepFailed, StoreUnavailable
@@ -295,7 +294,7 @@ def test_a_claim_that_comes_after_the_lease_was_lost_is_given_up() -> None:
     answer.set()
     reached(rates.store.released)
     assert rates.store.claims == 0
-    assert not process_heartbeat(rates.store)._claims
+    assert not process.heartbeat(rates.store)._claims
     assert within(rates.ask) == "7 1"
 
 
@@ -362,7 +361,7 @@ def test_waiting_for_a_claim_looks_ever_less_often() -> None:
     rates.body = lambda _: pass_on(holding, go)
     first = start(rates.ask)
     reached(holding)
-    process_runtime(2).timer = Patience()
+    process.runtime(2).timer = Patience()
     second = start(lambda: execute(rates.graph, Charge, Order(order_id="7"), threads=2))
     assert (first.result(WAIT_S), second.result(WAIT_S).charge_id) == ("7 1", "7 1")
     assert waits[:8] == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0]

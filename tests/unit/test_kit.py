@@ -381,7 +381,7 @@ def test_an_eager_failure_is_raised_at_delay_after_celerys_retries(
     in_worker: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three attempts of each of two deliveries; also where a worker's process submits it eagerly."""
-    monkeypatch.setattr(app_settings.process, "app", app if in_worker else None)
+    monkeypatch.setattr(app_settings.this_worker, "app", app if in_worker else None)
     failures.extend([1] * 99)
     with eager(app), record_events(flaky) as events, pytest.raises(StepFailed, match="BusyError: 7"):
         ship_order.delay(ORDER)

@@ -18,7 +18,7 @@ from docket_celery import (
     graph_task,
     settings,
 )
-from docket_celery.engine.process.state import Defaults, process_defaults
+from docket_celery.engine.process.state import Process, process
 from docket_celery.task import app_settings, checks, envelope
 from tests.unit.protos.shop_pb2 import Charge, Order, Shipment
 
@@ -38,7 +38,7 @@ def _own_values() -> Generator[None]:
     state._on_app_finalizers.update(shared)
     settings(**dict.fromkeys(app_settings._KEYS))
     envelope.types.limit_bytes = limit
-    process_defaults.close()
+    process.close_stores()
 
 
 def make_app(**conf: Any) -> Celery:
@@ -113,7 +113,7 @@ def test_an_unknown_variable_is_refused_where_settings_are_checked(monkeypatch: 
     app = make_app()
     said = "setting DOCKET_CELERY_TREADS: unknown setting; did you mean DOCKET_CELERY_THREADS?"
     assert checks.find_faults(app) == [f"[DC102] {said}"]
-    fresh = Defaults()
+    fresh = Process()
     for _ in range(2):
         with pytest.raises(InvalidSettings, match="did you mean DOCKET_CELERY_THREADS"):
             fresh.settings()

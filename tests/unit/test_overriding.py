@@ -21,7 +21,7 @@ from docket_celery import (
     StepFailed,
     graph_task,
 )
-from docket_celery.engine.process.limits import slots_of
+from docket_celery.engine.process.state import process
 from tests.unit.graphs import start
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
 
@@ -404,12 +404,12 @@ def test_the_bound_of_a_step_holds_for_what_stands_in() -> None:
     def fake(order: Order) -> Label:
         return Label(text="fake")
 
-    bound = slots_of(graph.find_step("label"))
+    bound = process.slots_of(graph.find_step("label"))
     assert bound is not None
     with graph.override({"label": fake}):
-        assert slots_of(graph.find_step("label")) is bound
+        assert process.slots_of(graph.find_step("label")) is bound
     with graph.override({"label": Label()}):
-        assert slots_of(graph.find_step("label")) is None
+        assert process.slots_of(graph.find_step("label")) is None
 
 
 def test_what_stands_in_for_a_built_step_has_nothing_built() -> None:

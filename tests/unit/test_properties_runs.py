@@ -55,7 +55,7 @@ def examples(count: int) -> settings:
 def deadlines(monkeypatch: pytest.MonkeyPatch) -> Deadlines:
     """The deadlines of all runs of a test, with and without threads."""
     made = Deadlines()
-    monkeypatch.setattr(inline, "InlineTimer", made.inline_timer)
+    monkeypatch.setattr(inline, "Timer", made.inline_timer)
     return made
 
 

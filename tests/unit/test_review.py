@@ -25,7 +25,8 @@ from docket_celery import (
     StepContext,
     graph_task,
 )
-from docket_celery.engine.process import heartbeat, runtime
+from docket_celery.engine.process import heartbeat
+from docket_celery.engine.process.state import process
 from docket_celery.task import app_settings, checks, worker
 from tests.unit.protos.shop_pb2 import Order, Shipment
 
@@ -139,7 +140,7 @@ def test_the_row_bounds_retries_of_tasks_declared_after_the_app_was_finalized(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A worker looks at all tasks when it starts."""
-    monkeypatch.setattr(app_settings.process, "pool", None)
+    monkeypatch.setattr(app_settings.this_worker, "pool", None)
     app = make_app()
     app.finalize()
     task = declare(app, make_graph("late", Scope.WORKFLOW, MemoryStore()))
@@ -154,7 +155,7 @@ def test_the_row_bounds_retries_of_tasks_declared_after_the_app_was_finalized(
 @pytest.mark.parametrize("where", ["task", "app"])
 def test_a_message_without_limits_has_those_of_its_task(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in prefork, where Celery looks at the message, then the task, then the app."""
-    monkeypatch.setattr(app_settings.process, "pool", "threads")
+    monkeypatch.setattr(app_settings.this_worker, "pool", "threads")
     app = make_app()
     if where == "app":
         app.conf.task_soft_time_limit = 0.1
@@ -163,7 +164,7 @@ def test_a_message_without_limits_has_those_of_its_task(where: str, monkeypatch:
     order = Order(order_id="slow")
     with delivered(task, order), pytest.raises(SoftTimeLimitExceeded):
         task.run(order)
-    pool = runtime.process_runtime(app_settings.app_settings(app).threads).pool
+    pool = process.runtime(app_settings.app_settings(app).threads).pool
     deadline = time.monotonic() + 10
     while pool.abandoned() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -231,7 +232,7 @@ def test_a_lease_that_no_heartbeat_can_keep_is_given_back(monkeypatch: pytest.Mo
     row = store.find_run("unkept", "R1")
     assert row is not None
     assert row.state is RunState.FAILED
-    assert not heartbeat.process_heartbeat(store)._held
+    assert not process.heartbeat(store)._held
     assert graph.execute(Shipment, Order(order_id="1"), execution_id="R1").tracking_id
 
 

@@ -12,8 +12,7 @@ from celery import _state
 
 from docket_celery.engine.job import job_parts
 from docket_celery.engine.outcome import Submission
-from docket_celery.engine.process.heartbeat import process_heartbeat
-from docket_celery.engine.process.runtime import process_runtime
+from docket_celery.engine.process.state import process
 from docket_celery.engine.process.timer import Alarm, Timer
 from docket_celery.engine.run_row import is_busy
 from docket_celery.errors import (
@@ -594,7 +593,7 @@ class Hasty(Timer):
 
 def ship_hastily(store: Store) -> list[float]:
     """Execute the order graph on *store* and return what was waited for; raise what it raises."""
-    timer = process_runtime(2).timer = Hasty()
+    timer = process.runtime(2).timer = Hasty()
     within(lambda: execute(Shop(store).graph, Shipment, Order(order_id="7"), threads=2, store=store))
     return timer.waits
 
@@ -607,7 +606,7 @@ def test_a_save_is_tried_again_at_ever_longer_intervals(caplog: pytest.LogCaptur
         ("charge", "SUCCEEDED"),
         ("ship", "SUCCEEDED"),
     ]
-    logged = [record.getMessage() for record in caplog.records if record.name.endswith("call")]
+    logged = [record.getMessage() for record in caplog.records if record.name.endswith("step_run")]
     assert logged == [f"run 'run': saving charge, try {number}: {down()}" for number in (1, 2, 3, 4)]
 
 
@@ -623,7 +622,7 @@ def test_a_save_is_not_tried_again_under_a_lease_that_may_be_another_workers() -
     """The store did not answer for so long that somebody else may have the run."""
 
     def lose(store: Store) -> None:
-        for held in process_heartbeat(store)._held.values():
+        for held in process.heartbeat(store)._held.values():
             held.lost = True
 
     store = Unsaving(1, before=lose)
@@ -699,7 +698,7 @@ def test_no_attempt_begins_under_a_lease_that_is_lost() -> None:
     @graph.step(persist=Scope.WORKFLOW, retry=RetryPolicy(backoff=FixedBackoff(0)))
     def charge(order: Order, ctx: StepContext) -> Charge:
         calls.append(ctx.attempt)
-        for held in process_heartbeat(store)._held.values():
+        for held in process.heartbeat(store)._held.values():
             held.lost = True
         raise ConnectionError("again")
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 
-from docket_celery.engine.process.heartbeat import process_heartbeat
 from docket_celery.engine.process.loops import LoopThread
 from docket_celery.engine.process.pool import Pool, Worker
-from docket_celery.engine.process.runtime import process_runtime
+from docket_celery.engine.process.state import process
 from docket_celery.engine.process.timer import Timer
 from docket_celery.errors import (
     RunCancelled,
@@ -145,7 +144,7 @@ def test_an_abandoned_thread_is_replaced_counted_and_forgotten_when_it_ends() ->
 
 def test_a_thread_that_was_given_up_hands_on_what_it_would_have_taken() -> None:
     """A step's thread that the pool has replaced by the time it returns leaves the next step to another."""
-    pool, workers = process_runtime(4).pool, list[Worker]()
+    pool, workers = process.runtime(4).pool, list[Worker]()
 
     def body(*inputs: Money) -> Money:
         worker = threading.current_thread()
@@ -180,7 +179,7 @@ def test_too_many_abandoned_threads_refuse_new_runs() -> None:
         within(lambda: execute(graph, Charge, Order(order_id="quick"), threads=2))
     assert len(stuck) == 4
     go.set()
-    poll(lambda: process_runtime(2).pool.abandoned() == [])
+    poll(lambda: process.runtime(2).pool.abandoned() == [])
     assert within(lambda: execute(graph, Charge, Order(order_id="quick"), threads=2)) == Charge()
 
 
@@ -293,14 +292,14 @@ def test_a_moment_without_threads_leaves_no_run_hanging(
 
     monkeypatch.setattr("docket_celery.engine.process.runtime._LATER_S", 0.01)
     refusing = Refusing(
-        process_runtime(2).pool, moment if callable(moment) else lambda calls: calls == moment
+        process.runtime(2).pool, moment if callable(moment) else lambda calls: calls == moment
     )
-    monkeypatch.setattr(process_runtime(2).pool, "submit", refusing)
+    monkeypatch.setattr(process.runtime(2).pool, "submit", refusing)
     run = start(lambda: execute(graph, Shipment, Order(), threads=2, store=store))
     error = run.exception(WAIT_S)
     assert "can't start" in str(error) if error else run.result() == Shipment(tracking_id="paid")
-    assert not process_heartbeat(store)._held
-    assert not process_heartbeat(store)._claims
+    assert not process.heartbeat(store)._held
+    assert not process.heartbeat(store)._claims
 
 
 def test_a_run_that_is_stopped_while_there_is_no_thread_ends_in_its_row(

@@ -21,9 +21,9 @@ from docket_celery.engine.ending import Outcome
 from docket_celery.engine.execution import Scheduler
 from docket_celery.engine.outcome import Submission
 from docket_celery.engine.process.inline import InlineRuntime
-from docket_celery.engine.process.limits import Slots, slots_of
-from docket_celery.engine.process.runtime import process_runtime
+from docket_celery.engine.process.limits import Slots
 from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.process.state import process
 from docket_celery.engine.process.timer import Alarm, Timer
 from docket_celery.errors import AbortError, RunCancelled, StepFailed, StepTimedOut, TooManyAbandoned
 from docket_celery.graph import Graph
@@ -61,7 +61,7 @@ class Gauge:
 def slots_in(graph: Graph, name: str = "charge") -> Slots:
     """Return this process's slots of a step."""
     (step,) = (step for step in graph._read().steps if step.name == name)
-    slots = slots_of(step)
+    slots = process.slots_of(step)
     assert slots is not None
     return slots
 
@@ -234,7 +234,7 @@ def test_a_call_whose_deadline_cannot_be_watched_gives_its_slot_back() -> None:
         def after(self, delay_s: float, call: Callable[[], None]) -> Alarm:
             raise RuntimeError(f"can't start new thread for {call} in {delay_s} s")
 
-    process_runtime(1).timer = Broken()
+    process.runtime(1).timer = Broken()
     with pytest.raises(StepFailed, match="can't start new thread"):
         within(lambda: execute(graph, Charge, Order(), threads=1))
     assert slots_in(graph).free == 1

@@ -16,7 +16,7 @@ from kombu.utils.json import dumps
 from sqlalchemy import text
 
 from docket_celery import SQLStore, graph_task
-from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.process.state import process
 from docket_celery.errors import StoreUnavailable
 from docket_celery.store.records import Chunk, Lease, RunRequest
 from docket_celery.task import checks, worker
@@ -46,7 +46,7 @@ def app(tmp_path: Path) -> Generator[Celery]:
 
     yield made
     state._tls.current_app = before
-    process_defaults.close()
+    process.close_stores()
 
 
 def test_forked_processes_share_one_schedule() -> None:

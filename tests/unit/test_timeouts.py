@@ -13,7 +13,7 @@ from random import Random
 
 import pytest
 
-from docket_celery.engine.process.runtime import process_runtime
+from docket_celery.engine.process.state import process
 from docket_celery.errors import StepTimedOut, TooManyAbandoned
 from docket_celery.graph import Graph
 from docket_celery.observe.events import Event, EventKind
@@ -61,7 +61,7 @@ class Ledger:
 
     def check(self) -> None:
         """Compare rows, checkpoints, runs and events of all runs."""
-        poll(lambda: process_runtime(THREADS).pool.abandoned() == [])
+        poll(lambda: process.runtime(THREADS).pool.abandoned() == [])
         heard: dict[str, Counter[EventKind]] = {}
         for event in self.events:
             heard.setdefault(event.execution_id, Counter())[event.kind] += 1
@@ -106,7 +106,7 @@ def times(shelf: Shelf) -> int:
 def test_a_deadline_that_comes_first_wins_a_thousand_times(shelf: Shelf) -> None:
     """Each step returns after its deadline has passed: no result is saved, no run succeeds."""
     deadlines = Deadlines()
-    process_runtime(THREADS).timer = deadlines.timer()
+    process.runtime(THREADS).timer = deadlines.timer()
 
     def outlast(ctx: StepContext) -> None:
         deadlines.ring(DEADLINE_S)
@@ -115,7 +115,7 @@ def test_a_deadline_that_comes_first_wins_a_thousand_times(shelf: Shelf) -> None
     trial = Ledger(shelf, outlast, DEADLINE_S)
     for index in range(times(shelf)):
         trial.run(f"o-{index}")
-        poll(lambda: process_runtime(THREADS).pool.abandoned() == [])
+        poll(lambda: process.runtime(THREADS).pool.abandoned() == [])
     trial.check()
     assert trial.ends == {"timed out": times(shelf)}
 
@@ -123,7 +123,7 @@ def test_a_deadline_that_comes_first_wins_a_thousand_times(shelf: Shelf) -> None
 def test_a_return_that_comes_first_wins_a_thousand_times(shelf: Shelf) -> None:
     """Each alarm is already on its way when the step returns, and arrives after the run: it changes nothing."""
     deadlines = Deadlines()
-    process_runtime(THREADS).timer = deadlines.timer()
+    process.runtime(THREADS).timer = deadlines.timer()
     rings: list[Callable[[], None]] = []
     trial = Ledger(shelf, lambda _: rings.append(deadlines.take(DEADLINE_S)), DEADLINE_S)
     for index in range(times(shelf)):
@@ -147,7 +147,7 @@ def test_a_thousand_races_between_return_and_deadline_each_have_one_end(shelf: S
     trial = Ledger(shelf, race, RACE_S)
     for index in range(times(shelf)):
         trial.run(f"o-{index}")
-        poll(lambda: len(process_runtime(THREADS).pool.abandoned()) < THREADS)
+        poll(lambda: len(process.runtime(THREADS).pool.abandoned()) < THREADS)
     trial.check()
 
 
@@ -165,7 +165,7 @@ def test_steps_that_never_stop_hold_a_bounded_number_of_threads(caplog: pytest.L
         return Label(text="free")
 
     graph.listeners.append(heard.append)
-    pool = process_runtime(2).pool
+    pool = process.runtime(2).pool
     with caplog.at_level(logging.WARNING), pytest.raises(TooManyAbandoned, match=r"limit 4\): charge;"):
         within(lambda: execute(graph, Charge, Order(), threads=2))
     assert pool.abandoned() == ["charge"] * 4
@@ -194,7 +194,7 @@ def test_a_factory_that_never_returns_holds_a_bounded_number_of_threads() -> Non
 
     retry = RetryPolicy(max_attempts=1000, backoff=FixedBackoff(0))
     graph.register(Model, name="charge", factory=load, timeout=0.01, retry=retry)
-    pool = process_runtime(2).pool
+    pool = process.runtime(2).pool
     with pytest.raises(TooManyAbandoned, match=r"limit 4\): charge;"):
         within(lambda: execute(graph, Charge, Order(), threads=2))
     assert pool.abandoned() == ["charge"] * 4
@@ -234,7 +234,7 @@ def test_a_coroutine_whose_instance_is_built_is_refused_no_thread() -> None:
     full.set()
     assert later.result(WAIT_S) == Charge(charge_id="later")
     go.set()
-    poll(lambda: process_runtime(2).pool.abandoned() == [])
+    poll(lambda: process.runtime(2).pool.abandoned() == [])
 
 
 def test_runs_in_progress_are_refused_only_what_could_hold_another_thread() -> None:
@@ -270,13 +270,13 @@ def test_runs_in_progress_are_refused_only_what_could_hold_another_thread() -> N
         assert begun.acquire(timeout=WAIT_S)
     with pytest.raises(StepTimedOut):
         within(lambda: execute(stuck, Charge, Order(), threads=3))
-    assert len(process_runtime(3).pool.abandoned()) == 6
+    assert len(process.runtime(3).pool.abandoned()) == 6
     full.set()
     assert without.result(WAIT_S) == Charge(charge_id="free")
     with pytest.raises(TooManyAbandoned):
         timed.result(WAIT_S)
     go.set()
-    poll(lambda: process_runtime(3).pool.abandoned() == [])
+    poll(lambda: process.runtime(3).pool.abandoned() == [])
     # With the threads back, it runs as any other.
     assert within(lambda: execute(graphs[1], Charge, Order(), threads=3)) == Charge(charge_id="free")
 

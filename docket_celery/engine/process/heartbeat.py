@@ -7,18 +7,19 @@ where gevent has patched `threading`: a step that hogs the CPU then costs no lea
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
+from docket_celery.engine.process.timer import Clock, system_clock
 from docket_celery.errors import DocketError, LeaseLost, StoreUnavailable
 from docket_celery.store.contract import Store
 from docket_celery.store.records import Halt, Lease
 
-_logger = logging.getLogger("docket_celery.heartbeat")
+_logger = logging.getLogger("docket_celery.process")
 
 
 class HeldLease:
@@ -64,13 +65,23 @@ class HeldLease:
 
 
 class Heartbeat:
-    """Extends what is watched, at a quarter of the shortest lease, on a thread that lives while there is any."""
+    """Extends what is watched, at a quarter of the shortest lease, on a thread that lives while there is any.
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    Args:
+        store: Where the leases are.
+        clock: None: a thread of its own and the machine's time; else `beat_if_due` is called by the thread that runs
+            the steps, and this is its time.
+    """
+
+    def __init__(self, store: Store, clock: Clock | None = None) -> None:
+        self._clock, self._threaded = clock or system_clock, clock is None
+        used = store.clone() if self._threaded else store
+        # Weakly, where it is *store* itself: the process keeps this for as long as somebody else keeps the store.
+        self._store, self._own = weakref.ref(used), None if used is store else used
         self._lock = _native("_thread", "allocate_lock")()
         self._held: dict[int, HeldLease] = {}
         self._claims: dict[tuple[bytes, str], float] = {}
+        self._beat_at = self._clock.monotonic()
         self._alive = False
 
     def watch(self, held: HeldLease) -> None:
@@ -91,43 +102,45 @@ class Heartbeat:
             self._ensure_thread()
 
     def unwatch_claim(self, key: bytes, owner: str) -> None:
-        """Stop extending *owner*'s claim; another owner's on the same key goes on."""
+        """Stop extending *owner*'s claim; another owner's on the same key is still extended."""
         with self._lock:
             self._claims.pop((key, owner), None)
 
+    def beat_if_due(self) -> float | None:
+        """Extend what is watched if that is due; return the seconds until it is due, or None: nothing is watched."""
+        now = self._clock.monotonic()
+        with self._lock:
+            if not self._held and not self._claims:
+                self._alive = False
+                return None
+            leases = [held.lease.lease_s for held in self._held.values()]
+            due_s = self._beat_at + min([*leases, *self._claims.values()]) / 4 - now
+        if due_s <= 0:
+            self._beat_at = now
+            self._beat(now)
+        return due_s
+
     def _ensure_thread(self) -> None:
-        if not self._alive:
+        if self._threaded and not self._alive:
             _start_native(self._run)
             self._alive = True
 
-    def interval_s(self) -> float:
-        """Return the seconds between two extensions: a quarter of the shortest lease watched."""
-        leases = [held.lease.lease_s for held in self._held.values()]
-        return min([*leases, *self._claims.values()]) / 4
-
     def _run(self) -> None:
         sleep: Callable[[float], None] = _native("time", "sleep")
-        beat_at = time.monotonic()
-        while True:
-            with self._lock:
-                if not self._held and not self._claims:
-                    self._alive = False
-                    return
-                due = beat_at + self.interval_s()
-            wait_s = due - time.monotonic()
-            if wait_s > 0:
-                # Short naps instead of a condition: the thread may not touch patched locks, and ends when idle.
-                sleep(min(wait_s, 0.25))
-                continue
-            beat_at = time.monotonic()
-            self._beat(beat_at)
+        self._beat_at = self._clock.monotonic()
+        while (due_s := self.beat_if_due()) is not None:
+            # Short naps instead of a condition: the thread may not touch patched locks, and ends when idle.
+            sleep(min(max(0.0, due_s), 0.25))
 
     def _beat(self, asked_at: float) -> None:
         with self._lock:
             held = list(self._held.values())
             claims = [(key, owner, lease_s) for (key, owner), lease_s in self._claims.items()]
+        store = self._store()
+        if store is None:
+            return
         try:
-            kept = self._store.extend([h.lease for h in held], claims)
+            kept = store.extend([h.lease for h in held], claims)
         except DocketError as error:
             _logger.warning("the heartbeat of %d runs failed: %s", len(held), error)
             return
@@ -151,34 +164,6 @@ class Heartbeat:
                 one.renew(asked_at)
             else:
                 one.lost = True
-
-
-class _Process:
-    """The heartbeats of this process by store; a forked child starts with none."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.beats: dict[int, tuple[Store, Heartbeat]] = {}
-        self._inherited: list[dict[int, tuple[Store, Heartbeat]]] = []
-
-    def reset(self) -> None:
-        # Kept, not freed: finalizing the parent's connections here would end its database sessions.
-        self._inherited.append(self.beats)
-        self.lock = threading.Lock()
-        self.beats = {}
-
-
-_process = _Process()
-os.register_at_fork(after_in_child=_process.reset)
-
-
-def process_heartbeat(store: Store) -> Heartbeat:
-    """Return this process's heartbeat for *store*, over connections of its own."""
-    with _process.lock:
-        found = _process.beats.get(id(store))
-        if found is None:
-            found = _process.beats[id(store)] = (store, Heartbeat(store.clone()))
-        return found[1]
 
 
 def _native(module: str, name: str) -> Any:

@@ -1,16 +1,27 @@
-"""Context managers that are entered around each call of a step: the form of ``docket_step_hooks``."""
+"""Context managers around each call of a step: ``docket_step_hooks``, and what keeps Django's connections fresh.
+
+Django binds a connection to a thread and closes it at the end of a request, which the library's threads never see.
+Nothing here imports Django: a process that has not set it up needs none of this.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 import pkgutil
 import re
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, cast
 
 from docket_celery.errors import InvalidSettings
+
+_logger = logging.getLogger("docket_celery.process")
 
 _PATH: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _FORM: Final = (
@@ -113,3 +124,80 @@ def _load(entry: MakeContext | str) -> StepHook:
     if not callable(found):
         raise InvalidSettings("docket_step_hooks", f"entry {entry!r} is {found!r}; {_FORM}")
     return StepHook(name=entry, make=cast("MakeContext", found))
+
+
+# --- Django ------------------------------------------------------------------------------------------------------
+
+
+class StepThread(threading.Thread):
+    """A thread of this library on which steps run; the Django connections opened on it are closed at its end."""
+
+    def __init__(self, work: Callable[[], None], name: str) -> None:
+        super().__init__(target=work, name=name, daemon=True)
+
+    def run(self) -> None:
+        try:
+            super().run()
+        finally:
+            _close_connections()
+
+
+def django_hooks() -> tuple[StepHook, ...]:
+    """Return what keeps the Django connections of steps fresh, if Django is set up."""
+    return (StepHook(name=f"{__name__}:django_hooks", make=_connections),) if _uses_django() else ()
+
+
+def _uses_django() -> bool:
+    """Tell whether this process has called ``django.setup()``."""
+    apps: Any = sys.modules.get("django.apps")
+    return apps is not None and bool(apps.apps.ready)
+
+
+def _connections() -> AbstractContextManager[None]:
+    if not isinstance(threading.current_thread(), StepThread):
+        return contextlib.nullcontext()  # the host takes care of its own threads
+    return _fresh_connections() if asyncio._get_running_loop() is None else _own_orm_thread()
+
+
+@contextlib.contextmanager
+def _fresh_connections() -> Generator[None]:
+    """Close connections that are broken or past CONN_MAX_AGE, as Django does around a request."""
+    close_old = sys.modules["django.db"].close_old_connections
+    _quietly(close_old)
+    try:
+        yield
+    finally:
+        _quietly(close_old)
+
+
+@contextlib.contextmanager
+def _own_orm_thread() -> Generator[None]:
+    """Give the queries of an ``async def`` step a thread of their own, as ASGI gives each request.
+
+    Else asgiref runs those of all steps on one thread of the process, which never closes its connection.
+    """
+    sync: Any = sys.modules["asgiref.sync"].SyncToAsync
+    context = sys.modules["asgiref.sync"].ThreadSensitiveContext()
+    token = sync.thread_sensitive_context.set(context)
+    try:
+        yield
+    finally:
+        sync.thread_sensitive_context.reset(token)
+        executor = sync.context_to_thread_executor.pop(context, None)
+        if executor is not None:
+            executor.submit(_close_connections)
+            # Not waited for: a cancelled step's query may still run there, and this is the loop's thread.
+            executor.shutdown(wait=False)
+
+
+def _close_connections() -> None:
+    if _uses_django():
+        _quietly(sys.modules["django.db"].connections.close_all)
+
+
+def _quietly(close: Callable[[], object]) -> None:
+    """Call *close*: a connection that cannot even be closed is no failure of the step, whose work is done."""
+    try:
+        close()
+    except Exception as error:  # noqa: BLE001 -- drivers raise their own kinds
+        _logger.warning("a Django connection could not be closed: %s", error)

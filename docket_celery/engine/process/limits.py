@@ -1,18 +1,14 @@
-"""``max_concurrent``: at most so many calls of a step at once, handed on in the order of asking."""
+"""``max_concurrent``: a limit on the calls of a step at once; slots are given in the order of asking."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from contextvars import Context, ContextVar
-from weakref import WeakKeyDictionary
-
-from docket_celery.engine.process.perprocess import PerProcess
-from docket_celery.plan.step import Mark, Step
 
 
 class Slots:
-    """The slots of one step in one process. Nobody waits on a thread: whose turn it is gets called.
+    """The slots of one step in one process. No thread waits for one: `Slot.turn` is called instead.
 
     Args:
         limit: How many there are.
@@ -51,7 +47,7 @@ class Slot:
         self.held = False
 
     def take(self) -> bool:
-        """Take a free slot; False: there is none, this one stands in the line."""
+        """Take a free slot; False: there is none, this one is in the line."""
         with self.slots.lock:
             if self.slots.free:
                 self.slots.free -= 1
@@ -78,19 +74,8 @@ class Slot:
             following.turn()
 
     def bind(self) -> None:
-        """Let what is started within the present `contextvars` context share this slot."""
+        """Share this slot with what is started within the present `contextvars` context."""
         _held.set((*_held.get(), self))
 
 
 _held: ContextVar[tuple[Slot, ...]] = ContextVar("docket_celery_slots", default=())
-_slots: PerProcess[WeakKeyDictionary[Mark, Slots]] = PerProcess(WeakKeyDictionary)
-
-
-def slots_of(step: Step) -> Slots | None:
-    """Return the slots of *step* in this process, or None if it has no limit."""
-    most = step.options.max_concurrent
-    if most is None:
-        return None
-    known = _slots.get()
-    found = known.get(step.mark)
-    return known.setdefault(step.mark, Slots(most)) if found is None else found

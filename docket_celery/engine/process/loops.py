@@ -9,9 +9,11 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, Protocol
 
+from docket_celery.engine.process.hooks import StepThread
+
 OnEnd = Callable[[], object]
 
-_logger = logging.getLogger("docket_celery.runtime")
+_logger = logging.getLogger("docket_celery.process")
 
 
 def is_loop_thread() -> bool:
@@ -19,14 +21,16 @@ def is_loop_thread() -> bool:
     return isinstance(threading.current_thread(), _LoopOwner)
 
 
-def _nothing() -> None:
-    pass
-
-
-def _submit(
+def submit(
     loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd
 ) -> Future[Any]:
-    """Do what `asyncio.run_coroutine_threadsafe` does, which has no way to learn of the end of its task."""
+    """Do what `asyncio.run_coroutine_threadsafe` does, which has no way to learn of the end of its task.
+
+    Args:
+        loop: Where to run it.
+        coroutine: What to run.
+        on_end: Called when it has really ended, which is later than the future's cancellation.
+    """
     future: Future[Any] = Future()
 
     def begin() -> None:
@@ -60,13 +64,8 @@ def _submit(
 class StepLoop(Protocol):
     """Where ``async def`` steps run."""
 
-    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd = ...) -> Future[Any]:
-        """Run *coroutine*; cancelling the future cancels it.
-
-        Args:
-            coroutine: What to run.
-            on_end: Called when it has really ended, which is later than the future's cancellation.
-        """
+    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd) -> Future[Any]:
+        """Run *coroutine*; cancelling the future cancels it. *on_end* as for `loops.submit`."""
         ...
 
 
@@ -80,20 +79,20 @@ class CallerLoop:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
 
-    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd = _nothing) -> Future[Any]:
-        """Run *coroutine* on the loop; *on_end* is called when it has really ended.
+    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd) -> Future[Any]:
+        """Run *coroutine* on the loop.
 
         Raises:
             RuntimeError: The loop is closed.
         """
         try:
-            return _submit(self._loop, coroutine, on_end)
+            return submit(self._loop, coroutine, on_end)
         except RuntimeError:
             coroutine.close()
             raise
 
     def tell(self, call: Callable[[], object]) -> None:
-        """Make *call* on the loop's thread; on a loop that is closed nobody listens any more."""
+        """Make *call* on the loop's thread; a closed loop is left alone, as nobody waits on it."""
         try:
             self._loop.call_soon_threadsafe(call)
         except RuntimeError:
@@ -101,7 +100,7 @@ class CallerLoop:
                 raise
 
 
-class _LoopOwner(threading.Thread):
+class _LoopOwner(StepThread):
     """The thread of a `LoopThread`."""
 
 
@@ -111,12 +110,12 @@ class LoopThread:
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._closing = False
-        self._thread = _LoopOwner(target=self._run, name="docket-loop", daemon=True)
+        self._thread = _LoopOwner(self._run, "docket-loop")
         self._thread.start()
 
-    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd = _nothing) -> Future[Any]:
-        """Run *coroutine* on the loop; *on_end* is called when it has really ended."""
-        return _submit(self._loop, coroutine, on_end)
+    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd = lambda: None) -> Future[Any]:
+        """Run *coroutine* on the loop."""
+        return submit(self._loop, coroutine, on_end)
 
     def close(self) -> None:
         """Cancel what runs on the loop, stop it and wait for its thread."""

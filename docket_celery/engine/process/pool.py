@@ -10,29 +10,23 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from docket_celery.engine.process.django_orm import close_connections
+from docket_celery.engine.process.hooks import StepThread
 from docket_celery.engine.process.timer import Work
 from docket_celery.errors import TooManyAbandoned
 
-_logger = logging.getLogger("docket_celery.runtime")
+_logger = logging.getLogger("docket_celery.process")
 
 IDLE_S = 30.0
-"""A pool thread without work for so many seconds ends, and with it what is bound to it: database connections."""
+"""Seconds after which a pool thread without work ends, and with it what is bound to it: database connections."""
 
 
-class Worker(threading.Thread):
+class Worker(StepThread):
     """A pool thread. It ends after its present work once the pool has given it up."""
 
     def __init__(self, pool: Pool, number: int) -> None:
-        super().__init__(name=f"docket-step-{number}", daemon=True)
+        super().__init__(self._work, f"docket-step-{number}")
         self.pool = pool
         self.given_up = False
-
-    def run(self) -> None:
-        try:
-            self._work()
-        finally:
-            close_connections()
 
     def _work(self) -> None:
         while True:
@@ -54,7 +48,7 @@ class Pool:
     executes a graph itself is the exception, declared by `blocking`.
 
     Args:
-        size: Most threads.
+        size: Most threads; 0: none, whoever has the pool calls `work_off`.
         idle_s: Seconds without work after which a thread ends; default: `IDLE_S`.
     """
 
@@ -85,6 +79,16 @@ class Pool:
                     raise
                 _logger.warning("no further step thread can be started; %d go on", len(self._workers))
         self._queue.put(work)
+
+    def work_off(self) -> bool:
+        """Do the oldest work on the calling thread; False if there is none. For a pool without threads."""
+        try:
+            work = self._queue.get_nowait()
+        except queue.Empty:
+            return False
+        if work is not None:
+            work()
+        return True
 
     @contextmanager
     def blocking(self) -> Generator[None]:

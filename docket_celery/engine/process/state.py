@@ -1,43 +1,68 @@
-"""What a run uses when neither the call nor the graph says: the settings and the store of the process.
-
-The host of the process fills this in: the Celery side for workers and apps, `settings()` for plain scripts.
-"""
+"""The one object that holds what a process has once."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from docket_celery.engine.process.heartbeat import Heartbeat
+from docket_celery.engine.process.instances import Factory
+from docket_celery.engine.process.limits import Slots
+from docket_celery.engine.process.runtime import Runtime
 from docket_celery.engine.process.settings import Settings, check_environment
+from docket_celery.plan.step import Mark, Step
 from docket_celery.store.codec import Codec
 from docket_celery.store.contract import Store
 
 
-class Defaults:
-    """The process's sources of settings and stores."""
+class Process:
+    """Threads, stores, heartbeats, instances and slots of this process, each made on first use.
+
+    A forked child starts with none of them, and neither uses nor frees those of its parent. It keeps what the parent
+    was told: the host, and the values of `docket_celery.settings`.
+
+    Attributes:
+        lock: Guards what is made once; a child has its own.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._own: dict[str, Any] = {}
         self._host: Callable[[], Mapping[str, Any]] = dict[str, Any]
         self._in_task: Callable[[], bool] = bool
-        self._open: Callable[[str, Codec | None], Store] | None = None
-        self._stores: dict[tuple[str, int], Store] = {}
-        self._environment_checked = False
+        self._own: dict[str, Any] = {}
+        self._parents: list[dict[str, Any]] = []
+        self._closes_at_exit = False
+        self._begin()
 
-    def use_host(self, host: Callable[[], Mapping[str, Any]], in_task: Callable[[], bool] = bool) -> None:
+    def _begin(self) -> None:
+        self.lock = threading.RLock()
+        self._environment_checked = False
+        self._runtimes: dict[int, Runtime] = {}
+        self._stores: dict[tuple[str, int], Store] = {}
+        # By the store's life: a store that was made for one call goes with the call.
+        self._heartbeats: WeakKeyDictionary[Store, Heartbeat] = WeakKeyDictionary()
+        self._slots: WeakKeyDictionary[Mark, Slots] = WeakKeyDictionary()
+        self._factories: WeakKeyDictionary[Mark, Factory] = WeakKeyDictionary()
+        self._built: list[Factory] = []
+
+    def begin_in_child(self) -> None:
+        """Start with nothing, after a fork."""
+        # Kept, not freed: finalizing the parent's loops and connections would end what the parent still uses.
+        self._parents.append(vars(self).copy())
+        self._begin()
+
+    # --- settings and stores -----------------------------------------------------------------------------------
+
+    def use_host(self, values: Callable[[], Mapping[str, Any]], in_task: Callable[[], bool] = bool) -> None:
         """Say where ``docket_*`` values come from, and which threads the host may interrupt in their work."""
-        self._host, self._in_task = host, in_task
+        self._host, self._in_task = values, in_task
 
     def may_help(self) -> bool:
         """Tell whether the calling thread may run steps: the host does not interrupt what it does."""
         return not self._in_task()
-
-    def use_opener(self, opener: Callable[[str, Codec | None], Store]) -> None:
-        """Say how a database URL and a codec become a store."""
-        self._open = opener
 
     def set(self, values: Mapping[str, Any]) -> Settings:
         """Add ``docket_*`` values of this process; None takes one back. They win over the host's.
@@ -45,50 +70,123 @@ class Defaults:
         Raises:
             InvalidSettings: A key is unknown or a value cannot be used; nothing was changed.
         """
-        with self._lock:
+        with self.lock:
             merged = {key: value for key, value in {**self._own, **values}.items() if value is not None}
             settings = Settings.read(merged)
             self._own = merged
         return settings
 
-    def settings(self, host: Mapping[str, Any] | None = None) -> Settings:
+    def settings(self, values: Mapping[str, Any] | None = None) -> Settings:
         """Return the settings in force.
 
         Args:
-            host: The values of one app; default: whatever the host of the process names.
+            values: Those of one app; None: those of the host.
 
         Raises:
             InvalidSettings: A value cannot be used, or the environment sets what does not exist.
         """
         if not self._environment_checked:
             check_environment()
-            self._environment_checked = True  # once for each process: every run asks for its settings
-        base = self._host() if host is None else host
+            self._environment_checked = True
+        base = self._host() if values is None else values
         return Settings.read({**base, **self._own} if self._own else base)
 
     def store(self, url: str | None, codec: Codec | None = None) -> Store | None:
-        """Return the process's store for *url* and *codec*, opened on first use; None without a URL or an opener."""
-        if url is None or self._open is None:
+        """Return the process's store for *url* and *codec*, opened on first use; None without a URL."""
+        if url is None:
             return None
+        from docket_celery.store import (
+            SQLStore,  # imports SQLAlchemy, which runs without a database do not need
+        )
+
         # The store keeps its codec, so no other object can get that id.
         name = url, id(codec)
-        with self._lock:
+        with self.lock:
             found = self._stores.get(name)
             if found is None:
-                found = self._stores[name] = self._open(url, codec)
+                found = self._stores[name] = SQLStore(url, codec=codec)
             return found
 
-    def close(self) -> None:
+    # --- what runs use -----------------------------------------------------------------------------------------
+
+    def runtime(self, threads: int) -> Runtime:
+        """Return the runtime with *threads* step threads."""
+        found = self._runtimes.get(threads)
+        if found is None:
+            with self.lock:
+                found = self._runtimes.get(threads)
+                if found is None:
+                    found = self._runtimes[threads] = Runtime(threads)
+        return found
+
+    def heartbeat(self, store: Store) -> Heartbeat:
+        """Return what keeps this process's leases in *store* alive, over connections of its own."""
+        with self.lock:
+            found = self._heartbeats.get(store)
+            if found is None:
+                found = self._heartbeats[store] = Heartbeat(store)
+            return found
+
+    def slots_of(self, step: Step) -> Slots | None:
+        """Return the slots of *step*, or None if it has no limit."""
+        most = step.options.max_concurrent
+        if most is None:
+            return None
+        found = self._slots.get(step.mark)
+        return self._slots.setdefault(step.mark, Slots(most)) if found is None else found
+
+    def factory_of(self, step: Step) -> Factory | None:
+        """Return what builds the instance of *step*, or None if it needs none."""
+        if step.make is None:
+            return None
+        found = self._factories.get(step.mark)
+        if found is None:
+            found = self._factories.setdefault(step.mark, Factory(step.make, self._note_built))
+        return found
+
+    def call_of(self, step: Step) -> Callable[..., Any]:
+        """Return the step's code: for ``factory=``, of an instance that the first caller builds.
+
+        Raises:
+            Exception: Whatever the factory raised.
+        """
+        factory = self.factory_of(step)
+        return step.call if factory is None else factory.instance().compute
+
+    def holds_thread(self, step: Step) -> bool:
+        """Tell whether a call keeps the thread that makes it: a coroutine's does while its instance is built."""
+        if not step.is_async:
+            return True
+        factory = self.factory_of(step)
+        return factory is not None and not factory.built
+
+    def _note_built(self, factory: Factory) -> None:
+        self._built.append(factory)
+        if not self._closes_at_exit:
+            self._closes_at_exit = True
+            atexit.register(self.close_instances)
+
+    # --- the end -----------------------------------------------------------------------------------------------
+
+    def close_instances(self) -> None:
+        """Close what factories have built, the latest first; a step that is called after that builds another."""
+        while self._built:
+            self._built.pop().close()
+
+    def close_stores(self) -> None:
         """Close the stores opened here."""
-        with self._lock:
+        with self.lock:
             stores, self._stores = list(self._stores.values()), {}
         for store in stores:
             store.close()
 
-    def after_fork(self) -> None:
-        """Take a fresh lock: another thread of the parent may have held the old one at the fork."""
-        self._lock = threading.Lock()
+    def close_runtimes(self) -> None:
+        """End the threads; the next run starts new ones."""
+        with self.lock:
+            runtimes, self._runtimes = list(self._runtimes.values()), {}
+        for runtime in runtimes:
+            runtime.close()
 
 
-process_defaults = Defaults()
-os.register_at_fork(after_in_child=process_defaults.after_fork)
+process = Process()
+os.register_at_fork(after_in_child=process.begin_in_child)

@@ -1,7 +1,8 @@
-"""One timer thread for backoffs and deadlines."""
+"""Time: the clock of a run, and the timer for backoffs and deadlines."""
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import itertools
 import logging
@@ -9,15 +10,37 @@ import threading
 import time
 from collections.abc import Callable
 
-_logger = logging.getLogger("docket_celery.runtime")
+_logger = logging.getLogger("docket_celery.process")
 
 Work = Callable[[], None]
 
-
 _MOST_WAIT_S = 3600.0
-
-
 _FEW_DEAD = 64
+
+
+class Clock:
+    """The machine's time, and a way to let it pass; the test kit has one that passes at once.
+
+    Attributes:
+        most_wait_s: Most seconds to sleep at once, so that other threads are heard meanwhile.
+    """
+
+    most_wait_s = 0.1
+
+    def monotonic(self) -> float:
+        """Return seconds that never go back."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Let *seconds* pass."""
+        time.sleep(seconds)
+
+    def new_loop(self) -> asyncio.AbstractEventLoop:
+        """Return an asyncio loop with the same time."""
+        return asyncio.new_event_loop()
+
+
+system_clock = Clock()
 
 
 class Alarm:
@@ -35,9 +58,15 @@ class Alarm:
 
 
 class Timer:
-    """One thread that makes calls at their time. A call must be quick: hand longer work to the pool."""
+    """Makes calls at their time. A call must be quick: hand longer work to the pool.
 
-    def __init__(self) -> None:
+    Args:
+        clock: What the delays are measured by.
+        threaded: Make the calls on a thread of the timer; else `ring` makes those that are due.
+    """
+
+    def __init__(self, clock: Clock = system_clock, *, threaded: bool = True) -> None:
+        self._clock, self._threaded = clock, threaded
         self._condition = threading.Condition()
         self._heap: list[tuple[float, int, Alarm]] = []
         self._order = itertools.count()
@@ -46,19 +75,21 @@ class Timer:
         self._closed = False
 
     def after(self, delay_s: float, call: Work) -> Alarm:
-        """Make *call* after *delay_s* seconds, on the timer's thread."""
-        alarm = Alarm(self, time.monotonic() + delay_s, call)
+        """Make *call* after *delay_s* seconds."""
+        alarm = Alarm(self, self._clock.monotonic() + delay_s, call)
         with self._condition:
             heapq.heappush(self._heap, (alarm.at, next(self._order), alarm))
-            if self._thread is None:
+            if self._thread is not None:
+                if self._heap[0][2] is alarm:
+                    self._condition.notify()
+            elif self._threaded:
                 thread = threading.Thread(target=self._run, name="docket-timer", daemon=True)
                 thread.start()
                 self._thread = thread
-            elif self._heap[0][2] is alarm:
-                self._condition.notify()
         return alarm
 
     def cancel(self, alarm: Alarm) -> bool:
+        """See `Alarm.cancel`."""
         with self._condition:
             if alarm.call is None:
                 return False
@@ -70,6 +101,21 @@ class Timer:
                 heapq.heapify(self._heap)
                 self._dead = 0
         return True
+
+    def ring(self) -> None:
+        """Make the calls that are due now."""
+        now = self._clock.monotonic()
+        while True:
+            with self._condition:
+                call = self._take(now)
+            if call is None:
+                return
+            call()
+
+    def wait_s(self) -> float | None:
+        """Return the seconds until the next alarm; None: there is none."""
+        with self._condition:
+            return max(0.0, self._heap[0][0] - self._clock.monotonic()) if self._heap else None
 
     def close(self) -> None:
         """End the thread; pending calls are dropped."""
@@ -92,16 +138,18 @@ class Timer:
     def _next(self) -> Work | None:
         with self._condition:
             while not self._closed:
-                if not self._heap:
-                    self._condition.wait()
-                    continue
-                wait_s = self._heap[0][0] - time.monotonic()
-                if wait_s > 0:
-                    self._condition.wait(min(wait_s, _MOST_WAIT_S))
-                    continue
-                alarm = heapq.heappop(self._heap)[2]
-                if alarm.call is not None:
-                    call, alarm.call = alarm.call, None
+                if (call := self._take(self._clock.monotonic())) is not None:
                     return call
-                self._dead -= 1
+                wait_s = None if not self._heap else self._heap[0][0] - self._clock.monotonic()
+                self._condition.wait(None if wait_s is None else min(max(0.0, wait_s), _MOST_WAIT_S))
+        return None
+
+    def _take(self, now: float) -> Work | None:
+        """Take the next call that is due; the caller holds the lock."""
+        while self._heap and self._heap[0][0] <= now:
+            alarm = heapq.heappop(self._heap)[2]
+            if alarm.call is not None:
+                call, alarm.call = alarm.call, None
+                return call
+            self._dead -= 1
         return None

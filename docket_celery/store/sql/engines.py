@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -128,10 +129,24 @@ class Engines:
         # Two threads may both make one: setdefault keeps one, the other never connected and is dropped.
         # The parent's stays where it is, unused: closing its connections would end the parent's sessions.
         if self._given is None:
-            return self._engines.setdefault(pid, _create(self.url, self.in_memory))
+            engine = self._engines.setdefault(pid, _create(self.url, self.in_memory))
+            # A store that nobody has any more gives its connections back.
+            weakref.finalize(self, _release, engine, pid).atexit = False
+            return engine
         if forked:
             self._given.dispose(close=False)
         return self._engines.setdefault(pid, self._given.execution_options(isolation_level="AUTOCOMMIT"))
+
+
+_of_parents: list[Engine] = []
+"""Engines of a parent process, kept: freeing their connections here would end the parent's sessions."""
+
+
+def _release(engine: Engine, pid: int) -> None:
+    if pid == os.getpid():
+        engine.dispose()
+    else:
+        _of_parents.append(engine)
 
 
 def _check_given(engine: Engine) -> None:

@@ -27,7 +27,7 @@ from docket_celery import (
     configure,
     graph_task,
 )
-from docket_celery.engine.process.state import process_defaults
+from docket_celery.engine.process import state
 from docket_celery.store import SQLStore
 from tests.integration.apps import book
 from tests.unit.protos.shop_pb2 import Address, Charge, Label, Money, Order, Reservation, Shipment
@@ -213,7 +213,7 @@ facts = Graph("lease-facts")
 def tell_facts(order: Order, ctx: StepContext) -> Label:
     """Return what a step sees of its surroundings."""
     logger.info("order %s looks around", order.order_id)
-    store = process_defaults.store(os.environ["DOCKET_CELERY_DATABASE_URL"])
+    store = state.process.store(os.environ["DOCKET_CELERY_DATABASE_URL"])
     request = getattr(current_task, "request", None)  # nobody's in the worker's main process
     seen = {
         "task": getattr(request, "task", None),

@@ -1,0 +1,105 @@
+"""What a process has once: made on first use, freed with what it belongs to, never shared over a fork."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from docket_celery import Graph, Scope, SQLStore
+from docket_celery.engine.process.state import Process, process
+from docket_celery.store import MemoryStore
+from docket_celery.store.contract import Store
+from tests.infra.processes import wait_until
+from tests.unit.protos.shop_pb2 import Charge, Order
+
+GRAPH = Graph("process")
+
+
+@GRAPH.step(persist=Scope.WORKFLOW)
+def charge(order: Order) -> Charge:
+    """Answer with the order's own text."""
+    return Charge(charge_id=order.order_id)
+
+
+def holds_in_child(check: Callable[[], bool]) -> bool:
+    """Tell whether *check* is true in a forked child."""
+    child = os.fork()
+    if child == 0:
+        held = False
+        try:
+            held = check()
+        finally:
+            os._exit(0 if held else 1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def open_files(path: Path) -> int:
+    """Return how many of this process's file descriptors are of the database *path*."""
+    links = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    return sum(link.startswith(str(path)) for link in links)
+
+
+def run_once(store: Store, order: Order) -> list[weakref.ref[Any]]:
+    """Execute with a store that nobody keeps; return what must be freed then."""
+    GRAPH.execute(Charge, order, store=store)
+    return [weakref.ref(store), weakref.ref(process.heartbeat(store))]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "memory"])
+def test_a_store_made_for_one_call_is_freed_after_it(kind: str, tmp_path: Path) -> None:
+    """With its heartbeat, and with the connections of both."""
+    path = tmp_path / "store.db"
+    SQLStore(f"sqlite:///{path}").migrate()
+    freed = list[weakref.ref[Any]]()
+    for number in range(3):
+        store = SQLStore(f"sqlite:///{path}") if kind == "sqlite" else MemoryStore()
+        freed += run_once(store, Order(order_id=str(number)))
+        del store
+    gc.collect()
+    # The thread of the heartbeat ends with its nap.
+    wait_until(lambda: not any(each() for each in freed), within_s=10, what="all is freed")
+    assert open_files(path) == 0
+
+
+def test_a_kept_store_keeps_its_heartbeat() -> None:
+    """One for all its runs."""
+    store = MemoryStore()
+    beats = process.heartbeat(store)
+    gc.collect()
+    assert process.heartbeat(store) is beats
+
+
+def test_a_forked_child_starts_with_nothing_and_frees_nothing(tmp_path: Path) -> None:
+    """It has threads, stores and heartbeats of its own; the parent's objects stay, unused."""
+    url = f"sqlite:///{tmp_path / 'store.db'}"
+    opened, runtime = process.store(url), process.runtime(1)
+    assert opened is not None
+    parents = [weakref.ref(each) for each in (runtime, opened, process.heartbeat(opened))]
+    del opened, runtime
+
+    def check() -> bool:
+        gc.collect()
+        kept = [each() for each in parents]
+        store = process.store(url)
+        assert store is not None
+        own = [process.runtime(1), store, process.heartbeat(store)]
+        return None not in kept and not any(one is other for one in kept for other in own)
+
+    assert holds_in_child(check)
+    assert process.runtime(1) is parents[0]()
+    assert process.store(url) is parents[1]()
+
+
+def test_a_forked_child_keeps_what_the_process_was_told() -> None:
+    """The host's settings, and those of `docket_celery.settings`."""
+    fresh = Process()
+    fresh.use_host(lambda: {"docket_threads": 3})
+    fresh.set({"docket_lease_seconds": 7})
+    fresh.begin_in_child()
+    assert (fresh.settings().threads, fresh.settings().lease_seconds) == (3, 7)
