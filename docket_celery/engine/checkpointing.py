@@ -73,17 +73,16 @@ class StepRecord:
     # --- checkpoints -------------------------------------------------------------------------------------------
 
     def look_up(self) -> Checkpoint | bool:
-        """Return the GLOBAL checkpoint; True: this step shall compute it; False: another one does.
+        """Return the GLOBAL checkpoint; True: this step computes it; False: another one does.
 
-        A refresh takes what another one began to compute after it, and nothing that was there before.
+        A refresh neither looks nor claims: it always computes.
         """
         delivery = self._delivery
         assert delivery.store is not None
-        within_s = None
-        if delivery.refreshes:
-            within_s = 0.0 if self._looked_up is None else self.elapsed_s
         self._looked_up = key = self._looked_up or self._key()
-        found = delivery.store.lookup(key, self._claimant, delivery.lease_s, within_s)
+        if delivery.refreshes:
+            return True
+        found = delivery.store.lookup(key, self._claimant, delivery.lease_s)
         if found is True:
             # Watched before it is known: whoever aborts drops the claims that it finds, watch included.
             delivery.heartbeat().watch_claim(key, self._claimant, delivery.lease_s)
@@ -140,11 +139,7 @@ class StepRecord:
         assert delivery.store is not None
         assert delivery.held is not None
         if checkpoint.execution_id is None:
-            asked_s = self.elapsed_s if delivery.refreshes else None
-            winner = delivery.store.publish(checkpoint, self._claimant, row, asked_s=asked_s)
-            if delivery.refreshes:
-                # Whoever may have overtaken this one computes anew too; what was stored before is not asked for.
-                winner = checkpoint
+            winner = delivery.store.publish(checkpoint, self._claimant, row, replace=delivery.refreshes)
         else:
             winner = delivery.store.save(delivery.held.lease, checkpoint, row)
         self._release_claim()

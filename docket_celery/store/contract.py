@@ -105,16 +105,13 @@ class Store(Protocol):
         """
         ...
 
-    def lookup(
-        self, key: bytes, owner: str, lease_s: float, within_s: float | None = None
-    ) -> Checkpoint | bool:
+    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
         """Return a live GLOBAL checkpoint, or claim the right to compute it.
 
         Args:
             key: `global_key` or `cache_key`.
             owner: Names one step call of one delivery; repeating a look-up with it is idempotent.
             lease_s: Seconds until others may take the claim over unless it is extended.
-            within_s: Only a checkpoint counts whose computation began less than so many seconds ago; None: any.
 
         Returns:
             The verified checkpoint; True if *owner* now holds the claim; False if another live owner does.
@@ -127,7 +124,7 @@ class Store(Protocol):
         owner: str,
         execution: StepExecution | None,
         *,
-        asked_s: float | None = None,
+        replace: bool = False,
     ) -> Checkpoint:
         """Store a GLOBAL checkpoint, replace an expired one, drop *owner*'s claim.
 
@@ -135,8 +132,7 @@ class Store(Protocol):
             checkpoint: What was computed.
             owner: Who claimed it.
             execution: The step's row, or None.
-            asked_s: Seconds since a refresh asked for it. It replaces a live one too, unless that was begun after
-                *owner* claimed, or, where that claim is gone, after the refresh; None: a live one stays.
+            replace: Replace a live one too.
 
         Returns:
             The checkpoint that counts, verified: this one, or a live one that was there before.
@@ -347,7 +343,7 @@ class BatchStore(Store, Protocol):
             allowed: How many items of the stage may fail.
             executions: Rows not yet written.
             progress: Where the stage stands now.
-            lanes: How it is to be worked on; kept with *progress*.
+            lanes: How it is to be worked on.
             message: What whoever finds the run lost needs to go on with it; None: nobody looks for it.
 
         Returns:

@@ -32,7 +32,6 @@ class _Stored:
     checkpoint: Checkpoint
     checksum: bytes
     expires_at: float | None
-    claimed_at: float | None
 
     def read(self) -> Checkpoint:
         return self.checkpoint.verify(self.checksum)
@@ -42,7 +41,6 @@ class _Stored:
 class _Claim:
     owner: str
     lease_until: float
-    claimed_at: float
 
 
 @dataclass(slots=True)
@@ -183,21 +181,19 @@ class MemoryStore:
             stored = self._cache.get(checkpoint.key)
             if stored is not None:
                 return check_owner(stored.read(), lease.graph, lease.execution_id)
-            return self._store(checkpoint, None, None, execution)
+            return self._store(checkpoint, None, execution)
 
-    def lookup(
-        self, key: bytes, owner: str, lease_s: float, within_s: float | None = None
-    ) -> Checkpoint | bool:
+    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
         """See `Store.lookup`."""
         with self._lock:
             now = self._clock()
             stored = self._live(key, now)
-            if stored is not None and _began_within(stored, within_s, now):
+            if stored is not None:
                 return check_owner(stored.read(), "", None)
             claim = self._claims.get(key)
             if claim is not None and claim.owner != owner and claim.lease_until > now:
                 return False
-            self._claims[key] = _Claim(owner, now + lease_s, now)
+            self._claims[key] = _Claim(owner, now + lease_s)
             return True
 
     def publish(
@@ -206,21 +202,18 @@ class MemoryStore:
         owner: str,
         execution: StepExecution | None,
         *,
-        asked_s: float | None = None,
+        replace: bool = False,
     ) -> Checkpoint:
         """See `Store.publish`."""
         with self._lock:
             now = self._clock()
-            claimed_at = _drop_claim(self._claims, checkpoint.key, owner)
-            if claimed_at is None and asked_s is not None:
-                claimed_at = now - asked_s  # the claim is gone; it was asked for before
+            self._drop_claim(checkpoint.key, owner)
+            if execution is not None and execution not in self._executions:
+                self._executions.append(execution)
             stored = self._live(checkpoint.key, now)
-            if stored is not None and not (asked_s is not None and _may_replace(stored, claimed_at)):
-                if execution is not None and execution not in self._executions:
-                    self._executions.append(execution)
+            if stored is not None and not replace:
                 return check_owner(stored.read(), "", None)
-            expires_at = None if checkpoint.ttl_s is None else now + checkpoint.ttl_s
-            return self._store(checkpoint, expires_at, claimed_at, execution)
+            return self._store(checkpoint, None if checkpoint.ttl_s is None else now + checkpoint.ttl_s, None)
 
     def forget(self, key: bytes) -> bool:
         """See `Store.forget`."""
@@ -234,7 +227,7 @@ class MemoryStore:
     def release_claim(self, key: bytes, owner: str) -> None:
         """See `Store.release_claim`."""
         with self._lock:
-            _drop_claim(self._claims, key, owner)
+            self._drop_claim(key, owner)
 
     def extend(
         self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
@@ -379,11 +372,10 @@ class MemoryStore:
         self,
         checkpoint: Checkpoint,
         expires_at: float | None,
-        claimed_at: float | None,
         execution: StepExecution | None,
     ) -> Checkpoint:
         kept = dataclasses.replace(checkpoint, output_json=None)
-        self._cache[kept.key] = _Stored(kept, kept.checksum(), expires_at, claimed_at)
+        self._cache[kept.key] = _Stored(kept, kept.checksum(), expires_at)
         if execution is not None:
             self._executions.append(execution)
         return kept
@@ -407,19 +399,7 @@ class MemoryStore:
             if (checkpoint.graph, checkpoint.execution_id) == (lease.graph, lease.execution_id):
                 stored.expires_at = None if ended_at is None else ended_at + checkpoint.ttl_s
 
-
-def _began_within(stored: _Stored, within_s: float | None, now: float) -> bool:
-    return within_s is None or (stored.claimed_at is not None and stored.claimed_at > now - within_s)
-
-
-def _may_replace(stored: _Stored, claimed_at: float | None) -> bool:
-    return claimed_at is not None and (stored.claimed_at is None or stored.claimed_at <= claimed_at)
-
-
-def _drop_claim(claims: dict[bytes, _Claim], key: bytes, owner: str) -> float | None:
-    """Drop *owner*'s claim; return when it was made, or None if another has it."""
-    claim = claims.get(key)
-    if claim is None or claim.owner != owner:
-        return None
-    del claims[key]
-    return claim.claimed_at
+    def _drop_claim(self, key: bytes, owner: str) -> None:
+        claim = self._claims.get(key)
+        if claim is not None and claim.owner == owner:
+            del self._claims[key]

@@ -25,7 +25,7 @@ from docket_celery.store.records import (
     StepExecution,
 )
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """The version of the tables and rules that this release reads and writes."""
 
 
@@ -336,12 +336,14 @@ def chunk_lease(request: ChunkRequest, row: Row) -> Lease:
     )
 
 
-def progress_values(progress: Progress | None, lanes: Lanes | None) -> str | None:
-    """Return *progress* as ``docket_runs`` keeps it, and beside it how the stage is worked on."""
-    if progress is None:
-        return None
-    limit = {} if lanes is None else {"lanes": [lanes.most, lanes.count]}
-    return json.dumps(asdict(progress) | limit)
+def without_view(checkpoint: Checkpoint) -> Checkpoint:
+    """Return *checkpoint* as it would be read back."""
+    return checkpoint if checkpoint.output_json is None else replace(checkpoint, output_json=None)
+
+
+def progress_values(progress: Progress | None) -> str | None:
+    """Return *progress* as ``docket_runs`` keeps it."""
+    return None if progress is None else json.dumps(asdict(progress))
 
 
 def read_progress(text: str | None) -> Progress | None:
@@ -352,7 +354,11 @@ def read_progress(text: str | None) -> Progress | None:
     return Progress(**{field.name: found[field.name] for field in fields(Progress)})
 
 
+def lanes_values(lanes: Lanes | None) -> str | None:
+    """Return *lanes* as ``docket_runs`` keeps them."""
+    return None if lanes is None else json.dumps([lanes.most, lanes.count])
+
+
 def read_lanes(text: str | None) -> Lanes | None:
-    """Return the lanes that `progress_values` wrote."""
-    found = None if text is None else json.loads(text).get("lanes")
-    return None if found is None else Lanes(*found)
+    """Return the lanes that `lanes_values` wrote."""
+    return None if text is None else Lanes(*json.loads(text))

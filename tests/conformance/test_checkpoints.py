@@ -176,80 +176,17 @@ def test_an_expired_global_checkpoint_is_computed_again(bench: Bench) -> None:
     assert bench.store.lookup(shared().key, "c", 30.0) == new
 
 
-def test_a_look_up_may_ask_for_a_young_computation(bench: Bench) -> None:
-    """An older entry is as good as none then, but only for whoever asks so."""
-    key = shared().key
-    bench.store.lookup(key, "a", 30.0)
-    bench.store.publish(shared(), "a", None)
-    bench.pass_time(100)
-    assert bench.store.lookup(key, "b", 30.0, 1000.0) == shared()
-    assert bench.store.lookup(key, "b", 30.0, 50.0) is True
-    assert bench.store.lookup(key, "c", 30.0, 50.0) is False
-    assert bench.store.lookup(key, "c", 30.0) == shared()
-
-
-def test_a_computation_is_as_old_as_its_claim(bench: Bench) -> None:
-    """What it read may be as old, however late it was stored; nothing is younger than no time at all."""
-    key = shared().key
-    bench.store.lookup(key, "a", 300.0)
-    bench.pass_time(100)
-    bench.store.publish(shared(), "a", None)
-    assert bench.store.lookup(key, "b", 30.0, 50.0) is True
-    bench.store.publish(shared(data=b"new"), "b", None, asked_s=1.0)
-    assert bench.store.lookup(key, "c", 30.0, 50.0) == shared(data=b"new")
-    assert bench.store.lookup(key, "c", 30.0, 0.0) is True
-
-
 def test_a_live_entry_is_replaced_on_demand(bench: Bench) -> None:
     """Until then everybody reads the old one; afterwards the new one, with its own ttl."""
     key = shared().key
     bench.store.publish(shared(data=b"old", ttl_s=60.0), "a", None)
-    assert bench.store.lookup(key, "b", 30.0, 0.0) is True
     assert bench.store.lookup(key, "c", 30.0) == shared(data=b"old", ttl_s=60.0)
     new = shared(data=b"new", ttl_s=600.0)
     for _ in range(2):
-        assert bench.store.publish(new, "b", execution("infer"), asked_s=1.0) == new
+        assert bench.store.publish(new, "b", execution("infer"), replace=True) == new
     bench.pass_time(100)
     assert bench.store.lookup(key, "c", 30.0) == new
     assert bench.executions() == [("infer", 1)]
-
-
-def test_what_was_begun_last_stays(bench: Bench) -> None:
-    """A holder that was overtaken replaces what is older than its refresh, and never what the next one made."""
-    key = shared().key
-    bench.store.publish(shared(data=b"old"), "a", None)
-    assert bench.store.lookup(key, "slow", 30.0, 0.0) is True
-    bench.pass_time(31)
-    assert bench.store.lookup(key, "next", 30.0, 0.0) is True
-    for owner, data, counts in (
-        ("slow", b"late", b"late"),
-        ("next", b"new", b"new"),
-        ("slow", b"late", b"new"),
-    ):
-        asked_s = 31.5 if owner == "slow" else 0.5
-        found = bench.store.publish(shared(data=data), owner, None, asked_s=asked_s)
-        assert found.output_data == counts
-    assert bench.store.lookup(key, "reader", 30.0) == shared(data=b"new")
-
-
-@pytest.mark.parametrize(("asked_s", "counts"), [(100.5, b"new"), (150.0, b"old")])
-def test_a_refresh_whose_claim_is_gone_replaces_what_is_older_than_itself(
-    bench: Bench, asked_s: float, counts: bytes
-) -> None:
-    """A process that stood still loses its claim to a purge; its caller got the new value, so the old one must go."""
-    key = shared().key
-    assert bench.store.lookup(key, "a", 30.0) is True
-    bench.store.publish(shared(data=b"old"), "a", None)
-    bench.pass_time(20)
-    assert bench.store.lookup(key, "b", 30.0, 0.0) is True
-    bench.pass_time(100)
-    while bench.store.purge(100):
-        pass
-    found = bench.store.publish(shared(data=b"new"), "b", None, asked_s=asked_s)
-    assert found.output_data == counts
-    assert bench.store.lookup(key, "c", 30.0) == shared(data=counts)
-    # It is as old as the question, lest a later refresh takes it for its own.
-    assert bench.store.lookup(key, "d", 30.0, 100.0) is True
 
 
 def test_a_forgotten_entry_is_computed_again(bench: Bench) -> None:

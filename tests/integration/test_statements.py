@@ -109,8 +109,8 @@ def test_a_shared_step_makes_two_statements_on_a_miss_and_one_on_a_hit(store: SQ
     assert len(hit) == around + 1, hit
 
 
-def test_a_refresh_makes_four_statements_and_forgetting_one(store: SQLStore) -> None:
-    """It is a run: acquire, look up and claim, publish, end. To forget is to delete."""
+def test_a_refresh_makes_three_statements_and_forgetting_one(store: SQLStore) -> None:
+    """It is a run: acquire, publish, end. To forget is to delete."""
     graph = Graph("rates", store=store)
 
     @graph.step(persist=Scope.GLOBAL)
@@ -121,7 +121,7 @@ def test_a_refresh_makes_four_statements_and_forgetting_one(store: SQLStore) -> 
     for _ in range(2):
         with counted(store) as statements:
             assert graph.refresh(find_rate, order) == Money(cents=5)
-        assert len(statements) == 4, statements
+        assert len(statements) == 3, statements
     with counted(store) as statements:
         assert graph.forget(find_rate, order)
     assert len(statements) == 1, statements

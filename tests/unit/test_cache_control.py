@@ -13,7 +13,6 @@ from docket_celery.errors import (
     CacheMismatch,
     CorruptCheckpoint,
     InvalidArguments,
-    RunTimedOut,
     StepFailed,
     StoreMissing,
 )
@@ -41,14 +40,8 @@ class WatchedStore(MemoryStore):
         """How many runs have been told to wait."""
         return len(self._told)
 
-    def lose_claims(self) -> None:
-        """Forget who computes what, as a purge does with claims that nobody extended."""
-        self._claims.clear()
-
-    def lookup(
-        self, key: bytes, owner: str, lease_s: float, within_s: float | None = None
-    ) -> Checkpoint | bool:
-        found = super().lookup(key, owner, lease_s, within_s)
+    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+        found = super().lookup(key, owner, lease_s)
         if found is False:
             self._told.add(owner)
         return found
@@ -300,61 +293,29 @@ class TestRefresh:
         finally:
             settings(threads=None)
 
-    def test_of_many_at_once_one_more_computes(self) -> None:
-        """Who came while one computed takes what began after it came; nobody takes what began before."""
-        rates, running, most = Rates(), [0], [0]
-        rates.ask()
-        computing, go = threading.Event(), threading.Event()
-
-        def body(_ctx: StepContext) -> None:
-            running[0] += 1
-            most[0] = max(most[0], running[0])
-            pass_on(computing, go)
-            running[0] -= 1
-
-        rates.body = body
-        first = start(rates.refresh)
-        reached(computing)
-        later = [start(rates.refresh) for _ in range(8)]
-        while rates.store.waiting < 8:
-            assert not first.done()
-        go.set()
-        assert first.result(WAIT_S) == "rates 2"
-        assert [refresh.result(WAIT_S) for refresh in later] == ["rates 3"] * 8
-        assert (rates.calls, most, rates.ask()) == (3, [1], "rates 3")
-
-    def test_it_waits_for_a_run_that_computes_and_then_computes_itself(self) -> None:
-        """What the run reads may be older than the wish for something new."""
+    def test_two_at_once_both_compute(self) -> None:
+        """None waits for the other, and the entry is what was stored last."""
         rates = Rates()
         computing, go = threading.Event(), threading.Event()
-        rates.body = lambda _ctx: pass_on(computing, go)
-        run = start(rates.ask)
-        reached(computing)
-        refreshing = start(rates.refresh)
-        while not rates.store.waiting:
-            assert not run.done()
-        go.set()
-        assert (run.result(WAIT_S), refreshing.result(WAIT_S)) == ("rates 1", "rates 2")
-
-    def test_waiting_ends_with_the_timeout(self) -> None:
-        """The one who computes is not disturbed."""
-        rates = Rates()
-        computing, go = threading.Event(), threading.Event()
-        rates.body = lambda _ctx: pass_on(computing, go)
+        rates.body = lambda _ctx: pass_on(computing, go) if not computing.is_set() else None
         first = start(rates.refresh)
         reached(computing)
-        with pytest.raises(RunTimedOut):
-            rates.refresh(timeout=0.1)
+        assert (rates.refresh(), rates.ask()) == ("rates 2", "rates 2")
         go.set()
         assert first.result(WAIT_S) == "rates 1"
+        assert (rates.calls, rates.ask()) == (2, "rates 1")
 
-    def test_a_refresh_that_lost_its_claim_leaves_no_old_entry(self) -> None:
-        """Everybody reads what it returned, though nobody knew any more that it was computing."""
+    def test_a_run_that_began_before_does_not_overwrite_it(self) -> None:
+        """What that run read may be older than the wish for something new, so it takes the new value too."""
         rates = Rates()
-        assert rates.ask() == "rates 1"
-        rates.body = lambda _ctx: rates.store.lose_claims()
+        computing, go = threading.Event(), threading.Event()
+        rates.body = lambda _ctx: pass_on(computing, go) if not computing.is_set() else None
+        run = start(rates.ask)
+        reached(computing)
         assert rates.refresh() == "rates 2"
-        assert rates.ask() == "rates 2"
+        go.set()
+        assert run.result(WAIT_S) == "rates 2"
+        assert (rates.calls, rates.ask()) == (2, "rates 2")
 
     def test_a_damaged_entry_is_replaced(self) -> None:
         """No run may use it; whoever asks for a new one does not need to read it."""

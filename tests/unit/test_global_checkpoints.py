@@ -33,10 +33,8 @@ class WatchedStore(MemoryStore):
         self.waited, self.released = threading.Event(), threading.Event()
         self.refusals = 0
 
-    def lookup(
-        self, key: bytes, owner: str, lease_s: float, within_s: float | None = None
-    ) -> Checkpoint | bool:
-        found = super().lookup(key, owner, lease_s, within_s)
+    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+        found = super().lookup(key, owner, lease_s)
         if found is False:
             self.waited.set()
         return found
@@ -47,12 +45,12 @@ class WatchedStore(MemoryStore):
         owner: str,
         execution: StepExecution | None,
         *,
-        asked_s: float | None = None,
+        replace: bool = False,
     ) -> Checkpoint:
         if self.refusals:
             self.refusals -= 1
             raise StoreUnavailable("answer", "gone for a moment")
-        return super().publish(checkpoint, owner, execution, asked_s=asked_s)
+        return super().publish(checkpoint, owner, execution, replace=replace)
 
     def release_claim(self, key: bytes, owner: str) -> None:
         super().release_claim(key, owner)

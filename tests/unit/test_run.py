@@ -82,11 +82,9 @@ class FaultyStore(MemoryStore):
         self._meet_fault("save")
         return super().save(lease, checkpoint, execution)
 
-    def lookup(
-        self, key: bytes, owner: str, lease_s: float, within_s: float | None = None
-    ) -> Checkpoint | bool:
+    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
         self._meet_fault("lookup")
-        return super().lookup(key, owner, lease_s, within_s)
+        return super().lookup(key, owner, lease_s)
 
     def publish(
         self,
@@ -94,10 +92,10 @@ class FaultyStore(MemoryStore):
         owner: str,
         execution: StepExecution | None,
         *,
-        asked_s: float | None = None,
+        replace: bool = False,
     ) -> Checkpoint:
         self._meet_fault("publish")
-        return super().publish(checkpoint, owner, execution, asked_s=asked_s)
+        return super().publish(checkpoint, owner, execution, replace=replace)
 
     def end(self, lease: Lease, end: RunEnd) -> None:
         self._meet_fault("end")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection
@@ -39,6 +38,7 @@ from docket_celery.store.rows import (
     read_checkpoint,
     read_run,
     request_values,
+    without_view,
 )
 from docket_celery.store.rules import halt
 from docket_celery.store.sql import postgres_sql as sql
@@ -112,18 +112,16 @@ def save(
         if not fenced:
             raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
         if saved:
-            return replace(ours, output_json=None)
+            return without_view(ours)
         row = connection.execute(sql.FIND_CHECKPOINT, {"cache_key": ours.key}).mappings().first()
         if row is not None:
             return check_owner(read_checkpoint(row), fence["graph"], fence["execution_id"])
     raise StoreUnavailable("save the checkpoint", "another's row is being deleted")
 
 
-def lookup(
-    connection: Connection, key: bytes, owner: str, lease_s: float, within_s: float | None = None
-) -> Checkpoint | bool:
+def lookup(connection: Connection, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
     """See `Store.lookup`."""
-    values = {"cache_key": key, "owner": clean_text(owner), "lease_s": lease_s, "within_s": within_s}
+    values = {"cache_key": key, "owner": clean_text(owner), "lease_s": lease_s}
     row = connection.execute(sql.LOOKUP, values).mappings().one()
     if row["cache_key"] is not None:
         return check_owner(read_checkpoint(row), "", None)
@@ -136,16 +134,16 @@ def publish(
     owner: str,
     execution: StepExecution | None,
     *,
-    asked_s: float | None = None,
+    replace: bool = False,
 ) -> Checkpoint:
     """See `Store.publish`."""
     ours = clean_checkpoint(checkpoint)
     values = checkpoint_values(ours) | _execution_values(execution)
-    values |= {"owner": clean_text(owner), "asked_s": asked_s}
+    values |= {"owner": clean_text(owner), "replace": replace}
     statement = sql.PUBLISH if execution is None else sql.PUBLISH_EXECUTION
     for _ in range(_TRIES):
         if connection.execute(statement, values).scalar_one():
-            return replace(ours, output_json=None)
+            return without_view(ours)
         row = connection.execute(sql.FIND_LIVE, {"cache_key": ours.key}).mappings().first()
         if row is not None:
             return check_owner(read_checkpoint(row), "", None)

@@ -28,6 +28,7 @@ from docket_celery.store.rows import (
     clean_text,
     dump_json,
     fence_values,
+    lanes_values,
     progress_values,
     read_chunk,
     read_in_order,
@@ -85,24 +86,25 @@ WITH f AS (
         message = CAST(:message AS bytea),
         -- Opened again by a copy: its chunks have counted meanwhile, and one may have stopped the rest.
         progress = CASE WHEN {_IS_OPEN} THEN progress ELSE CAST(:progress AS jsonb) END,
+        lanes = CASE WHEN {_IS_OPEN} THEN lanes ELSE CAST(:lanes AS jsonb) END,
         items_allowed = CASE WHEN {_IS_OPEN} THEN items_allowed ELSE :allowed END,
         items_failed = CASE WHEN {_IS_OPEN} THEN items_failed ELSE (
             SELECT COALESCE(sum(failed), 0) FROM docket_chunks WHERE {_IS_RUN} AND stage = :stage) END
     WHERE {_IS_RUN} AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'
-    RETURNING CAST(progress AS text) AS progress),
+    RETURNING CAST(lanes AS text) AS lanes),
 c AS (
     INSERT INTO docket_chunks (graph, execution_id, stage, lo, hi, state, epoch, retries, lost, failed)
     SELECT CAST(:graph AS text), CAST(:execution_id AS text), CAST(:stage AS integer), u.lo, u.hi, 'QUEUED',
         0, 0, 0, 0
     FROM unnest(CAST(:los AS bigint[]), CAST(:his AS bigint[])) AS u (lo, hi), f
     ON CONFLICT (graph, execution_id, stage, lo) DO NOTHING){executions}
-SELECT progress FROM f
+SELECT lanes FROM f
 """)
 
 
 _OPEN_STAGE = {False: _open_stage(""), True: _open_stage(ADD_EXECUTIONS)}
 _FIND_STATE = text(
-    f"SELECT owner, epoch, state, CAST(progress AS text) AS progress FROM docket_runs WHERE {_IS_RUN}"
+    f"SELECT owner, epoch, state, CAST(lanes AS text) AS lanes FROM docket_runs WHERE {_IS_RUN}"
 )
 _FIND_CHUNKS = text(f"""
 SELECT stage, lo, hi, state, failed, CAST(errors AS text) AS errors FROM docket_chunks
@@ -237,14 +239,14 @@ def open_stage(
     """See `BatchStore.open_stage`."""
     values = fence_values(lease) | execution_arrays(executions) | {"lease_s": lease.lease_s}
     values |= {"stage": stage, "allowed": allowed, "message": message}
-    values["progress"] = progress_values(progress, lanes)
+    values |= {"progress": progress_values(progress), "lanes": lanes_values(lanes)}
     values |= {"los": [chunk.lo for chunk in chunks], "his": [chunk.hi for chunk in chunks]}
     row = connection.execute(_OPEN_STAGE[bool(executions)], values).first()
     if row is None:
         row = connection.execute(_FIND_STATE, values).first()
         if row is None or tuple(row[:3]) != (values["owner"], values["epoch"], RunState.WAITING):
             raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
-    return read_lanes(row.progress)
+    return read_lanes(row.lanes)
 
 
 def find_chunks(connection: Connection, graph: str, execution_id: str) -> list[ChunkRow]:

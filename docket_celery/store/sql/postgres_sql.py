@@ -218,15 +218,13 @@ SAVE = {
 LOOKUP = text(f"""
 WITH live AS (
     SELECT {_COLUMNS} FROM docket_cache
-    WHERE cache_key = :cache_key AND (expires_at IS NULL OR expires_at > clock_timestamp())
-        AND (CAST(:within_s AS double precision) IS NULL
-            OR claimed_at > clock_timestamp() - CAST(:within_s AS double precision) * {_SECOND})),
+    WHERE cache_key = :cache_key AND (expires_at IS NULL OR expires_at > clock_timestamp())),
 claimed AS (
-    INSERT INTO docket_claims AS c (cache_key, owner, lease_until, claimed_at)
-    SELECT CAST(:cache_key AS bytea), CAST(:owner AS text), {_UNTIL}, clock_timestamp()
+    INSERT INTO docket_claims AS c (cache_key, owner, lease_until)
+    SELECT CAST(:cache_key AS bytea), CAST(:owner AS text), {_UNTIL}
     WHERE NOT EXISTS (SELECT 1 FROM live)
     ON CONFLICT (cache_key) DO UPDATE SET
-        owner = excluded.owner, lease_until = excluded.lease_until, claimed_at = clock_timestamp()
+        owner = excluded.owner, lease_until = excluded.lease_until
     WHERE (c.owner = excluded.owner AND c.lease_until > clock_timestamp())
         OR (c.lease_until <= clock_timestamp() AND EXISTS (
             SELECT 1 FROM docket_claims AS seen
@@ -236,21 +234,16 @@ SELECT claims.won, live.* FROM (SELECT count(*) AS won FROM claimed) AS claims L
 """)
 
 
-# A claim that is gone cannot say its age; the refresh that made it was asked for before it.
 def _publish(execution: str) -> TextClause:
     return text(f"""
 WITH s AS (
-    INSERT INTO docket_cache AS c ({_COLUMNS}, output_json, created_at, expires_at, claimed_at)
-    SELECT {_STORED}, clock_timestamp() + CAST(:ttl AS double precision) * {_SECOND},
-        COALESCE((SELECT claimed_at FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner),
-            clock_timestamp() - CAST(:asked_s AS double precision) * {_SECOND})
+    INSERT INTO docket_cache AS c ({_COLUMNS}, output_json, created_at, expires_at)
+    SELECT {_STORED}, clock_timestamp() + CAST(:ttl AS double precision) * {_SECOND}
     ON CONFLICT (cache_key) DO UPDATE SET
         {", ".join(f"{name} = excluded.{name}" for name in CHECKPOINT_COLUMNS if name != "cache_key")},
         output_json = excluded.output_json, created_at = excluded.created_at,
-        expires_at = excluded.expires_at, claimed_at = excluded.claimed_at
-    WHERE c.expires_at <= clock_timestamp() OR (
-        CAST(:asked_s AS double precision) IS NOT NULL
-        AND (c.claimed_at IS NULL OR c.claimed_at <= excluded.claimed_at))
+        expires_at = excluded.expires_at
+    WHERE CAST(:replace AS boolean) OR c.expires_at <= clock_timestamp()
     RETURNING 1),
 spent AS (
     UPDATE docket_claims SET lease_until = clock_timestamp()

@@ -76,7 +76,9 @@ docket_cache = Table(
     Column("ttl", Double, comment="in seconds; WORKFLOW: counted from the end of the run"),
     Column("created_at", _TIME, nullable=False),
     Column("expires_at", _TIME),
-    Column("claimed_at", _TIME, comment="GLOBAL: when the step that made it began"),
+    Column(
+        "claimed_at", _TIME, comment="GLOBAL: when the step that made it began"
+    ),  # written by release 0.1.0
     Column("output_shape", Text, comment="fields of output_type when output_data was written"),
     _is_32_bytes("cache_key"),
     _is_32_bytes("checksum"),
@@ -152,6 +154,7 @@ docket_runs = Table(
     Column("items_failed", _BIG, comment="of the open stage"),
     Column("items_allowed", _BIG, comment="how many may fail; -1: nothing of it starts any more"),
     Column("message", LargeBinary, comment="what whoever finds the run lost sends to have it go on"),
+    Column("lanes", _JSON, comment="of the open stage: most items at once, number of lanes"),
     PrimaryKeyConstraint("graph", "execution_id"),
     CheckConstraint(f"state IN ({_STATES})", name="state"),
     CheckConstraint("length(execution_id) BETWEEN 1 AND 255", name="execution_id"),
@@ -179,7 +182,7 @@ docket_claims = Table(
     Column("cache_key", LargeBinary, primary_key=True),
     Column("owner", Text, nullable=False),
     Column("lease_until", _TIME, nullable=False),
-    Column("claimed_at", _TIME),
+    Column("claimed_at", _TIME),  # written by release 0.1.0
     _is_32_bytes("cache_key"),
 )
 Index("ix_docket_claims_lease", docket_claims.c.lease_until)
@@ -292,8 +295,27 @@ def _to_5(connection: Connection) -> None:
         connection.exec_driver_sql(f"COMMENT ON COLUMN docket_cache.output_shape IS '{comment}'")
 
 
+def _to_6(connection: Connection) -> None:
+    """Keep the lanes of a stage in a column of their own; they were a part of its progress."""
+    run = connection.exec_driver_sql
+    if connection.dialect.name != "postgresql":
+        run("ALTER TABLE docket_runs ADD COLUMN lanes JSON")
+        run(
+            "UPDATE docket_runs SET lanes = json_extract(progress, '$.lanes'), "
+            "progress = json_remove(progress, '$.lanes') WHERE json_extract(progress, '$.lanes') IS NOT NULL"
+        )
+        return
+    run("ALTER TABLE docket_runs ADD COLUMN lanes jsonb")
+    run(
+        "UPDATE docket_runs SET lanes = progress -> 'lanes', progress = progress - 'lanes' "
+        "WHERE progress -> 'lanes' IS NOT NULL"
+    )
+    comment = "of the open stage: most items at once, number of lanes"
+    run(f"COMMENT ON COLUMN docket_runs.lanes IS '{comment}'")
+
+
 # A migration is written in plain SQL and never changed: it starts from the tables as they were then.
-MIGRATIONS: Mapping[int, Migration] = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5}
+MIGRATIONS: Mapping[int, Migration] = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5, 6: _to_6}
 """How to reach a version from the one before, from 2 on; an empty database gets the newest tables at once."""
 
 _LOCK_ID = 0x646F636B6574  # "docket": one advisory lock for all who migrate

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -43,6 +42,7 @@ from docket_celery.store.rows import (
     read_checkpoint,
     read_run,
     request_values,
+    without_view,
 )
 from docket_celery.store.rules import (
     BODY_PATIENCE,
@@ -154,10 +154,7 @@ WHERE {_FENCE}
 """)
 
 _FIND_CHECKPOINT = text(f"SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = :cache_key")
-_FIND_LIVE = text(
-    f"SELECT {_COLUMNS}, claimed_at FROM docket_cache WHERE cache_key = :cache_key AND {_LIVE} "
-    f"AND (:within_s IS NULL OR claimed_at > {after('-:within_s')})"
-)
+_FIND_LIVE = text(f"SELECT {_COLUMNS} FROM docket_cache WHERE cache_key = :cache_key AND {_LIVE}")
 _FIND_OF_RUN = text(
     f"SELECT {_COLUMNS}, expires_at IS NOT NULL AS dated FROM docket_cache WHERE {_IS_RUN} "
     "AND (item = '' OR :items)"
@@ -169,12 +166,12 @@ _UNDATE = text(
 _DATE = text(f"UPDATE docket_cache SET expires_at = {after('ttl')} WHERE {_IS_RUN} AND ttl IS NOT NULL")
 _STORED = ", ".join(f":{name}" for name in CHECKPOINT_COLUMNS)
 _STORE = (
-    f"INTO docket_cache ({_COLUMNS}, output_json, created_at, expires_at, claimed_at) "
+    f"INTO docket_cache ({_COLUMNS}, output_json, created_at, expires_at) "
     f"VALUES ({_STORED}, :output_json, {NOW}"
 )
-_INSERT_CHECKPOINT = text(f"INSERT {_STORE}, NULL, NULL)")
-_PUT_CHECKPOINT = text(f"INSERT OR REPLACE {_STORE}, NULL, NULL)")
-_REPLACE_CHECKPOINT = text(f"INSERT OR REPLACE {_STORE}, {after(':ttl')}, :claimed_at)")
+_INSERT_CHECKPOINT = text(f"INSERT {_STORE}, NULL)")
+_PUT_CHECKPOINT = text(f"INSERT OR REPLACE {_STORE}, NULL)")
+_REPLACE_CHECKPOINT = text(f"INSERT OR REPLACE {_STORE}, {after(':ttl')})")
 _FORGET = text("DELETE FROM docket_cache WHERE cache_key = :cache_key AND execution_id IS NULL")
 _ADD_EXECUTION = text(
     f"INSERT INTO docket_executions ({', '.join(EXECUTION_COLUMNS)}) "
@@ -186,16 +183,11 @@ _FIND_EXECUTION = text(
 )
 
 _CLAIM = text(f"""
-INSERT INTO docket_claims (cache_key, owner, lease_until, claimed_at)
-VALUES (:cache_key, :owner, {after(":lease_s")}, {NOW})
+INSERT INTO docket_claims (cache_key, owner, lease_until)
+VALUES (:cache_key, :owner, {after(":lease_s")})
 ON CONFLICT (cache_key) DO UPDATE SET
-    owner = excluded.owner, lease_until = excluded.lease_until, claimed_at = excluded.claimed_at
+    owner = excluded.owner, lease_until = excluded.lease_until
 WHERE docket_claims.owner = excluded.owner OR docket_claims.lease_until <= {NOW}
-""")
-# A claim that is gone cannot say its age; the refresh that made it was asked for before it.
-_FIND_CLAIM = text(f"""
-SELECT COALESCE(
-    (SELECT claimed_at FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner), {after("-:asked_s")})
 """)
 _RELEASE_CLAIM = text("DELETE FROM docket_claims WHERE cache_key = :cache_key AND owner = :owner")
 _EXTEND_CLAIM = text(
@@ -282,15 +274,13 @@ def save(
         if row is None:
             connection.execute(_INSERT_CHECKPOINT, checkpoint_values(ours))
             add_executions(connection, [] if execution is None else [execution])
-            return replace(ours, output_json=None)
+            return without_view(ours)
     return check_owner(read_checkpoint(row), fence["graph"], fence["execution_id"])
 
 
-def lookup(
-    connection: Connection, key: bytes, owner: str, lease_s: float, within_s: float | None = None
-) -> Checkpoint | bool:
+def lookup(connection: Connection, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
     """See `Store.lookup`; a hit takes no write lock."""
-    values = {"cache_key": key, "owner": clean_text(owner), "lease_s": lease_s, "within_s": within_s}
+    values = {"cache_key": key, "owner": clean_text(owner), "lease_s": lease_s}
     row = connection.execute(_FIND_LIVE, values).mappings().first()
     if row is None:
         with writing(connection):
@@ -306,29 +296,27 @@ def publish(
     owner: str,
     execution: StepExecution | None,
     *,
-    asked_s: float | None = None,
+    replace: bool = False,
 ) -> Checkpoint:
     """See `Store.publish`."""
     ours = clean_checkpoint(checkpoint)
-    values = checkpoint_values(ours) | {"owner": clean_text(owner), "within_s": None, "asked_s": asked_s}
+    values = checkpoint_values(ours) | {"owner": clean_text(owner)}
     with writing(connection):
-        values["claimed_at"] = claimed_at = connection.execute(_FIND_CLAIM, values).scalar()
         connection.execute(_RELEASE_CLAIM, values)
         if execution is not None:
             row = _execution_values(execution)
             if connection.execute(_FIND_EXECUTION, row).first() is None:
                 connection.execute(_ADD_EXECUTION, row)
         found = connection.execute(_FIND_LIVE, values).mappings().first()
-        older = found is not None and claimed_at is not None and (found["claimed_at"] or "") <= claimed_at
-        if found is None or (asked_s is not None and older):
+        if found is None or replace:
             connection.execute(_REPLACE_CHECKPOINT, values)
-            return replace(ours, output_json=None)
+            return without_view(ours)
     return check_owner(read_checkpoint(found), "", None)
 
 
 def forget(connection: Connection, key: bytes) -> bool:
     """See `Store.forget`."""
-    values = {"cache_key": key, "within_s": None}
+    values = {"cache_key": key}
     with writing(connection):
         live = connection.execute(_FIND_LIVE, values).first() is not None
         return connection.execute(_FORGET, values).rowcount > 0 and live

@@ -27,6 +27,7 @@ from docket_celery.store.rows import (
     clean_text,
     dump_json,
     fence_values,
+    lanes_values,
     progress_values,
     read_chunk,
     read_in_order,
@@ -67,6 +68,7 @@ UPDATE docket_runs SET
     wake_at = {after("CASE WHEN :message IS NOT NULL THEN :lease_s END")},
     lease_until = {after(f"CASE WHEN :message IS NOT NULL THEN :lease_s * {STAGE_PATIENCE} END")},
     progress = CASE WHEN {_IS_OPEN} THEN progress ELSE :progress END,
+    lanes = CASE WHEN {_IS_OPEN} THEN lanes ELSE :lanes END,
     items_allowed = CASE WHEN {_IS_OPEN} THEN items_allowed ELSE :allowed END,
     items_failed = CASE WHEN {_IS_OPEN} THEN items_failed ELSE (
         SELECT COALESCE(sum(failed), 0) FROM docket_chunks WHERE {_IS_RUN} AND stage = :stage) END
@@ -76,7 +78,7 @@ _ADD_CHUNK = text("""
 INSERT OR IGNORE INTO docket_chunks (graph, execution_id, stage, lo, hi, state, epoch, retries, lost, failed)
 VALUES (:graph, :execution_id, :stage, :lo, :hi, 'QUEUED', 0, 0, 0, 0)
 """)
-_FIND_STATE = text(f"SELECT owner, epoch, state, progress FROM docket_runs WHERE {_IS_RUN}")
+_FIND_STATE = text(f"SELECT owner, epoch, state, lanes FROM docket_runs WHERE {_IS_RUN}")
 _FIND_CHUNKS = text(f"""
 SELECT stage, lo, hi, state, failed, errors FROM docket_chunks WHERE {_IS_RUN} ORDER BY stage, lo
 """)
@@ -178,7 +180,8 @@ def open_stage(
 ) -> Lanes | None:
     """See `BatchStore.open_stage`."""
     values = fence_values(lease) | {"stage": stage, "allowed": allowed}
-    values |= {"message": message, "progress": progress_values(progress, lanes), "lease_s": lease.lease_s}
+    values |= {"message": message, "progress": progress_values(progress), "lease_s": lease.lease_s}
+    values["lanes"] = lanes_values(lanes)
     with writing(connection):
         if connection.execute(_OPEN_STAGE, values).rowcount:
             for chunk in chunks:
@@ -187,7 +190,7 @@ def open_stage(
         row = connection.execute(_FIND_STATE, values).first()
     if row is None or tuple(row[:3]) != (values["owner"], values["epoch"], RunState.WAITING):
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
-    return read_lanes(row.progress)
+    return read_lanes(row.lanes)
 
 
 def find_chunks(connection: Connection, graph: str, execution_id: str) -> list[ChunkRow]:

@@ -144,11 +144,9 @@ class SQLStore:
 
     # --- shared checkpoints ----------------------------------------------------------------------------------------
 
-    def lookup(
-        self, key: bytes, owner: str, lease_s: float, within_s: float | None = None
-    ) -> Checkpoint | bool:
+    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
         """See `Store.lookup`."""
-        found = self._run("look the checkpoint up", self._calls.lookup, key, owner, lease_s, within_s)
+        found = self._run("look the checkpoint up", self._calls.lookup, key, owner, lease_s)
         return found if isinstance(found, bool) else self._seal.unseal(found)
 
     def publish(
@@ -157,11 +155,11 @@ class SQLStore:
         owner: str,
         execution: StepExecution | None,
         *,
-        asked_s: float | None = None,
+        replace: bool = False,
     ) -> Checkpoint:
         """See `Store.publish`."""
         sealed, row = self._seal.seal(checkpoint), self._seal_row(execution)
-        found = self._run("publish the checkpoint", self._calls.publish, sealed, owner, row, asked_s=asked_s)
+        found = self._run("publish the checkpoint", self._calls.publish, sealed, owner, row, replace=replace)
         return self._seal.unseal_saved(found, sealed, checkpoint)
 
     def forget(self, key: bytes) -> bool:
