@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("docket_celery.retrying")
 Kinds = tuple[type[BaseException], ...]
-_OUTAGE_MOST_S = 15.0
+OUTAGE_MOST_S = 15.0
+"""Most seconds between two deliveries of a task that do not reach the database."""
 
 
 class _CausedBy(type):
@@ -104,7 +105,7 @@ def backoff_s(task: GraphTask[Any, Any], retries: int) -> float:
 
 def _outage_s(task: GraphTask[Any, Any], outages: int) -> float:
     """Return the wait in seconds for a database that does not answer: growing and spread, as all tasks wait."""
-    longest_s = min(_OUTAGE_MOST_S, task.default_retry_delay * 2.0 ** min(outages, 10))
+    longest_s = min(OUTAGE_MOST_S, task.default_retry_delay * 2.0 ** min(outages, 10))
     return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 -- spreads load, keeps no secret
 
 

@@ -22,6 +22,7 @@ from docket_celery.store.contract import BatchStore
 from docket_celery.store.records import LostRun
 from docket_celery.task import app_settings, checks
 from docket_celery.task.chords import revive
+from docket_celery.task.retries import OUTAGE_MOST_S
 
 MOST_AT_ONCE = 20
 """So many runs does one look take at most: whoever looks next finds the others."""
@@ -38,17 +39,22 @@ class Schedule:
     """
 
     def __init__(self) -> None:
-        self._shared = mmap.mmap(-1, 8)
+        self._shared = mmap.mmap(-1, 9)
         self.set_next(time.monotonic())
 
+    @property
+    def away(self) -> bool:
+        """Whether the database did not answer the last look."""
+        return bool(self._shared[8])
+
     def left_s(self) -> float:
-        """Return the seconds until somebody shall look; the clock is the same in all processes."""
+        """Return the seconds until the next look is due; the clock is the same in all processes."""
         (due,) = struct.unpack("d", self._shared[:8])
         return float(due) - time.monotonic()
 
-    def set_next(self, at: float) -> None:
-        """Say when, on `time.monotonic`'s clock."""
-        self._shared[:8] = struct.pack("d", at)
+    def set_next(self, at: float, *, away: bool = False) -> None:
+        """Set when the next look is due, on `time.monotonic`'s clock."""
+        self._shared[:] = struct.pack("d?", at, away)
 
 
 class Sweeper:
@@ -62,7 +68,6 @@ class Sweeper:
     def __init__(self, app: Celery, schedule: Schedule) -> None:
         self._app, self._schedule = app, schedule
         self._over = threading.Event()
-        self._away = False
         self._unsent: dict[tuple[str, str], tuple[LostRun, int]] = {}
 
     def start(self) -> bool:
@@ -79,10 +84,18 @@ class Sweeper:
     def sweep(self) -> int:
         """Look once; return how many runs were sent on: those found lost, and those that could not be sent before.
 
+        The first look after an outage takes nothing for lost: leases expired meanwhile, and the deliveries that held
+        them come back within `OUTAGE_MOST_S`.
+
         Raises:
             DocketError: A store cannot be asked.
         """
         settings = app_settings.app_settings(self._app)
+        if self._schedule.away:
+            for store, _ in self._tasks():
+                store.find_run("", "")
+            self._schedule.set_next(time.monotonic() + settings.lease_seconds + OUTAGE_MOST_S)
+            return self._send()
         try:
             for store, names in self._tasks():
                 for lost in store.find_lost(
@@ -130,20 +143,15 @@ class Sweeper:
                 continue
             # Spread: the workers of a deployment started at one moment.
             pause_s = half_s * random.uniform(0.7, 1.3)  # noqa: S311 -- spreads load, keeps no secret
-            self._schedule.set_next(time.monotonic() + pause_s)
+            self._schedule.set_next(time.monotonic() + pause_s, away=self._schedule.away)
             try:
                 self.sweep()
             except StoreUnavailable as error:
-                self._tell_away(error)
+                if not self._schedule.away:
+                    _logger.warning("lost batches cannot be looked for: %s", error)
+                self._schedule.set_next(time.monotonic() + pause_s, away=True)
             except Exception:
                 _logger.exception("looking for lost batches failed")
-            else:
-                self._away = False
-
-    def _tell_away(self, error: StoreUnavailable) -> None:
-        if not self._away:
-            _logger.warning("lost batches cannot be looked for: %s", error)
-        self._away = True
 
     def _tasks(self) -> list[tuple[BatchStore, list[str]]]:
         """Return the stores over which batches are spread, with the names of the tasks."""

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from celery import Celery
 
+from docket_celery import SQLStore, graph_task
 from docket_celery.devserver.postgres import start_postgres
 from docket_celery.devserver.processes import ServerProcess
+from docket_celery.engine.process.state import process as resources
+from docket_celery.store.records import Chunk, ChunkRequest, Lease, RunRequest
+from docket_celery.task.sweeper import Schedule, Sweeper
+from examples.movies.graph import movie_graph
+from examples.movies.movies_pb2 import EnrichedMovie, Movie
 from tests.conftest import StartWorker
 from tests.infra import servers
 from tests.infra.processes import wait_until
@@ -129,6 +136,60 @@ def test_a_run_whose_end_cannot_be_written_ends_when_the_database_is_back(
     run = database.run("late")
     assert run is not None
     assert (run.state, run.epoch, run.lost, run.failures) == ("SUCCEEDED", 2, 0, 0)
+
+
+def test_a_look_after_an_outage_takes_no_chunk_for_lost(database: Database) -> None:
+    """Its lease expired while nobody could extend it; the worker that held it is about to come back."""
+    asked = Celery("outage-sweep", broker="memory://", backend="cache+memory://", set_as_current=False)
+    asked.conf.update(docket_database_url=database.url, docket_lease_seconds=1)
+
+    @graph_task(asked, movie_graph, name="outage.enrich", shared=False)
+    def enrich(movies: list[Movie]) -> list[EnrichedMovie]:
+        raise NotImplementedError
+
+    store = SQLStore(database.url)
+    request = RunRequest(
+        graph=movie_graph.name,
+        execution_id="chunks",
+        target="list",
+        job=b"",
+        job_digest=b"d" * 32,
+        owner="opener",
+        lease_s=1.0,
+        max_deliveries=3,
+        task_name=enrich.name,
+        task_id="chunks",
+    )
+    lease = store.acquire(request)
+    assert isinstance(lease, Lease)
+    store.open_stage(lease, 1, [Chunk(1, 0, 2)], 0, message=b"{}")
+    taking = ChunkRequest(
+        graph=movie_graph.name,
+        execution_id="chunks",
+        stage=1,
+        lo=0,
+        owner="worker",
+        lease_s=0.1,
+        max_deliveries=3,
+        task_id="chunk",
+    )
+    assert isinstance(store.lease_chunk(taking), Lease)
+    database.stop()
+    schedule = Schedule()
+    sweeper = Sweeper(asked, schedule)
+    assert sweeper.start()
+    try:
+        wait_until(lambda: schedule.away, within_s=WITHIN_S, what="the sweeper meets the outage")
+        database.start()
+        wait_until(lambda: not schedule.away, within_s=WITHIN_S, what="the sweeper finds the database again")
+        # What it held when it could not write is no crash of it.
+        back = store.lease_chunk(replace(taking, owner="worker-2", retries=1, ended_cleanly=True))
+        assert isinstance(back, Lease)
+        assert back.lost == 0
+    finally:
+        sweeper.stop()
+        store.close()
+        resources.close_stores()
 
 
 def test_a_copy_that_cannot_reach_the_database_takes_no_lease_from_its_twin(
