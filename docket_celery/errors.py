@@ -2,38 +2,21 @@
 
 ::
 
-    DocketError                     DC000
-    ├── GraphError                  DC100   the graph is wired wrongly (all faults in one report)
-    ├── InvalidArguments            DC101   a call's arguments do not fit (also a TypeError)
-    ├── InvalidSettings             DC102   a ``docket_*`` setting is unknown or out of range (also a ValueError)
-    ├── InvalidDeclaration          DC103   a GraphTask is declared wrongly (also a TypeError)
-    ├── AbortError                  DC200   a step stopped the whole graph; never retried
-    ├── StepFailed                  DC201   a step used up its attempts or may not be retried
-    │   ├── StepTimedOut            DC202   its last attempt passed ``timeout``
-    │   ├── WrongResult             DC203   it returned None or another type than it declares
-    │   └── InputMutated            DC204   it changed one of its inputs (``docket_check_mutation``)
-    ├── BatchFailed                 DC205   more items of a batch failed than ``max_failed`` allows
-    ├── RunCancelled                DC300   someone outside stopped the run
-    ├── RunTimedOut                 DC301   the run's own deadline passed
-    ├── RunConflict                 DC302   the execution id already names another job
-    ├── RunNotFound                 DC303   no run has that name
-    ├── RunQuarantined              DC304   the run lost its worker too often; an operator must look
-    ├── GraphChanged                DC305   a resumed run holds a checkpoint of a step that is gone
-    ├── LeaseLost                   DC306   another worker took the run over
-    ├── InputsChanged               DC307   a checkpoint was made from other inputs (``on_input_change="error"``)
-    ├── TooManyAbandoned            DC308   timed-out steps hold too many threads
-    ├── StoreMissing                DC400   a step persists but no store is configured
-    ├── StoreUnavailable            DC401   the database did not answer; safe to retry
-    ├── SchemaMismatch              DC402   the tables are missing or of another version
-    ├── CorruptCheckpoint           DC403   a stored row does not match its checksum
-    ├── CodecFailed                 DC404   the codec failed on a value, or the value was stored with or without one
-    ├── CacheMismatch               DC405   a shared entry is of another type than the step returns
-    ├── StoreRefused                DC406   the database refused for good: a missing right, its encoding
-    ├── PayloadTooLarge             DC500   a message, job or result is over its limit
-    ├── UnknownMessageType          DC501   no declared task uses this message type
-    ├── DecodeFailed                DC502   the bytes are not a valid message of their type
-    ├── PayloadUnavailable          DC503   a stored job or result cannot be had here
-    └── ServersUnavailable          DC600   the development servers cannot be started
+    DocketError DC000
+    ├── graphs, tasks, calls:  GraphError DC100  InvalidArguments DC101  InvalidSettings DC102
+    │                          InvalidDeclaration DC103
+    ├── steps:                 AbortError DC200  StepFailed DC201
+    │                          └── StepTimedOut DC202  WrongResult DC203  InputMutated DC204
+    ├── batches:               BatchFailed DC205
+    ├── runs:                  RunCancelled DC300  RunTimedOut DC301  RunConflict DC302  RunNotFound DC303
+    │                          RunQuarantined DC304  GraphChanged DC305  LeaseLost DC306  InputsChanged DC307
+    │                          TooManyAbandoned DC308
+    ├── the store:             StoreMissing DC400  StoreUnavailable DC401  SchemaMismatch DC402
+    │                          CorruptCheckpoint DC403  CodecFailed DC404  CacheMismatch DC405
+    │                          StoreRefused DC406
+    ├── messages:              PayloadTooLarge DC500  UnknownMessageType DC501  DecodeFailed DC502
+    │                          PayloadUnavailable DC503
+    └── development:           ServersUnavailable DC600
 
 The fields of a class are the parameters of its constructor, JSON values, and ``args``: so type, fields and text
 survive pickle and Celery's JSON result backend. A cause travels as type names and text.

@@ -99,16 +99,12 @@ def read_annotation(annotation: Any, what: str) -> ValueKey:
     Raises:
         SignatureFault: It is not a message type (with at most one `Named`); *what* says whose annotation it is.
     """
-    name, kind = "", resolve(annotation)
-    annotation = kind
-    if typing.get_origin(annotation) is Annotated:
-        kind, *extras = typing.get_args(annotation)
-        names = [extra.name for extra in extras if isinstance(extra, Named)]
-        if len(names) > 1:
-            raise SignatureFault(f"{what} has {len(names)} Named(...); keep one")
-        name = names[0] if names else ""
+    kind, extras = _split(annotation)
+    names = [extra.name for extra in extras if isinstance(extra, Named)]
+    if len(names) > 1:
+        raise SignatureFault(f"{what} has {len(names)} Named(...); keep one")
     if is_message_type(kind):
-        return ValueKey(kind, name)
+        return ValueKey(kind, *names)
     shown = show_annotation(kind)
     if is_union(kind):
         raise SignatureFault(f"{what} is {shown}; {_mend_union(kind, what)}")
@@ -126,24 +122,25 @@ def read_many(annotation: Any) -> tuple[Any, str] | None:
 
     ``Annotated[list[T], Named("x")]`` reads like ``list[Annotated[T, Named("x")]]``.
     """
-    extras: tuple[Any, ...] = ()
-    annotation = resolve(annotation)
-    if typing.get_origin(annotation) is Annotated:
-        annotation, *rest = typing.get_args(annotation)
-        extras = tuple(rest)
-    origin = typing.get_origin(annotation)
-    if origin not in (list, Iterable) or len(typing.get_args(annotation)) != 1:
+    kind, extras = _split(annotation)
+    origin, held = typing.get_origin(kind), typing.get_args(kind)
+    if origin not in (list, Iterable) or len(held) != 1:
         return None
-    (item,) = typing.get_args(annotation)
-    return (Annotated[(item, *extras)] if extras else item), "list" if origin is list else "Iterable"
+    return (Annotated[(*held, *extras)] if extras else held[0]), "list" if origin is list else "Iterable"
 
 
 def is_context(annotation: Any) -> bool:
     """Tell whether it is `StepContext`, with or without ``Annotated``."""
+    return _split(annotation)[0] is StepContext
+
+
+def _split(annotation: Any) -> tuple[Any, list[Any]]:
+    """Return the type that an annotation stands for, and what ``Annotated`` adds to it."""
     annotation = resolve(annotation)
-    if typing.get_origin(annotation) is Annotated:
-        annotation = typing.get_args(annotation)[0]
-    return annotation is StepContext
+    if typing.get_origin(annotation) is not Annotated:
+        return annotation, []
+    kind, *extras = typing.get_args(annotation)
+    return kind, extras
 
 
 def is_union(annotation: Any) -> bool:

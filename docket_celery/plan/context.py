@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 _current: ContextVar[StepContext | None] = ContextVar("docket_celery_step", default=None)
@@ -83,6 +84,7 @@ class Cancellation:
             callback(error)
 
 
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class StepContext:
     """Facts of one attempt of one step; annotate a parameter with this class to get it.
 
@@ -90,6 +92,7 @@ class StepContext:
         graph: Name of the graph.
         execution_id: Name of the run.
         step: Name of the step.
+        make_key: Makes `idempotency_key`, on first use.
         attempt: Which call this is within the delivery, from 1.
         delivery: Which pick-up of the run by a worker this is, from 1.
         item: Path of the item in a batch, else ''.
@@ -98,46 +101,23 @@ class StepContext:
         cancelled: Set when the attempt timed out or the run stops; has ``is_set()`` and ``wait(seconds)``.
     """
 
-    __slots__ = (
-        "_key",
-        "_make_key",
-        "attempt",
-        "cancelled",
-        "deadline",
-        "delivery",
-        "execution_id",
-        "graph",
-        "item",
-        "step",
-        "values",
-    )
-
-    def __init__(
-        self,
-        *,
-        graph: str,
-        execution_id: str,
-        step: str,
-        make_key: Callable[[], str],
-        attempt: int = 1,
-        delivery: int = 1,
-        item: str = "",
-        values: Mapping[str, Any] | None = None,
-        deadline: float | None = None,
-        cancelled: Cancellation | None = None,
-    ) -> None:
-        self.graph, self.execution_id, self.step, self.item = graph, execution_id, step, item
-        self.attempt, self.delivery = attempt, delivery
-        self.values: Mapping[str, Any] = {} if values is None else values
-        self.deadline = deadline
-        self.cancelled = Cancellation() if cancelled is None else cancelled
-        self._make_key, self._key = make_key, ""
+    graph: str
+    execution_id: str
+    step: str
+    make_key: Callable[[], str]
+    attempt: int = 1
+    delivery: int = 1
+    item: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    deadline: float | None = None
+    cancelled: Cancellation = field(default_factory=Cancellation)
+    _key: str = field(default="", init=False)
 
     @property
     def idempotency_key(self) -> str:
         """A UUID for the outside world: the same for this run, step and item on every attempt and delivery."""
         if not self._key:
-            self._key = self._make_key()
+            self._key = self.make_key()
         return self._key
 
     @property

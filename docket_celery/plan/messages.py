@@ -108,21 +108,34 @@ def encoding_fault(message: Message) -> str | None:
 
 
 @functools.cache
+def _types_within(top: Descriptor) -> tuple[Descriptor, ...]:
+    """Return a type and all that its fields hold, at any depth."""
+    types = {top.full_name: top}
+    todo = [top]
+    while todo:
+        for field in todo.pop().fields:
+            inner = field.message_type
+            if inner is not None and inner.full_name not in types:
+                types[inner.full_name] = inner
+                todo.append(inner)
+    return tuple(types.values())
+
+
+@functools.cache
 def _encoding_risks(descriptor: Descriptor) -> tuple[bool, bool]:
     """Return whether messages of a type can nest too deep, and whether they can lack a required field."""
-    inner: dict[str, set[str]] = {}
-    requires, extends, todo = False, False, [descriptor]
-    while todo:
-        current = todo.pop()
-        if current.full_name not in inner:
-            kinds = [field.message_type for field in current.fields if field.message_type is not None]
-            inner[current.full_name] = {kind.full_name for kind in kinds}
-            requires = requires or any(field.is_required for field in current.fields)
-            extends = extends or current.is_extendable
-            todo += kinds
+    types = _types_within(descriptor)
+    requires = any(field.is_required for each in types for field in each.fields)
+    # An extension may hold any type.
+    extends = any(each.is_extendable for each in types)
+    inner = {
+        each.full_name: {
+            field.message_type.full_name for field in each.fields if field.message_type is not None
+        }
+        for each in types
+    }
     for _ in range(_MAX_DEPTH):
         inner = {name: held for name, held in inner.items() if held & inner.keys()}
-    # An extension may hold any type.
     return bool(inner) or extends, requires or extends
 
 
@@ -169,11 +182,6 @@ def frame(parts: Iterable[bytes]) -> bytes:
     for part in parts:
         framed += len(part).to_bytes(8, "big") + part
     return bytes(framed)
-
-
-def framed_bytes(parts: Iterable[bytes]) -> int:
-    """Return the size of what `frame` would make of *parts*."""
-    return sum(8 + len(part) for part in parts)
 
 
 def unframe(data: bytes) -> list[bytes]:
@@ -233,8 +241,10 @@ def from_json_object(kind: type[M], value: Any) -> M:
 
 def _find_json_fault(kind: type[Message], value: object) -> str:
     """Return what is wrong with the JSON form of a message that holds secrets; the parser's text may quote them."""
-    names = (dict.fromkeys((field.json_name, field.name), field) for field in kind.DESCRIPTOR.fields)
-    fields: dict[str, Any] = {name: field for pair in names for name, field in pair.items()}
+    fields: dict[str, Any] = {
+        n: field for field in kind.DESCRIPTOR.fields for n in (field.json_name, field.name)
+    }
+    hidden = "it may hold what is marked debug_redact, so it is not shown"
     for name, item in cast("dict[Any, object]", value).items() if isinstance(value, dict) else ():
         try:
             json_format.ParseDict({name: item}, kind())
@@ -250,8 +260,8 @@ def _find_json_fault(kind: type[Message], value: object) -> str:
                 return safe_text(error)
             if not field.is_repeated and inner.full_name != _ANY:
                 return f"in field {name}: {_find_json_fault(GetMessageClass(inner), item)}"
-            return f"field {name} does not fit its type; it may hold what is marked debug_redact, so it is not shown"
-    return f"it is no {type_name(kind)}; it may hold what is marked debug_redact, so it is not shown"
+            return f"field {name} does not fit its type; {hidden}"
+    return f"it is no {type_name(kind)}; {hidden}"
 
 
 def check_size(
@@ -297,18 +307,18 @@ def brief(message: Message, limit: int = 200) -> str:
         message: What to show.
         limit: Most characters to return.
     """
-    text = _brief(message, depth=2)
+    return _cut(_brief(message, depth=2), limit)
+
+
+def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _brief(message: Message, depth: int) -> str:
-    shown: list[str] = []
-    for field, value in message.ListFields():
-        shown.append(f"{field.name}={_brief_field(field, value, depth)}")
-        if len(shown) == 8:
-            shown.append("…")
-            break
-    return f"{message.DESCRIPTOR.name}({', '.join(shown)})"
+    fields = message.ListFields()
+    shown = [f"{field.name}={_brief_field(field, value, depth)}" for field, value in fields[:_SHOWN_FIELDS]]
+    more = ["…"] if len(fields) >= _SHOWN_FIELDS else []
+    return f"{message.DESCRIPTOR.name}({', '.join([*shown, *more])})"
 
 
 def _brief_field(field: FieldDescriptor, value: Any, depth: int) -> str:
@@ -321,8 +331,7 @@ def _brief_field(field: FieldDescriptor, value: Any, depth: int) -> str:
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
     if isinstance(value, str):
-        cut = value if len(value) <= _MAX_FIELD_CHARS else value[: _MAX_FIELD_CHARS - 1] + "…"
-        return repr(cut)
+        return repr(_cut(value, _MAX_FIELD_CHARS))
     if field.enum_type is not None:
         known = field.enum_type.values_by_number.get(value)
         return known.name if known is not None else str(value)
@@ -331,21 +340,10 @@ def _brief_field(field: FieldDescriptor, value: Any, depth: int) -> str:
 
 @functools.cache
 def _holds_secrets(descriptor: Descriptor) -> bool:
-    seen: set[str] = set()
-    todo = [descriptor]
-    while todo:
-        current = todo.pop()
-        if current.full_name in seen:
-            continue
-        seen.add(current.full_name)
-        if current.full_name == _ANY:
-            return True
-        for field in current.fields:
-            if field.GetOptions().debug_redact:
-                return True
-            if field.message_type is not None:
-                todo.append(field.message_type)
-    return False
+    return any(
+        each.full_name == _ANY or any(field.GetOptions().debug_redact for field in each.fields)
+        for each in _types_within(descriptor)
+    )
 
 
 def _clear_secrets(message: Message) -> None:

@@ -62,7 +62,7 @@ def step_context(
         attempt=attempt,
         delivery=delivery,
         item=item,
-        values=values,
+        values=values or {},
         deadline=None if timeout is None else flag.now() + to_seconds(timeout, "timeout"),
         cancelled=flag,
     )
