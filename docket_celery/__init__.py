@@ -57,7 +57,8 @@ if TYPE_CHECKING:
     from docket_celery.task.app_defaults import configure
     from docket_celery.task.app_settings import settings
     from docket_celery.task.decorators import graph_task, shared_graph_task
-    from docket_celery.task.result import GraphResult, StoredResult
+    from docket_celery.task.references import StoredResult
+    from docket_celery.task.result import GraphResult
     from docket_celery.task.task import GraphTask
 
 __all__ = [  # noqa: RUF022 -- grouped by what people look for
@@ -129,19 +130,20 @@ _HOMES = {
     **dict.fromkeys(
         ("ExponentialBackoff", "FixedBackoff", "RetryPolicy", "Scope", "StepOptions"), "plan.options"
     ),
-    **dict.fromkeys(("GraphResult", "StoredResult"), "task.result"),
     **dict.fromkeys(("graph_task", "shared_graph_task"), "task.decorators"),
     **dict.fromkeys(("MemoryStore", "SQLStore"), "store"),
     **dict.fromkeys(("StepContext", "current_context"), "plan.context"),
     "BatchResult": "plan.batch",
     "Codec": "store.codec",
     "Graph": "graph",
+    "GraphResult": "task.result",
     "GraphTask": "task.task",
     "Named": "plan.annotation",
     "Plan": "plan.plan",
     "RunHandle": "engine.handles",
     "RunState": "store.records",
     "StartedRun": "engine.handles",
+    "StoredResult": "task.references",
     "configure": "task.app_defaults",
     "settings": "task.app_settings",
 }

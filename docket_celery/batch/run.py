@@ -41,9 +41,6 @@ from docket_celery.plan.plan import Plan, Stage
 from docket_celery.store.contract import BatchStore, Store
 from docket_celery.store.records import Checkpoint, ChunkRow, Lease, RunRequest, RunState
 
-INLINE_BYTES = 256 * 1024
-"""A result up to this weight travels; a bigger one stays in the store, where `GraphResult.get` reads it."""
-
 
 class BatchRun(Run):
     """Drives one delivery of a run whose stages other tasks work on.
@@ -314,6 +311,6 @@ class BatchRun(Run):
         errors = self._failures.get(self._layout.fan_outs[target], {})
         batch = StoredBatch(items=items, collects=collects, errors=errors)
         found: list[Any] | BatchResult[Any] | StoredBatch = batch
-        if items.weight() <= INLINE_BYTES:
+        if items.weight() <= self._settings.max_list_bytes:
             found = batch.load()
         return found

@@ -175,7 +175,11 @@ def read_outcome(row: RunRow, plan: Plan, store: Store) -> RunOutcome:
     """Return the stored outcome of an ended run."""
     if row.state is RunState.SUCCEEDED:
         try:
-            return RunOutcome(value=_read_result(plan, row, store), replayed=True, stored=row.result)
+            return RunOutcome(
+                value=read_result(row, store, plan.target.kind, collects=plan.collects),
+                replayed=True,
+                stored=row.result,
+            )
         except DocketError as error:
             return RunOutcome(error=error)
     if row.state is RunState.QUARANTINED:
@@ -203,10 +207,21 @@ def _describe(batch: StoredBatch) -> dict[str, Any]:
     return {"names": place.names, "total": place.total, "collects": batch.collects, "errors": errors}
 
 
-def _read_result(plan: Plan, row: RunRow, store: Store) -> Any:
+def read_result(row: RunRow, store: Store, kind: type[Message], *, collects: bool) -> Any:
+    """Return the result of a run that SUCCEEDED.
+
+    Args:
+        row: The run.
+        store: Has the results of a batch that are not in the row.
+        kind: The type of the message, or of each result of a batch.
+        collects: It is the result of a batch: a list, a `BatchResult` or a `StoredBatch`.
+
+    Raises:
+        DecodeFailed: The bytes are no such result.
+    """
     data = row.result or b""
-    if not plan.collects:
-        return from_bytes(plan.target.kind, data)
+    if not collects:
+        return from_bytes(kind, data)
     parts = unframe(data)
     if parts[:1] == [_PLACE] and isinstance(store, BatchStore):
         found = json.loads(parts[1])
@@ -215,7 +230,7 @@ def _read_result(plan: Plan, row: RunRow, store: Store) -> Any:
             graph=row.graph,
             execution_id=row.execution_id,
             names=tuple(found["names"]),
-            kind=plan.target.kind,
+            kind=kind,
             total=found["total"],
             failed=stored.keys(),
             job_digest=row.job_digest,
@@ -226,10 +241,10 @@ def _read_result(plan: Plan, row: RunRow, store: Store) -> Any:
             errors=cast("dict[int, StepFailed]", stored),
         )
     if parts[:1] != [_COLLECTED]:
-        return many_from_bytes(plan.target.kind, data)
+        return many_from_bytes(kind, data)
     _, errors, made = parts
     failures = {int(index): from_record(record) for index, record in json.loads(errors).items()}
-    values = iter(many_from_bytes(plan.target.kind, made))
+    values = iter(many_from_bytes(kind, made))
     total = len(failures) + len(unframe(made)) // 2
     results = tuple(None if index in failures else next(values) for index in range(total))
     return BatchResult(results, cast("dict[int, StepFailed]", failures))

@@ -18,6 +18,8 @@ PAGE = 1000
 """So many items are in memory at once."""
 ENVELOPE_BYTES = 100
 """What each item weighs in a task's message or result beside its own bytes: its type's name, and base64."""
+GONE = "its row is gone: purged after docket_retention, or deleted; submit the job again"
+OTHER_JOB = "it was purged, and its name has another job now; submit it under an execution_id of its own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,12 +110,8 @@ class StoredItems(Sequence[Message]):
         if place.job_digest is None:
             return
         row = self._store.find_run(place.graph, place.execution_id)
-        if row is None:
-            problem = "the run is gone: purged after docket_retention, or deleted; submit the batch again"
-            raise PayloadUnavailable(place.describe(), problem)
-        if row.job_digest != place.job_digest:
-            problem = "it was purged, and its name has another batch now; submit it under an execution_id of its own"
-            raise PayloadUnavailable(place.describe(), problem)
+        if row is None or row.job_digest != place.job_digest:
+            raise PayloadUnavailable(place.describe(), GONE if row is None else OTHER_JOB)
 
     def weight(self) -> int:
         """Return about how many bytes they would have in a message."""

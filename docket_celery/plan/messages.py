@@ -19,6 +19,8 @@ M = TypeVar("M", bound=Message)
 Value = Message | Sequence[Message]
 """What a step takes or returns: a message, or all messages of a fan-out."""
 
+STORED_BYTES = "docket_max_stored_bytes"
+"""The setting that `check_size` names for what is stored."""
 MAX_JSON_BYTES = 16 * 1024
 """Above this a message gets no ``output_json`` view: the view is for reading, not a second copy of the data."""
 _MAX_FIELD_CHARS = 60

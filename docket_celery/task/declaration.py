@@ -9,11 +9,12 @@ import typing
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from weakref import WeakSet
 
 from google.protobuf.message import Message
 
+from docket_celery.engine.process.settings import Settings
 from docket_celery.errors import InvalidArguments, InvalidDeclaration
 from docket_celery.graph import Graph
 from docket_celery.plan.annotation import (
@@ -26,6 +27,7 @@ from docket_celery.plan.annotation import (
 )
 from docket_celery.plan.batch import BatchResult
 from docket_celery.plan.messages import (
+    STORED_BYTES,
     Value,
     check_size,
     encoding_fault,
@@ -69,8 +71,6 @@ _EMPTY_BODIES = [
         "raise NotImplementedError('text')",
     )
 ]
-_LISTS: Final = 64
-"""A list that travels may be this many times ``docket_max_message_bytes``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,12 +116,13 @@ class Declaration:
         """Return the digest of the job that `bind` returned."""
         return job_digest(zip(self.labels, map(value_digest, values), strict=True))
 
-    def check_sizes(self, values: Iterable[Value], limit_bytes: int, *, lists: bool = True) -> None:
+    def check_sizes(self, values: Iterable[Value], settings: Settings, *, lists: bool = True) -> None:
         """Refuse what is too large to travel.
 
         Args:
             values: Messages, and lists of them.
-            limit_bytes: Most bytes of a message.
+            settings: Those in force: a message may have ``docket_max_message_bytes``, a list that is not stored
+                ``docket_max_stored_bytes``.
             lists: Look at the sizes of whole lists too.
 
         Raises:
@@ -130,10 +131,11 @@ class Declaration:
         for value in values:
             messages = [value] if isinstance(value, Message) else value
             for message in messages:
-                check_size(f"{type_name(message)} of task {self.task}", message.ByteSize(), limit_bytes)
+                what = f"{type_name(message)} of task {self.task}"
+                check_size(what, message.ByteSize(), settings.max_message_bytes)
             if lists and not isinstance(value, Message):
                 size = sum(message.ByteSize() for message in messages)
-                check_size(f"the list of task {self.task}", size, limit_bytes * _LISTS)
+                check_size(f"the list of task {self.task}", size, settings.max_stored_bytes, STORED_BYTES)
 
     def blank(self) -> tuple[tuple[None, ...], dict[str, None]]:
         """Return arguments that fit in number only."""

@@ -24,7 +24,7 @@ from docket_celery.plan.messages import Value
 from docket_celery.store.identity import check_execution_id
 from docket_celery.task import app_settings, backends, chords, large_jobs
 from docket_celery.task.context import read_context
-from docket_celery.task.envelope import Result, Results, Stored
+from docket_celery.task.envelope import Result
 from docket_celery.task.headers import (
     BATCH,
     CELERY_RETRIES,
@@ -38,6 +38,7 @@ from docket_celery.task.headers import (
     WAITS_FOR_OTHER,
 )
 from docket_celery.task.options import read_batch_options
+from docket_celery.task.references import holds_stored
 from docket_celery.task.retries import keep, most_retries, park_s, visibility_s
 
 if TYPE_CHECKING:
@@ -79,21 +80,21 @@ def _read_job(
         return None
     travelled = not (direct or request.is_eager)
     try:
-        if any(isinstance(value, Stored) for value in (*args, *kwargs.values())):
+        if holds_stored(args, kwargs):
             if declared.batch is not None and large_jobs.holds_job(args, kwargs):
                 return None
             run = None if direct else large_jobs.queued_run(headers, request.id, {})
-            return large_jobs.receive(task, args, kwargs, run, travelled=travelled)
+            return large_jobs.receive(task, args, kwargs, run, settings, travelled=travelled)
         values = declared.bind(args, kwargs)
         if travelled:
             # Checked at submit too, but beat and `celery call` send the JSON form past it.
-            declared.check_sizes(values, settings.max_message_bytes)
+            declared.check_sizes(values, settings)
     except StoreUnavailable as error:
         wait_s = park_s(task, error, None, retries=request.retries, outages=_outages(request))
         _retry_or_raise(task, RunOutcome(error=error, park_s=None if direct else wait_s), error)
     except DocketError as error:
         if not direct:
-            large_jobs.give_up(task, large_jobs.queued_run(headers, request.id, {}), error)
+            large_jobs.give_up(task, large_jobs.queued_run(headers, request.id, {}), error, settings)
         raise
     return values
 
@@ -188,11 +189,10 @@ def _tell(task: GraphTask[Any, Any], outcome: RunOutcome, submission: Submission
         raise AssertionError(f"a run ended without a value: {outcome!r}")
     if request.called_directly or request.is_eager:
         return value
-    result: Any = Results(value)
-    if isinstance(value, Message):
-        result = Result(value)
-        if value.ByteSize() > settings.max_message_bytes:
-            result = large_jobs.wrap(task, value, submission.execution_id, outcome.stored)
+    if isinstance(value, Message) and value.ByteSize() <= settings.max_message_bytes:
+        result: Any = Result(value)
+    else:
+        result = large_jobs.wrap(task, value, submission.execution_id, outcome.stored, settings)
     if outcome.replayed and backends.is_stored(task.backend, request, result):
         raise Ignore("a copy of a delivery that ended before")
     if outcome.held or outcome.replayed:

@@ -11,15 +11,12 @@ import base64
 import binascii
 import os
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final, TypeGuard, cast
+from typing import Any, Final, cast
 from weakref import WeakKeyDictionary
 
 from google.protobuf.message import Message
 from kombu.utils.json import register_type
 
-from docket_celery.engine.stored_items import StoredBatch
 from docket_celery.errors import (
     DecodeFailed,
     DocketError,
@@ -33,11 +30,6 @@ from docket_celery.plan.batch import BatchResult
 from docket_celery.plan.messages import brief, from_bytes, to_bytes, type_name
 
 MARKER: Final = "docket.pb"
-BATCH_MARKER: Final = "docket.batch"
-
-
-class Stored:
-    """Base of what stands in a task's message for a value in the store."""
 
 
 class Undecodable:
@@ -86,19 +78,21 @@ class Result:
 
 
 class Results:
-    """Many results on their way out, with a text that is bounded.
+    """The results of a batch on their way out, with a text that is bounded.
 
     Attributes:
-        value: A list of messages, a `BatchResult`, or a `StoredBatch`, of which only the place travels.
+        value: A list of messages, or a `BatchResult`.
     """
 
-    def __init__(self, value: list[Message] | BatchResult[Any] | StoredBatch) -> None:
+    def __init__(self, value: list[Message] | BatchResult[Any]) -> None:
         self.value = value
 
     def __json__(self) -> Any:
         if isinstance(self.value, list):
             return [Result(message).__json__() for message in self.value]
-        return {"__type__": BATCH_MARKER, "__value__": _encode_batch(self.value)}
+        results = [None if each is None else Result(each).__json__() for each in self.value.results]
+        errors = {str(index): to_record(error) for index, error in self.value.errors.items()}
+        return {"__type__": MARKER, "__value__": {"results": results, "errors": errors}}
 
     def __eq__(self, other: object) -> bool:
         return self.value == (other.value if isinstance(other, Results) else other)
@@ -106,26 +100,8 @@ class Results:
     __hash__ = None  # type: ignore[assignment]  # like the list
 
     def __repr__(self) -> str:
-        items = self.value.items if isinstance(self.value, StoredBatch) else self.value
         failed = f", {len(self.value.errors)} failed" if isinstance(self.value, BatchResult) else ""
-        return f"<{len(items)} results{failed}>"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference(Stored):
-    """A batch's result that lies in the store; the fields are those of `ItemPlace` and `StoredBatch`."""
-
-    graph: str
-    execution_id: str
-    names: tuple[str, ...]
-    type: str
-    total: int
-    collects: bool
-    errors: Mapping[int, StepFailed]
-    job_digest: bytes | None = None
-
-    def __json__(self) -> dict[str, Any]:
-        return {"__type__": BATCH_MARKER, "__value__": {"stored": _describe(self)}}
+        return f"<{len(self.value)} results{failed}>"
 
 
 class Types:
@@ -181,8 +157,8 @@ def encode(message: Message) -> dict[str, str]:
     return {"t": type_name(message), "b": base64.b64encode(to_bytes(message)).decode("ascii")}
 
 
-def decode(value: object) -> Message | Undecodable:
-    """Return the message in an envelope's content, or an `Undecodable`; never raises."""
+def decode(value: object) -> Message | BatchResult[Any] | Undecodable:
+    """Return the message, or the results of a batch, in an envelope's content; or an `Undecodable`: never raises."""
     try:
         return _decode(value)
     except DocketError as error:
@@ -191,10 +167,16 @@ def decode(value: object) -> Message | Undecodable:
         return Undecodable(value, DecodeFailed("unknown", f"{type(error).__name__}: {error}"))
 
 
-def _decode(value: object) -> Message:
-    if not _is_content(value):
+def _decode(value: object) -> Message | BatchResult[Any]:
+    content: Any = value
+    if _has_keys(content, {"results", "errors"}):
+        errors = {int(index): from_record(record) for index, record in content["errors"].items()}
+        return BatchResult(tuple(content["results"]), cast("dict[int, StepFailed]", errors))
+    if not (
+        _has_keys(content, {"t", "b"}) and isinstance(content["t"], str) and isinstance(content["b"], str)
+    ):
         raise DecodeFailed("unknown", 'the envelope is not {"t": type name, "b": base64 text}')
-    name, text = value["t"], value["b"]
+    name, text = content["t"], content["b"]
     size = len(text) * 3 // 4
     if size > types.limit_bytes + 2:
         raise PayloadTooLarge(f"message of type {name[:200]!r}", size, types.limit_bytes)
@@ -206,68 +188,8 @@ def _decode(value: object) -> Message:
     return from_bytes(kind, data)
 
 
-def _is_content(value: object) -> TypeGuard[dict[str, str]]:
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"t", "b"}
-        and isinstance(value["t"], str)
-        and isinstance(value["b"], str)
-    )
-
-
-def _encode_batch(batch: BatchResult[Any] | StoredBatch) -> dict[str, Any]:
-    if isinstance(batch, BatchResult):
-        results = [None if each is None else Result(each).__json__() for each in batch.results]
-        return {"results": results, "errors": _records(batch.errors)}
-    place = batch.items.place
-    reference = Reference(
-        graph=place.graph,
-        execution_id=place.execution_id,
-        names=place.names,
-        type=type_name(place.kind),
-        total=place.total,
-        collects=batch.collects,
-        errors=batch.errors,
-        job_digest=place.job_digest,
-    )
-    return {"stored": _describe(reference)}
-
-
-def _describe(reference: Reference) -> dict[str, Any]:
-    names = ("graph", "execution_id", "names", "type", "total", "collects")
-    told = {name: getattr(reference, name) for name in names} | {"errors": _records(reference.errors)}
-    digest = reference.job_digest
-    return told if digest is None else told | {"digest": base64.b64encode(digest).decode("ascii")}
-
-
-def _records(errors: Mapping[int, StepFailed]) -> dict[str, Any]:
-    return {str(index): to_record(error) for index, error in errors.items()}
-
-
-def decode_batch(value: object) -> BatchResult[Any] | Reference | Undecodable:
-    """Return the batch in an envelope's content, or an `Undecodable`; never raises."""
-    try:
-        content = cast("dict[str, Any]", value)
-        found = content.get("stored") or content
-        errors = cast(
-            "dict[int, StepFailed]", {int(k): from_record(record) for k, record in found["errors"].items()}
-        )
-        if "stored" not in content:
-            return BatchResult(tuple(content["results"]), errors)
-        return Reference(
-            graph=str(found["graph"]),
-            execution_id=str(found["execution_id"]),
-            names=tuple(map(str, found["names"])),
-            type=str(found["type"]),
-            total=int(found["total"]),
-            collects=bool(found["collects"]),
-            errors=errors,
-            # One that was stored by the version before has none, and is read unchecked.
-            job_digest=base64.b64decode(found["digest"], validate=True) if "digest" in found else None,
-        )
-    except Exception as error:  # noqa: BLE001 -- a decoder that raises loses the message and hangs its caller
-        problem = DecodeFailed("batch", f"{type(error).__name__}: {error}")
-        return Undecodable(value, problem, BATCH_MARKER)
+def _has_keys(content: Any, names: set[str]) -> bool:
+    return isinstance(content, dict) and content.keys() == names
 
 
 def wrap(value: Any) -> Any:
@@ -281,7 +203,6 @@ def wrap(value: Any) -> Any:
 
 
 def install() -> None:
-    """Teach kombu's JSON to read our markers; messages of types that no task declares are none of our business."""
-    register_type(Results, BATCH_MARKER, lambda results: results.__json__(), cast("Any", decode_batch))
-    # Both encode themselves: the types are named for the decoders' sake.
+    """Teach kombu's JSON to read our marker; messages of types that no task declares are none of our business."""
+    # It encodes itself: the type is named for the decoder's sake.
     register_type(Undecodable, MARKER, Undecodable.__json__, cast("Any", decode))

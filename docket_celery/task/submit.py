@@ -14,7 +14,6 @@ from celery.result import EagerResult
 from google.protobuf.message import Message
 
 from docket_celery.engine.handles import RunHandle
-from docket_celery.engine.job import job_bytes
 from docket_celery.engine.process.settings import Settings
 from docket_celery.errors import InvalidArguments
 from docket_celery.plan.batch import BatchResult
@@ -22,7 +21,7 @@ from docket_celery.plan.messages import brief
 from docket_celery.store.identity import check_execution_id
 from docket_celery.task import app_settings, chords, delays, large_jobs, upload
 from docket_celery.task.context import read_context, write_context
-from docket_celery.task.envelope import Result, Stored, wrap
+from docket_celery.task.envelope import Result, wrap
 from docket_celery.task.headers import (
     BATCH,
     CONTEXT,
@@ -34,7 +33,8 @@ from docket_celery.task.headers import (
     WAITS_FOR_OTHER,
 )
 from docket_celery.task.options import add_routing, read_batch_options, take_batch_options
-from docket_celery.task.result import GraphResult, read_results
+from docket_celery.task.references import Stored, holds_stored, read_arguments
+from docket_celery.task.result import GraphResult
 
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
@@ -72,7 +72,8 @@ def submit(
     if first and not _travels(task, (*args, *kwargs.values()), settings):
         task_id = task_id or str(uuid.uuid4())
         run = large_jobs.queued_run(headers, task_id, options)
-        args, kwargs = upload.send(task, args, kwargs, run) or large_jobs.send(task, args, kwargs, run)
+        send = upload.send if large_jobs.wants_upload(task, args, kwargs, settings) else large_jobs.send
+        args, kwargs = send(task, args, kwargs, run, settings)
     return _publish(task, publish, args, kwargs, task_id, more, headers, options)
 
 
@@ -119,7 +120,8 @@ def submit_batch(
     _name_run(headers, execution_id, context)
     _note_batch_options(task, headers, options)
     task_id = task_id or str(uuid.uuid4())
-    digest, stored = upload.upload(task, items, shared, large_jobs.queued_run(headers, task_id, options))
+    run = large_jobs.queued_run(headers, task_id, options)
+    digest, stored = upload.upload(task, items, shared, run, app_settings.app_settings(task.app))
     headers[DIGEST] = base64.b64encode(digest).decode("ascii")
     args = tuple(stored.values())
     options |= {"argsrepr": f"({', '.join(map(repr, args))})", "kwargsrepr": "{}"}
@@ -177,17 +179,15 @@ def _prepare(
     """Check a job, write what names it into *headers*, and return its arguments; not *travels*: it runs here."""
     declared, args, kwargs = task.declaration, tuple(args or ()), dict[str, Any](kwargs or {})
     task.plan()  # a wiring fault is the caller's to see, not first the worker's
-    holds_stored = any(isinstance(value, Stored) for value in (*args, *kwargs.values()))
-    messages = declared.bind(*(read_results(args, kwargs, task.app) if holds_stored else (args, kwargs)))
+    refers = holds_stored(args, kwargs)
+    messages = declared.bind(*(read_arguments(args, kwargs, task.app) if refers else (args, kwargs)))
     headers[DIGEST] = base64.b64encode(declared.digest(messages)).decode("ascii")
     if execution_id is None and headers.get(EXECUTION_ID) is None and task.execution_id is not None:
         execution_id = task.execution_id(*messages)
     _name_run(headers, execution_id, context)
     _note_batch_options(task, headers, options)
-    if holds_stored or not _travels(task, messages, settings):
-        size = job_bytes(declared.given, messages) if travels else None
-        streams = travels and upload.wants_upload(task, messages)
-        return large_jobs.arrange(task, messages, args, kwargs, size, streams=streams)
+    if refers or not _travels(task, messages, settings):
+        return large_jobs.arrange(task, messages, args, kwargs, settings, travels=travels)
     values = dict(zip(declared.signature.parameters, messages, strict=True))
     named = {name: values.pop(name) for name in kwargs}
     return tuple(values.values()), named

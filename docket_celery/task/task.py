@@ -18,8 +18,6 @@ from docket_celery.task import (
     backends,
     deliver,
     envelope,
-    large_jobs,
-    result,
     submit,
     sweeper,
     worker,
@@ -229,7 +227,5 @@ class GraphTask(Task[P, R]):
 
 
 envelope.install()
-result.install()
-large_jobs.install()
 worker.install()
 sweeper.install()

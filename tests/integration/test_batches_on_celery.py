@@ -282,10 +282,10 @@ def test_a_big_result_is_not_taken_from_another_batch(store: SQLStore, again: bo
     stream = first.stream(WAIT_S)
     seen = [next(stream).original]
     purge(store, run)
-    told = "the run is gone"
+    told = "its row is gone"
     if again:
         second, others = submitted(run, "second")
-        told = "its name has another batch now"
+        told = "its name has another job now"
         assert [each.original for each in second.stream(WAIT_S)] == others
     old = batches.enrich.AsyncResult(first.id)
     sent = batches.app.send_task("batches.sum_rated", (reference,))

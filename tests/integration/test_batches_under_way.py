@@ -328,14 +328,14 @@ def test_a_result_is_that_of_its_own_batch(journals: Journals, urls: Urls, store
     query(urls, "UPDATE docket_runs SET expires_at = now() WHERE execution_id = %s RETURNING 1", run)
     while store.find_run("pacing", run) is not None:
         store.purge(1000)
-    with pytest.raises(PayloadUnavailable, match="the run is gone"):
+    with pytest.raises(PayloadUnavailable, match="its row is gone"):
         held.get(timeout=WAIT_S)
     assert len(send(3).get(timeout=WAIT_S)) == 3
-    with pytest.raises(PayloadUnavailable, match="its name has another batch now"):
+    with pytest.raises(PayloadUnavailable, match="its name has another job now"):
         held.get(timeout=WAIT_S)
     # The page that was read is right; the next one would be of the other batch.
     seen: list[int] = []
-    with pytest.raises(PayloadUnavailable, match="its name has another batch now"):
+    with pytest.raises(PayloadUnavailable, match="its name has another job now"):
         seen.extend(each.original.rating for each in stream)
     assert seen == list(range(1, 1000))
 

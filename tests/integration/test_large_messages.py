@@ -19,7 +19,7 @@ from docket_celery import (
     StoredResult,
     settings,
 )
-from docket_celery.task.large_jobs import StoredJob
+from docket_celery.task.references import job_reference
 from tests.infra import servers
 from tests.infra.servers import connect
 from tests.infra.workers import WorkerProcess
@@ -190,7 +190,7 @@ def test_a_job_whose_row_is_gone_fails_its_task(worker: WorkerProcess, urls: Url
 
 def test_a_reference_that_nobody_wrote_fails_its_task(worker: WorkerProcess) -> None:
     """Forged, or sent past the task: there is no such job."""
-    sent = app.send_task("bulky.measure", (StoredJob("forged"),))
+    sent = app.send_task("bulky.measure", (job_reference(BIG, "bulky", "forged", b"d" * 32),))
     with pytest.raises(PayloadUnavailable, match="its row is gone"):
         measure.AsyncResult(sent.id).get(timeout=WAIT_S)
 
@@ -251,8 +251,8 @@ def test_a_plain_promise_gets_the_reference(worker: WorkerProcess) -> None:
     result.get(timeout=WAIT_S)
     found: Any = AsyncResult(result.id, app=app).get(timeout=WAIT_S)
     assert isinstance(found, StoredResult)
-    assert repr(found).startswith(f"<StoredResult docket.tests.unit.Label of run '{result.id}', 5242")
-    assert found.size_bytes > SIZE
+    assert repr(found).startswith(f"<Stored result docket.tests.unit.Label of run '{result.id}', 5242")
+    assert found.size > SIZE
     assert found.read(app) == BIG
 
 

@@ -15,7 +15,6 @@ import pytest
 from sqlalchemy import text
 
 from docket_celery import Codec, Graph, SQLStore
-from docket_celery.batch import run as batch_run
 from docket_celery.batch.chunk import ChunkRun
 from docket_celery.batch.layout import PAGE, PAGE_BYTES, Layout, paged
 from docket_celery.batch.options import BatchOptions
@@ -79,6 +78,7 @@ class Hands:
         self.given = (ValueKey(Movie),)
         self.plan = graph.compiled(ValueKey(target), self.given, ValueKey(Movie), collects=True)
         self.store, self.order = store, order or BatchOptions(chunk_size=2)
+        self.settings = SETTINGS
         self.told: list[Event] = []
         digest = digest_job(self.given, [ITEMS])
         self.submission = Submission(
@@ -91,12 +91,12 @@ class Hands:
         self._number += 1
         submission = replace(self.submission, **{"retries": self._number, **changes})
         values = None if items is None else [items]
-        return run_here(BatchRun(self.plan, values, submission, SETTINGS, self.store, self.order))
+        return run_here(BatchRun(self.plan, values, submission, self.settings, self.store, self.order))
 
     def work(self, stage: int, lo: int, **changes: Any) -> RunOutcome:
         """Deliver a chunk."""
         submission = replace(self.submission, task_id=f"c{stage}-{lo}", **changes)
-        return run_here(ChunkRun(self.plan, submission, SETTINGS, self.store, self.order, stage, lo))
+        return run_here(ChunkRun(self.plan, submission, self.settings, self.store, self.order, stage, lo))
 
 
 def graph_with(*names: str) -> Graph:
@@ -394,14 +394,12 @@ def test_a_purged_result_is_no_empty_one(store: SQLStore) -> None:
 
 
 @pytest.mark.parametrize("codec", [None, CODEC])
-def test_a_stored_result_names_the_job_as_the_row_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: Codec | None
-) -> None:
+def test_a_stored_result_names_the_job_as_the_row_does(tmp_path: Path, codec: Codec | None) -> None:
     """Made just now or read from the row of a run that had ended; the codec's key is in the digest or not."""
-    monkeypatch.setattr(batch_run, "INLINE_BYTES", 0)
     with closing(SQLStore(f"sqlite:///{tmp_path / 'store.db'}", codec=codec)) as store:
         store.migrate()
         hands = Hands(graph_with("rate", "total", "place"), store, EnrichedMovie)
+        hands.settings = replace(SETTINGS, max_message_bytes=1000)
         hands.open(ITEMS)
         for lo in (0, 2, 4):
             hands.work(1, lo)
@@ -435,9 +433,7 @@ def test_a_page_of_failed_items_is_not_read_from_another_run(store: SQLStore) ->
         items=StoredItems(store, replace(place, job_digest=b"o" * 32)), collects=True, errors=failed
     )
     for read in (other.load, lambda: other.page(0)):
-        with pytest.raises(
-            PayloadUnavailable, match=r"rate of run 'batch-1'.*its name has another batch now"
-        ):
+        with pytest.raises(PayloadUnavailable, match=r"rate of run 'batch-1'.*its name has another job now"):
             read()
 
 

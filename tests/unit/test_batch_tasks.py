@@ -205,7 +205,7 @@ def test_a_small_list_travels_and_a_big_one_is_stored(app: Celery, stored: SQLSt
     def check_all(movies: list[Movie]) -> list[EnrichedMovie]:
         raise NotImplementedError
 
-    small, big = MOVIES, MOVIES * 200
+    small, big = MOVIES, MOVIES * 500
     check_all.apply_async((small,), execution_id="small")
     args, headers = waiting(app)
     assert args == [small]
@@ -213,15 +213,17 @@ def test_a_small_list_travels_and_a_big_one_is_stored(app: Celery, stored: SQLSt
     assert stored.find_run("picky-task", "small") is None
     check_all.apply_async((big,), execution_id="big")
     args, headers = waiting(app)
-    assert [repr(each) for each in args] == ["<1000 messages>"]
-    assert headers["argsrepr"] == "(<1000 messages>)"
+    assert [(each.kind, each.type_name, each.size) for each in args] == [
+        ("items", "docket.examples.movies.Movie", 2500)
+    ]
+    assert headers["argsrepr"] == "(<2500 messages>)"
     row = stored.find_run("picky-task", "big")
     assert row is not None
     assert (row.state.value, base64.b64encode(row.job_digest).decode()) == (
         "QUEUED",
         headers["docket_job_digest"],
     )
-    assert stored.measure_items("picky-task", "big", "")[0] == 1000
+    assert stored.measure_items("picky-task", "big", "")[0] == 2500
     check_all.submit_batch(iter(big), execution_id="big")
     assert waiting(app)[1]["docket_job_digest"] == headers["docket_job_digest"]
     with pytest.raises(RunConflict, match="another job"):
@@ -229,7 +231,7 @@ def test_a_small_list_travels_and_a_big_one_is_stored(app: Celery, stored: SQLSt
 
 
 def test_without_a_database_a_list_travels(app: Celery) -> None:
-    """Up to 64 times the largest message."""
+    """Up to what might be stored."""
 
     @graph_task(app, picky)
     def check_all(movies: list[Movie]) -> list[EnrichedMovie]:
@@ -253,7 +255,10 @@ def test_what_items_share_is_stored_with_them(app: Celery, stored: SQLStore) -> 
 
     compare_all.submit_batch(MOVIES, BatchStats(average_rating=9.1), execution_id="pair")
     args, _ = waiting(app)
-    assert [repr(each) for each in args] == ["BatchStats(average_rating=9.1)", "<5 messages>"]
+    assert [(each.kind, each.type_name) for each in args] == [
+        ("job", "docket.examples.movies.BatchStats"),
+        ("items", "docket.examples.movies.Movie"),
+    ]
     assert stored.find_job("pair", "pair") is not None
     with pytest.raises(InvalidArguments, match="takes the items, then stats; got 0 beside the items"):
         compare_all.submit_batch(MOVIES)

@@ -38,7 +38,8 @@ from docket_celery.plan.options import MAX_SECONDS
 from docket_celery.store.identity import job_digest
 from docket_celery.store.records import Lease, Purged, RunEnd, RunRequest, RunState
 from docket_celery.task.envelope import Undecodable
-from docket_celery.task.large_jobs import QueuedRun, StoredJob, give_up, receive, send, wait_s, wrap
+from docket_celery.task.large_jobs import QueuedRun, give_up, receive, send, wait_s, wrap
+from docket_celery.task.references import job_reference, result_reference
 from tests.unit.protos.shop_pb2 import Label, Money, Order
 
 SIZE = 2 * 1024 * 1024
@@ -103,7 +104,7 @@ def small_messages() -> Generator[None]:
 
 def reference(**changes: Any) -> StoredResult:
     """Return the reference to a result, as it comes back from JSON."""
-    made = StoredResult.of(Money(cents=7), "payloads.weigh", "passing", "o-1")
+    made = result_reference(Money(cents=7), "passing", "o-1")
     envelope = json.loads(dumps(made))
     envelope["__value__"] |= changes
     found = loads(json.dumps(envelope))
@@ -155,8 +156,8 @@ def test_a_stored_job_is_read_by_name(database: str) -> None:
     text, title = Label(text="x" * SIZE + "a"), Label(text="b")
     job = job_parts(print_text.declaration.given, (text, title))
     run = QueuedRun(execution_id="read", job_digest=job_digest(job), task_id="t", wait_s=0.0)
-    args, kwargs = send(print_text, (), {"text": text, "title": title}, run)
-    assert receive(print_title, args, kwargs, run, travelled=True) == (title, text)
+    args, kwargs = send(print_text, (), {"text": text, "title": title}, run, settings())
+    assert receive(print_title, args, kwargs, run, settings(), travelled=True) == (title, text)
 
 
 # --- eager -------------------------------------------------------------------------------------------------------
@@ -220,10 +221,10 @@ def test_a_job_too_large_for_the_store_is_refused_in_process(database: str) -> N
 def test_a_task_called_directly_reads_a_reference(database: str) -> None:
     """Here and now, as anywhere else."""
     keeping.execute(Order, Label(text="abc"), execution_id="o-1")
-    made = StoredResult.of(Order(order_id="abcabc", amount_cents=3), "payloads.repeat", "keeping", "o-1")
+    made = result_reference(Order(order_id="abcabc", amount_cents=3), "keeping", "o-1")
     copied: Any = pickle.loads(pickle.dumps(made))  # noqa: S301 -- our own bytes
     assert repr(made) == "Order(order_id='abcabc', amount_cents=3)"
-    assert repr(copied).startswith("<StoredResult docket.tests.unit.Order of run 'o-1'")
+    assert repr(copied).startswith("<Stored result docket.tests.unit.Order of run 'o-1'")
     assert copied.read(app) == Order(order_id="abcabc", amount_cents=3)
     lost: Any = reference()
     with pytest.raises(PayloadUnavailable, match="its row is gone"):
@@ -243,21 +244,21 @@ def test_a_stored_result_does_not_let_other_arguments_pass(database: str, small_
         raise NotImplementedError
 
     keeping.execute(Order, Label(text="x" * 200), execution_id="o-1")
-    lies = StoredResult.of(Order(order_id="x" * 400, amount_cents=200), "payloads.repeat", "keeping", "o-1")
-    receive(add_both, [Label(text="a")], {"order": lies}, None, travelled=True)
+    lies = result_reference(Order(order_id="x" * 400, amount_cents=200), "keeping", "o-1")
+    receive(add_both, [Label(text="a")], {"order": lies}, None, settings(), travelled=True)
     with pytest.raises(PayloadTooLarge, match=r"Label of task payloads\.add"):
-        receive(add_both, [Label(text="x" * 200)], {"order": lies}, None, travelled=True)
+        receive(add_both, [Label(text="x" * 200)], {"order": lies}, None, settings(), travelled=True)
 
 
 def test_a_begun_run_does_not_need_the_result_that_it_was_given(database: str) -> None:
     """Its own row has the job, once the run that made the argument is purged; no other job is taken for it."""
-    gone: Any = StoredResult.of(Label(text="abc"), "t", "purged", "o-9")
+    gone: Any = result_reference(Label(text="abc"), "purged", "o-9")
     lost = loads(dumps(gone))
     job, submission = Label(text="abc"), Submission(execution_id="o-1")
     digest = job_digest(job_parts(repeat_label.declaration.given, [job]))
     run = QueuedRun(execution_id="o-1", job_digest=digest, task_id="t-1", wait_s=0)
     with pytest.raises(PayloadUnavailable, match="'purged'"):
-        receive(repeat_label, [lost], {}, run, travelled=True)
+        receive(repeat_label, [lost], {}, run, settings(), travelled=True)
     store = SQLStore(database)
     store.acquire(
         run_request(
@@ -265,9 +266,9 @@ def test_a_begun_run_does_not_need_the_result_that_it_was_given(database: str) -
         )
     )
     store.close()
-    assert receive(repeat_label, [lost], {}, run, travelled=True) == (job,)
+    assert receive(repeat_label, [lost], {}, run, settings(), travelled=True) == (job,)
     with pytest.raises(PayloadUnavailable, match="'purged'"):
-        receive(repeat_label, [lost], {}, replace(run, job_digest=b"other"), travelled=True)
+        receive(repeat_label, [lost], {}, replace(run, job_digest=b"other"), settings(), travelled=True)
 
 
 # --- on commit --------------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def keeping_job_bytes(job: Label) -> int:
 
 def test_a_reference_holds_no_message() -> None:
     """Neither as JSON nor pickled, however large the message at hand."""
-    made = StoredResult.of(BIG, "t", "g", "o-1")
+    made = result_reference(BIG, "g", "o-1")
     assert len(dumps(made)) < 1000
     assert len(pickle.dumps(made)) < 1000
 
@@ -342,15 +343,15 @@ def test_a_replayed_result_is_referred_to_as_its_row_has_it(database: str, small
         task.declaration.target, [job], submission, given=task.declaration.given, settings=settings()
     )
     assert (found.value, found.replayed) == (made, True)
-    reference = loads(dumps(wrap(task, found.value, "o-1", found.stored)))
+    reference = loads(dumps(wrap(task, found.value, "o-1", found.stored, settings())))
     assert reference.read(app) == made
 
 
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"type": "docket.tests.unit.Reservation2"}, UnknownMessageType),
-        ({"bytes": 10**12}, PayloadTooLarge),
+        ({"type_name": "docket.tests.unit.Reservation2"}, UnknownMessageType),
+        ({"size": 10**12}, PayloadTooLarge),
         ({}, PayloadUnavailable),
     ],
 )
@@ -360,41 +361,59 @@ def test_a_reference_is_not_believed(changes: dict[str, Any], error: type[Except
         reference(**changes).read(app)
 
 
-FIELDS = {"task": "t", "graph": "g", "execution_id": "e", "type": "T", "bytes": 7, "sha256": "s"}
+FIELDS = {"kind": "result", "graph": "g", "execution_id": "e", "type_name": "T", "size": 7, "digest": "s"}
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        *[None, 7, "x", [], {}, {"task": "t"}],
-        *[FIELDS | {"bytes": size} for size in ("many", "7", float("inf"), 7.0, -1, 10**100, True, None)],
-        *[FIELDS | {name: "x" * 501} for name in ("task", "graph", "execution_id", "type", "sha256")],
-        FIELDS | {"task": ["t"]},
+        *[None, 7, "x", [], {}, {"kind": "result"}],
+        *[FIELDS | {"size": size} for size in ("many", "7", float("inf"), 7.0, -1, 10**100, True, None)],
+        *[FIELDS | {name: "x" * 501} for name in FIELDS if name != "size"],
+        *[FIELDS | {"kind": kind} for kind in ("message", "", None, ["job"])],
+        FIELDS | {"graph": ["g"]},
     ],
 )
 def test_a_damaged_reference_is_a_placeholder(content: object) -> None:
     """Decoding never raises; whoever needs the value gets the typed error, and it is passed on as it came."""
-    found = loads(json.dumps({"__type__": "docket.result", "__value__": content}))
+    found = loads(json.dumps({"__type__": "docket.stored", "__value__": content}))
     assert isinstance(found, Undecodable)
     assert isinstance(found.error, DecodeFailed)
-    assert json.loads(dumps(found)) == {"__type__": "docket.result", "__value__": content}
+    assert json.loads(dumps(found)) == {"__type__": "docket.stored", "__value__": content}
     with pytest.raises(DecodeFailed):
         weigh_label.apply((found,))
 
 
-@pytest.mark.parametrize("content", [None, 7, [], {}, {"shown": 7}, {"shown": "x" * 10_000}])
-def test_a_damaged_job_reference_stays_one(content: object) -> None:
-    """It says nothing of where the job lies, so there is nothing to believe; its text is bounded."""
-    found = loads(json.dumps({"__type__": "docket.job", "__value__": content}))
-    assert isinstance(found, StoredJob)
-    assert len(repr(found)) <= 200
+@pytest.mark.parametrize("marker", ["docket.job", "docket.result", "docket.batch"])
+def test_a_reference_of_the_first_version_is_refused(marker: str) -> None:
+    """With what to do, by the task that needs it; kombu alone would lose the message and leave its caller waiting."""
+    sent = {"__type__": marker, "__value__": {"shown": "Label()"}}
+    found = loads(json.dumps(sent))
+    assert json.loads(dumps(found)) == sent
+    with pytest.raises(DecodeFailed, match=r"docket_celery 0\.1\.0 wrote it.*submit the job again"):
+        weigh_label.apply((found,))
 
 
 def test_a_job_reference_is_no_argument() -> None:
     """Whoever hands one on by hand is told so."""
-    stray: Any = StoredJob("Label()")
-    with pytest.raises(InvalidArguments, match="not a StoredJob"):
+    stray: Any = job_reference(Label(), "passing", "o-1", b"d" * 32)
+    with pytest.raises(InvalidArguments, match="not a Stored"):
         weigh_label.delay(stray)
+
+
+def test_a_job_reference_is_not_read_as_a_result(database: str) -> None:
+    """An ordinary task that was sent one by mistake gets no message of another kind in its place."""
+    keeping.execute(Order, Label(text="abc"), execution_id="o-1")
+    stray = loads(dumps(job_reference(Label(text="abc"), "keeping", "o-1", b"d" * 32)))
+    with pytest.raises(PayloadUnavailable, match="another result than the one referred to"):
+        stray.read(app)
+
+
+def test_a_reference_shows_no_content_where_it_arrives() -> None:
+    """What it stands for, and where; the message itself is shown where it was at hand, without its secrets."""
+    made = job_reference(Label(text="abc"), "keeping", "o-1", b"d" * 32)
+    assert repr(made) == "Label(text='abc')"
+    assert repr(loads(dumps(made))) == "<Stored job docket.tests.unit.Label of run 'o-1', 5 bytes>"
 
 
 def test_a_delay_is_known_from_the_options() -> None:
@@ -455,7 +474,7 @@ def test_a_run_whose_job_cannot_be_read_fails_with_its_task(database: str) -> No
     plan, problem = repeat_label.plan(), DecodeFailed("shop.Label", "the bytes are damaged")
     store = SQLStore(database)
     run = QueuedRun(execution_id="o-1", job_digest=b"d" * 32, task_id="t-1", wait_s=0)
-    give_up(repeat_label, run, problem)
+    give_up(repeat_label, run, problem, settings())
     assert store.find_run(plan.graph, "o-1") is None
     request = RunRequest(
         graph=plan.graph,
@@ -468,14 +487,14 @@ def test_a_run_whose_job_cannot_be_read_fails_with_its_task(database: str) -> No
         max_deliveries=3,
     )
     store.enqueue(request, 60.0)
-    give_up(repeat_label, replace(run, job_digest=b"o" * 32), problem)
+    give_up(repeat_label, replace(run, job_digest=b"o" * 32), problem, settings())
     assert [row.state for row in [store.find_run(plan.graph, "o-1")] if row] == [RunState.QUEUED]
-    give_up(repeat_label, run, problem)
+    give_up(repeat_label, run, problem, settings())
     row = store.find_run(plan.graph, "o-1")
     assert row is not None
     assert (row.state, (row.error or {})["code"]) == (RunState.FAILED, "DC502")
     lease = store.acquire(replace(request, owner="again", task_id="t-2"))
     assert isinstance(lease, Lease)
-    give_up(repeat_label, run, problem)
+    give_up(repeat_label, run, problem, settings())
     assert [row.state for row in [store.find_run(plan.graph, "o-1")] if row] == [RunState.RUNNING]
     store.close()

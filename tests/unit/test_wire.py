@@ -3,7 +3,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Generator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kombu.utils.json import dumps, loads
 
-from docket_celery import DecodeFailed, PayloadTooLarge, UnknownMessageType
+from docket_celery import BatchResult, DecodeFailed, PayloadTooLarge, StepFailed, UnknownMessageType
 from docket_celery.task import envelope
-from docket_celery.task.envelope import MARKER, Result, Types, Undecodable
+from docket_celery.task.envelope import MARKER, Result, Results, Types, Undecodable
 from tests.unit.protos.shop_pb2 import Address, Nest, Order, Payment
 
 ORDER = Order(order_id="17", amount_cents=1000, stock={"a": 1, "b": 2})
@@ -136,19 +135,29 @@ def test_a_message_in_an_unset_result_does_not_recurse() -> None:
         _ = Result.__new__(Result).message
 
 
-def test_the_place_of_a_batch_travels_with_the_digest_of_its_job() -> None:
-    """One from the version before has none; a damaged one is no reference."""
-    given: dict[str, Any] = {"graph": "g", "execution_id": "e", "names": ("rate",), "type": "t", "total": 3}
-    place = envelope.Reference(**given, collects=False, errors={}, job_digest=b"d" * 32)
-    sent = place.__json__()["__value__"]
-    assert envelope.decode_batch(sent) == place
-    del sent["stored"]["digest"]
-    assert envelope.decode_batch(sent) == replace(place, job_digest=None)
-    for damaged in ("not base64", 17, None, "ä"):
-        sent["stored"]["digest"] = damaged
-        text = json.dumps({"__type__": envelope.BATCH_MARKER, "__value__": sent})
-        found = loads(text)
-        assert isinstance(found, Undecodable)
-        assert type(found.error) is DecodeFailed
-        # Whoever gets it next reads the same, and is told the same.
-        assert json.loads(dumps(found)) == json.loads(text)
+def test_the_results_of_a_batch_travel_with_their_errors() -> None:
+    """By value, where they are small: each message in an envelope of its own, None where there is none."""
+    sent = BatchResult((ORDER, None), {1: StepFailed("rate", 1, False, ["ValueError"], "too old")})
+    found = loads(dumps(Results(sent)))
+    assert isinstance(found, BatchResult)
+    assert found.results == sent.results
+    assert str(found.errors[1]) == str(sent.errors[1])
+
+
+ERRORS: list[Any] = [None, 7, ["x"], {"x": {}}, {"1": None}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({"results": results, "errors": {}} for results in (None, 7)),
+        *({"results": (), "errors": errors} for errors in ERRORS),
+    ],
+)
+def test_damaged_results_of_a_batch_are_a_placeholder(content: dict[str, Any]) -> None:
+    """Whoever gets it next reads the same, and is told the same."""
+    text = json.dumps({"__type__": envelope.MARKER, "__value__": content})
+    found = loads(text)
+    assert isinstance(found, Undecodable)
+    assert type(found.error) is DecodeFailed
+    assert json.loads(dumps(found)) == json.loads(text)
