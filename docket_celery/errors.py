@@ -148,7 +148,7 @@ class AbortError(DocketError, code="DC200"):
     """Raised by a step to stop the whole graph at once; nobody retries it.
 
     Args:
-        message: Why going on would be wrong.
+        message: Why the graph must not continue.
         cause: What led to it; kept as ``__cause__`` here, as text after transport.
     """
 

@@ -1,8 +1,8 @@
-"""Find words that the project's documentation and docstrings do not use.
+"""Find words that the project's documentation, docstrings, comments and messages do not use.
 
 Usage: prose.py [PATH ...]
 
-Without paths, `SCOPE` is checked. Add a path to `SCOPE` when its prose is plain.
+Without paths, `SCOPE` is checked.
 """
 
 from __future__ import annotations
@@ -13,28 +13,38 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCOPE = ("README.md", "CHANGELOG.md", "docs", "docket_celery/__main__.py", "docket_celery/devserver")
+_ROOMS = ("cli", "devserver", "observe", "plan", "errors.py", "__init__.py", "__main__.py")
+SCOPE = ("README.md", "CHANGELOG.md", "changes", "docs", *(f"docket_celery/{room}" for room in _ROOMS))
 #: Pages whose text quotes the words, or that are generated from messages of the package.
 LEFT_OUT = ("docs/contributing/adr", "docs/contributing/map.md", "docs/errors.md", "docs/reference.md")
 WORDS = {
     r"whoever": "name who it is",
-    r"so many": "give the number, or say what it depends on",
+    r"(?:some|any)body": "name who it is: another delivery, a process, a user",
+    r"so (?:many|often)(?! \w+ that\b)": "give the number, or say what it depends on",
     r"shall": "must, or the plain verb",
     r"anew": "again",
-    r"(?:it|run|row|task|file|code|data|job|batch|stage|value|step)s? (?:lies?|stands?|goes on|go on)": "is, runs",
+    r"lies?": "is",
+    r"stands? (?:so|now)|(?:as|where) it stands": "is",
+    r"(?:go|goes|gone|going) on": "continues, runs",
     r"what has become of": "the state of",
-    r"have somebody": "say who does what",
+    r'"""(?:Let|Have)': "begin with the verb that says what is done",
 }
-_PATTERNS = [(re.compile(rf"\b{word}\b", re.IGNORECASE), advice) for word, advice in WORDS.items()]
+# A phrase may be broken over lines, of text, of a comment or of adjacent string literals.
+_GAP = r"""[\s#"]+(?:f["'])?"""
+_PATTERNS = [
+    (re.compile(rf"(?<!\w){words.replace(' ', _GAP)}\b", re.IGNORECASE), advice)
+    for words, advice in WORDS.items()
+]
 
 
 def find(path: Path) -> list[str]:
-    """Return a line for each word of `WORDS` in the file *path*, with what to write instead."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        for pattern, advice in _PATTERNS:
-            found += [f"{path}:{number}: {match[0]!r}: {advice}" for match in pattern.finditer(line)]
-    return found
+    """Return a line for each word of `WORDS` in the file *path*, with what to write instead, in their order."""
+    text = path.read_text(encoding="utf-8")
+    found = [(match, advice) for pattern, advice in _PATTERNS for match in pattern.finditer(text)]
+    return [
+        f"{path}:{text.count(chr(10), 0, match.start()) + 1}: {' '.join(match[0].split())!r}: {advice}"
+        for match, advice in sorted(found, key=lambda each: each[0].start())
+    ]
 
 
 def files(paths: Sequence[str]) -> list[Path]:

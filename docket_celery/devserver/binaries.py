@@ -37,7 +37,7 @@ class PostgresBinaries:
     def readable_by(self, account: Account | None, *, copy_to: Path) -> PostgresBinaries:
         """Return programs that *account* can run: these, or a private copy of the wheel's.
 
-        Root's environment often lies under a 0700 home which the account cannot enter.
+        Root's environment is often under a 0700 home which the account cannot enter.
 
         Args:
             account: Who will run them; None for the current user.
@@ -160,7 +160,7 @@ def _installed_postgres() -> Iterator[Path]:
     for program in ("postgres", "initdb"):
         if (found := shutil.which(program)) is not None:
             yield Path(found).parent
-            # Debian links postgres alone into PATH; initdb lies beside the real one.
+            # Debian links postgres alone into PATH; initdb is beside the real one.
             yield Path(found).resolve().parent
     yield from sorted(
         _DEBIAN_POSTGRES.glob("*/bin"), key=lambda found: _number(found.parent.name), reverse=True

@@ -41,7 +41,7 @@ def run_command(argv: Sequence[str], environment: Mapping[str, str]) -> int:
             argv,
             env={**os.environ, **environment},
             process_group=None if at_terminal else 0,
-            # If we are killed the servers are gone too; the command should not go on without them.
+            # If we are killed the servers are gone too; the command should not continue without them.
             preexec_fn=signal_on_parent_death(signal.SIGTERM),  # noqa: PLW1509 -- this process has one thread
         )
         for number in early:

@@ -56,8 +56,8 @@ def start_postgres(
 ) -> ServerProcess:
     """Start a Postgres in *directory* and return when it accepts connections.
 
-    The directory is created 0700 and keeps the cluster, the password and the log; starting there again goes
-    on with the same data and password.
+    The directory is created 0700 and keeps the cluster, the password and the log; starting there again uses
+    the same data and password.
 
     Args:
         directory: Private to this server. Remove it after `stop` if the data is not wanted.

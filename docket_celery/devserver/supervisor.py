@@ -102,7 +102,7 @@ def _exit(number: int, _frame: FrameType | None) -> None:
 
 
 def _ignore_signals() -> None:
-    """Let nothing interrupt the clean-up."""
+    """Ignore signals during the clean-up."""
     for number in _END_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -170,7 +170,7 @@ def _start(order: Order, directory: Path | None, stack: ExitStack) -> list[Serve
         return []
     durable = order.data_dir is not None
     account = server_account(directory)
-    # Kept data may lie below a home that the account cannot enter; programs run from where it can.
+    # Kept data may be below a home that the account cannot enter; programs run from where it can.
     copies = _temporary_directory(stack) if durable and account is not None else directory
     # Both are looked up before anything starts: a missing server is told at once.
     binary = find_redis().readable_by(account, copy_to=copies) if order.redis else None

@@ -65,7 +65,7 @@ class Listener(Protocol):
 
 
 def emit(listeners: Iterable[Listener], event: Event) -> None:
-    """Tell every listener; one that raises is logged and the run goes on."""
+    """Tell every listener; one that raises is logged and the run continues."""
     for listener in listeners:
         try:
             listener(event)

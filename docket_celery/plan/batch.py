@@ -20,7 +20,7 @@ class BatchPolicy:
     """How a fan-out treats its items.
 
     Args:
-        on_error: ``fail``: the first failed item stops the run. ``collect``: the others go on.
+        on_error: ``fail``: the first failed item stops the run. ``collect``: the others continue.
         max_failed: ``collect`` only: how many items may fail; a float from 0 to 1 is a share of all. None: any.
         max_concurrency: Most items at once; None: as many as there are threads.
 

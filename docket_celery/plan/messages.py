@@ -153,7 +153,7 @@ class ListDigest:
         self._sha256 = hashlib.sha256()
 
     def add(self, data: bytes, name: str) -> None:
-        """Go on with a message: its bytes, and the name of its type."""
+        """Add a message: its bytes, and the name of its type."""
         self._sha256.update(frame((name.encode(), data)))
 
     def digest(self) -> bytes:

@@ -17,10 +17,23 @@ def test_a_listed_word_is_found_with_its_line(tmp_path: Path) -> None:
     """In any case, as a whole word, with what to write instead."""
     page = tmp_path / "page.md"
     page.write_text(
-        "Marshalling is fine.\nWhoever reads it shall know where the row lies.\n", encoding="utf-8"
+        "Marshalling is fine, so many words that it is long.\nWhoever reads it shall know where the row lies.\n",
+        encoding="utf-8",
     )
     assert [line.removeprefix(f"{page}:") for line in prose.find(page)] == [
         "2: 'Whoever': name who it is",
         "2: 'shall': must, or the plain verb",
-        "2: 'row lies': is, runs",
+        "2: 'lies': is",
+    ]
+
+
+def test_a_phrase_is_found_across_lines_of_text_comments_and_literals(tmp_path: Path) -> None:
+    """Messages and comments of the package are broken over lines."""
+    module = tmp_path / "module.py"
+    module.write_text(
+        '"""Let it be.\n\n    The run goes\n    on.\n    """\n# it goes\n# on\ntext = ("the run goes "\n    f"on")\n',
+        encoding="utf-8",
+    )
+    assert [line.removeprefix(f"{module}:").partition(": ")[0] for line in prose.find(module)] == [
+        *("1", "3", "6", "8")
     ]
