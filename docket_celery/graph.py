@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, cast, overload
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.cache import check_inputs, find_shared_step, forget
+from docket_celery.engine.checkpointing import check_inputs, find_shared_step, forget
 from docket_celery.engine.handles import StartedRun
 from docket_celery.engine.process.loops import CallerLoop
 from docket_celery.engine.process.state import process

@@ -10,12 +10,12 @@ from typing import Any, cast
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.outcome import RunOutcome, Submission
 from docket_celery.engine.overrides import overridden, overrides
 from docket_celery.engine.process.loops import CallerLoop
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
 from docket_celery.engine.run import Run
+from docket_celery.engine.run_context import RunOutcome, Submission
 from docket_celery.engine.waiting import run_here
 from docket_celery.errors import InvalidArguments, InvalidSettings, StoreMissing
 from docket_celery.observe.events import Listener

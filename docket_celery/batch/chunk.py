@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from docket_celery.batch.layout import Layout, earlier_stages, failures_of, find_stage, step_names
 from docket_celery.batch.options import BatchOptions
-from docket_celery.engine.checkpointing import read_value
-from docket_celery.engine.ending import Ending, Outcome
-from docket_celery.engine.fan_out import Stored, make_item, policy_of
+from docket_celery.engine.fan_out import make_item, policy_of
 from docket_celery.engine.items import ItemGroup
-from docket_celery.engine.outcome import RunOutcome, Submission
 from docket_celery.engine.process.heartbeat import HeldLease
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.run import Run
-from docket_celery.engine.stored_items import ItemPlace, check_complete, read_item
+from docket_celery.engine.run_context import Ending, OnEnd, RunOutcome, Submission
+from docket_celery.engine.stored_items import check_complete, read_item
 from docket_celery.errors import (
     CodecFailed,
     DocketError,
@@ -29,7 +27,7 @@ from docket_celery.errors import (
 )
 from docket_celery.observe.events import EventKind
 from docket_celery.plan.annotation import ValueKey
-from docket_celery.plan.messages import Value, from_bytes
+from docket_celery.plan.messages import Value
 from docket_celery.plan.plan import Plan, Stage
 from docket_celery.store.contract import BatchStore
 from docket_celery.store.records import (
@@ -53,9 +51,9 @@ class ChunkRun(Run):
         plan: The whole run's.
         submission: Who asks for it.
         settings: Those in force.
-        store: Where everything lies.
+        store: Where everything is kept.
         options: How the batch is to be worked on.
-        stage: Which stage, counted from 1.
+        number: Of the stage, from 1.
         lo: Index of the chunk's first item.
         limit: Most items at once; None: as many as there are threads.
     """
@@ -67,36 +65,32 @@ class ChunkRun(Run):
         settings: Settings,
         store: BatchStore,
         options: BatchOptions,
-        stage: int,
+        number: int,
         lo: int,
         limit: int | None = None,
     ) -> None:
         super().__init__(plan, (), submission, settings, store)
-        self._most = limit
+        self._batches, self._number, self._lo, self._most = store, number, lo, limit
         self._limit = max(1, settings.threads if limit is None else min(limit, settings.threads))
-        self._stopped = RunCancelled(submission.execution_id, "its batch was stopped")
-        self._progress: Progress | None = None
-        self._batches, self._options, self._stage, self._lo = store, options, stage, lo
         self._policy = options.policy
         self._layout = Layout.of(plan, submission.execution_id)
-        self._work: ItemGroup | None = None
+        self._stopped = RunCancelled(submission.execution_id, "its batch was stopped")
         self._skips: frozenset[int] = frozenset()
+        self._work: ItemGroup | None = None
         self._ending = ChunkEnd(state=RunState.QUEUED)
+        self._progress: Progress | None = None
 
     # --- beginning ---------------------------------------------------------------------------------------------
 
-    def _acquire(self) -> Lease | None:
-        asked_at, submission, settings = self._cancellation.now(), self.submission, self._settings
-        if self._cancellation.error is not None:
-            self._conclude(RunOutcome(error=self._cancellation.error))
-            return None
+    def _acquire(self, asked_at: float) -> HeldLease | None:
+        context, submission, settings = self.context, self.context.submission, self.context.settings
         found = self._batches.lease_chunk(
             ChunkRequest(
-                graph=self._plan.graph,
-                execution_id=submission.execution_id,
-                stage=self._stage,
+                graph=context.graph,
+                execution_id=context.execution_id,
+                stage=self._number,
                 lo=self._lo,
-                owner=self._owner,
+                owner=context.owner,
                 lease_s=settings.lease_seconds,
                 max_deliveries=settings.max_deliveries,
                 task_id=submission.task_id,
@@ -104,119 +98,85 @@ class ChunkRun(Run):
                 ended_cleanly=submission.ended_cleanly,
             )
         )
-        if isinstance(found, ChunkRefusal):
-            busy = found.lease_left_s if found.reason is ChunkStop.BUSY else None
-            receipt = None if busy is not None else {"lo": self._lo, "state": found.reason.value}
-            self._conclude(RunOutcome(busy_s=busy, receipt=receipt))
-            return None
-        self._held = HeldLease(found, asked_at, settings.trust_margin_s, self._cancellation.now)
-        self._delivery.heartbeat().watch(self._held)
-        return found
+        if not isinstance(found, ChunkRefusal):
+            return self._hold(found, asked_at)
+        if found.reason is ChunkStop.BUSY:
+            self._conclude(RunOutcome(busy_s=found.lease_left_s))
+        else:
+            self._conclude(RunOutcome(receipt={"lo": self._lo, "state": found.reason.value}))
+        return None
 
     def _advance(self, lease: Lease) -> None:
-        part = find_stage(self._plan, self._stage)
-        self._delivery = self._new_delivery(lease.epoch)
-        try:
-            if part is None or lease.chunk is None:
-                raise GraphChanged(lease.graph, lease.execution_id, [f"stage {self._stage} of the batch"])
-            work = self._work = self._make(part, lease.chunk)
-            self._execution = work
-            if self._cancellation.error is not None:
-                work.abort(self._cancellation.error)
-            else:
-                work.dispatch()
-        except Exception as error:  # noqa: BLE001 -- the lease is held: the chunk must end in order
-            self._end(Outcome(error=error))
+        stage = find_stage(self._plan, self._number)
+        if stage is None or lease.chunk is None:
+            raise GraphChanged(lease.graph, lease.execution_id, [f"stage {self._number} of the batch"])
+        self._policy = policy_of(self._plan, stage, self._policy)
+        made = {planned.step.name for planned in stage.plan.steps if planned.step.output in stage.outputs}
+        self.context.keeps = frozenset(made)
+        self._work = self._read_items(stage, lease.chunk)
+        self._begin(self._work)
 
-    def _make(self, part: Stage, chunk: Chunk) -> ItemGroup:
-        layout, plan = self._layout, self._plan
-        self._policy = policy_of(plan, part, self._options.policy)
-        steps = {name: planned.step for planned in part.plan.steps for name in step_names(planned.step)}
-        made = {planned.step.name for planned in part.plan.steps if planned.step.output in part.outputs}
-        self._delivery.keeps = frozenset(made)
-        each = {key: layout.names(key) for key in part.plan.given if key in part.each}
-        shared = [key for key in part.plan.given if key not in part.each]
+    def _read_items(self, stage: Stage, chunk: Chunk) -> ItemGroup:
+        """Return the items of the chunk, with what is stored of them."""
+        layout, run = self._layout, (self.context.graph, self.context.execution_id)
+        steps = {name: planned.step for planned in stage.plan.steps for name in step_names(planned.step)}
+        each = {key: layout.names(key) for key in stage.plan.given if key in stage.each}
+        shared = [key for key in stage.plan.given if key not in stage.each]
         names = sorted({*steps, *(name for names in each.values() for name in names)})
         keys = [layout.once_key(key) for key in shared]
-        run = (plan.graph, self.submission.execution_id)
         rows = self._batches.read_items(*run, names, chunk.lo, chunk.hi, keys)
-        values = {key: _by_index(key, rows, names) for key, names in each.items()}
         skips: set[int] = set()
-        if earlier := earlier_stages(plan, self._stage):
+        if earlier := earlier_stages(self._plan, self._number):
             found = self._batches.find_failed(*run, chunk.lo, chunk.hi)
             skips |= failures_of(row for row in found if row.chunk.stage in earlier).keys()
-        for key, found_values in values.items():
-            place = ItemPlace(
-                graph=plan.graph,
-                execution_id=self.submission.execution_id,
-                names=each[key],
-                kind=key.kind,
-                total=chunk.hi,
-                failed=skips,
-            )
-            check_complete(place, range(chunk.lo, chunk.hi), found_values)
+        values: dict[ValueKey, Any] = self._read_shared(shared, rows)
+        for key, names_of in each.items():
+            values[key] = own = _by_index(key, rows, names_of)
+            check_complete(layout.place(key, chunk.hi, skips), range(chunk.lo, chunk.hi), own)
         self._skips = frozenset(skips & set(range(chunk.lo, chunk.hi)))
         stored = {(steps[row.step_name].name, row.item): row for row in rows if row.step_name in steps}
-        return self._group(part, chunk, {**self._read_shared(shared, rows), **values}, stored)
 
-    def _group(self, part: Stage, chunk: Chunk, values: Mapping[ValueKey, Any], stored: Stored) -> ItemGroup:
-        """Return the items of the chunk.
-
-        Args:
-            part: What to do for each of them.
-            chunk: Which they are.
-            values: The given values; those that each item has its own of by index.
-            stored: The checkpoints of these items.
-        """
-
-        def make(number: int, on_end: Callable[[Outcome], None]) -> Ending:
-            index = chunk.lo + number
+        def make(place: int, on_end: OnEnd) -> Ending:
+            index = chunk.lo + place
             return make_item(
-                part,
-                part.outputs,
-                [values[key][index] if key in part.each else values.get(key) for key in part.plan.given],
-                replace(self._delivery, item=str(index)),
+                stage,
+                [values[key][index] if key in stage.each else values[key] for key in stage.plan.given],
+                replace(self.context, item=str(index)),
                 on_end,
                 stored=stored,
+                outputs=stage.outputs,
                 limit=self._limit,
                 max_concurrency=self._most,
             )
 
         count = chunk.hi - chunk.lo
-        allowed = 0 if self._policy.on_error == "fail" else count
-        items = ItemGroup(count, make, self._end_on_pool, limit=self._limit, allowed=allowed)
         # Left out by being given a failure; it is none of this chunk's.
         left_out = StepFailed("", 0, False, "", "")
-        items.skip({index - chunk.lo: left_out for index in self._skips})
-        return items
+        return ItemGroup(
+            count,
+            make,
+            self._end_on_pool,
+            limit=self._limit,
+            allowed=0 if self._policy.on_error == "fail" else count,
+            failed={index - chunk.lo: left_out for index in self._skips},
+        )
 
-    def _failures(self) -> dict[int, StepFailed]:
-        """Return why items failed in this chunk, by index."""
-        if self._work is None:
-            return {}
-        found = {self._lo + number: failure for number, failure in self._work.failures.items()}
-        return {index: failure for index, failure in found.items() if index not in self._skips}
-
-    def _read_shared(self, keys: Sequence[ValueKey], rows: Sequence[Checkpoint]) -> dict[ValueKey, Value]:
-        found: dict[ValueKey, Value] = {}
+    def _read_shared(self, keys: Sequence[ValueKey], rows: Sequence[Checkpoint]) -> dict[ValueKey, Any]:
+        found: dict[ValueKey, Any] = {}
         by_key = {row.key: row for row in rows}
         for key in keys:
-            row, step = by_key.get(self._layout.once_key(key)), self._layout.makers.get(key)
+            row = by_key.get(self._layout.once_key(key))
             if row is None:
-                raise GraphChanged(self._plan.graph, self.submission.execution_id, [f"{key} of the batch"])
-            found[key] = (
-                from_bytes(key.kind, row.output_data)
-                if step is None
-                else read_value(step, row, self._delivery)
-            )
+                raise GraphChanged(self.context.graph, self.context.execution_id, [f"{key} of the batch"])
+            found[key] = self._layout.read_shared(key, row, self.context)
         return found
 
     # --- while it runs -----------------------------------------------------------------------------------------
 
     def poll(self) -> float:
-        """As for any run; and end early where the rest of the stage has come to nothing."""
+        """As for any run; and end early where the rest of the stage is stopped or failing."""
         wait_s = super().poll()
-        halt = None if self._held is None else self._held.halt
+        halt = None if self.context.held is None else self.context.held.halt
         if halt is Halt.STOPPED:
             self.stop(self._stopped)
         elif halt is Halt.FAILING and self._work is not None:
@@ -225,55 +185,54 @@ class ChunkRun(Run):
 
     # --- ending ------------------------------------------------------------------------------------------------
 
-    def _end(self, outcome: Outcome) -> None:
+    def _end(self, _: Sequence[Any], error: BaseException | None, /) -> None:
         """Write how the chunk ended, then report."""
-        failures = self._failures()
-        parked = None if outcome.error is self._stopped else self._find_parked(outcome.error, failures)
-        if self._held is None:
-            self._conclude(parked or self.parked_or_failed(outcome.error or RuntimeError("no lease")))
+        context, work = self.context, self._work
+        failures = {} if work is None else {self._lo + place: each for place, each in work.failures.items()}
+        failures = {index: each for index, each in failures.items() if index not in self._skips}
+        parked = None if error is self._stopped else self._find_parked(error, failures)
+        if context.held is None:
+            self._conclude(parked or self.parked_or_failed(error or RuntimeError("no lease")))
             return
-        delivery = self._delivery
-        state, errors = RunState.SUCCEEDED, {str(i): to_record(error) for i, error in failures.items()}
+        state, errors = RunState.SUCCEEDED, {str(i): to_record(each) for i, each in failures.items()}
         if parked is not None:
             state, errors = RunState.QUEUED, {}
-        elif outcome.error is self._stopped:
+        elif error is not None:
             state = RunState.FAILED
-        elif outcome.error is not None:
-            state, errors["fatal"] = RunState.FAILED, self._fatal_record(outcome.error)
-        elif (failures and self._policy.on_error == "fail") or not (self._work and self._work.complete):
+            if error is not self._stopped:
+                errors["fatal"] = self._fatal_record(error)
+        elif (failures and self._policy.on_error == "fail") or work is None or not work.complete:
             state = RunState.FAILED
         self._ending = ChunkEnd(
             state=state,
-            checkpoints=tuple(delivery.kept),
-            executions=tuple(delivery.rows),
+            checkpoints=tuple(context.kept),
+            executions=tuple(context.rows),
             errors=errors,
             stops="fatal" in errors,
             wake_in_s=(parked and parked.park_s) or 0.0,
         )
         receipt = {"lo": self._lo, "state": state.value, "failed": len(failures)}
-        self._write_end(parked or RunOutcome(receipt=receipt), self._held, tries=1)
+        self._write_end(parked or RunOutcome(receipt=receipt), context.held, tries=1)
 
     def _find_parked(
         self, error: BaseException | None, failures: Mapping[int, StepFailed]
     ) -> RunOutcome | None:
-        """Return how the delivery ends if another one shall go on with the chunk."""
-        submission = self.submission
+        """Return how the delivery ends if another one is to continue the chunk."""
+        submission, held = self.context.submission, self.context.held
         # A chunk's retries are Celery's own: the run's row counts those of the run.
-        lease = None if self._held is None else replace(self._held.lease, failures=submission.retries)
+        lease = None if held is None else replace(held.lease, failures=submission.retries)
         for each in (error,) if error is not None else failures.values():
             found = self.parked_or_failed(each, lease)
             if found.park_s is not None:
                 return found
-        if error is None:
-            return None
-        ends_process = not isinstance(error, Exception)
-        if ends_process or isinstance(error, (LeaseLost, StoreUnavailable, *submission.hands_back)):
+        hands_back = (LeaseLost, StoreUnavailable, *submission.hands_back)
+        if error is not None and (not isinstance(error, Exception) or isinstance(error, hands_back)):
             return RunOutcome(error=error)
         return None
 
     def _fatal_record(self, error: BaseException) -> dict[str, object]:
         if not isinstance(error, DocketError):
-            error = RunCancelled(self.submission.execution_id, repr(error))
+            error = RunCancelled(self.context.execution_id, repr(error))
         return to_record(error)
 
     def _write(self, result: RunOutcome, lease: Lease) -> None:
@@ -288,7 +247,7 @@ class ChunkRun(Run):
         """Tell how far the stage is, too."""
         progress = self._progress
         if progress is not None:
-            self._delivery.tell(EventKind.BATCH_PROGRESS, done=progress.done, total=progress.total)
+            self.context.tell(EventKind.BATCH_PROGRESS, done=progress.done, total=progress.total)
         super()._conclude(replace(outcome, progress=progress))
 
 

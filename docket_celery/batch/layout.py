@@ -1,30 +1,35 @@
-"""What a plan means once its items lie in a store: where values are, and who works on which items."""
+"""What a plan means once its items are in a store: where values are, and which items belong to which chunk."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from docket_celery.engine.checkpointing import read_value
+from docket_celery.engine.run_context import RunContext
+from docket_celery.engine.stored_items import ItemPlace
 from docket_celery.errors import DocketError, StepFailed, from_record
 from docket_celery.plan.annotation import ValueKey
-from docket_celery.plan.messages import Value, type_name, value_bytes
+from docket_celery.plan.messages import Value, from_bytes, type_name, value_bytes
 from docket_celery.plan.plan import Plan, Stage
 from docket_celery.plan.step import Step
 from docket_celery.store.identity import item_key, workflow_key
 from docket_celery.store.records import Checkpoint, ChunkRow, Progress, RunState
 
 PAGE, PAGE_BYTES = 1000, 4 * 1024 * 1024
-"""So many items, or a little over so many bytes of them, go to the store in one statement."""
+"""Most items, and about the most bytes of them, that go to the store in one statement."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the values of a run's plan lie.
+    """Where the values of a run are stored.
 
     Attributes:
-        plan: It has parts.
+        plan: It has stages.
+        makers: The step that makes a value.
+        fan_outs: The fan-out that a value is made for each item of; '' is the batch.
     """
 
     plan: Plan
@@ -38,16 +43,16 @@ class Layout:
         """Return the layout of *plan* for one run."""
         makers = {planned.step.output: planned.step for planned in plan.steps}
         fan_outs: dict[ValueKey, str] = {} if plan.batch is None else {plan.batch: ""}
-        for part in plan.stages:
-            for planned in part.plan.steps:
-                if part.fan_out is not None:
-                    fan_outs[planned.step.output] = part.fan_out
+        for stage in plan.stages:
+            for planned in stage.plan.steps:
+                if stage.fan_out is not None:
+                    fan_outs[planned.step.output] = stage.fan_out
                 elif planned.step.splits:
                     fan_outs[planned.step.output] = planned.step.name
         return cls(plan, plan.graph, execution_id, makers, fan_outs)
 
     def names(self, key: ValueKey) -> tuple[str, ...]:
-        """Return the step names under which a value's rows may lie."""
+        """Return the step names under which a value may be stored."""
         return step_names(self.makers[key]) if key in self.makers else ("",)
 
     def once_key(self, key: ValueKey) -> bytes:
@@ -63,12 +68,37 @@ class Layout:
     def shared(self) -> list[ValueKey]:
         """Return the values that are there once: handed in, or made by what runs once."""
         given = [key for key in self.plan.given if key != self.plan.batch]
-        made = [p.step.output for part in self.plan.stages if part.fan_out is None for p in part.plan.steps]
+        made = [
+            p.step.output for stage in self.plan.stages if stage.fan_out is None for p in stage.plan.steps
+        ]
         return [key for key in (*given, *made) if key not in self.fan_outs]
 
     def splitters(self) -> list[str]:
         """Return the fan-outs whose items are cut from one value: of the batch, and of steps that run once."""
-        return sorted({part.fan_out for part in self.plan.stages if part.fan_out is not None})
+        return sorted({stage.fan_out for stage in self.plan.stages if stage.fan_out is not None})
+
+    def read_shared(self, key: ValueKey, row: Checkpoint, context: RunContext) -> Value:
+        """Return a value that is there once.
+
+        Raises:
+            GraphChanged, DecodeFailed: As from `read_value`.
+        """
+        step = self.makers.get(key)
+        return from_bytes(key.kind, row.output_data) if step is None else read_value(step, row, context)
+
+    def place(
+        self, key: ValueKey, total: int, failed: Collection[int], job_digest: bytes | None = None
+    ) -> ItemPlace:
+        """Return where the items of a value are."""
+        return ItemPlace(
+            graph=self.graph,
+            execution_id=self.execution_id,
+            names=self.names(key),
+            kind=key.kind,
+            total=total,
+            failed=failed,
+            job_digest=job_digest,
+        )
 
     def given_row(self, key: ValueKey, value: Value) -> Checkpoint:
         """Return the row of a value that was handed in once."""
@@ -114,7 +144,7 @@ def paged(rows: Iterable[Checkpoint], every_s: float = math.inf) -> Iterator[lis
 
     Args:
         rows: From any source.
-        every_s: A row that comes so long after the last page ends its own.
+        every_s: Seconds after which a page ends with the next row.
     """
     page: list[Checkpoint] = []
     size, since = 0, time.monotonic()
@@ -129,7 +159,7 @@ def paged(rows: Iterable[Checkpoint], every_s: float = math.inf) -> Iterator[lis
 
 
 def step_names(step: Step) -> tuple[str, ...]:
-    """Return the names under which a step's rows may lie."""
+    """Return the names under which outputs of a step may be stored."""
     return tuple(dict.fromkeys((step.name, *step.options.renamed_from)))
 
 
@@ -144,8 +174,8 @@ def stage_rows(rows: Iterable[ChunkRow], stage: int) -> list[ChunkRow]:
 
 
 def find_progress(plan: Plan, stage: int, rows: Iterable[ChunkRow], total: int) -> Progress:
-    """Return how far a stage of *total* items is, whose chunks stand so."""
-    stages = [number for number, part in enumerate(plan.stages, 1) if part.fan_out is not None]
+    """Return how far a stage of *total* items is, by its chunks."""
+    stages = [number for number, each in enumerate(plan.stages, 1) if each.fan_out is not None]
     done = sum(row.chunk.hi - row.chunk.lo for row in rows if row.state is RunState.SUCCEEDED)
     return Progress(done=done, total=total, stage=stages.index(stage) + 1, stages=len(stages))
 
@@ -174,10 +204,10 @@ def fatal_of(rows: Iterable[ChunkRow]) -> DocketError | None:
 def earlier_stages(plan: Plan, stage: int) -> set[int]:
     """Return the stages before *stage* over the same items."""
     fan_out = plan.stages[stage - 1].fan_out
-    return {number for number, part in enumerate(plan.stages[: stage - 1], 1) if part.fan_out == fan_out}
+    return {number for number, each in enumerate(plan.stages[: stage - 1], 1) if each.fan_out == fan_out}
 
 
-def find_stage(plan: Plan, stage: int) -> Stage | None:
-    """Return the part that a stage works on, or None if this plan has no such stage."""
-    part = plan.stages[stage - 1] if 0 < stage <= len(plan.stages) else None
-    return part if part is not None and part.fan_out is not None else None
+def find_stage(plan: Plan, number: int) -> Stage | None:
+    """Return a stage that runs for each item by its number, or None if this plan has no such stage."""
+    stage = plan.stages[number - 1] if 0 < number <= len(plan.stages) else None
+    return stage if stage is not None and stage.fan_out is not None else None

@@ -1,4 +1,9 @@
-"""One attempt of a step: the user's code is called once, with a deadline, and can be let go."""
+"""One attempt of a step: the user's code is called once, with a deadline, and can be let go.
+
+Around the code are the host's scopes and the hooks. A scope is bound to its thread, as Celery's current task is: an
+``async def`` step leaves it whenever it waits, since the loop's thread then runs other steps. A hook belongs to the
+call: it is entered before and exited after.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +12,19 @@ import asyncio
 import functools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from typing import Any
 
-from docket_celery.engine.delivery import Delivery
-from docket_celery.engine.ending import Ending
+from docket_celery.engine.process.hooks import StepHook
 from docket_celery.engine.process.instances import Factory
 from docket_celery.engine.process.limits import Slot
 from docket_celery.engine.process.pool import Worker
 from docket_celery.engine.process.state import process
 from docket_celery.engine.process.timer import Alarm
-from docket_celery.engine.step_scope import await_within, call_within
+from docket_celery.engine.run_context import Ending, MakeScope, RunContext
 from docket_celery.errors import StepTimedOut, trim_traceback
 from docket_celery.observe.events import EventKind
 from docket_celery.plan.context import StepContext, bind_context
@@ -28,7 +34,6 @@ from docket_celery.store.identity import idempotency_key
 
 _logger = logging.getLogger("docket_celery.attempt")
 
-
 Result = tuple[Any, BaseException | None]
 """What a step's code returned, or what it raised."""
 
@@ -36,90 +41,73 @@ Result = tuple[Any, BaseException | None]
 class Attempt:
     """One call of a step's code: what the life of a step yields to have it made. Never waits on a thread.
 
-    Whatever closes it first (its return, its deadline, or the end of the execution) decides; everything later is
+    Its return, its deadline or the end of the execution closes it, whichever comes first; everything later is
     discarded.
 
     Args:
         step: The step.
         number: Which attempt of this delivery it is, from 1.
         values: The step's inputs.
-        delivery: What the steps share.
+        run: What the steps share.
         gate: The execution that it belongs to: nothing begins and nothing counts once that is closed.
         slot: Given back when the code has really ended; None: the step has no limit.
-        began: When the step's first attempt began, in seconds of the delivery's clock.
+        began: When the step's first attempt began, in seconds of the run's clock.
 
     Attributes:
         in_flight: Whether user code runs now and its end would count. Written under the gate's lock.
         worker: The pool thread inside the step, while it is in flight.
         on_host: The code ran on a thread of the host, where signal handlers raise too.
         result: How it ended, if it ended on the thread that started it.
-        go_on: Given work for the pool that returns how the attempt ended, or None where that does not count.
+        go_on: Given work for the pool that returns how the attempt ended, or None where that does not count. Set for
+            what may end on another thread.
     """
 
-    __slots__ = (
-        "_alarm",
-        "_began",
-        "_delivery",
-        "_future",
-        "_gate",
-        "_number",
-        "_slot",
-        "_step",
-        "_unlink",
-        "_values",
-        "go_on",
-        "in_flight",
-        "on_host",
-        "result",
-        "worker",
-    )
+    in_flight = False
+    on_host = False
+    worker: Worker | None = None
+    result: Result | None = None
+    go_on: Callable[[Callable[[], Result | None]], None]
+    _alarm: Alarm | None = None
+    _unlink: Callable[[], None] | None = None
+    _future: Future[Any] | None = None
 
     def __init__(
         self,
         step: Step,
         number: int,
         values: Sequence[Value],
-        delivery: Delivery,
+        run: RunContext,
         gate: Ending,
         slot: Slot | None,
         began: float,
     ) -> None:
         self._step, self._number, self._values = step, number, values
-        self._delivery, self._gate, self._slot = delivery, gate, slot
-        self._began = began
-        self._alarm: Alarm | None = None
-        self._unlink: Callable[[], None] | None = None
-        self._future: Future[Any] | None = None
-        self.in_flight = False
-        self.on_host = False
-        self.worker: Worker | None = None
-        self.result: Result | None = None
-        self.go_on: Callable[[Callable[[], Result | None]], None]
+        self._run, self._gate, self._slot, self._began = run, gate, slot, began
 
     def start(self) -> bool:
         """Call the user's code, unless the execution is closed: then return False."""
-        step, delivery = self._step, self._delivery
-        context = step_context(step, delivery, self._number)
+        step, run, timeout_s = self._step, self._run, self._step.timeout_s
+        context = step_context(step, run, self._number)
+        thread = threading.current_thread()
         with self._gate.lock:
             if self._gate.closed:
                 return False
-            thread = threading.current_thread()
-            pooled = thread if isinstance(thread, Worker) else None
-            self.worker = pooled if process.holds_thread(step) else None
-            if step.timeout_s is not None:
-                ring = functools.partial(self._ring, context, step.timeout_s)
-                self._alarm = delivery.runtime.timer.after(step.timeout_s, ring)
-                self._unlink = functools.partial(delivery.cancellation.forget, context.cancelled.cancel)
+            if isinstance(thread, Worker) and (not step.is_async or process.holds_thread(step)):
+                self.worker = thread
+            if timeout_s is not None:
+                ring = functools.partial(self._ring, context, timeout_s)
+                self._alarm = run.runtime.timer.after(timeout_s, ring)
+                self._unlink = functools.partial(run.cancellation.forget, context.cancelled.cancel)
             self.in_flight = True
-        if delivery.listeners:
-            delivery.tell(EventKind.STEP_STARTED, step.name, self._number)
+        if run.listeners:
+            run.tell(EventKind.STEP_STARTED, step.name, self._number)
         if step.is_async:
             self._spawn(context)
             return True
         try:
-            result: Result = delivery.base.copy().run(self._invoke, context), None
+            result: Result = run.base.copy().run(self._invoke, context), None
         except BaseException as error:  # noqa: BLE001 -- user code; every kind is judged
-            self.on_host = not isinstance(threading.current_thread(), Worker)
+            self.on_host = not isinstance(thread, Worker)
             result = None, trim_traceback(error)
         self.result = self._ended(result)
         return True
@@ -133,7 +121,7 @@ class Attempt:
         """Replace the thread inside the step, unless it is the calling one. The caller holds the gate's lock."""
         # Under the lock, as a step's return needs it first: the worker is surely inside that step.
         if self.worker is not None and self.worker is not threading.current_thread():
-            self._delivery.runtime.pool.abandon(self.worker, self._step.name)
+            self._run.runtime.pool.abandon(self.worker, self._step.name)
 
     def interrupt(self) -> None:
         """Let go of an attempt whose result will not count: no alarm any more, and a coroutine is cancelled."""
@@ -148,28 +136,32 @@ class Attempt:
 
     def _invoke(self, context: StepContext) -> Any:
         bind_context(context)
-        slot, scopes, hooks = self._slot, self._delivery.scopes, self._delivery.hooks
+        slot, scopes, hooks = self._slot, self._run.submission.scopes, self._run.hooks
         if slot is not None:
             slot.bind()
         try:
             if not scopes and not hooks:
                 return self._call(context)
-            return call_within(scopes, hooks, self._call, context)
+            with ExitStack() as stack:
+                _enter(stack, scopes, hooks)
+                return self._call(context)
         finally:
             # Here and not where the attempt ends: a thread that was given up still does what the limit protects.
             if slot is not None:
                 slot.cancel()
 
     def _call(self, context: StepContext) -> Any:
-        return self._step.invoke(process.call_of(self._step), self._values, context)
+        step = self._step
+        return step.invoke(step.call if step.make is None else process.call_of(step), self._values, context)
 
     def _spawn(self, context: StepContext) -> None:
-        # The coroutine's task copies the contextvars in force where it is made, so it is made inside the copy.
-        submit = self._delivery.step_loop().submit
+        run = self._run
+        submit = (run.runtime.loop if run.loop is None else run.loop).submit
         try:
             if (factory := process.factory_of(self._step)) is not None:
                 self._build(factory)
-            future = self._delivery.base.copy().run(lambda: submit(self._await(context), self.release))
+            # The coroutine's task copies the contextvars in force where it is made, so it is made inside the copy.
+            future = run.base.copy().run(lambda: submit(self._await(context), self.release))
         except BaseException as error:  # noqa: BLE001 -- the call may fail before its first await
             self.release()
             self.result = self._ended((None, trim_traceback(error)))
@@ -198,7 +190,7 @@ class Attempt:
         Raises:
             TimeoutError: The attempt has ended meanwhile; its error counts no more.
         """
-        self._delivery.base.copy().run(factory.instance)
+        self._run.base.copy().run(factory.instance)
         with self._gate.lock:
             if not self.in_flight or self._gate.closed:
                 raise TimeoutError
@@ -209,9 +201,9 @@ class Attempt:
         bind_context(context)
         if self._slot is not None:
             self._slot.bind()
-        scopes, hooks = self._delivery.scopes, self._delivery.hooks
+        run = self._run
         try:
-            return await await_within(scopes, hooks, self._call, context), None
+            return await await_within(run.submission.scopes, run.hooks, self._call, context), None
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001 -- user code; every kind is judged
@@ -219,17 +211,18 @@ class Attempt:
                 # A loop that was closed calls nothing back. The collector may close the coroutine on a thread that
                 # holds the very locks which giving back a slot needs, so another thread does it.
                 _thread.start_new_thread(self.release, ())
-            self.on_host = self._delivery.loop is not None or self._delivery.runtime.inline
+            self.on_host = run.loop is not None or run.runtime.inline
             return None, trim_traceback(error)
 
     # --- ending ------------------------------------------------------------------------------------------------
 
-    def _close(self) -> bool:
+    def _close(self, *, late: bool = False) -> bool:
         with self._gate.lock:
             if not self.in_flight or self._gate.closed:
                 return False
             self.in_flight = False
-            self.abandon()
+            if late:
+                self.abandon()
             alarm, self._alarm = self._alarm, None
             unlink, self._unlink = self._unlink, None
         if alarm is not None:
@@ -241,42 +234,99 @@ class Attempt:
     def _ring(self, context: StepContext, timeout_s: float) -> None:
         """End the attempt at its deadline; runs on the timer's thread, so it hands the rest to the pool."""
         step, worker = self._step, self.worker
-        if not self._close():
+        if not self._close(late=True):
             return
         error = StepTimedOut(step.name, self._number, timeout_s)
         context.cancelled.cancel(error)
         self.interrupt()
         if worker is not None:
-            self._delivery.tell(EventKind.STEP_ABANDONED, step.name, self._number, detail=error.describe())
+            self._run.tell(EventKind.STEP_ABANDONED, step.name, self._number, detail=error.describe())
             _logger.warning(
-                "run %r: %s; its thread goes on until the step returns", self._delivery.execution_id, error
+                "run %r: %s; its thread goes on until the step returns", self._run.execution_id, error
             )
         self.go_on(lambda: (None, error))
 
     def _ended(self, result: Result) -> Result | None:
         """Return *result* if it counts."""
-        self._delivery.runtime.catch_up()  # a deadline that only this thread can ring has waited for the step
+        run = self._run
+        if run.runtime.inline:
+            run.runtime.catch_up()  # a deadline that only this thread can ring has waited for the step
         if self._close():
             return result
-        elapsed = self._delivery.cancellation.now() - self._began
-        self._delivery.tell(EventKind.STEP_LATE, self._step.name, self._number, elapsed_s=elapsed)
+        elapsed_s = run.cancellation.now() - self._began
+        run.tell(EventKind.STEP_LATE, self._step.name, self._number, elapsed_s=elapsed_s)
         return None
 
 
-def step_context(step: Step, delivery: Delivery, attempt: int) -> StepContext:
+def step_context(step: Step, run: RunContext, attempt: int) -> StepContext:
     """Return the context of one attempt; a timed attempt can be cancelled alone."""
-    timed = step.timeout_s is not None
+    cancelled, timeout_s = run.cancellation, step.timeout_s
     return StepContext(
-        graph=delivery.graph,
-        execution_id=delivery.execution_id,
+        graph=run.graph,
+        execution_id=run.execution_id,
         step=step.name,
-        item=delivery.item,
-        make_key=functools.partial(
-            idempotency_key, delivery.graph, delivery.execution_id, step.identity, delivery.item
-        ),
+        item=run.item,
+        make_key=functools.partial(idempotency_key, run.graph, run.execution_id, step.identity, run.item),
         attempt=attempt,
-        delivery=delivery.number,
-        values=delivery.values,
-        deadline=delivery.cancellation.now() + step.timeout_s if step.timeout_s is not None else None,
-        cancelled=delivery.cancellation.child() if timed else delivery.cancellation,
+        delivery=run.number,
+        values=run.submission.values,
+        deadline=None if timeout_s is None else cancelled.now() + timeout_s,
+        cancelled=cancelled if timeout_s is None else cancelled.child(),
     )
+
+
+async def await_within(
+    scopes: Sequence[MakeScope],
+    hooks: Sequence[StepHook],
+    call: Callable[..., Coroutine[Any, Any, Any]],
+    *args: Any,
+) -> Any:
+    """Return what the coroutine of ``call(*args)`` returns; *hooks* last over its waits, *scopes* do not."""
+    coroutine = _hooked(hooks, call, *args) if hooks else call(*args)
+    return await (_resumed_within(scopes, coroutine) if scopes else coroutine)
+
+
+async def _hooked(
+    hooks: Sequence[StepHook], call: Callable[..., Coroutine[Any, Any, Any]], *args: Any
+) -> Any:
+    with ExitStack() as stack:
+        _enter(stack, (), hooks)
+        return await call(*args)
+
+
+@types.coroutine
+def _resumed_within(
+    scopes: Sequence[MakeScope], coroutine: Coroutine[Any, Any, Any]
+) -> Generator[Any, Any, Any]:
+    """Drive *coroutine*: *scopes* are entered for each resume and left at each suspension."""
+    resume: Callable[[Any], Any] = coroutine.send
+    given: Any = None
+    try:
+        while True:
+            with ExitStack() as stack:
+                _enter(stack, scopes)
+                try:
+                    wanted = resume(given)
+                except StopIteration as end:
+                    return end.value
+            try:
+                given = yield wanted
+                resume = coroutine.send
+            except GeneratorExit:
+                with ExitStack() as stack:
+                    _enter(stack, scopes)
+                    coroutine.close()
+                raise
+            except BaseException as error:  # noqa: BLE001 -- whatever is thrown in is the coroutine's to handle
+                given, resume = error, coroutine.throw
+    finally:
+        # If a scope could not be entered the coroutine has never begun, or is left in the middle.
+        coroutine.close()
+
+
+def _enter(stack: ExitStack, scopes: Sequence[MakeScope], hooks: Sequence[StepHook] = ()) -> None:
+    """Enter *scopes*, then *hooks*, the first outermost."""
+    for scope in scopes:
+        stack.enter_context(scope())
+    for hook in hooks:
+        stack.enter_context(hook.entered())

@@ -1,14 +1,14 @@
-"""What is stored of one step in one delivery: its checkpoint, its claim on a shared one, and its row for people."""
+"""What is stored of steps: checkpoints, claims on shared ones, rows for people, and the entries of GLOBAL steps."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.delivery import Delivery
+from docket_celery.engine.run_context import RunContext
 from docket_celery.errors import CacheMismatch, DocketError, GraphChanged, InvalidArguments
 from docket_celery.plan.messages import (
     Value,
@@ -21,38 +21,44 @@ from docket_celery.plan.messages import (
 )
 from docket_celery.plan.options import Scope
 from docket_celery.plan.plan import Plan
+from docket_celery.plan.registry import Registry
 from docket_celery.plan.shapes import check_shape, message_shape
 from docket_celery.plan.step import Step
 from docket_celery.store.contract import Store
 from docket_celery.store.identity import cache_key, global_key, input_digest, workflow_key
 from docket_celery.store.records import Checkpoint, Lease, StepExecution
 
+Stored = Mapping[tuple[str, str], Checkpoint]
+"""A run's checkpoints by step name and path of the item."""
+
 _logger = logging.getLogger("docket_celery.checkpointing")
 _MOST_CHARS = 2000
 
 
 class StepRecord:
-    """The stored side of a step call.
+    """The stored side of a step in one delivery that has a store.
 
     Args:
         step: The step.
-        delivery: The delivery it belongs to.
+        values: Its inputs.
+        context: What the steps share.
+        store: Where it is kept.
+        began: When the step began, in seconds of the run's clock.
     """
 
-    __slots__ = ("_claimed", "_delivery", "_looked_up", "_started_at", "_step", "_values", "began")
+    __slots__ = ("_began", "_claimed", "_context", "_looked_up", "_started_at", "_step", "_store", "_values")
 
-    def __init__(self, step: Step, delivery: Delivery) -> None:
-        self._step, self._delivery = step, delivery
-        self._values: Sequence[Value] = ()
+    def __init__(
+        self, step: Step, values: Sequence[Value], context: RunContext, store: Store, began: float
+    ) -> None:
+        self._step, self._values, self._context, self._store = step, values, context, store
         self._claimed: bytes | None = None
         self._looked_up: bytes | None = None
-        self.began = 0.0
-        self._started_at: datetime | None = None
+        self._began, self._started_at = began, datetime.now(UTC)
 
     @property
-    def elapsed_s(self) -> float:
-        """Seconds since `begin`."""
-        return self._delivery.cancellation.now() - self.began
+    def _elapsed_s(self) -> float:
+        return self._context.cancellation.now() - self._began
 
     @property
     def claims(self) -> bool:
@@ -61,14 +67,8 @@ class StepRecord:
 
     @property
     def _claimant(self) -> str:
-        """Who claims: of steps and items of one delivery that need one checkpoint, one computes."""
-        return f"{self._delivery.owner}/{self._delivery.item}/{self._step.name}"
-
-    def begin(self, values: Sequence[Value] = ()) -> None:
-        """Note the inputs and when the step began."""
-        self._values, self.began = values, self._delivery.cancellation.now()
-        if self._delivery.store is not None:
-            self._started_at = datetime.now(UTC)
+        """The owner of the claim: of steps and items of one delivery that need one checkpoint, one computes."""
+        return f"{self._context.owner}/{self._context.item}/{self._step.name}"
 
     # --- checkpoints -------------------------------------------------------------------------------------------
 
@@ -77,15 +77,14 @@ class StepRecord:
 
         A refresh neither looks nor claims: it always computes.
         """
-        delivery = self._delivery
-        assert delivery.store is not None
+        context, lease_s = self._context, self._context.settings.lease_seconds
         self._looked_up = key = self._looked_up or self._key()
-        if delivery.refreshes:
+        if context.submission.refreshes:
             return True
-        found = delivery.store.lookup(key, self._claimant, delivery.lease_s)
+        found = self._store.lookup(key, self._claimant, lease_s)
         if found is True:
-            # Watched before it is known: whoever aborts drops the claims that it finds, watch included.
-            delivery.heartbeat().watch_claim(key, self._claimant, delivery.lease_s)
+            # Watched before it is known: an abort drops the claims that it finds, watch included.
+            context.heartbeat().watch_claim(key, self._claimant, lease_s)
             self._claimed = key
         return found
 
@@ -100,102 +99,91 @@ class StepRecord:
 
     def keep(self, value: Value) -> None:
         """Note *value* for the delivery's next save, if others need it and it is not saved in this run by itself."""
-        step, delivery = self._step, self._delivery
-        if step.name in delivery.keeps and step.persist is not Scope.WORKFLOW:
-            key = workflow_key(delivery.graph, delivery.execution_id, step.identity, delivery.item)
-            delivery.kept.append(self._checkpoint(value, key, shared=False))
+        step, context = self._step, self._context
+        if step.name in context.keeps and step.persist is not Scope.WORKFLOW:
+            key = workflow_key(context.graph, context.execution_id, step.identity, context.item)
+            context.kept.append(self._checkpoint(value, key, shared=False))
 
     def _checkpoint(self, value: Value, key: bytes, *, shared: bool) -> Checkpoint:
-        step, delivery = self._step, self._delivery
-        assert delivery.store is not None
+        step, context = self._step, self._context
         data = value_bytes(value)
-        what = f"the output of step {step.name!r} of run {delivery.execution_id!r}"
-        check_size(what, len(data), delivery.max_stored_bytes, "docket_max_stored_bytes")
+        what = f"the output of step {step.name!r} of run {context.execution_id!r}"
+        check_size(what, len(data), context.settings.max_stored_bytes, "docket_max_stored_bytes")
         return Checkpoint(
             key=key,
-            graph=delivery.graph,
-            execution_id=None if shared else delivery.execution_id,
+            graph=context.graph,
+            execution_id=None if shared else context.execution_id,
             step_name=step.name,
             step_version=step.options.version,
-            input_hash=hash_inputs(self._values, delivery.store),
-            item=delivery.item,
-            item_index=int(delivery.item.partition("/")[0]) if delivery.item else None,
+            input_hash=hash_inputs(self._values, self._store),
+            item=context.item,
+            item_index=int(context.item.partition("/")[0]) if context.item else None,
             output_type=step.result_name,
             output_data=data,
-            output_json=to_view(value) if delivery.store.codec is None else None,
+            output_json=to_view(value) if self._store.codec is None else None,
             output_shape=message_shape(step.output.kind),
             ttl_s=step.ttl_s,
         )
 
     def save(self, checkpoint: Checkpoint, row: StepExecution) -> Checkpoint:
-        """Store *checkpoint* with its row and return the one that counts: whoever saved first.
+        """Store *checkpoint* with its row and return the one that counts: that of the first saver.
 
         Raises:
             StoreUnavailable: It may be tried again.
             LeaseLost: The run is another worker's.
             CorruptCheckpoint: The winner's row is damaged.
         """
-        delivery = self._delivery
-        assert delivery.store is not None
-        assert delivery.held is not None
+        context = self._context
         if checkpoint.execution_id is None:
-            winner = delivery.store.publish(checkpoint, self._claimant, row, replace=delivery.refreshes)
+            refreshes = context.submission.refreshes
+            winner = self._store.publish(checkpoint, self._claimant, row, replace=refreshes)
         else:
-            winner = delivery.store.save(delivery.held.lease, checkpoint, row)
+            assert context.held is not None
+            winner = self._store.save(context.held.lease, checkpoint, row)
         self._release_claim()
         return winner
 
     def drop_claim(self) -> None:
-        """Let another run compute the GLOBAL checkpoint, if this step claimed to."""
-        key, store = self._claimed, self._delivery.store
+        """Leave the GLOBAL checkpoint for another run to compute, if this step claimed to."""
+        key = self._claimed
         self._release_claim()
-        if key is not None and store is not None:
+        if key is not None:
             try:
-                store.release_claim(key, self._claimant)
+                self._store.release_claim(key, self._claimant)
             except DocketError as error:
                 _logger.warning("a claim stays until it expires: %s", error)
 
     def _release_claim(self) -> None:
         key, self._claimed = self._claimed, None
-        if key is not None and self._delivery.store is not None:
-            self._delivery.heartbeat().unwatch_claim(key, self._claimant)
+        if key is not None:
+            self._context.heartbeat().unwatch_claim(key, self._claimant)
 
     def _key(self) -> bytes:
-        step, delivery = self._step, self._delivery
+        step, context = self._step, self._context
         if step.persist is Scope.WORKFLOW:
-            return workflow_key(delivery.graph, delivery.execution_id, step.identity, delivery.item)
-        assert delivery.store is not None
-        return shared_key(delivery.graph, step, self._values, delivery.store)
-
-    # --- rows --------------------------------------------------------------------------------------------------
-
-    def report(
-        self, status: str, *, attempts: int, cached: bool = False, error: DocketError | None = None
-    ) -> None:
-        """Keep a row for the run's next statement; nothing without a store."""
-        if self._delivery.store is not None:
-            self._delivery.rows.append(self.row(status, attempts=attempts, cached=cached, error=error))
+            return workflow_key(context.graph, context.execution_id, step.identity, context.item)
+        return shared_key(context.graph, step, self._values, self._store)
 
     def row(
         self, status: str, *, attempts: int, cached: bool = False, error: DocketError | None = None
     ) -> StepExecution:
-        """Return the row of this step execution as it stands now."""
-        delivery = self._delivery
+        """Return the row of this step execution as of now."""
+        context = self._context
         return StepExecution(
-            graph=delivery.graph,
-            execution_id=delivery.execution_id,
+            graph=context.graph,
+            execution_id=context.execution_id,
             step_name=self._step.name,
-            item=delivery.item,
-            delivery=delivery.number,
+            item=context.item,
+            delivery=context.number,
             attempts=attempts,
             cached=cached,
             status=status,
-            started_at=self._started_at or datetime.now(UTC),
-            duration_ms=self.elapsed_s * 1000,
+            started_at=self._started_at,
+            duration_ms=self._elapsed_s * 1000,
             error_code=None if error is None else error.code,
             error_message=None if error is None else str(error)[:_MOST_CHARS],
-            worker=delivery.worker,
-            task_id=delivery.task_id,
+            worker=context.submission.worker,
+            task_id=context.submission.task_id,
         )
 
 
@@ -237,7 +225,7 @@ def hash_inputs(values: Sequence[Value], store: Store) -> str:
     return store.hmac_digest(bytes.fromhex(plain)).hex()
 
 
-def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> dict[tuple[str, str], Checkpoint]:
+def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> Stored:
     """Return the run's checkpoints, by step name and path of the item.
 
     Raises:
@@ -273,7 +261,7 @@ def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> dict[tuple[str, 
     return found
 
 
-def read_value(step: Step, checkpoint: Checkpoint, delivery: Delivery) -> Value:
+def read_value(step: Step, checkpoint: Checkpoint, context: RunContext) -> Value:
     """Return the stored output of *step*.
 
     Raises:
@@ -283,10 +271,58 @@ def read_value(step: Step, checkpoint: Checkpoint, delivery: Delivery) -> Value:
     """
     expected = step.result_name
     if checkpoint.output_type != expected and checkpoint.execution_id is None:
-        raise CacheMismatch(delivery.graph, step.name, step.options.cache, checkpoint.output_type, expected)
+        raise CacheMismatch(context.graph, step.name, step.options.cache, checkpoint.output_type, expected)
     if checkpoint.output_type != expected:
         change = f"{step.name} (returned {checkpoint.output_type}, now {expected})"
-        raise GraphChanged(delivery.graph, delivery.execution_id, [change])
+        raise GraphChanged(context.graph, context.execution_id, [change])
     check_shape(step.output.kind, checkpoint.output_shape)
     read = many_from_bytes if step.splits else from_bytes
     return read(step.output.kind, checkpoint.output_data)
+
+
+def find_shared_step(registry: Registry, wanted: object, where: str) -> Step:
+    """Return the GLOBAL step that *wanted* names.
+
+    Args:
+        registry: The graph.
+        wanted: Its name, its output's message type, or what was registered.
+        where: What is called, for the error.
+
+    Raises:
+        InvalidArguments: There is no such step, or it keeps nothing that is shared.
+        GraphError: The graph has faults.
+    """
+    try:
+        step = registry.find_step(wanted)
+    except InvalidArguments:
+        registry.validate()  # it may be missing for a fault of its own
+        raise
+    if step.persist is Scope.WORKFLOW:
+        problem = (
+            "keeps its outputs for each run; submit the job under a new execution_id to compute them again"
+        )
+        raise InvalidArguments(where, f"step {step.name!r} {problem}")
+    if step.persist is None:
+        raise InvalidArguments(where, f"step {step.name!r} keeps nothing; persist=Scope.GLOBAL would")
+    return step
+
+
+def check_inputs(step: Step, inputs: Sequence[object], where: str) -> list[Message]:
+    """Return *inputs* if they are those of *step*: one for each value that it takes, in the order of its parameters.
+
+    Raises:
+        InvalidArguments: They are not.
+    """
+    wanted = list(dict.fromkeys(step.inputs))
+    given = [value for value in inputs if isinstance(value, Message)]
+    if [type(value) for value in inputs] != [key.kind for key in wanted]:
+        shown = ", ".join(type(value).__name__ for value in inputs) or "nothing"
+        names = ", ".join(str(key) for key in wanted) or "nothing"
+        raise InvalidArguments(where, f"step {step.name!r} takes {names}, in this order; got {shown}")
+    return given
+
+
+def forget(store: Store, graph: str, step: Step, inputs: Sequence[Message]) -> bool:
+    """Drop the entry for *inputs* and tell whether there was one that counted."""
+    by_key = dict(zip(dict.fromkeys(step.inputs), inputs, strict=True))
+    return store.forget(shared_key(graph, step, [by_key[key] for key in step.inputs], store))

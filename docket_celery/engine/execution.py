@@ -10,7 +10,6 @@ order of things; it knows nothing of retries, saves or claims.
 
 from __future__ import annotations
 
-import bisect
 import functools
 import logging
 import threading
@@ -19,12 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 
 from docket_celery.engine.attempt import Attempt, Result
-from docket_celery.engine.checkpointing import read_value
-from docket_celery.engine.delivery import Delivery
-from docket_celery.engine.ending import Ending, Outcome
+from docket_celery.engine.checkpointing import Stored, read_value
 from docket_celery.engine.process.limits import Slot
 from docket_celery.engine.process.pool import Worker
 from docket_celery.engine.process.timer import Alarm
+from docket_celery.engine.run_context import Ending, OnEnd, RunContext
 from docket_celery.engine.step_run import End, GivenUp, Sleep, StepRun, Stop
 from docket_celery.errors import DocketError, StepFailed
 from docket_celery.plan.messages import Value
@@ -40,30 +38,34 @@ class Scheduler(Ending):
     Args:
         plan: What to do.
         inputs: The given values, in the order of ``plan.given``; None: only restored steps would use it.
-        delivery: What the steps share.
-        on_end: Called once with the outcome, on whichever thread ended it.
-        checkpoints: Stored outputs by plan index; these steps do not run, nor do those that only they need.
+        context: What the steps share.
+        on_end: Called once with the values of *outputs* or an error.
+        stored: The run's checkpoints; these steps do not run, nor do those that only they need.
         max_concurrency: Most steps at once; None: as many as there are threads.
         outputs: The slots that are wanted; None: those of the plan.
+        may_help: The thread that starts it may run steps.
     """
 
     def __init__(
         self,
         plan: Plan,
         inputs: Sequence[Value | None],
-        delivery: Delivery,
-        on_end: Callable[[Outcome], None],
+        context: RunContext,
+        on_end: OnEnd,
         *,
-        checkpoints: Mapping[int, Checkpoint] | None = None,
+        stored: Stored | None = None,
         max_concurrency: int | None = None,
         outputs: Sequence[int] | None = None,
+        may_help: bool = False,
     ) -> None:
-        super().__init__(delivery.cancellation, on_end)
-        self._plan, self._delivery = plan, delivery
-        self._checkpoints = checkpoints or {}
+        super().__init__(context.cancellation, on_end)
+        self._plan, self._context, self._may_help = plan, context, may_help
+        self._checkpoints = _by_index(plan, stored, context.item)
+        if context.runtime.inline:
+            max_concurrency = 1
         self._limit = max_concurrency if max_concurrency is not None else len(plan.steps)
         self._outputs = plan.output_slots if outputs is None else tuple(outputs)
-        self._missing = 0
+        self._missing = len(self._outputs)
         self._values: list[Value | None] = [*inputs, *([None] * len(plan.steps))]
         self._pending: list[int] = []
         self._ready: deque[PlannedStep] = deque()
@@ -75,46 +77,40 @@ class Scheduler(Ending):
     # --- from outside ------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Find what is needed, from the target down, and make the first steps ready.
+        """Find what is needed, from the target down, and begin with it.
 
         Raises:
             InputsChanged: A checkpoint was made from other inputs and its step asks for an error then.
             GraphChanged: A checkpoint is of a type which its step no longer returns.
+            RuntimeError: No thread can be started.
         """
-        if not self._checkpoints and len(self._outputs) == len(self._plan.output_slots):
-            self._pending = list(self._plan.pending)
-            needed = set(range(len(self._plan.steps)))
+        plan = self._plan
+        if not self._checkpoints and len(self._outputs) == len(plan.output_slots):
+            self._pending = list(plan.pending)
+            self._ready.extend(planned for planned in plan.steps if not plan.pending[planned.index])
         else:
-            needed, restored = find_needed(self._plan, self._outputs, self._checkpoints)
-            for index in restored:
-                planned = self._plan.steps[index]
-                self._values[planned.slot] = read_value(
-                    planned.step, self._checkpoints[index], self._delivery
-                )
-            for index in restored:
-                planned = self._plan.steps[index]
-                run = StepRun(planned, self._inputs_of(planned), self._delivery, self)
-                run.check_inputs(self._checkpoints[index])
-                run.record.begin()
-                run.report_restored()
-            self._pending = count_pending(self._plan, needed)
-        self._ready.extend(p for p in self._plan.steps if p.index in needed and not self._pending[p.index])
+            needed, restored = find_needed(plan, self._outputs, self._checkpoints)
+            self._restore([plan.steps[index] for index in restored])
+            self._pending = count_pending(plan, needed)
+            self._ready.extend(plan.steps[i] for i in sorted(needed) if not self._pending[i])
         self._missing = sum(self._values[slot] is None for slot in self._outputs)
         if not self._missing:
-            self.end(self._outcome())
+            self._end()
+            return
+        if self._may_help:
+            # Synchronous steps that neither persist nor have a deadline run here, the others on the pool.
+            self._hint(min(len(self._ready), self._limit) - 1)
+            while (run := self._take(_may_help)) is not None:
+                self._drive(run)
+        self._hint(min(len(self._ready), self._limit))
 
-    def dispatch(self) -> None:
-        """Hand all ready steps to the pool."""
-        for _ in range(min(len(self._ready), self._limit)):
-            self._delivery.runtime.pool.submit(self._work)
-
-    def help(self) -> None:
-        """Run synchronous steps that neither persist nor have a deadline here, and the others on the pool."""
-        for _ in range(min(len(self._ready), self._limit) - 1):
-            self._delivery.runtime.pool.submit(self._work)
-        while (run := self._take(_may_help)) is not None:
-            self._drive(run)
-        self.dispatch()
+    def _restore(self, restored: Sequence[PlannedStep]) -> None:
+        for planned in restored:
+            checkpoint = self._checkpoints[planned.index]
+            self._values[planned.slot] = read_value(planned.step, checkpoint, self._context)
+        for planned in restored:
+            run = StepRun(planned, self._inputs_of(planned), self._context, self)
+            run.use_restored(self._checkpoints[planned.index])
 
     def hold(self) -> None:
         """Start nothing more; what is running finishes and is saved, then the execution ends."""
@@ -130,7 +126,7 @@ class Scheduler(Ending):
             waits_for.cancel()
             self._drive(run, GivenUp())
         if over:
-            self.end(self._outcome())
+            self._end()
 
     def _seize(self) -> None:
         self._ready.clear()
@@ -149,16 +145,28 @@ class Scheduler(Ending):
             if (attempt := run.in_flight) is not None:
                 attempt.interrupt()
                 run.report_cancelled(error)
-        if any(run.record.claims for run in runs):
+        if any(run.claims for run in runs):
             # SQL, and this may be the thread that waits for the run.
-            self._delivery.runtime.submit_or_retry(functools.partial(_drop_claims, runs))
+            self._context.runtime.submit_or_retry(functools.partial(_drop_claims, runs))
 
     # --- driving a step ----------------------------------------------------------------------------------------
 
     def _drive(self, run: StepRun, given: Result | GivenUp | None = None) -> None:
         """Resume a step until it waits or ends. Nothing that it raises can leave the run hanging."""
+        life = run.life
         try:
-            self._resume(run, given)
+            try:
+                while True:
+                    effect = life.throw(given) if isinstance(given, GivenUp) else life.send(given)
+                    if isinstance(effect, Attempt):
+                        if (given := self._call(run, effect)) is None:
+                            return
+                    elif self._wait(run, effect):
+                        return
+                    else:
+                        given = None if isinstance(effect, Slot) and effect.held else GivenUp()
+            except StopIteration as stop:
+                self._finish(run, stop.value)
         except DocketError as error:
             self.abort(error)
         except Exception as error:
@@ -168,25 +176,8 @@ class Scheduler(Ending):
         except BaseException as error:  # noqa: BLE001 -- whatever it is, the run must end
             self.abort(error)
 
-    def _resume(self, run: StepRun, given: Result | GivenUp | None) -> None:
-        end, life = None, run.life
-        while True:
-            try:
-                effect = life.throw(given) if isinstance(given, GivenUp) else life.send(given)
-            except StopIteration as stop:
-                end = stop.value
-                break
-            if isinstance(effect, Attempt):
-                if (given := self._call(run, effect)) is None:
-                    return
-            else:
-                if self._wait(run, effect):
-                    return
-                given = None if isinstance(effect, Slot) and effect.held else GivenUp()
-        self._finish(run, end)
-
     def _call(self, run: StepRun, attempt: Attempt) -> Result | None:
-        """Have an attempt made; None: it ends later, or its end does not count."""
+        """Make an attempt; None: it ends later, or its end does not count."""
         if run.step.is_async or run.step.timeout_s is not None:
             attempt.go_on = functools.partial(self._go_on, run)
         begun = False
@@ -196,12 +187,12 @@ class Scheduler(Ending):
             # An attempt that has begun gives its slot back itself, whenever it ends.
             if not begun:
                 attempt.release()
-                run.record.drop_claim()
+                run.drop_claim()
         return attempt.result
 
     def _wait(self, run: StepRun, effect: Sleep | Slot) -> bool:
-        """Have *run* resumed later; False: at once, with its slot, or as the execution is failing without."""
-        timer = self._delivery.runtime.timer
+        """Resume *run* later; False: at once, with its slot, or as the execution is failing without."""
+        timer = self._context.runtime.timer
         if isinstance(effect, Sleep) and effect.firm:
             timer.after(effect.seconds, functools.partial(self._go_on, run))
             return True
@@ -218,7 +209,7 @@ class Scheduler(Ending):
                     return False
                 self._waiting[run] = effect
                 return True
-        run.record.drop_claim()
+        run.drop_claim()
         return True
 
     def _wake(self, run: StepRun) -> None:
@@ -228,7 +219,7 @@ class Scheduler(Ending):
         self._go_on(run)
 
     def _go_on(self, run: StepRun, find: Callable[[], Result | None] | None = None) -> None:
-        """Go on with a step on the pool, then with what it made ready.
+        """Continue a step on the pool, then what it made ready.
 
         Args:
             run: The step.
@@ -246,42 +237,43 @@ class Scheduler(Ending):
             self._work()
 
         # This may be the timer's thread, or another run's that gave a slot back: no error may reach it.
-        self._delivery.runtime.submit_or_retry(work)
+        self._context.runtime.submit_or_retry(work)
 
     # --- how a step ends ---------------------------------------------------------------------------------------
 
     def _finish(self, run: StepRun, end: End) -> None:
-        if end is None:
-            self.withdraw(run)
+        if isinstance(end, Stop):
+            self.abort(end.error)
         elif isinstance(end, StepFailed):
             self.fail(run, end)
-        elif isinstance(end, Stop):
-            self.abort(end.error)
+        elif end is None:
+            self.withdraw(run)
         else:
             self.complete(run, end)
 
     def complete(self, run: StepRun, value: Value) -> None:
         """Take a step's value and make ready the steps that waited for it."""
-        fresh = 0
+        planned, fresh = run.planned, 0
         with self.lock:
             self._runs.discard(run)
             if self.closed:
                 return
-            self._values[run.planned.slot] = value
-            self._missing -= run.planned.slot in self._outputs
+            self._values[planned.slot] = value
+            self._missing -= planned.slot in self._outputs
             if not self.failing:
-                for index in run.planned.consumers:
+                for index in planned.consumers:
                     self._pending[index] -= 1
                     if self._pending[index] == 0:
-                        self._make_ready(self._plan.steps[index])
+                        self._ready.append(self._plan.steps[index])
                         fresh += 1
+                if fresh and self._context.runtime.inline:
+                    self._ready = deque(sorted(self._ready, key=attrgetter("index")))
             over = not self._missing or (self.failing and not self._runs)
         if over:
-            self.end(self._outcome())
-            return
-        # This thread takes one of the fresh steps itself.
-        for _ in range(fresh - 1):
-            self._delivery.runtime.pool.submit(self._work)
+            self._end()
+        elif fresh > 1:
+            # This thread takes one of the fresh steps itself.
+            self._hint(fresh - 1)
 
     def fail(self, run: StepRun, error: StepFailed) -> None:
         """Take a step's failure: nothing new starts, what is running finishes and is saved."""
@@ -298,42 +290,46 @@ class Scheduler(Ending):
             self._runs.discard(run)
             over = not self.closed and self.failing and not self._runs
         if over:
-            self.end(self._outcome())
+            self._end()
 
-    def _make_ready(self, planned: PlannedStep) -> None:
-        if self._delivery.runtime.inline:
-            bisect.insort(self._ready, planned, key=attrgetter("index"))
+    def _end(self) -> None:
+        """End with the outputs, or without them: with what failed, if anything did."""
+        if self._missing:
+            self.end(error=join_failures(self._failures))
         else:
-            self._ready.append(planned)
+            self.end([self._values[slot] for slot in self._outputs])
+
+    # --- which step is next ------------------------------------------------------------------------------------
+
+    def _hint(self, count: int) -> None:
+        """Tell the pool that there is something to take for *count* threads."""
+        for _ in range(count):
+            self._context.runtime.pool.submit(self._work)
 
     def _work(self) -> None:
-        while not _given_up():
-            if (run := self._take(None)) is None:
+        thread = threading.current_thread()
+        while not (isinstance(thread, Worker) and thread.given_up):
+            if (run := self._take()) is None:
                 return
             self._drive(run)
         if self._ready:
             # The pool has replaced this thread; what it would have taken is for another.
-            self._delivery.runtime.pool.submit(self._work)
+            self._hint(1)
 
-    def _take(self, may: Callable[[PlannedStep], bool] | None) -> StepRun | None:
+    def _take(self, may: Callable[[PlannedStep], bool] | None = None) -> StepRun | None:
         with self.lock:
             if self.closed or self.failing or len(self._runs) >= self._limit:
                 return None
             for index, planned in enumerate(self._ready):
                 if may is None or may(planned):
                     del self._ready[index]
-                    run = StepRun(planned, self._inputs_of(planned), self._delivery, self)
+                    run = StepRun(planned, self._inputs_of(planned), self._context, self)
                     self._runs.add(run)
                     return run
         return None
 
     def _inputs_of(self, planned: PlannedStep) -> list[Value]:
         return [value for slot in planned.sources if (value := self._values[slot]) is not None]
-
-    def _outcome(self) -> Outcome:
-        if not self._missing:
-            return Outcome(values=tuple(self._values[slot] for slot in self._outputs))
-        return Outcome(error=join_failures(self._failures))
 
 
 def join_failures(failures: Sequence[StepFailed]) -> StepFailed | None:
@@ -346,14 +342,17 @@ def join_failures(failures: Sequence[StepFailed]) -> StepFailed | None:
     return first
 
 
+def _by_index(plan: Plan, stored: Stored | None, path: str) -> Mapping[int, Checkpoint]:
+    """Return the checkpoints of one item, or of steps that run once, by plan index."""
+    if not stored:
+        return {}
+    pairs = ((planned.index, stored.get((planned.step.name, path))) for planned in plan.steps)
+    return {index: checkpoint for index, checkpoint in pairs if checkpoint is not None}
+
+
 def _drop_claims(runs: Sequence[StepRun]) -> None:
     for run in runs:
-        run.record.drop_claim()
-
-
-def _given_up() -> bool:
-    thread = threading.current_thread()
-    return isinstance(thread, Worker) and thread.given_up
+        run.drop_claim()
 
 
 def _may_help(planned: PlannedStep) -> bool:

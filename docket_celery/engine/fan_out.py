@@ -1,83 +1,40 @@
-"""Runs a plan that fans out: its parts one after the other, the items of a part side by side."""
+"""Runs a plan that fans out: its stages one after the other, the items of a stage side by side."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from docket_celery.engine.delivery import Delivery
-from docket_celery.engine.ending import Ending, Outcome
+from docket_celery.engine.checkpointing import Stored
 from docket_celery.engine.execution import Scheduler, join_failures
 from docket_celery.engine.items import ItemGroup
+from docket_celery.engine.run_context import Ending, OnEnd, RunContext
 from docket_celery.errors import BatchFailed, DocketError, StepFailed
 from docket_celery.observe.events import EventKind
 from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.batch import ONE_FAILS, BatchPolicy, BatchResult
 from docket_celery.plan.messages import Value
 from docket_celery.plan.plan import Plan, PlannedStep, Stage
-from docket_celery.store.records import Checkpoint
 
-Stored = Mapping[tuple[str, str], Checkpoint]
-"""Checkpoints by step name and item path."""
 _MOST_LINES = 10
 
 
-def make_execution(
-    plan: Plan,
-    inputs: Sequence[Value],
-    delivery: Delivery,
-    on_end: Callable[[Outcome], None],
-    *,
-    stored: Stored,
-    policy: BatchPolicy,
-    max_concurrency: int | None,
-    threads: int,
-) -> Scheduler | StagedScheduler:
-    """Return what resolves *plan*.
-
-    Args:
-        plan: What to do.
-        inputs: The given values, in the order of ``plan.given``; a batch as a list.
-        delivery: What the steps share.
-        on_end: Called once with the outcome, on whichever thread ended it.
-        stored: The run's checkpoints.
-        policy: How a fan-out treats its items.
-        max_concurrency: Most steps (or items) at once; None: as many as there are threads.
-        threads: How many there are.
-    """
-    if delivery.runtime.inline:
-        max_concurrency = 1
-    if plan.stages:
-        return StagedScheduler(
-            plan,
-            inputs,
-            delivery,
-            on_end,
-            stored=stored,
-            policy=policy,
-            limit=max(1, threads) if max_concurrency is None else max_concurrency,
-            max_concurrency=max_concurrency,
-        )
-    checkpoints = _by_index(plan, stored, delivery.item)
-    return Scheduler(plan, inputs, delivery, on_end, checkpoints=checkpoints, max_concurrency=max_concurrency)
-
-
 class StagedScheduler(Ending):
-    """One plan with fan-outs being resolved for one delivery; used like `Scheduler`.
+    """One plan with stages being resolved for one delivery; used like `Scheduler`.
 
     Args:
-        plan: What to do; it has parts.
+        plan: What to do; it has stages.
         inputs: The given values, in the order of ``plan.given``; a batch as a list.
-        delivery: What the steps share.
-        on_end: Called once with the outcome, on whichever thread ended it.
+        context: What the steps share.
+        on_end: Called once with the values of *outputs* or an error.
         stored: The run's checkpoints.
         policy: How the items of the batch are treated, or without one those that the target is made for. One failed
             item of any other fan-out fails what it is a part of.
-        limit: Most items at once.
-        max_concurrency: What the caller said: most steps at once of those that run once, too, and no further
-            items at once within an item.
+        max_concurrency: What the caller said: most items at once, most steps at once of those that run once, and
+            no further items at once within an item. None: as many items as there are threads.
+        limit: Most items at once, where *max_concurrency* is None.
         outputs: Which values are wanted; None: the target.
     """
 
@@ -85,37 +42,31 @@ class StagedScheduler(Ending):
         self,
         plan: Plan,
         inputs: Sequence[Value | None],
-        delivery: Delivery,
-        on_end: Callable[[Outcome], None],
+        context: RunContext,
+        on_end: OnEnd,
         *,
         stored: Stored,
-        policy: BatchPolicy,
-        limit: int,
+        policy: BatchPolicy = ONE_FAILS,
         max_concurrency: int | None = None,
+        limit: int | None = None,
         outputs: Sequence[ValueKey] | None = None,
     ) -> None:
-        super().__init__(delivery.cancellation, on_end)
-        self._plan, self._delivery = plan, delivery
-        self._stored, self._policy = stored, policy
-        self._limit, self._max_concurrency = limit, max_concurrency
+        super().__init__(context.cancellation, on_end)
+        self._plan, self._context, self._stored, self._policy = plan, context, stored, policy
+        if context.runtime.inline:
+            max_concurrency = 1
+        self._max_concurrency = max_concurrency
+        self._limit = max_concurrency or limit or max(1, context.settings.threads)
         self._outputs = (plan.target,) if outputs is None else tuple(outputs)
         self._values: dict[ValueKey, Any] = dict(zip(plan.given, inputs, strict=True))
         self._fan_outs: dict[ValueKey, str] = {} if plan.batch is None else {plan.batch: ""}
         self._failures: dict[str, dict[int, StepFailed]] = {}
-        self._wanted: frozenset[str] = frozenset()
-        self._next = 0
         self._items: ItemGroup | None = None
+        self._life = self._run_stages()
 
     def start(self) -> None:
-        """Find what is needed, from the target down."""
-        self._wanted = frozenset(self._find_wanted())
-
-    def dispatch(self) -> None:
-        """Begin with the first part."""
-        self._guard(self._advance)
-
-    # The calling thread runs nothing of a fan-out itself.
-    help = dispatch
+        """Begin with the first stage."""
+        self._go_on()
 
     def hold(self) -> None:
         """Start nothing more; what is running finishes and is saved, then the execution ends."""
@@ -128,111 +79,90 @@ class StagedScheduler(Ending):
         if self._items is not None:
             self._items.abort(error)
 
-    # --- parts -------------------------------------------------------------------------------------------------
+    # --- stages ------------------------------------------------------------------------------------------------
 
-    def _guard(self, work: Callable[[], None]) -> None:
-        """Do *work* so that nothing it raises can leave the run hanging."""
+    def _go_on(self, _: Sequence[Any] = (), error: BaseException | None = None) -> None:
+        """Begin the next stage that is needed; *error* is that of the one before."""
+        if error is not None:
+            self.end(error=error)
+            return
         try:
-            work()
-        except Exception as error:  # noqa: BLE001 -- whatever it is, the run must end
-            self.abort(error)
-
-    def _advance(self) -> None:
-        """Begin the next part that is needed, or end."""
-        while True:
+            if (items := next(self._life, None)) is None:
+                return
             with self.lock:
-                if self.closed:
-                    return
-                if self.failing or self._next == len(self._plan.stages):
-                    break
-                part = self._plan.stages[self._next]
-                self._next += 1
-                keys = {
-                    planned.step.output for planned in part.plan.steps if planned.step.name in self._wanted
-                }
-                outputs = [key for key in part.outputs if key in keys]
-                if not outputs:
-                    continue
-                items = self._items = self._make_items(part, outputs)
-            items.dispatch()
-            return
-        if self.failing:
-            self.end(Outcome())
-            return
-        failed = self._failures.get(tolerant_fan_out(self._plan) or "", {})
-        self.end(Outcome(values=tuple(map(self._result, self._outputs)), failed=failed))
+                self._items = items
+                closed, failing = self.closed, self.failing
+            if not closed:
+                (items.hold if failing else items.start)()
+        except Exception as failure:  # noqa: BLE001 -- whatever it is, the run must end
+            self.abort(failure)
 
-    def _make_items(self, part: Stage, outputs: Sequence[ValueKey]) -> ItemGroup:
+    def _run_stages(self) -> Generator[ItemGroup]:
+        """Yield the items of one stage after the other, then end."""
+        wanted = self._find_wanted()
+        for stage in self._plan.stages:
+            keys = {planned.step.output for planned in stage.plan.steps if planned.step.name in wanted}
+            outputs = [key for key in stage.outputs if key in keys]
+            if not outputs:
+                continue
+            policy = policy_of(self._plan, stage, self._policy)
+            items = self._make_items(stage, outputs, policy)
+            yield items
+            error = too_many(policy, items.failures, len(items.results))
+            if error is not None or items.failing:
+                self.end(error=error)
+                return
+            self._take(stage, outputs, items)
+        self._context.failed = self._failures.get(tolerant_fan_out(self._plan) or "", {})
+        self.end([self._result(key) for key in self._outputs])
+
+    def _make_items(self, stage: Stage, outputs: Sequence[ValueKey], policy: BatchPolicy) -> ItemGroup:
         # What only restored items would use is not made: then one of the others tells how many there are.
-        made = (self._values.get(key) for key in part.each)
-        count = 1 if part.fan_out is None else next(len(values) for values in made if values is not None)
-
-        def ended(outcome: Outcome) -> None:
-            self._guard(lambda: self._part_ended(part, outputs, items, outcome.error))
-
-        items = ItemGroup(
+        made = (self._values.get(key) for key in stage.each)
+        count = 1 if stage.fan_out is None else next(len(values) for values in made if values is not None)
+        return ItemGroup(
             count,
-            functools.partial(self._make, part, outputs),
-            ended,
+            functools.partial(self._make, stage, outputs),
+            self._go_on,
             limit=self._limit,
-            allowed=policy_of(self._plan, part, self._policy).allowed(count),
-            on_item=self._tell if part.fan_out is not None and not self._delivery.item else None,
+            allowed=policy.allowed(count),
+            failed=None if stage.fan_out is None else self._failures.get(stage.fan_out),
+            on_item=None if stage.fan_out is None or self._context.item else self._tell,
         )
-        if part.fan_out is not None:
-            items.skip(self._failures.get(part.fan_out, {}))
-        return items
 
     def _tell(self, done: int, total: int) -> None:
-        self._delivery.tell(EventKind.BATCH_PROGRESS, done=done, total=total)
+        self._context.tell(EventKind.BATCH_PROGRESS, done=done, total=total)
 
-    def _make(
-        self, part: Stage, outputs: Sequence[ValueKey], index: int, on_end: Callable[[Outcome], None]
-    ) -> Ending:
+    def _make(self, stage: Stage, outputs: Sequence[ValueKey], index: int, on_end: OnEnd) -> Ending:
         """Return the execution of one item, or of the steps that run once."""
-        inputs: list[Value | None]
-        if part.fan_out is None:
-            delivery = self._delivery
-            inputs = [self._gather(key) for key in part.plan.given]
+        context, given = self._context, stage.plan.given
+        if stage.fan_out is None:
+            inputs = [self._gather(key) for key in given]
         else:
-            delivery = replace(self._delivery, item=self._path(index))
-            inputs = [self._value(key, index if key in part.each else None) for key in part.plan.given]
+            inputs = [self._value(key, index if key in stage.each else None) for key in given]
+            context = replace(context, item=self._path(index))
         return make_item(
-            part,
-            outputs,
+            stage,
             inputs,
-            delivery,
+            context,
             on_end,
             stored=self._stored,
+            outputs=outputs,
             limit=self._limit,
             max_concurrency=self._max_concurrency,
         )
 
-    def _part_ended(
-        self, part: Stage, outputs: Sequence[ValueKey], items: ItemGroup, error: BaseException | None
-    ) -> None:
-        """Take what a part made, and go on."""
-        error = error or self._failure(part, items)
-        if error is not None:
-            self.end(Outcome(error=error))
-            return
-        if items.failing:
-            self.end(Outcome())
-            return
-        if part.fan_out is not None:
-            self._failures[part.fan_out] = items.failures
-        splits = {p.step.output: p.step.name for p in part.plan.steps if p.step.splits}
+    def _take(self, stage: Stage, outputs: Sequence[ValueKey], items: ItemGroup) -> None:
+        """Take what a stage made."""
+        if stage.fan_out is not None:
+            self._failures[stage.fan_out] = items.failures
+        splits = {p.step.output: p.step.name for p in stage.plan.steps if p.step.splits}
         for position, key in enumerate(outputs):
             made = [None if values is None else values[position] for values in items.results]
-            self._values[key] = made[0] if part.fan_out is None else made
-            fan_out = splits.get(key) if part.fan_out is None else part.fan_out
+            self._values[key] = made[0] if stage.fan_out is None else made
+            fan_out = splits.get(key) if stage.fan_out is None else stage.fan_out
             if fan_out is not None:
                 self._fan_outs[key] = fan_out
-        self._advance()
-
-    def _failure(self, part: Stage, items: ItemGroup) -> BaseException | None:
-        """Return what fails the run, if too many items failed."""
-        policy = policy_of(self._plan, part, self._policy)
-        return too_many(policy, items.failures, len(items.results))
 
     # --- values ------------------------------------------------------------------------------------------------
 
@@ -256,98 +186,99 @@ class StagedScheduler(Ending):
         return BatchResult(tuple(value), {index: failures[index] for index in sorted(failures)})
 
     def _path(self, index: int) -> str:
-        return f"{self._delivery.item}/{index}" if self._delivery.item else str(index)
+        return f"{self._context.item}/{index}" if self._context.item else str(index)
 
     def _find_wanted(self) -> set[str]:
         """Return the steps that are needed, from the outputs down: none that only restored ones would use."""
         makers = {
-            planned.step.output: (planned, part) for part in self._plan.stages for planned in part.plan.steps
+            planned.step.output: (planned, stage)
+            for stage in self._plan.stages
+            for planned in stage.plan.steps
         }
         wanted: set[str] = set()
         todo = list(self._outputs)
         while todo:
-            planned, part = makers.get(todo.pop(), (None, None))
-            if planned is None or part is None or planned.step.name in wanted:
+            planned, stage = makers.get(todo.pop(), (None, None))
+            if planned is None or stage is None or planned.step.name in wanted:
                 continue
             wanted.add(planned.step.name)
-            if not self._is_restored(planned, part):
+            if not self._is_restored(planned, stage):
                 todo += planned.step.inputs
         return wanted
 
-    def _is_restored(self, planned: PlannedStep, part: Stage) -> bool:
+    def _is_restored(self, planned: PlannedStep, stage: Stage) -> bool:
         """Tell whether a step need not run at all."""
         name = planned.step.name
-        if not self._stored or part.plan.stages:
+        if not self._stored or stage.plan.stages:
             return False
-        if part.fan_out is None:
-            return (name, self._delivery.item) in self._stored
-        items = next((self._values[key] for key in part.each if key in self._values), None)
+        if stage.fan_out is None:
+            return (name, self._context.item) in self._stored
+        items = next((self._values[key] for key in stage.each if key in self._values), None)
         return items is not None and all((name, self._path(i)) in self._stored for i in range(len(items)))
 
 
 def make_item(
-    part: Stage,
-    outputs: Sequence[ValueKey],
+    stage: Stage,
     inputs: Sequence[Value | None],
-    delivery: Delivery,
-    on_end: Callable[[Outcome], None],
+    context: RunContext,
+    on_end: OnEnd,
     *,
     stored: Stored,
+    outputs: Sequence[ValueKey],
     limit: int,
     max_concurrency: int | None = None,
 ) -> Ending:
-    """Return the execution of one item of *part*, or of its steps that run once.
+    """Return the execution of one item of *stage*, or of its steps that run once.
 
     Args:
-        part: What to do.
-        outputs: Which of its values are wanted.
-        inputs: The given values, in the order of ``part.plan.given``.
-        delivery: What the steps share; it names the item.
-        on_end: Called once with the outcome.
+        stage: What to do.
+        inputs: The given values, in the order of ``stage.plan.given``.
+        context: What the steps share; it names the item.
+        on_end: Called once with the values of *outputs* or an error.
         stored: The run's checkpoints.
+        outputs: Which of its values are wanted.
         limit: Most items at once, of a fan-out within the item.
         max_concurrency: What the caller said, if anything.
     """
-    if part.plan.stages:
+    if stage.plan.stages:
+        # With a limit of the caller's: else each item under way would have as many items under way itself.
+        most = None if max_concurrency is None else 1
         return StagedScheduler(
-            part.plan,
+            stage.plan,
             inputs,
-            delivery,
+            context,
             on_end,
             stored=stored,
-            policy=ONE_FAILS,
-            # Else each item under way would have as many parts under way itself.
-            limit=limit if max_concurrency is None else 1,
-            max_concurrency=None if max_concurrency is None else 1,
+            max_concurrency=most,
+            limit=limit,
             outputs=outputs,
         )
-    steps_at_once = max_concurrency if part.fan_out is None else None
-    slots = dict(zip(part.outputs, part.plan.output_slots, strict=True))
+    slots = dict(zip(stage.outputs, stage.plan.output_slots, strict=True))
     return Scheduler(
-        part.plan,
+        stage.plan,
         inputs,
-        delivery,
+        context,
         on_end,
-        checkpoints=_by_index(part.plan, stored, delivery.item),
-        max_concurrency=1 if delivery.runtime.inline else steps_at_once,
+        stored=stored,
+        max_concurrency=max_concurrency if stage.fan_out is None else None,
         outputs=[slots[key] for key in outputs],
     )
 
 
-def policy_of(plan: Plan, part: Stage, policy: BatchPolicy) -> BatchPolicy:
-    """Return how the items of *part* are treated: by the caller's *policy* only those that the call is about.
+def policy_of(plan: Plan, stage: Stage, policy: BatchPolicy) -> BatchPolicy:
+    """Return how the items of *stage* are treated: by the caller's *policy* only those that the call is about.
 
     They are the batch's, or without a batch those that the target is made for. An item of any other fan-out is a part
     of something, which would be wrong without it.
     """
-    return policy if part.fan_out is not None and part.fan_out == tolerant_fan_out(plan) else ONE_FAILS
+    return policy if stage.fan_out is not None and stage.fan_out == tolerant_fan_out(plan) else ONE_FAILS
 
 
 def tolerant_fan_out(plan: Plan) -> str | None:
     """Return the fan-out whose items the caller's policy is about."""
     if plan.batch is not None:
         return ""
-    return next((part.fan_out for part in reversed(plan.stages) if plan.target in part.outputs), None)
+    return next((each.fan_out for each in reversed(plan.stages) if plan.target in each.outputs), None)
 
 
 def too_many(policy: BatchPolicy, failures: Mapping[int, StepFailed], total: int) -> DocketError | None:
@@ -359,10 +290,3 @@ def too_many(policy: BatchPolicy, failures: Mapping[int, StepFailed], total: int
     if policy.on_error == "fail":
         return join_failures(ordered)
     return BatchFailed(len(ordered), total, allowed, [str(failure) for failure in ordered[:_MOST_LINES]])
-
-
-def _by_index(plan: Plan, stored: Stored, path: str) -> dict[int, Checkpoint]:
-    if not stored:
-        return {}
-    pairs = ((planned.index, stored.get((planned.step.name, path))) for planned in plan.steps)
-    return {index: checkpoint for index, checkpoint in pairs if checkpoint is not None}

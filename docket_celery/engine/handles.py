@@ -10,9 +10,9 @@ from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.outcome import RunOutcome
 from docket_celery.engine.process.pool import Worker
 from docket_celery.engine.run import Run
+from docket_celery.engine.run_context import RunOutcome
 from docket_celery.engine.waiting import LOOK_S, read_value, refuse_on_loop, require_threads, run_on_pool
 from docket_celery.errors import RunCancelled, RunNotFound, to_record
 from docket_celery.store.contract import Store
@@ -85,7 +85,7 @@ class StartedRun(Generic[T]):
     """
 
     def __init__(self, run: Run, target: type[T]) -> None:
-        self.execution_id = run.submission.execution_id
+        self.execution_id = run.context.execution_id
         self._run, self._target = run, target
         self._outcome: RunOutcome | None = None
         self._trace: TracebackType | None = None

@@ -1,75 +1,75 @@
-"""Executions of one part of a plan, one for each item, a limited number at once."""
+"""Executions of one stage of a plan, one for each item, a limited number at once."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from docket_celery.engine.ending import Ending, Outcome
+from docket_celery.engine.run_context import Ending, OnEnd
 from docket_celery.errors import StepFailed
 
 
 class ItemGroup(Ending):
-    """Executions of one part, one for each item, a limited number at once.
+    """Executions of one stage, one for each item, a limited number at once.
 
     Args:
         count: How many there are.
-        make: Returns the execution of an item, which tells how it ended.
-        on_end: Called once, on any thread, after the last one, or when one of them ended the run: with that error.
+        make: Returns the execution of an item, given its index and what to call at its end.
+        on_end: Called once, after the last one, or when one of them ended the run: with that error.
         limit: Most at once.
         allowed: How many may fail without stopping the others.
+        failed: Items that failed in an earlier stage, by index: they are left out.
         on_item: Called after each with how many have ended, failed ones too, and how many there are.
     """
 
     def __init__(
         self,
         count: int,
-        make: Callable[[int, Callable[[Outcome], None]], Ending],
-        on_end: Callable[[Outcome], None],
+        make: Callable[[int, OnEnd], Ending],
+        on_end: OnEnd,
         *,
         limit: int,
         allowed: int,
+        failed: Mapping[int, StepFailed] | None = None,
         on_item: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__(None, on_end)
-        self.results: list[tuple[Any, ...] | None] = [None] * count
-        self.failures: dict[int, StepFailed] = {}
-        self.fatal: BaseException | None = None
-        self._make, self._limit, self._allowed = make, limit, allowed
-        self._on_item = on_item
-        self._done = 0
+        self.results: list[Sequence[Any] | None] = [None] * count
+        self.failures: dict[int, StepFailed] = dict(failed or {})
+        self._make, self._limit, self._allowed, self._on_item = make, limit, allowed, on_item
+        self._fatal: BaseException | None = None
+        self._done = len(self.failures)
         self._cut = False
         self._running: dict[int, Ending] = {}
         self._next = 0
         self._asked = 0
-
-    def skip(self, failures: Mapping[int, StepFailed]) -> None:
-        """Leave out items that failed in an earlier part."""
-        self.failures = dict(failures)
-        self._done = len(self.failures)
 
     @property
     def complete(self) -> bool:
         """Whether each of them was begun, and none was cut short."""
         return self._next >= len(self.results) and not self._cut
 
-    def dispatch(self) -> None:
+    def start(self) -> None:
         """Start items while there is room, and see whether all have ended. One thread at a time does it."""
         with self.lock:
             self._asked += 1
             if self._asked > 1:
-                return  # whoever is at it looks again
+                return  # the thread that does it looks again
         while True:
             while (begun := self._begin()) is not None:
-                self._start(*begun)
+                index, execution = begun
+                try:
+                    execution.start()
+                except Exception as error:  # noqa: BLE001 -- whatever it is, the run must end
+                    self._ended(index, (), error)
             with self.lock:
-                over = not self._running and (self._idle() or self.fatal is not None)
+                over = not self._running and (self._idle() or self._fatal is not None)
                 again, self._asked = self._asked > 1, 1
                 if not again:
                     self._asked = 0
             if over:
-                self.end(Outcome(error=self.fatal))
+                self.end(error=self._fatal)
             if not again:
                 return
 
@@ -80,7 +80,7 @@ class ItemGroup(Ending):
             running = list(self._running.values())
         for execution in running:
             execution.hold()
-        self.dispatch()
+        self.start()
 
     def _seize(self) -> None:
         self.failing = True
@@ -103,37 +103,29 @@ class ItemGroup(Ending):
             self._running[index] = execution
             return index, execution
 
-    def _start(self, index: int, execution: Ending) -> None:
-        try:
-            execution.start()
-            execution.dispatch()
-        except Exception as error:  # noqa: BLE001 -- whatever it is, the run must end
-            self._ended(index, Outcome(error=error))
-
-    def _ended(self, index: int, outcome: Outcome) -> None:
+    def _ended(self, index: int, values: Sequence[Any], error: BaseException | None) -> None:
         stopped: list[Ending] = []
         with self.lock:
             if self._running.pop(index, None) is None or self.closed:
                 return
-            error = outcome.error
             self._done = done = self._done + 1
             if error is None:
-                self.results[index] = outcome.values or None
+                self.results[index] = values or None
                 # Held between two of its steps it ends without an error, and without what it was to make.
-                self._cut = self._cut or not outcome.values
+                self._cut = self._cut or not values
             elif isinstance(error, StepFailed):
                 self.failures[index] = error
                 if len(self.failures) > self._allowed and not self.failing:
                     self.failing = True
                     stopped = list(self._running.values())
-            elif self.fatal is None:
-                self.fatal, self.failing = error, True
+            elif self._fatal is None:
+                self._fatal, self.failing = error, True
                 stopped = list(self._running.values())
         for execution in stopped:
-            if self.fatal is None:
+            if self._fatal is None:
                 execution.hold()
             else:
-                execution.abort(self.fatal)
+                execution.abort(self._fatal)
         if self._on_item is not None:
             self._on_item(done, len(self.results))
-        self.dispatch()
+        self.start()

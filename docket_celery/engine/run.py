@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from docket_celery.engine.checkpointing import read_checkpoints
-from docket_celery.engine.delivery import Delivery
-from docket_celery.engine.ending import Ending, Outcome
+from docket_celery.engine.checkpointing import Stored, read_checkpoints
 from docket_celery.engine.execution import Scheduler
-from docket_celery.engine.fan_out import StagedScheduler, Stored, make_execution
-from docket_celery.engine.outcome import RunOutcome, Submission
 from docket_celery.engine.process.heartbeat import Heartbeat, HeldLease
 from docket_celery.engine.process.hooks import django_hooks, load_hooks
 from docket_celery.engine.process.inline import InlineCancellation, InlineRuntime
 from docket_celery.engine.process.loops import StepLoop
-from docket_celery.engine.process.runtime import Runtime
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
 from docket_celery.engine.process.timer import Clock, system_clock
+from docket_celery.engine.run_context import Ending, RunContext, RunOutcome, Submission
 from docket_celery.engine.run_row import find_busy_s, find_holder, read_outcome, run_end, run_request
 from docket_celery.errors import (
     CodecFailed,
@@ -60,8 +56,9 @@ class Run:
         clock: The time of a run on the calling thread; None: the machine's.
 
     Attributes:
+        context: What everything in this delivery shares.
+        inline: What to drive with the calling thread until `concluded`; None: the run advances by itself.
         pool: The threads that the steps run on.
-        inline: What to drive with the calling thread until `concluded`; None: the run goes on by itself.
     """
 
     def __init__(
@@ -74,185 +71,185 @@ class Run:
         loop: StepLoop | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self.submission, self.store = submission, store
-        self._plan, self._inputs, self._settings, self._loop = plan, inputs, settings, loop
-        self.inline = InlineRuntime(clock or system_clock) if settings.threads == 0 else None
-        self._runtime: Runtime = self.inline or process.runtime(settings.threads)
-        self.pool = self._runtime.pool
-        self._report: Callable[[RunOutcome], None] | None = None
-        self._base = contextvars.copy_context()
-        self._hooks = (*django_hooks(), *load_hooks(settings.step_hooks))
-        self._cancellation = Cancellation() if self.inline is None else InlineCancellation(self.inline)
-        self._beats: Heartbeat | None = None
-        if self.inline is not None and self.store is not None:
-            self._beats = Heartbeat(self.store, self.inline.clock)
-        self._held: HeldLease | None = None
-        self._execution: Ending | None = None
+        self._plan, self._inputs, self._store = plan, inputs, store
+        self.inline = inline = InlineRuntime(clock or system_clock) if settings.threads == 0 else None
+        self.context = RunContext(
+            graph=plan.graph,
+            submission=submission,
+            settings=settings,
+            runtime=inline or process.runtime(settings.threads),
+            cancellation=Cancellation() if inline is None else InlineCancellation(inline),
+            store=store,
+            owner=str(uuid.uuid4()) if store is not None else "",
+            beats=None if inline is None or store is None else Heartbeat(store, inline.clock),
+            number=submission.number,
+            loop=loop,
+            hooks=(*django_hooks(), *load_hooks(settings.step_hooks)),
+        )
+        self.pool = self.context.runtime.pool
         self.concluded = False
-        self._began = self._cancellation.now()
+        self._report: Callable[[RunOutcome], None] | None = None
+        self._execution: Ending | None = None
+        self._began = self.context.cancellation.now()
         self._until = None if submission.timeout_s is None else self._began + submission.timeout_s
-        self._owner = str(uuid.uuid4()) if self.store is not None else ""
-        self._waits_for_other, self._requeues = submission.waits_for_other, 0
-        self._delivery = self._new_delivery(submission.number)
+        self._waits_for_other, self._asked = submission.waits_for_other, 0
 
-    # --- whoever waits -----------------------------------------------------------------------------------------
+    # --- the waiting side --------------------------------------------------------------------------------------
 
     def start(self, report: Callable[[RunOutcome], None]) -> None:
         """Begin; *report* is called once, on any thread, with the outcome.
 
-        The calling thread runs steps here if the submission allows it; whoever waits calls `poll`, or `watch`
-        once.
+        The calling thread runs steps here if the submission allows it; it then calls `poll` while it waits, or
+        `watch` once.
         """
         self._report = report
-        self._delivery.tell(EventKind.RUN_STARTED)
-        if self.store is not None:
-            self._runtime.pool.submit(self._open)
-            return
-        execution = self._begin({})
-        if execution is not None:
-            helps = self.submission.may_help and self._until is None and self.inline is None
-            (execution.help if helps else execution.dispatch)()
+        self.context.tell(EventKind.RUN_STARTED)
+        if self._store is None:
+            self._begin(self._make({}))
+        else:
+            self.pool.submit(self._open)
 
     def poll(self) -> float:
         """Stop the run if its deadline has passed or its lease is lost; return in how many seconds to look again."""
-        if self._beats is not None:
-            self._beats.beat_if_due()
-        if self._until is not None and self._cancellation.now() >= self._until:
+        context = self.context
+        if context.beats is not None:
+            context.beats.beat_if_due()
+        if self._until is not None and context.cancellation.now() >= self._until:
             self._until = None
-            self.stop(RunTimedOut(self.submission.execution_id, self.submission.timeout_s or 0.0))
-        elif self._held is not None and not self._held.trusted():
-            self.stop(self._held.fault())
-        return (
-            _SLICE_S
-            if self._until is None
-            else max(0.0, min(_SLICE_S, self._until - self._cancellation.now()))
-        )
+            self.stop(RunTimedOut(context.execution_id, context.submission.timeout_s or 0.0))
+        elif context.held is not None and not context.held.trusted():
+            self.stop(context.held.fault())
+        if self._until is None:
+            return _SLICE_S
+        return max(0.0, min(_SLICE_S, self._until - context.cancellation.now()))
 
     def watch(self) -> None:
-        """Have the timer look after the run until it ends: nobody's thread does."""
-        if not self.concluded and (self._until is not None or self.store is not None):
-            self._runtime.timer.after(self.poll(), self.watch)
+        """Poll from the timer until the run ends: no thread waits for it."""
+        if not self.concluded and (self._until is not None or self._store is not None):
+            self.context.runtime.timer.after(self.poll(), self.watch)
 
     def stop(self, error: BaseException) -> None:
         """End the run with *error* unless it has ended: contexts are cancelled, late results discarded."""
-        self._cancellation.cancel(error)
+        self.context.cancellation.cancel(error)
         execution = self._execution
         if execution is not None:
             execution.abort(error)
 
     def parked_or_failed(self, error: BaseException, lease: Lease | None = None) -> RunOutcome:
         """Return the outcome that *error* means; the host may want the run delivered again."""
-        park = self.submission.park_s
+        park = self.context.submission.park_s
         try:
             return RunOutcome(error=error, park_s=park(error, lease) if park is not None else None)
-        except Exception as broken:  # noqa: BLE001 -- the host's own code; whoever waits must hear of it
+        except Exception as broken:  # noqa: BLE001 -- the host's own code; the waiting side must learn of it
             return RunOutcome(error=broken)
 
     # --- the pool's threads ------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Take the lease and restore, or find out why not."""
+        """Take the lease, restore and begin, or find out why not."""
+        context = self.context
         try:
-            found = self._acquire()
-        except Exception as error:  # noqa: BLE001 -- whoever waits must hear of it
-            if self._held is not None or isinstance(error, StoreUnavailable):
-                # Held: there was no thread for a heartbeat, and a later run's would keep this lease for ever.
-                self._end(Outcome(error=error))
+            if context.cancellation.error is not None:
+                self._conclude(RunOutcome(error=context.cancellation.error))
+            elif (held := self._acquire(context.cancellation.now())) is not None:
+                context.held, context.number = held, held.lease.epoch
+                context.heartbeat().watch(held)
+                self._advance(held.lease)
+        except Exception as error:  # noqa: BLE001 -- the waiting side must learn of it
+            if context.held is not None or isinstance(error, StoreUnavailable):
+                # A lease that is held must be given back: the heartbeat of a later run would keep it for ever.
+                self._end((), error)
             else:
                 self._conclude(RunOutcome(error=error))
-        else:
-            if found is not None:
-                self._advance(found)
 
-    def _acquire(self) -> Lease | None:
-        assert self.store is not None
-        if self._cancellation.error is not None:
-            self._conclude(RunOutcome(error=self._cancellation.error))
-            return None
-        if (
-            self._waits_for_other
-            and (row := find_holder(self.store, self._plan.graph, self.submission)) is not None
-        ):
-            self._wait_for(row)
-            return None
-        asked_at = self._cancellation.now()
-        request = self._request(self.store)
-        found = self.store.acquire(request)
+    def _acquire(self, asked_at: float) -> HeldLease | None:
+        """Return the lease; None: the run has concluded, or is asked for again later."""
+        store, context = self._needed_store(), self.context
+        if self._waits_for_other:
+            row = find_holder(store, context.graph, context.submission)
+            if row is not None:
+                self._wait_for(row)
+                return None
+        request = self._request(store)
+        found = store.acquire(request)
         if isinstance(found, RunRow):
             self._meet(found, request)
             return None
-        self._held = HeldLease(found, asked_at, self._settings.trust_margin_s, self._cancellation.now)
-        self._delivery.heartbeat().watch(self._held)
-        return found
+        return self._hold(found, asked_at)
+
+    def _hold(self, lease: Lease, asked_at: float) -> HeldLease:
+        context = self.context
+        return HeldLease(lease, asked_at, context.settings.trust_margin_s, context.cancellation.now)
 
     def _request(self, store: Store) -> RunRequest:
         return run_request(
-            self._plan,
-            self._inputs,
-            self.submission,
-            self._settings,
-            store,
-            owner=self._owner,
-            waits_for_other=self._waits_for_other,
+            self._plan, self._inputs, self.context, store, waits_for_other=self._waits_for_other
         )
 
     def _advance(self, lease: Lease) -> None:
-        assert self.store is not None
-        self._delivery = self._new_delivery(lease.epoch)
-        try:
-            stored = read_checkpoints(self._plan, self.store, lease)
-            execution = self._begin(stored)
-            if execution is not None:
-                execution.dispatch()
-        except Exception as error:  # noqa: BLE001 -- the lease is held: the run must end in order
-            self._end(Outcome(error=error))
+        """Restore and begin; the lease is held, and what is raised here ends the run in order."""
+        self._begin(self._make(read_checkpoints(self._plan, self._needed_store(), lease)))
 
-    def _begin(self, stored: Stored) -> Scheduler | StagedScheduler | None:
-        """Make and start the execution; None if it ended (or was stopped) while starting."""
-        ended = self._end if self.store is None else self._end_on_pool
-        execution = make_execution(
-            self._plan,
+    def _make(self, stored: Stored) -> Ending:
+        """Return what executes the plan."""
+        plan, context, submission = self._plan, self.context, self.context.submission
+        end = self._end if self._store is None else self._end_on_pool
+        if plan.stages:
+            # Read here, as a run of a plan without stages never enters it.
+            from docket_celery.engine.fan_out import StagedScheduler
+
+            return StagedScheduler(
+                plan,
+                self._inputs,
+                context,
+                end,
+                stored=stored,
+                policy=submission.policy,
+                max_concurrency=submission.max_concurrency,
+            )
+        may_help = self._store is None and submission.may_help and self._until is None and self.inline is None
+        return Scheduler(
+            plan,
             self._inputs,
-            self._delivery,
-            ended,
+            context,
+            end,
             stored=stored,
-            policy=self.submission.policy,
-            max_concurrency=self.submission.max_concurrency,
-            threads=self._settings.threads,
+            max_concurrency=submission.max_concurrency,
+            may_help=may_help,
         )
-        execution.start()
+
+    def _begin(self, execution: Ending) -> None:
+        """Start *execution*, unless the run has been stopped before a stop could find it."""
         self._execution = execution
-        if execution.closed:
-            self._execution = None
-            return None
-        # A stop that came before the assignment found no execution to abort.
-        if self._cancellation.error is not None:
-            execution.abort(self._cancellation.error)
-        return None if execution.closed else execution
+        if self.context.cancellation.error is not None:
+            execution.abort(self.context.cancellation.error)
+        else:
+            execution.start()
 
-    def _end_on_pool(self, outcome: Outcome) -> None:
-        self._runtime.submit_or_retry(functools.partial(self._end, outcome))
+    def _end_on_pool(self, values: Sequence[Any], error: BaseException | None) -> None:
+        self.context.runtime.submit_or_retry(functools.partial(self._end, values, error))
 
-    def _end(self, outcome: Outcome) -> None:
+    def _end(self, values: Sequence[Any], error: BaseException | None, /) -> None:
         """Close or park the run, then report."""
-        result = RunOutcome(value=outcome.values[0] if outcome.values else None, failed=outcome.failed)
-        if outcome.error is not None:
-            lease = self._held.lease if self._held is not None else None
-            result = self.parked_or_failed(outcome.error, lease)
-        if self._held is None or self.store is None:
+        held = self.context.held
+        if error is not None:
+            result = self.parked_or_failed(error, None if held is None else held.lease)
+        else:
+            result = RunOutcome(value=values[0] if values else None, failed=self.context.failed)
+        if held is None:
             self._conclude(result)
         else:
-            self._write_end(result, self._held, tries=1)
+            self._write_end(result, held, tries=1)
 
     def _write_end(self, result: RunOutcome, held: HeldLease, tries: int) -> None:
-        assert self.store is not None
+        runtime = self.context.runtime
         try:
             if not isinstance(result.error, LeaseLost):
                 self._write(result, held.lease)
         except StoreUnavailable as error:
             if tries < _END_TRIES and held.trusted():
                 again = functools.partial(self._write_end, result, held, tries + 1)
-                self._runtime.timer.after(0.2 * 2**tries, lambda: self._runtime.submit_or_retry(again))
+                runtime.timer.after(0.2 * 2**tries, functools.partial(runtime.submit_or_retry, again))
                 return
             # What is saved stays saved; the next delivery restores it and writes the end.
             result = self.parked_or_failed(error, held.lease)
@@ -262,29 +259,32 @@ class Run:
                 self._write_end(self.parked_or_failed(error, held.lease), held, tries)
                 return
             result = RunOutcome(error=error)
-        except Exception as error:  # noqa: BLE001 -- whoever waits must hear of it
+        except Exception as error:  # noqa: BLE001 -- the waiting side must learn of it
             result = RunOutcome(error=error)
-        self._delivery.heartbeat().unwatch(held)
+        self.context.heartbeat().unwatch(held)
         self._conclude(result)
 
     def _write(self, result: RunOutcome, lease: Lease) -> None:
-        assert self.store is not None
-        self.store.end(lease, run_end(result, self.submission, self._delivery.rows, self._settings))
+        self._needed_store().end(lease, run_end(result, self.context))
 
     def _conclude(self, outcome: RunOutcome) -> None:
         """Report how it ended; the run's row tells the same by now."""
-        if isinstance(outcome.error, LeaseLost) and not self.submission.waits:
+        context = self.context
+        if isinstance(outcome.error, LeaseLost) and not context.submission.waits:
             # Soon, as the new holder may have ended the run by now; the next look tells how long its lease is.
-            outcome = RunOutcome(error=outcome.error, busy_s=min(_LOST_BUSY_S, self._settings.lease_seconds))
-        outcome = replace(outcome, held=self._held is not None)
-        _warn_of(outcome.failed, self._plan, self.submission.execution_id)
-        elapsed = self._cancellation.now() - self._began
+            outcome = RunOutcome(
+                error=outcome.error, busy_s=min(_LOST_BUSY_S, context.settings.lease_seconds)
+            )
+        if context.held is not None:
+            outcome = replace(outcome, held=True)
+        _warn_of(outcome.failed, self._plan, context.execution_id)
+        elapsed_s = context.cancellation.now() - self._began
         detail = "" if outcome.error is None else type(outcome.error).__name__
         try:
-            self._delivery.tell(EventKind.RUN_ENDED, elapsed_s=elapsed, detail=detail)
+            context.tell(EventKind.RUN_ENDED, elapsed_s=elapsed_s, detail=detail)
         finally:
             self.concluded = True
-            # The execution knows this run as the one to tell: without this both would wait for the collector.
+            # The execution refers to this run: without this both would wait for the collector.
             self._execution = None
             if self._report is not None:
                 self._report(outcome)
@@ -297,54 +297,31 @@ class Run:
         Raises:
             CodecFailed: The run's row went through another codec, or none.
         """
-        assert self.store is not None
+        store = self._needed_store()
         if row.target != request.target or row.job_digest != request.job_digest:
             what = "target" if row.target != request.target else "job"
             # Another codec keeps another digest of the same job; reading it tells the two cases apart.
-            self.store.find_job(row.graph, row.execution_id)
+            store.find_job(row.graph, row.execution_id)
             self._conclude(RunOutcome(error=RunConflict(row.graph, row.execution_id, what)))
         elif row.state.ended:
-            self._conclude(read_outcome(row, self._plan, self.store))
+            self._conclude(read_outcome(row, self._plan, store))
         else:
             self._wait_for(row)
 
     def _wait_for(self, row: RunRow) -> None:
-        if not self.submission.waits:
-            self._conclude(RunOutcome(busy_s=find_busy_s(row, self.submission.requeues)))
+        submission, runtime = self.context.submission, self.context.runtime
+        if not submission.waits:
+            self._conclude(RunOutcome(busy_s=find_busy_s(row, submission.requeues)))
         else:
             self._waits_for_other = True
             # The end of a run that is held may be near; an open stage has others to wait for.
-            wait_s = find_busy_s(row, self._requeues) / 10 if row.state is RunState.WAITING else 0.1
-            self._requeues += 1
-            self._runtime.timer.after(wait_s, lambda: self._runtime.submit_or_retry(self._open))
+            wait_s = find_busy_s(row, self._asked) / 10 if row.state is RunState.WAITING else 0.1
+            self._asked += 1
+            runtime.timer.after(wait_s, functools.partial(runtime.submit_or_retry, self._open))
 
-    # --- building ----------------------------------------------------------------------------------------------
-
-    def _new_delivery(self, number: int) -> Delivery:
-        submission = self.submission
-        return Delivery(
-            graph=self._plan.graph,
-            execution_id=submission.execution_id,
-            runtime=self._runtime,
-            cancellation=self._cancellation,
-            base=self._base,
-            number=number,
-            values=submission.values,
-            store=self.store,
-            held=self._held,
-            lease_s=self._settings.lease_seconds,
-            max_stored_bytes=self._settings.max_stored_bytes,
-            owner=self._owner,
-            listeners=submission.listeners,
-            passthrough=submission.passthrough,
-            scopes=submission.scopes,
-            hooks=self._hooks,
-            worker=submission.worker,
-            refreshes=submission.refreshes,
-            task_id=submission.task_id,
-            loop=self._loop,
-            beats=self._beats,
-        )
+    def _needed_store(self) -> Store:
+        assert self._store is not None
+        return self._store
 
 
 def _warn_of(failed: Mapping[int, StepFailed], plan: Plan, execution_id: str) -> None:

@@ -1,17 +1,15 @@
-"""What a submission asks of the run's row, and what a delivery leaves in it."""
+"""A run as its row has it: the job and its digest, what a submission asks for, what a delivery leaves in it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.job import digest_job, job_parts, target_name
-from docket_celery.engine.outcome import RunOutcome, Submission
-from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.run_context import RunContext, RunOutcome, Submission
 from docket_celery.engine.stored_items import ItemPlace, StoredBatch, StoredItems
 from docket_celery.errors import (
     DocketError,
@@ -23,6 +21,7 @@ from docket_celery.errors import (
     from_record,
     to_record,
 )
+from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.batch import BatchResult
 from docket_celery.plan.messages import (
     Value,
@@ -32,15 +31,17 @@ from docket_celery.plan.messages import (
     many_from_bytes,
     unframe,
     value_bytes,
+    value_digest,
+    value_name,
 )
 from docket_celery.plan.plan import Plan
 from docket_celery.store.contract import BatchStore, Store
+from docket_celery.store.identity import job_digest
 from docket_celery.store.records import (
     RunEnd,
     RunRequest,
     RunRow,
     RunState,
-    StepExecution,
 )
 
 _PLACE = b"stored"
@@ -57,40 +58,68 @@ _STORED = "docket_max_stored_bytes"
 _MOST_DOUBLINGS = 4
 
 
+def job_parts(given: Iterable[ValueKey], values: Iterable[Value]) -> list[tuple[str, bytes]]:
+    """Return the name and the bytes of each value of a job: of its type, and of `Named` where types do not tell.
+
+    Nothing of a job that lies in the store, whose *values* are none.
+    """
+    return [
+        (key.label(value_name(value)), value_bytes(value)) for key, value in zip(given, values, strict=False)
+    ]
+
+
+def frame_job(given: Iterable[ValueKey], values: Iterable[Value]) -> bytes:
+    """Return a job as the store keeps it."""
+    return frame(part for name, data in job_parts(given, values) for part in (name.encode(), data))
+
+
+def job_bytes(given: Iterable[ValueKey], values: Iterable[Value]) -> int:
+    """Return how many bytes a job's messages and their names have as the store keeps them; a list counts nothing."""
+    sizes = (
+        16 + len(key.label(value_name(value)).encode()) + value.ByteSize()
+        for key, value in zip(given, values, strict=False)
+        if isinstance(value, Message)
+    )
+    return sum(sizes)
+
+
+def digest_job(given: Iterable[ValueKey], values: Iterable[Value]) -> bytes:
+    """Return the digest of a job; that of a batch is the same however its items come."""
+    return job_digest(
+        (key.label(value_name(value)), value_digest(value)) for key, value in zip(given, values, strict=False)
+    )
+
+
+def target_name(plan: Plan) -> str:
+    """Return what a run of *plan* makes, as its row has it."""
+    return f"list[{plan.target}]" if plan.collects else str(plan.target)
+
+
 def run_request(
-    plan: Plan,
-    inputs: Sequence[Value],
-    submission: Submission,
-    settings: Settings,
-    store: Store,
-    *,
-    owner: str,
-    waits_for_other: bool,
+    plan: Plan, inputs: Sequence[Value], context: RunContext, store: Store, *, waits_for_other: bool
 ) -> RunRequest:
-    """Return what *submission* asks *store* for.
+    """Return what a delivery asks *store* for.
 
     Args:
         plan: What to do.
         inputs: The job.
-        submission: Who asks for it.
-        settings: Those in force.
+        context: Whose delivery it is.
         store: Keeps the job's digest in its own form.
-        owner: Who will hold the lease.
         waits_for_other: The submission has met another holder of the run before.
 
     Raises:
         PayloadTooLarge: The job is too large to be stored.
     """
-    job = job_parts(plan.given, inputs)
-    framed = frame(part for name, data in job for part in (name.encode(), data))
-    check_size(f"the job of run {submission.execution_id!r}", len(framed), settings.max_stored_bytes, _STORED)
+    submission, settings = context.submission, context.settings
+    job = frame_job(plan.given, inputs)
+    check_size(f"the job of run {context.execution_id!r}", len(job), settings.max_stored_bytes, _STORED)
     return RunRequest(
         graph=plan.graph,
-        execution_id=submission.execution_id,
+        execution_id=context.execution_id,
         target=target_name(plan),
-        job=framed,
+        job=job,
         job_digest=store.hmac_digest(submission.job_digest or digest_job(plan.given, inputs)),
-        owner=owner,
+        owner=context.owner,
         lease_s=settings.lease_seconds,
         max_deliveries=settings.max_deliveries,
         task_name=submission.task_name,
@@ -133,24 +162,17 @@ def find_busy_s(row: RunRow, requeues: int) -> float:
     return max(0.0, row.lease_left_s or 0.0)
 
 
-def run_end(
-    outcome: RunOutcome, submission: Submission, rows: Sequence[StepExecution], settings: Settings
-) -> RunEnd:
+def run_end(outcome: RunOutcome, context: RunContext) -> RunEnd:
     """Return how *outcome* leaves the run's row.
-
-    Args:
-        outcome: How the delivery ended.
-        submission: Whose delivery it was.
-        rows: Step executions that no save has carried.
-        settings: For how long an ended run is kept, and how large a result may be.
 
     Raises:
         PayloadTooLarge: The result is too large to be stored.
     """
-    end = RunEnd(state=RunState.SUCCEEDED, executions=tuple(rows), retention_s=settings.retention)
+    submission, settings = context.submission, context.settings
+    end = RunEnd(state=RunState.SUCCEEDED, executions=tuple(context.rows), retention_s=settings.retention)
     if outcome.value is not None:
         result = _result_bytes(outcome.value)
-        what = f"the result of run {submission.execution_id!r}"
+        what = f"the result of run {context.execution_id!r}"
         check_size(what, len(result), settings.max_stored_bytes, _STORED)
         return replace(end, result=result, items_failed=len(outcome.failed) or None)
     error = outcome.error
@@ -175,11 +197,8 @@ def read_outcome(row: RunRow, plan: Plan, store: Store) -> RunOutcome:
     """Return the stored outcome of an ended run."""
     if row.state is RunState.SUCCEEDED:
         try:
-            return RunOutcome(
-                value=read_result(row, store, plan.target.kind, collects=plan.collects),
-                replayed=True,
-                stored=row.result,
-            )
+            value = read_result(row, store, plan.target.kind, collects=plan.collects)
+            return RunOutcome(value=value, replayed=True, stored=row.result)
         except DocketError as error:
             return RunOutcome(error=error)
     if row.state is RunState.QUARANTINED:

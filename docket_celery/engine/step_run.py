@@ -15,10 +15,9 @@ from google.protobuf.message import Message
 
 from docket_celery.engine.attempt import Attempt
 from docket_celery.engine.checkpointing import StepRecord, hash_inputs, read_value
-from docket_celery.engine.delivery import Delivery
-from docket_celery.engine.ending import Ending
 from docket_celery.engine.process.limits import Slot
 from docket_celery.engine.process.state import process
+from docket_celery.engine.run_context import Ending, RunContext
 from docket_celery.errors import (
     AbortError,
     DocketError,
@@ -82,27 +81,30 @@ class StepRun:
     Args:
         planned: The step and its place in the plan.
         values: Its inputs.
-        delivery: What the steps share.
+        context: What the steps share.
         gate: The execution that it belongs to.
 
     Attributes:
         life: What the scheduler drives.
         attempts: Calls made so far.
-        attempt: The latest call.
-        record: Its stored side.
+        attempt: The present call.
     """
 
-    __slots__ = ("attempt", "attempts", "delivery", "gate", "life", "planned", "record", "step", "values")
+    attempts = 0
+    attempt: Attempt | None = None
+    _record: StepRecord | None = None
+    _began = 0.0
 
     def __init__(
-        self, planned: PlannedStep, values: Sequence[Value], delivery: Delivery, gate: Ending
+        self, planned: PlannedStep, values: Sequence[Value], context: RunContext, gate: Ending
     ) -> None:
-        self.planned, self.step, self.values = planned, planned.step, values
-        self.delivery, self.gate = delivery, gate
-        self.attempts = 0
-        self.attempt: Attempt | None = None
-        self.record = StepRecord(planned.step, delivery)
-        self.life = _life(self)
+        self.planned, self.step, self._values = planned, planned.step, values
+        self._context, self._gate = context, gate
+        if context.store is not None or context.listeners:
+            self._began = context.cancellation.now()
+        if context.store is not None:
+            self._record = StepRecord(self.step, values, context, context.store, self._began)
+        self.life = self._live()
 
     @property
     def in_flight(self) -> Attempt | None:
@@ -110,104 +112,199 @@ class StepRun:
         attempt = self.attempt
         return attempt if attempt is not None and attempt.in_flight else None
 
-    def check_inputs(self, checkpoint: Checkpoint) -> None:
-        """Compare what a restored step was made from with what is at hand.
+    @property
+    def claims(self) -> bool:
+        """Whether others wait for this step to compute a GLOBAL checkpoint."""
+        return self._record is not None and self._record.claims
+
+    def drop_claim(self) -> None:
+        """Leave the GLOBAL checkpoint for another run to compute, if this step claimed to."""
+        if self._record is not None:
+            self._record.drop_claim()
+
+    def use_restored(self, checkpoint: Checkpoint) -> None:
+        """Compare what a restored step was made from with what is at hand, and record that its value is used.
 
         Raises:
             InputsChanged: They differ, and the step asks for an error then.
         """
-        store, step = self.delivery.store, self.step
-        if store is None or len(self.values) != len(self.planned.sources):
-            return
-        if hash_inputs(self.values, store) == checkpoint.input_hash:
-            return
-        if step.options.on_input_change == "error":
-            raise InputsChanged(self.delivery.execution_id, step.name)
-        self.delivery.tell(EventKind.INPUTS_CHANGED, step.name, detail="checkpoint reused")
-
-    def report_restored(self) -> None:
-        """Record that a stored value was used."""
-        self.record.report("SUCCEEDED", attempts=0, cached=True)
-        self.delivery.tell(EventKind.STEP_RESTORED, self.step.name)
-
-    def report_succeeded(self, value: Value) -> None:
-        """Record that the step was computed."""
-        record, elapsed_s = self.record, self.record.elapsed_s
-        if self.step.persist is None:
-            record.report("SUCCEEDED", attempts=self.attempts)
-        record.keep(value)
-        self.delivery.tell(EventKind.STEP_SUCCEEDED, self.step.name, self.attempts, elapsed_s=elapsed_s)
+        store, step = self._context.store, self.step
+        known = store is not None and len(self._values) == len(self.planned.sources)
+        if store is not None and known and hash_inputs(self._values, store) != checkpoint.input_hash:
+            if step.options.on_input_change == "error":
+                raise InputsChanged(self._context.execution_id, step.name)
+            self._context.tell(EventKind.INPUTS_CHANGED, step.name, detail="checkpoint reused")
+        self._report_restored()
 
     def report_cancelled(self, error: BaseException) -> None:
         """Record that the run ended while the step was running."""
-        shown = error if isinstance(error, DocketError) else None
-        self.record.report("CANCELLED", attempts=self.attempts, error=shown)
+        self._report("CANCELLED", error=error if isinstance(error, DocketError) else None)
 
-    def report_failed(self, status: str, error: DocketError) -> None:
-        """Record that the step failed."""
-        self.record.report(status, attempts=self.attempts, error=error)
-        self.delivery.tell(EventKind.STEP_FAILED, self.step.name, self.attempts, detail=str(error))
+    # --- the life ----------------------------------------------------------------------------------------------
 
+    def _live(self) -> Generator[Effect, Any, End]:
+        """Restore the step or call it until it has a value, and save that. Waits only by what it yields.
 
-def _life(run: StepRun) -> Generator[Effect, Any, End]:
-    """Restore the step or call it until it has a value, and save that. Waits only by what it yields.
+        Raises:
+            LeaseLost: The run is another worker's.
+            TooManyAbandoned: Too many threads are held by timed-out steps.
+            DocketError: Its checkpoint could not be read or written.
+        """
+        step, record = self.step, self._record
+        scope = step.options.persist if record is not None else None
+        limited = step.options.max_concurrent is not None
+        failure: StepFailed | None = None
+        try:
+            if scope is Scope.GLOBAL and (found := (yield from self._look_up())) is not None:
+                return self._restore(found)
+            while True:
+                slot = None
+                if limited and (slot := self._find_slot()) is not None:
+                    yield slot
+                self.attempt = attempt = self._next_attempt(slot)
+                value, error = yield attempt
+                self.attempt = None
+                if error is None:
+                    if (wrong := step.wrong_result(value) or _find_fault(value)) is None:
+                        break
+                    error = WrongResult(step.name, self.attempts, step.result_name, wrong)
+                end, delay_s = self._judge(error, attempt.on_host)
+                # The attempt knows its execution: kept, both and the error would wait for the collector.
+                del attempt, error
+                if isinstance(end, Stop):
+                    return end
+                failure = end
+                if delay_s is None:
+                    return self._give_up(failure)
+                yield Sleep(delay_s)
+        except GivenUp:
+            return self._give_up(failure)
+        kept: Value = value
+        if record is not None:
+            kept = yield from self._keep(record, value)
+        if self._context.listeners:
+            self._tell_succeeded()
+        return kept
 
-    Raises:
-        LeaseLost: The run is another worker's.
-        TooManyAbandoned: Too many threads are held by timed-out steps.
-        DocketError: Its checkpoint could not be read or written.
-    """
-    step, delivery, record = run.step, run.delivery, run.record
-    failure: StepFailed | None = None
-    limited = step.options.max_concurrent is not None
-    record.begin(run.values)
-    try:
-        if step.persist is Scope.GLOBAL and (found := (yield from _look_up(record))) is not None:
-            return _restore(run, found)
+    def _look_up(self) -> Generator[Effect, Any, Checkpoint | None]:
+        """Return the GLOBAL checkpoint; None: this step has claimed the right to compute it."""
+        assert self._record is not None
+        wait_s = _POLL_FIRST_S
+        while not (found := self._record.look_up()):
+            yield Sleep(wait_s)
+            wait_s = min(wait_s * 2, _POLL_MOST_S)
+        return found if isinstance(found, Checkpoint) else None
+
+    def _restore(self, checkpoint: Checkpoint) -> Value:
+        value = read_value(self.step, checkpoint, self._context)
+        self._report_restored()
+        if self._record is not None:
+            self._record.keep(value)
+        return value
+
+    def _find_slot(self) -> Slot | None:
+        """Return what to wait for before an attempt; None: it is part of a call that holds a slot of the step."""
+        slots = process.slots_of(self.step)
+        return None if slots is None or slots.lent(self._context.base) else Slot(slots)
+
+    def _next_attempt(self, slot: Slot | None) -> Attempt:
+        """Return the next call of the user's code, if the run may still make one."""
+        step, context = self.step, self._context
+        try:
+            if (held := context.held) is not None and not held.trusted():
+                raise held.fault()
+            if step.timeout_s is not None and process.holds_thread(step):
+                # Such an attempt may come to hold a thread for good, and so may each retry of it.
+                context.runtime.pool.check_abandoned()
+        except DocketError:
+            if slot is not None:
+                slot.cancel()
+            # The run may have ended during the look-up: then nothing else drops the claim.
+            self.drop_claim()
+            raise
+        self.attempts += 1
+        return Attempt(step, self.attempts, self._values, context, self._gate, slot, self._began)
+
+    def _judge(self, error: BaseException, on_host: bool) -> tuple[StepFailed | Stop, float | None]:
+        """Return what *error* means for the step, and in how many seconds it is called again, if at all."""
+        step, context, number = self.step, self._context, self.attempts
+        stop = context.cancellation.error
+        if stop is not None:
+            # The run is being stopped; whatever the step raises now follows from that.
+            return Stop(stop), None
+        if isinstance(error, AbortError):
+            self._report_failed("FAILED", error)
+        if isinstance(error, asyncio.CancelledError):
+            error = RuntimeError(f"the step was cancelled from inside: {brief_error(error)}")
+        if isinstance(error, (AbortError, *context.submission.passthrough)) or _is_hosts(error, on_host):
+            return Stop(error), None
+        retriable, delay_s = False, None
+        if isinstance(error, Exception):
+            retriable, error = classify(step, error)
+            if retriable and number < step.max_attempts and step.options.retry is not None:
+                delay_s, retriable, error = _delay(step.options.retry, step, number, error)
+        failure = _failure(step, number, retriable, error)
+        if context.item:
+            failure.place(context.item)
+        if delay_s is not None:
+            detail = f"again in {delay_s:.3g} s: {failure}"
+            context.tell(EventKind.STEP_RETRYING, step.name, number, detail=detail)
+        return failure, delay_s
+
+    def _give_up(self, failure: StepFailed | None) -> StepFailed | None:
+        """End the step without another attempt: with its last failure, or as if it had never begun."""
+        self.drop_claim()
+        if failure is not None:
+            self._report_failed("TIMED_OUT" if isinstance(failure, StepTimedOut) else "FAILED", failure)
+        return failure
+
+    def _keep(self, record: StepRecord, value: Value) -> Generator[Effect, Any, Value]:
+        """Save the value; the first saver's counts. Before listeners are told: they may read the row."""
+        if self.step.persist is None:
+            self._report("SUCCEEDED")
+        else:
+            value = yield from self._save(record, value)
+        record.keep(value)
+        return value
+
+    def _save(self, record: StepRecord, value: Value) -> Generator[Effect, Any, Value]:
+        context, tries = self._context, 1
+        row = record.row("SUCCEEDED", attempts=self.attempts)
+        checkpoint = record.checkpoint(value)
         while True:
-            slot = None
-            if limited and (slot := _find_slot(run)) is not None:
-                yield slot
-            run.attempt = attempt = _next_attempt(run, slot)
-            value, error = yield attempt
-            run.attempt = None
-            if error is None:
-                if (wrong := step.wrong_result(value) or _find_fault(value)) is None:
-                    break
-                error = WrongResult(step.name, run.attempts, step.result_name, wrong)
-            end, delay_s = _judge(run, error, attempt.on_host)
-            # The attempt knows its execution: kept, both and the error would wait for the collector.
-            del attempt, error
-            if isinstance(end, Stop):
-                return end
-            failure = end
-            if delay_s is None:
-                return _give_up(run, failure)
-            yield Sleep(delay_s)
-    except GivenUp:
-        return _give_up(run, failure)
-    kept: Value = value
-    if step.persist is not None:
-        kept = yield from _save(run, value)
-    if delivery.listeners or delivery.store is not None:
-        run.report_succeeded(kept)
-    return kept
+            try:
+                winner = record.save(checkpoint, row)
+            except StoreUnavailable as error:
+                if tries >= _SAVE_TRIES or context.held is None or not context.held.trusted():
+                    raise
+                _logger.warning(
+                    "run %r: saving %s, try %d: %s", context.execution_id, row.step_name, tries, error
+                )
+            else:
+                same = winner.output_data == checkpoint.output_data
+                return value if same else read_value(self.step, winner, context)
+            yield Sleep(_SAVE_DELAY_S * 2**tries, firm=True)
+            tries += 1
 
+    # --- reports -----------------------------------------------------------------------------------------------
 
-def _look_up(record: StepRecord) -> Generator[Effect, Any, Checkpoint | None]:
-    """Return the GLOBAL checkpoint; None: this step has claimed the right to compute it."""
-    wait_s = _POLL_FIRST_S
-    while not (found := record.look_up()):
-        yield Sleep(wait_s)
-        wait_s = min(wait_s * 2, _POLL_MOST_S)
-    return found if isinstance(found, Checkpoint) else None
+    def _report(self, status: str, *, cached: bool = False, error: DocketError | None = None) -> None:
+        """Keep a row for the run's next statement; nothing without a store."""
+        if self._record is not None:
+            row = self._record.row(status, attempts=self.attempts, cached=cached, error=error)
+            self._context.rows.append(row)
 
+    def _report_restored(self) -> None:
+        self._report("SUCCEEDED", cached=True)
+        self._context.tell(EventKind.STEP_RESTORED, self.step.name)
 
-def _restore(run: StepRun, checkpoint: Checkpoint) -> Value:
-    value = read_value(run.step, checkpoint, run.delivery)
-    run.report_restored()
-    run.record.keep(value)
-    return value
+    def _report_failed(self, status: str, error: DocketError) -> None:
+        self._report(status, error=error)
+        self._context.tell(EventKind.STEP_FAILED, self.step.name, self.attempts, detail=str(error))
+
+    def _tell_succeeded(self) -> None:
+        elapsed_s = self._context.cancellation.now() - self._began
+        self._context.tell(EventKind.STEP_SUCCEEDED, self.step.name, self.attempts, elapsed_s=elapsed_s)
 
 
 def _find_fault(value: Value) -> str | None:
@@ -220,58 +317,6 @@ def _find_fault(value: Value) -> str | None:
     return None if fault is None else f"one that cannot be kept ({fault})"
 
 
-def _find_slot(run: StepRun) -> Slot | None:
-    """Return what to wait for before an attempt; None: it is part of a call that holds a slot of the step."""
-    slots = process.slots_of(run.step)
-    return None if slots is None or slots.lent(run.delivery.base) else Slot(slots)
-
-
-def _next_attempt(run: StepRun, slot: Slot | None) -> Attempt:
-    """Return the next call of the user's code, if the run may still make one."""
-    step, delivery = run.step, run.delivery
-    try:
-        if delivery.held is not None and not delivery.held.trusted():
-            raise delivery.held.fault()
-        if step.timeout_s is not None and process.holds_thread(step):
-            # Such an attempt may come to hold a thread for good, and so may each retry of it.
-            delivery.runtime.pool.check_abandoned()
-    except DocketError:
-        if slot is not None:
-            slot.cancel()
-        # The run may have ended during the look-up: then nothing else drops the claim.
-        run.record.drop_claim()
-        raise
-    run.attempts += 1
-    return Attempt(step, run.attempts, run.values, delivery, run.gate, slot, run.record.began)
-
-
-def _judge(run: StepRun, error: BaseException, on_host: bool) -> tuple[StepFailed | Stop, float | None]:
-    """Return what *error* means for the step, and in how many seconds it is called again, if at all."""
-    step, delivery, number = run.step, run.delivery, run.attempts
-    stop = delivery.cancellation.error
-    if stop is not None:
-        # The run is being stopped; whatever the step raises now follows from that.
-        return Stop(stop), None
-    if isinstance(error, AbortError):
-        run.report_failed("FAILED", error)
-    if isinstance(error, asyncio.CancelledError):
-        error = RuntimeError(f"the step was cancelled from inside: {brief_error(error)}")
-    if isinstance(error, (AbortError, *delivery.passthrough)) or _is_hosts(error, on_host):
-        return Stop(error), None
-    retriable, delay_s = False, None
-    if isinstance(error, Exception):
-        retriable, error = classify(step, error)
-        if retriable and number < step.max_attempts and step.options.retry is not None:
-            delay_s, retriable, error = _delay(step.options.retry, step, number, error)
-    failure = _failure(step, number, retriable, error)
-    if delivery.item:
-        failure.place(delivery.item)
-    if delay_s is not None:
-        detail = f"again in {delay_s:.3g} s: {failure}"
-        delivery.tell(EventKind.STEP_RETRYING, step.name, number, detail=detail)
-    return failure, delay_s
-
-
 def _is_hosts(error: BaseException, on_host: bool) -> bool:
     """Tell whether *error* came from the host of the thread rather than from the step's code.
 
@@ -279,35 +324,6 @@ def _is_hosts(error: BaseException, on_host: bool) -> bool:
     a caller gets both from signals and from its own end; gevent ends greenlets with GreenletExit.
     """
     return not isinstance(error, Exception) and (on_host or type(error).__name__ == "GreenletExit")
-
-
-def _give_up(run: StepRun, failure: StepFailed | None) -> StepFailed | None:
-    """End the step without another attempt: with its last failure, or as if it had never begun."""
-    run.record.drop_claim()
-    if failure is not None:
-        run.report_failed("TIMED_OUT" if isinstance(failure, StepTimedOut) else "FAILED", failure)
-    return failure
-
-
-def _save(run: StepRun, value: Value) -> Generator[Effect, Any, Value]:
-    """Store the checkpoint; the first saver wins. Save before telling: listeners may read the row."""
-    record, delivery, tries = run.record, run.delivery, 1
-    row = record.row("SUCCEEDED", attempts=run.attempts)
-    checkpoint = record.checkpoint(value)
-    while True:
-        try:
-            winner = record.save(checkpoint, row)
-        except StoreUnavailable as error:
-            if tries >= _SAVE_TRIES or delivery.held is None or not delivery.held.trusted():
-                raise
-            _logger.warning(
-                "run %r: saving %s, try %d: %s", delivery.execution_id, row.step_name, tries, error
-            )
-        else:
-            same = winner.output_data == checkpoint.output_data
-            return value if same else read_value(run.step, winner, delivery)
-        yield Sleep(_SAVE_DELAY_S * 2**tries, firm=True)
-        tries += 1
 
 
 def classify(step: Step, error: Exception) -> tuple[bool, Exception]:

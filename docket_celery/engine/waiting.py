@@ -18,11 +18,11 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.outcome import RunOutcome
 from docket_celery.engine.process.loops import CallerLoop, is_loop_thread
 from docket_celery.engine.process.pool import Worker
 from docket_celery.engine.process.state import process
 from docket_celery.engine.run import Run
+from docket_celery.engine.run_context import RunOutcome
 from docket_celery.engine.stored_items import StoredBatch
 from docket_celery.errors import InvalidArguments, InvalidSettings
 
@@ -91,7 +91,7 @@ async def run_on_loop(run: Run, loop: CallerLoop) -> RunOutcome:
         await asyncio.wait([ended])
     except BaseException as interruption:
         run.stop(interruption)
-        if run.store is not None:
+        if run.context.store is not None:
             await asyncio.wait([ended], timeout=_LEAVE_S)
             if not ended.done():
                 _warn_of_lease(run)
@@ -170,7 +170,7 @@ def _leave(
     Returns:
         The outcome, where the host decided that this interruption has the run delivered again; else None.
     """
-    if run.store is None:
+    if run.context.store is None:
         outcome = run.parked_or_failed(interruption)
     else:
         if run.inline is not None:
@@ -204,4 +204,4 @@ def refuse_on_loop(what: str) -> None:
 
 
 def _warn_of_lease(run: Run) -> None:
-    _logger.warning("run %r: its lease was not given back in time", run.submission.execution_id)
+    _logger.warning("run %r: its lease was not given back in time", run.context.execution_id)

@@ -20,8 +20,8 @@ from docket_celery.batch.chunk import ChunkRun
 from docket_celery.batch.layout import stage_rows
 from docket_celery.batch.options import BatchOptions
 from docket_celery.batch.run import BatchRun
-from docket_celery.engine.outcome import OpenStage, RunOutcome, Submission
 from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.run_context import OpenStage, RunOutcome, Submission
 from docket_celery.engine.waiting import run_here, run_on_pool
 from docket_celery.plan.messages import Value
 from docket_celery.plan.mutation import checked

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.job import job_bytes, job_parts, target_name
 from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.run_row import job_bytes, job_parts, target_name
 from docket_celery.engine.stored_items import ENVELOPE_BYTES, GONE, StoredBatch
 from docket_celery.engine.waiting import run_on_pool
 from docket_celery.errors import (

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 from google.protobuf.message import Message
 
 from docket_celery.batch.layout import Layout, paged
-from docket_celery.engine.job import job_parts
 from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.run_row import job_parts
 from docket_celery.engine.waiting import run_on_pool
 from docket_celery.errors import InvalidArguments, InvalidSettings, RunCancelled, RunConflict
 from docket_celery.plan.messages import ListDigest, check_size, frame, to_bytes, type_name

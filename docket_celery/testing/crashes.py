@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.outcome import Submission
 from docket_celery.engine.overrides import overridden
+from docket_celery.engine.run_context import Submission
 from docket_celery.engine.waiting import read_value
 from docket_celery.errors import InvalidArguments
 from docket_celery.graph import Graph

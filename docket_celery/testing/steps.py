@@ -8,9 +8,9 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.outcome import Submission
 from docket_celery.engine.process.inline import InlineCancellation, InlineRuntime
 from docket_celery.engine.process.state import process
+from docket_celery.engine.run_context import Submission
 from docket_celery.engine.waiting import read_value
 from docket_celery.errors import InvalidArguments
 from docket_celery.graph import Graph

@@ -7,12 +7,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.outcome import RunOutcome, Submission
 from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.run_context import OnEnd, RunOutcome, Submission
 from docket_celery.graph import Graph
 from docket_celery.plan.annotation import Named, ValueKey
 from docket_celery.store.contract import Store
@@ -23,6 +23,18 @@ M = TypeVar("M", bound=Message)
 
 WAIT_S = float(os.environ.get("TEST_WAIT_S", "30"))
 """How long a test waits for what must happen; passing it is a failure, never a measurement."""
+
+
+class Ended(NamedTuple):
+    """How an execution told its end."""
+
+    values: tuple[object, ...] = ()
+    error: BaseException | None = None
+
+
+def telling(tell: Callable[[Ended], None]) -> OnEnd:
+    """Return what an execution calls at its end, as one value for *tell*."""
+    return lambda values, error: tell(Ended(tuple(values), error))
 
 
 def value(name: str) -> Any:

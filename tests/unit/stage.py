@@ -18,10 +18,10 @@ from typing import Any, Protocol
 from google.protobuf.message import Message
 from sqlalchemy import text
 
-from docket_celery.engine.outcome import RunOutcome, Submission
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
 from docket_celery.engine.process.timer import Alarm, Clock, Timer, system_clock
+from docket_celery.engine.run_context import RunOutcome, Submission
 from docket_celery.errors import AbortError, StoreUnavailable
 from docket_celery.graph import Graph
 from docket_celery.observe.events import Event

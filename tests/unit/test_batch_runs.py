@@ -19,13 +19,11 @@ from docket_celery.batch.chunk import ChunkRun
 from docket_celery.batch.layout import PAGE, PAGE_BYTES, Layout, paged
 from docket_celery.batch.options import BatchOptions
 from docket_celery.batch.run import BatchRun
-from docket_celery.engine.ending import Ending, Outcome
 from docket_celery.engine.items import ItemGroup
-from docket_celery.engine.job import digest_job
-from docket_celery.engine.outcome import RunOutcome, Submission
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
-from docket_celery.engine.run_row import find_busy_s
+from docket_celery.engine.run_context import Ending, RunOutcome, Submission
+from docket_celery.engine.run_row import digest_job, find_busy_s
 from docket_celery.engine.stored_items import ItemPlace, StoredBatch, StoredItems
 from docket_celery.engine.waiting import run_here
 from docket_celery.errors import (
@@ -46,6 +44,7 @@ from examples.documents.graph import document_graph
 from examples.movies.graph import movie_graph
 from examples.movies.movies_pb2 import BatchStats, EnrichedMovie, Movie
 from tests.codecs import CODEC
+from tests.unit.graphs import Ended, telling
 
 RUN = "batch-1"
 SETTINGS = Settings.read({"docket_threads": 2})
@@ -178,22 +177,22 @@ def test_a_copy_of_the_job_stores_its_items_once(store: SQLStore) -> None:
 class Held(Ending):
     """An item between two of its steps: the next one waits for a thread until it is held."""
 
-    def dispatch(self) -> None:
+    def start(self) -> None:
         """Its next step waits for a thread."""
 
     def hold(self) -> None:
         """Nothing of it starts any more: no error, and no value."""
-        self.end(Outcome())
+        self.end()
 
 
 def test_an_item_that_is_held_between_its_steps_is_not_done() -> None:
     """All of them had begun, and none failed: the chunk must be worked on again all the same."""
-    ended: list[Outcome] = []
-    items = ItemGroup(2, lambda _, on_end: Held(None, on_end), ended.append, limit=2, allowed=0)
-    items.dispatch()
+    ended: list[Ended] = []
+    items = ItemGroup(2, lambda _, on_end: Held(None, on_end), telling(ended.append), limit=2, allowed=0)
+    items.start()
     items.hold()
-    assert ended == [Outcome()]
-    assert (items.complete, items.failures, items.fatal) == (False, {}, None)
+    assert ended == [Ended()]
+    assert (items.complete, items.failures) == (False, {})
 
 
 def test_items_beyond_a_memory_of_one_page_are_stored(store: SQLStore) -> None:

@@ -1,33 +1,43 @@
 from __future__ import annotations
 
-import contextvars
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from docket_celery.engine.attempt import Attempt
-from docket_celery.engine.delivery import Delivery
-from docket_celery.engine.ending import Outcome
 from docket_celery.engine.execution import Scheduler
-from docket_celery.engine.outcome import Submission
 from docket_celery.engine.process.inline import InlineRuntime
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
+from docket_celery.engine.run_context import RunContext, Submission
 from docket_celery.engine.step_run import StepRun
 from docket_celery.errors import AbortError, RunCancelled, StepFailed, StepTimedOut
 from docket_celery.graph import Graph
-from docket_celery.observe.events import Event, EventKind
+from docket_celery.observe.events import Event, EventKind, Listener
 from docket_celery.plan.context import Cancellation, StepContext
 from docket_celery.plan.options import FixedBackoff, RetryPolicy, Scope
 from docket_celery.plan.plan import Plan
 from docket_celery.store import MemoryStore
 from docket_celery.store.identity import workflow_key
-from tests.unit.graphs import WAIT_S, add_step, build, deliver, execute, key, reached, start, total, within
+from tests.unit.graphs import (
+    WAIT_S,
+    Ended,
+    add_step,
+    build,
+    deliver,
+    execute,
+    key,
+    reached,
+    start,
+    telling,
+    total,
+    within,
+)
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
 from tests.unit.stage import Deadlines, poll
 
@@ -328,16 +338,11 @@ def test_a_step_that_fails_after_another_one_is_not_retried(monkeypatch: pytest.
     assert calls == [1]
 
 
-def make_delivery(**facts: Any) -> Delivery:
-    """Return a delivery on two threads."""
-    common: dict[str, Any] = {
-        "graph": "shop",
-        "execution_id": "o-1",
-        "runtime": process.runtime(2),
-        "cancellation": Cancellation(),
-        "base": contextvars.copy_context(),
-    }
-    return Delivery(**{**common, **facts})
+def make_context(listeners: Sequence[Listener] = (), **facts: Any) -> RunContext:
+    """Return what the steps of a run on two threads share."""
+    submission = Submission(execution_id="o-1", listeners=listeners)
+    common: dict[str, Any] = {"graph": "shop", "submission": submission, "settings": Settings(threads=2)}
+    return RunContext(**{"runtime": process.runtime(2), **common, **facts})
 
 
 class Interleaved(Cancellation):
@@ -353,7 +358,7 @@ class Interleaved(Cancellation):
 
 def test_a_wait_that_ends_while_its_run_is_aborted_resumes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The timer may ring between the end of the run and the moment when its alarms are cancelled."""
-    graph, outcomes, resumed = Graph("shop"), queue.SimpleQueue[Outcome](), list[object]()
+    graph, outcomes, resumed = Graph("shop"), queue.SimpleQueue[Ended](), list[object]()
     cancellation = Interleaved()
 
     @graph.step(retry=RetryPolicy(max_attempts=2, backoff=FixedBackoff(3600)))
@@ -361,10 +366,9 @@ def test_a_wait_that_ends_while_its_run_is_aborted_resumes_nothing(monkeypatch: 
         raise ValueError("busy")
 
     execution = Scheduler(
-        graph.plan(Charge, Order), [Order()], make_delivery(cancellation=cancellation), outcomes.put
+        graph.plan(Charge, Order), [Order()], make_context(cancellation=cancellation), telling(outcomes.put)
     )
     execution.start()
-    execution.dispatch()
     poll(lambda: bool(execution._waiting))
     (waiting,) = execution._waiting
     monkeypatch.setattr(execution, "_go_on", resumed.append)
@@ -386,12 +390,11 @@ class Watch(Cancellation):
         return self.time_s
 
 
-def end_of(plan: Plan, delivery: Delivery) -> Outcome:
+def end_of(plan: Plan, context: RunContext) -> Ended:
     """Execute *plan* for an order and return how it ended."""
-    outcomes = queue.SimpleQueue[Outcome]()
-    execution = Scheduler(plan, [Order()], delivery, outcomes.put)
+    outcomes = queue.SimpleQueue[Ended]()
+    execution = Scheduler(plan, [Order()], context, telling(outcomes.put))
     execution.start()
-    execution.dispatch()
     return outcomes.get(timeout=WAIT_S)
 
 
@@ -418,7 +421,7 @@ def test_a_retry_whose_alarm_rings_while_another_step_fails_is_given_up(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Between the alarm's ring and the retry's start the step belongs to the failure, which ends it."""
-    graph, outcomes = Graph("shop"), queue.SimpleQueue[Outcome]()
+    graph, outcomes = Graph("shop"), queue.SimpleQueue[Ended]()
 
     @graph.step(retry=RetryPolicy(backoff=FixedBackoff(0)))
     def charge(order: Order) -> Charge:
@@ -433,11 +436,10 @@ def test_a_retry_whose_alarm_rings_while_another_step_fails_is_given_up(
     def ship(charge: Charge, reservation: Reservation) -> Shipment:
         return Shipment()
 
-    execution = Scheduler(graph.plan(Shipment, Order), [Order()], make_delivery(), outcomes.put)
+    execution = Scheduler(graph.plan(Shipment, Order), [Order()], make_context(), telling(outcomes.put))
     gate = TimerLast(execution)
     execution.lock = gate  # type: ignore[assignment] # it needs to be a lock for `with` alone
     execution.start()
-    execution.dispatch()
     error = outcomes.get(timeout=WAIT_S).error
     assert isinstance(error, StepFailed)
     assert (error.step, len(error.others)) == ("reserve", 1)
@@ -449,15 +451,15 @@ def test_a_retry_whose_alarm_rings_while_another_step_fails_is_given_up(
 
 def test_what_a_step_raises_while_its_run_is_being_stopped_is_not_its_failure() -> None:
     """The stop is known before it has reached the execution; the step's error follows from it."""
-    graph, delivery = Graph("shop"), make_delivery()
+    graph, context = Graph("shop"), make_context()
     stop = RunCancelled("o-1", "asked to")
 
     @graph.step
     def charge(order: Order) -> Charge:
-        delivery.cancellation.cancel(stop)
+        context.cancellation.cancel(stop)
         raise ValueError("connection closed")
 
-    assert end_of(graph.plan(Charge, Order), delivery).error is stop
+    assert end_of(graph.plan(Charge, Order), context).error is stop
 
 
 def test_what_ends_programs_outside_of_a_steps_code_is_no_failure_of_the_step(
@@ -474,12 +476,12 @@ def test_what_ends_programs_outside_of_a_steps_code_is_no_failure_of_the_step(
         raise leave
 
     monkeypatch.setattr(Attempt, "start", exit_now)
-    assert end_of(graph.plan(Charge, Order), make_delivery()).error is leave
+    assert end_of(graph.plan(Charge, Order), make_context()).error is leave
 
 
 def test_a_step_that_a_stop_keeps_from_beginning_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stop comes when everything is prepared for its call: it is no cancelled step, and its slot is free."""
-    graph, delivery, begin = Graph("shop"), make_delivery(store=MemoryStore()), Attempt.start
+    graph, context, begin = Graph("shop"), make_context(store=MemoryStore()), Attempt.start
     executions: list[Scheduler] = []
 
     @graph.step(max_concurrent=1)
@@ -491,13 +493,12 @@ def test_a_step_that_a_stop_keeps_from_beginning_leaves_no_trace(monkeypatch: py
         return begin(attempt)
 
     monkeypatch.setattr(Attempt, "start", stop_first)
-    outcomes: list[Outcome] = []
+    outcomes: list[Ended] = []
     plan = graph.plan(Charge, Order)
-    executions.append(Scheduler(plan, [Order()], delivery, outcomes.append))
+    executions.append(Scheduler(plan, [Order()], context, telling(outcomes.append), may_help=True))
     executions[0].start()
-    executions[0].help()
     assert [type(outcome.error) for outcome in outcomes] == [RunCancelled]
-    assert delivery.rows == []
+    assert context.rows == []
     slots = process.slots_of(plan.steps[0].step)
     assert slots is not None
     assert slots.free == 1
@@ -505,7 +506,7 @@ def test_a_step_that_a_stop_keeps_from_beginning_leaves_no_trace(monkeypatch: py
 
 def test_only_what_is_wanted_of_a_plan_is_computed() -> None:
     """Of a plan with several outputs, some may be known already: what only they need is not called."""
-    graph, calls, outcomes = Graph("shop"), list[str](), list[Outcome]()
+    graph, calls, outcomes = Graph("shop"), list[str](), list[Ended]()
 
     @graph.step
     def charge(order: Order) -> Charge:
@@ -524,28 +525,28 @@ def test_only_what_is_wanted_of_a_plan_is_computed() -> None:
     plan = graph.plan(Shipment, Order)
     slots = {planned.step.name: planned.slot for planned in plan.steps}
     both = replace(plan, output_slots=(slots["charge"], slots["reserve"]))
-    delivery = make_delivery(runtime=InlineRuntime())
-    execution = Scheduler(both, [Order()], delivery, outcomes.append, outputs=[slots["reserve"]])
+    context = make_context(runtime=InlineRuntime())
+    end, wanted = telling(outcomes.append), [slots["reserve"]]
+    execution = Scheduler(both, [Order()], context, end, outputs=wanted, may_help=True)
     execution.start()
-    execution.help()
-    assert outcomes == [Outcome(values=(Reservation(reservation_id="kept"),))]
+    assert outcomes == [Ended(values=(Reservation(reservation_id="kept"),))]
     assert calls == ["reserve"]
 
 
 def test_an_execution_that_has_ended_is_not_aborted_any_more() -> None:
     """A stop that comes too late tells nobody a second end, and cancels nothing."""
-    graph, outcomes, delivery = Graph("shop"), list[Outcome](), make_delivery(runtime=InlineRuntime())
+    graph, outcomes, context = Graph("shop"), list[Ended](), make_context(runtime=InlineRuntime())
 
     @graph.step
     def charge(order: Order) -> Charge:
         return Charge(charge_id="paid")
 
-    execution = Scheduler(graph.plan(Charge, Order), [Order()], delivery, outcomes.append)
+    end = telling(outcomes.append)
+    execution = Scheduler(graph.plan(Charge, Order), [Order()], context, end, may_help=True)
     execution.start()
-    execution.help()
     execution.abort(RunCancelled("o-1", "too late"))
-    assert outcomes == [Outcome(values=(Charge(charge_id="paid"),))]
-    assert delivery.cancellation.error is None
+    assert outcomes == [Ended(values=(Charge(charge_id="paid"),))]
+    assert context.cancellation.error is None
 
 
 @pytest.mark.parametrize("persist", [None, Scope.GLOBAL])
@@ -559,12 +560,12 @@ def test_what_others_need_of_a_step_is_noted_for_the_run(persist: Scope | None) 
         return Charge(charge_id="paid")
 
     within(lambda: graph.execute(Charge, Order(), execution_id="earlier"))
-    delivery = make_delivery(store=store, keeps=frozenset({"charge"}))
-    assert end_of(graph.plan(Charge, Order), delivery).values == (Charge(charge_id="paid"),)
-    (kept,) = delivery.kept
+    context = make_context(store=store, keeps=frozenset({"charge"}))
+    assert end_of(graph.plan(Charge, Order), context).values == (Charge(charge_id="paid"),)
+    (kept,) = context.kept
     assert kept.key == workflow_key("shop", "o-1", "charge")
     assert Charge.FromString(kept.output_data) == Charge(charge_id="paid")
-    assert delivery.rows[0].cached is (persist is not None)
+    assert context.rows[0].cached is (persist is not None)
 
 
 def test_a_success_tells_how_long_the_step_took() -> None:
@@ -576,7 +577,7 @@ def test_a_success_tells_how_long_the_step_took() -> None:
         watch.time_s += 2.5
         return Charge()
 
-    end_of(graph.plan(Charge, Order), make_delivery(cancellation=watch, listeners=[heard.append]))
+    end_of(graph.plan(Charge, Order), make_context(cancellation=watch, listeners=[heard.append]))
     assert [(event.kind, event.at, event.elapsed_s) for event in heard] == [
         (EventKind.STEP_STARTED, 100.0, None),
         (EventKind.STEP_SUCCEEDED, 102.5, 2.5),
@@ -602,7 +603,7 @@ def test_a_late_return_tells_how_late_it_is() -> None:
             heard.append(event)
             late.set()
 
-    outcome = end_of(graph.plan(Charge, Order), make_delivery(cancellation=watch, listeners=[listen]))
+    outcome = end_of(graph.plan(Charge, Order), make_context(cancellation=watch, listeners=[listen]))
     assert isinstance(outcome.error, StepTimedOut)
     reached(late)
     assert [(event.step, event.attempt, event.elapsed_s) for event in heard] == [("charge", 1, 2.5)]
@@ -701,7 +702,7 @@ def test_an_abort_leaves_the_callers_thread_to_its_step() -> None:
 @pytest.mark.parametrize("timeout", [None, 3600])
 def test_a_run_forgets_the_attempts_that_are_over(timeout: int | None) -> None:
     """A long run with many of them does not keep telling each when it is stopped."""
-    graph, delivery = Graph("shop"), make_delivery()
+    graph, context = Graph("shop"), make_context()
 
     @graph.step(timeout=timeout, retry=RetryPolicy(max_attempts=3, backoff=FixedBackoff(0)))
     def charge(order: Order, ctx: StepContext) -> Charge:
@@ -709,8 +710,8 @@ def test_a_run_forgets_the_attempts_that_are_over(timeout: int | None) -> None:
             raise ConnectionError("again")
         return Charge()
 
-    assert end_of(graph.plan(Charge, Order), delivery).values == (Charge(),)
-    assert delivery.cancellation._callbacks == []
+    assert end_of(graph.plan(Charge, Order), context).values == (Charge(),)
+    assert context.cancellation._callbacks == []
 
 
 def test_aborting_one_run_leaves_the_other_runs_of_the_pool_alone() -> None:

@@ -283,7 +283,7 @@ def test_a_claim_that_comes_after_the_lease_was_lost_is_given_up() -> None:
     rates.store.lookup = slow  # type: ignore[method-assign]
     run = rates.graph.start(Charge, Order(order_id="7"))
     reached(asked)
-    held = run._run._held
+    held = run._run.context.held
     assert held is not None
     held.lost = True
     with pytest.raises(LeaseLost):

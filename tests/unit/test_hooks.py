@@ -14,8 +14,8 @@ from celery import Celery
 from google.protobuf.message import Message
 
 from docket_celery import graph_task
-from docket_celery.engine.outcome import Submission
 from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.run_context import Submission
 from docket_celery.errors import InvalidSettings, StepFailed, StepTimedOut
 from docket_celery.graph import Graph
 from docket_celery.plan.annotation import ValueKey

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import event
 
 from docket_celery.engine.handles import StartedRun
-from docket_celery.engine.outcome import Submission
+from docket_celery.engine.run_context import Submission
 from docket_celery.errors import (
     AbortError,
     InvalidArguments,

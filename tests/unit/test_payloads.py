@@ -29,12 +29,13 @@ from docket_celery import (
     graph_task,
     settings,
 )
-from docket_celery.engine.job import job_parts
-from docket_celery.engine.outcome import Submission
-from docket_celery.engine.run_row import run_request
+from docket_celery.engine.process.inline import InlineRuntime
+from docket_celery.engine.run_context import RunContext, Submission
+from docket_celery.engine.run_row import job_parts, run_request
 from docket_celery.errors import UnknownMessageType
 from docket_celery.plan.messages import to_bytes
 from docket_celery.plan.options import MAX_SECONDS
+from docket_celery.store.contract import Store
 from docket_celery.store.identity import job_digest
 from docket_celery.store.records import Lease, Purged, RunEnd, RunRequest, RunState
 from docket_celery.task.envelope import Undecodable
@@ -250,21 +251,29 @@ def test_a_stored_result_does_not_let_other_arguments_pass(database: str, small_
         receive(add_both, [Label(text="x" * 200)], {"order": lies}, None, settings(), travelled=True)
 
 
+def make_request(job: Label, store: Store) -> RunRequest:
+    """Return what a worker asks *store* for that begins run o-1 with *job*."""
+    context = RunContext(
+        graph=keeping.name,
+        submission=Submission(execution_id="o-1"),
+        settings=settings(),
+        runtime=InlineRuntime(),
+        owner="w",
+    )
+    return run_request(repeat_label.plan(), [job], context, store, waits_for_other=False)
+
+
 def test_a_begun_run_does_not_need_the_result_that_it_was_given(database: str) -> None:
     """Its own row has the job, once the run that made the argument is purged; no other job is taken for it."""
     gone: Any = result_reference(Label(text="abc"), "purged", "o-9")
     lost = loads(dumps(gone))
-    job, submission = Label(text="abc"), Submission(execution_id="o-1")
+    job = Label(text="abc")
     digest = job_digest(job_parts(repeat_label.declaration.given, [job]))
     run = QueuedRun(execution_id="o-1", job_digest=digest, task_id="t-1", wait_s=0)
     with pytest.raises(PayloadUnavailable, match="'purged'"):
         receive(repeat_label, [lost], {}, run, settings(), travelled=True)
     store = SQLStore(database)
-    store.acquire(
-        run_request(
-            repeat_label.plan(), [job], submission, settings(), store, owner="w", waits_for_other=False
-        )
-    )
+    store.acquire(make_request(job, store))
     store.close()
     assert receive(repeat_label, [lost], {}, run, settings(), travelled=True) == (job,)
     with pytest.raises(PayloadUnavailable, match="'purged'"):
@@ -311,10 +320,7 @@ def test_a_large_job_without_a_database_is_refused_before_the_commit(
 
 def keeping_job_bytes(job: Label) -> int:
     """Return how many bytes the row of a run has for *job*."""
-    store = MemoryStore()
-    submission = Submission(execution_id="o-1")
-    plan = repeat_label.plan()
-    return len(run_request(plan, [job], submission, settings(), store, owner="", waits_for_other=False).job)
+    return len(make_request(job, MemoryStore()).job)
 
 
 # --- references --------------------------------------------------------------------------------------------------
@@ -334,8 +340,7 @@ def test_a_replayed_result_is_referred_to_as_its_row_has_it(database: str, small
     assert as_written != to_bytes(made)
     task, submission = repeat_label, Submission(execution_id="o-1")
     store = SQLStore(database)
-    request = run_request(task.plan(), [job], submission, settings(), store, owner="w", waits_for_other=False)
-    lease = store.acquire(request)
+    lease = store.acquire(make_request(job, store))
     assert isinstance(lease, Lease)
     store.end(lease, RunEnd(state=RunState.SUCCEEDED, result=as_written))
     store.close()

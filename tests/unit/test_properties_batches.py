@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from docket_celery.engine.outcome import Submission
 from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.run_context import Submission
 from docket_celery.errors import GraphError, StepFailed
 from docket_celery.graph import Graph
 from docket_celery.plan.annotation import Named, ValueKey

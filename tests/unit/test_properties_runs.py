@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from docket_celery.engine.outcome import RunOutcome
 from docket_celery.engine.process import inline
+from docket_celery.engine.run_context import RunOutcome
 from docket_celery.errors import AbortError, StepFailed, StepTimedOut, StoreUnavailable, WrongResult
 from docket_celery.graph import Graph
 from docket_celery.observe.events import Event, EventKind

@@ -8,8 +8,8 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from docket_celery.engine.outcome import Submission
 from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.run_context import Submission
 from docket_celery.graph import Graph
 from docket_celery.plan.batch import BatchPolicy
 from docket_celery.store import MemoryStore

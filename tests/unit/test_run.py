@@ -10,11 +10,10 @@ from typing import Any, Literal
 import pytest
 from celery import _state
 
-from docket_celery.engine.job import job_parts
-from docket_celery.engine.outcome import Submission
 from docket_celery.engine.process.state import process
 from docket_celery.engine.process.timer import Alarm, Timer
-from docket_celery.engine.run_row import is_busy
+from docket_celery.engine.run_context import Submission
+from docket_celery.engine.run_row import is_busy, job_parts
 from docket_celery.errors import (
     AbortError,
     GraphChanged,

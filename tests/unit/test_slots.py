@@ -16,23 +16,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from docket_celery.engine.delivery import Delivery
-from docket_celery.engine.ending import Outcome
 from docket_celery.engine.execution import Scheduler
-from docket_celery.engine.outcome import Submission
 from docket_celery.engine.process.inline import InlineRuntime
 from docket_celery.engine.process.limits import Slots
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
 from docket_celery.engine.process.timer import Alarm, Timer
+from docket_celery.engine.run_context import RunContext, Submission
 from docket_celery.errors import AbortError, RunCancelled, StepFailed, StepTimedOut, TooManyAbandoned
 from docket_celery.graph import Graph
-from docket_celery.plan.context import Cancellation, StepContext
+from docket_celery.plan.context import StepContext
 from docket_celery.plan.options import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore
 from docket_celery.store.records import Checkpoint, Lease, StepExecution
 from tests.infra.processes import wait_until
-from tests.unit.graphs import WAIT_S, add_step, execute, key, reached, start, total, value, within
+from tests.unit.graphs import (
+    WAIT_S,
+    Ended,
+    add_step,
+    execute,
+    key,
+    reached,
+    start,
+    telling,
+    total,
+    value,
+    within,
+)
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Reservation, Shipment
 
 
@@ -423,15 +433,12 @@ def test_a_run_that_has_ended_takes_no_place_in_the_line(
     def charge(order: Order) -> Charge:
         raise AssertionError("called after the end")
 
-    delivery = Delivery(
-        graph="shop",
-        execution_id="o-1",
-        runtime=InlineRuntime(),
-        cancellation=Cancellation(),
-        base=contextvars.copy_context(),
+    submission = Submission(execution_id="o-1")
+    context = RunContext(graph="shop", submission=submission, settings=Settings(), runtime=InlineRuntime())
+    outcomes: list[Ended] = []
+    scheduler = Scheduler(
+        graph.plan(Charge, Order), [Order()], context, telling(outcomes.append), may_help=True
     )
-    outcomes: list[Outcome] = []
-    scheduler = Scheduler(graph.plan(Charge, Order), [Order()], delivery, outcomes.append)
 
     def end_first(*_: object) -> bool:
         setattr(scheduler, ending, True)
@@ -439,8 +446,7 @@ def test_a_run_that_has_ended_takes_no_place_in_the_line(
 
     monkeypatch.setattr(Slots, "lent", end_first)
     scheduler.start()
-    scheduler.help()
-    assert outcomes == ([Outcome()] if ending == "failing" else [])
+    assert outcomes == ([Ended()] if ending == "failing" else [])
     assert (slots_in(graph).free, list(slots_in(graph).line)) == (1, [])
 
 

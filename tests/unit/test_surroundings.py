@@ -11,9 +11,9 @@ import pytest
 from celery import Celery, current_task
 
 from docket_celery import graph_task
-from docket_celery.engine.outcome import Submission
+from docket_celery.engine.attempt import await_within
 from docket_celery.engine.process.settings import Settings
-from docket_celery.engine.step_scope import MakeScope, await_within
+from docket_celery.engine.run_context import MakeScope, Submission
 from docket_celery.graph import Graph
 from docket_celery.plan.annotation import ValueKey
 from tests.unit.graphs import WAIT_S, execute

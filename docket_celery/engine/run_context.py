@@ -1,0 +1,247 @@
+"""What carries a run: a `Submission` in, a `RunContext` inside the engine, a `RunOutcome` out."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from docket_celery.engine.process.heartbeat import Heartbeat, HeldLease
+from docket_celery.engine.process.hooks import StepHook
+from docket_celery.engine.process.loops import StepLoop
+from docket_celery.engine.process.runtime import Runtime
+from docket_celery.engine.process.settings import Settings
+from docket_celery.engine.process.state import process
+from docket_celery.errors import StepFailed
+from docket_celery.observe.events import Event, EventKind, Listener, emit
+from docket_celery.plan.batch import ONE_FAILS, BatchPolicy
+from docket_celery.plan.context import Cancellation
+from docket_celery.store.contract import Store
+from docket_celery.store.records import Checkpoint, Chunk, Lanes, Lease, Progress, StepExecution
+
+MakeScope = Callable[[], AbstractContextManager[Any]]
+OnEnd = Callable[[Sequence[Any], BaseException | None], None]
+"""Called once with the values of the outputs, or with none and an error, on the thread that ended the execution."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submission:
+    """Who asks for a run, and how.
+
+    Attributes:
+        job_digest: Taken where the job was submitted; None: taken here over the inputs.
+        number: Delivery number when there is no lease to count them.
+        waits_for_other: An earlier delivery met another holder: this one waits for the outcome of that run.
+        requeues: How often it was sent again for that.
+        ended_cleanly: The task's delivery before this one ended in order.
+        celery_retry: Celery tries the task again, as `RunRequest.celery_retry`.
+        max_concurrency: Most steps at once, or, of a plan that fans out, most items.
+        policy: How a fan-out treats its items.
+        waits: Wait here while another holder advances the run; False: end with ``busy_s``.
+        may_help: The calling thread may run steps itself.
+        park_s: Asked with an error and the lease: seconds until the run is delivered again, or None to end it.
+        hands_back: After these errors another delivery continues: the run is left WAITING, as it is after what ends
+            a process or a greenlet (SystemExit, KeyboardInterrupt, GreenletExit, a cancelled asyncio task).
+        passthrough: Exceptions of a step that stop the run and reach the caller as they are.
+        scopes: Context managers of the host, entered around each stretch of a step on a thread.
+        worker: Where it runs, for the record.
+        refreshes: Compute GLOBAL outputs although they are stored, and replace them.
+    """
+
+    execution_id: str
+    values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    job_digest: bytes | None = None
+    timeout_s: float | None = None
+    max_concurrency: int | None = None
+    policy: BatchPolicy = ONE_FAILS
+    number: int = 1
+    task_name: str | None = None
+    task_id: str | None = None
+    retries: int = 0
+    waits_for_other: bool = False
+    requeues: int = 0
+    ended_cleanly: bool = False
+    celery_retry: bool = True
+    waits: bool = True
+    may_help: bool = True
+    listeners: Sequence[Listener] = ()
+    passthrough: tuple[type[BaseException], ...] = ()
+    hands_back: tuple[type[BaseException], ...] = ()
+    scopes: Sequence[MakeScope] = ()
+    park_s: Callable[[BaseException, Lease | None], float | None] | None = None
+    worker: str = ""
+    refreshes: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class RunContext:
+    """What everything in one delivery of a run shares.
+
+    Attributes:
+        base: The caller's contextvars; each call of a step gets a copy.
+        store: Where the run is kept; None: nothing is persisted.
+        owner: Holder of the lease and of claims.
+        beats: Keeps the lease and claims alive; None: the heartbeat of the process.
+        held: The run's lease, once it is acquired.
+        number: Which delivery of the run this is, from 1; the lease counts them.
+        item: Path of the item that the steps work on, or ''.
+        loop: Runs ``async def`` steps; None: the loop thread of the process.
+        hooks: Entered once around each call of a step.
+        rows: Step executions that no save has carried yet.
+        keeps: Steps whose outputs others need, whatever their ``persist`` says.
+        kept: Their outputs, not yet saved.
+        failed: Why items of the batch failed, by index, once it succeeded all the same.
+    """
+
+    graph: str
+    submission: Submission
+    settings: Settings
+    runtime: Runtime
+    cancellation: Cancellation = field(default_factory=Cancellation)
+    base: contextvars.Context = field(default_factory=contextvars.copy_context)
+    store: Store | None = None
+    owner: str = ""
+    beats: Heartbeat | None = None
+    held: HeldLease | None = None
+    number: int = 1
+    item: str = ""
+    loop: StepLoop | None = None
+    hooks: Sequence[StepHook] = ()
+    rows: list[StepExecution] = field(default_factory=list[StepExecution])
+    keeps: frozenset[str] = frozenset()
+    kept: list[Checkpoint] = field(default_factory=list[Checkpoint])
+    failed: Mapping[int, StepFailed] = field(default_factory=dict[int, StepFailed])
+    execution_id: str = field(init=False)
+    listeners: Sequence[Listener] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.execution_id, self.listeners = self.submission.execution_id, self.submission.listeners
+
+    def heartbeat(self) -> Heartbeat:
+        """Return what keeps the lease and claims of this delivery alive."""
+        assert self.store is not None
+        return process.heartbeat(self.store) if self.beats is None else self.beats
+
+    def tell(self, kind: EventKind, step: str = "", attempt: int = 0, **facts: Any) -> None:
+        """Tell the listeners."""
+        if self.listeners:
+            event = Event(
+                kind=kind,
+                graph=self.graph,
+                execution_id=self.execution_id,
+                step=step,
+                item=self.item,
+                attempt=attempt,
+                delivery=self.number,
+                at=self.cancellation.now(),
+                **facts,
+            )
+            emit(self.listeners, event)
+
+
+class Ending:
+    """What a plan, a plan with fan-outs and a group of items have in common: each ends once.
+
+    Args:
+        cancellation: Raised when the execution is aborted; None: its owner raises it.
+        on_end: Called once with the values or the error.
+
+    Attributes:
+        lock: Guards `closed`, `failing` and the state of subclasses.
+        closed: It has ended; nothing begins and nothing counts any more.
+        failing: Nothing new begins; what is running finishes and is saved.
+    """
+
+    def __init__(self, cancellation: Cancellation | None, on_end: OnEnd) -> None:
+        self.lock = threading.Lock()
+        self.closed = False
+        self.failing = False
+        self._flag, self._on_end = cancellation, on_end
+
+    def start(self) -> None:
+        """Begin what is ready; it may end here."""
+        raise NotImplementedError
+
+    def hold(self) -> None:
+        """Start nothing more; what is running finishes and is saved, then the execution ends."""
+        raise NotImplementedError
+
+    def abort(self, error: BaseException) -> None:
+        """End at once with *error*: nothing new starts, contexts are cancelled, late results are discarded."""
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+            self._seize()
+        if self._flag is not None:
+            self._flag.cancel(error)
+        self._let_go(error)
+        self._on_end((), error)
+
+    def end(self, values: Sequence[Any] = (), error: BaseException | None = None) -> None:
+        """End with *values* or *error*, unless it has ended."""
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+        self._on_end(values, error)
+
+    def _seize(self) -> None:
+        """Do what an abort needs done under the lock."""
+
+    def _let_go(self, error: BaseException) -> None:
+        """Stop what an aborted execution has started."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenStage:
+    """A stage of a batch for other tasks to work on.
+
+    Attributes:
+        stage: Counted from 1.
+        chunks: Those that are not done.
+        total: Items of the whole stage.
+        chunk_size: Items of each chunk of the stage but the last.
+        lanes: How it is to be worked on, if there is a limit over all workers.
+    """
+
+    stage: int
+    chunks: tuple[Chunk, ...]
+    total: int
+    chunk_size: int
+    lanes: Lanes | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOutcome:
+    """How a delivery ended.
+
+    Attributes:
+        value: The target: a message, of a batch a list or a `BatchResult`; None where there is none.
+        error: What ended it, or None.
+        busy_s: Another holder advances the run; seconds until its lease expires.
+        park_s: The run is parked; deliver it again in this many seconds.
+        replayed: The run had ended before; nothing ran here.
+        stored: The result as the run's row has it, if replayed. A newer worker may have written fields that this one
+            does not know, and would encode in another order.
+        held: This delivery had the run's lease.
+        opened: The run waits for this stage.
+        receipt: What a chunk's task tells of it, as JSON.
+        progress: How far the stage is, once a chunk has ended or the stage was opened.
+        failed: Why items of the batch failed, by index, where it succeeded all the same.
+    """
+
+    value: Any = None
+    error: BaseException | None = None
+    busy_s: float | None = None
+    park_s: float | None = None
+    replayed: bool = False
+    stored: bytes | None = None
+    held: bool = False
+    opened: OpenStage | None = None
+    receipt: Mapping[str, Any] | None = None
+    progress: Progress | None = None
+    failed: Mapping[int, StepFailed] = field(default_factory=dict[int, StepFailed])
