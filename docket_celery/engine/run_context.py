@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,18 @@ from docket_celery.store.contract import Store
 from docket_celery.store.records import Checkpoint, Chunk, Lanes, Lease, Progress, StepExecution
 
 MakeScope = Callable[[], AbstractContextManager[Any]]
+
+
+@contextmanager
+def pushed(*pairs: tuple[Any, Any]) -> Generator[None]:
+    """Keep the second of each pair on top of the first, a stack of the host with ``push`` and ``pop``."""
+    with ExitStack() as pushes:
+        for stack, value in pairs:
+            stack.push(value)
+            pushes.callback(stack.pop)
+        yield
+
+
 OnEnd = Callable[[Sequence[Any], BaseException | None], None]
 """Called once with the values of the outputs, or with none and an error, on the thread that ended the execution."""
 

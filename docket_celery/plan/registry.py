@@ -33,6 +33,9 @@ class Registry:
         name: Names the graph in the store, in logs and in every identity; 1 to 200 printable characters.
         guard: Returns what keeps other threads out while steps are registered and read.
         defaults: Options of all steps that do not set their own.
+
+    Attributes:
+        version: How often a step was registered.
     """
 
     def __init__(self, name: str, guard: Guard, defaults: StepOptions | None = None) -> None:
@@ -40,6 +43,7 @@ class Registry:
             raise InvalidArguments("Graph", f"name must be 1 to 200 printable characters, got {name!r}")
         self.name = name
         self.defaults = _check_defaults(defaults)
+        self.version = 0
         self._registrations: list[Registration] = []
         self._wiring: Wiring | None = None
         self._frozen = False
@@ -198,6 +202,7 @@ class Registry:
                     aggregates=aggregates,
                 )
             )
+            self.version += 1
             self._wiring = None
 
     # --- checking and planning ---------------------------------------------------------------------------------

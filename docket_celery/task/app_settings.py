@@ -51,9 +51,7 @@ def app_settings(app: Celery) -> Settings:
         InvalidSettings: A value cannot be used.
     """
     found = process.settings(_app_values(app))
-    # `current_app` is a proxy, which cannot be remembered weakly; the app behind it can.
-    behind = getattr(app, "_get_current_object", None)
-    envelope.types.limit(app if behind is None else behind(), found.max_message_bytes)
+    envelope.types.limits.add(found.max_message_bytes)
     return found
 
 

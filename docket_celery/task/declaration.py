@@ -117,25 +117,19 @@ class Declaration:
         return job_digest(zip(self.labels, map(value_digest, values), strict=True))
 
     def check_sizes(self, values: Iterable[Value], settings: Settings, *, lists: bool = True) -> None:
-        """Refuse what is too large to travel.
-
-        Args:
-            values: Messages, and lists of them.
-            settings: Those in force: a message may have ``docket_max_message_bytes``, a list that is not stored
-                ``docket_max_stored_bytes``.
-            lists: Look at the sizes of whole lists too.
+        """Refuse what is too large to travel: a message, or, among *lists*, all messages of one together.
 
         Raises:
             PayloadTooLarge: One is.
         """
         for value in values:
             messages = [value] if isinstance(value, Message) else value
-            for message in messages:
-                what = f"{type_name(message)} of task {self.task}"
-                check_size(what, message.ByteSize(), settings.max_message_bytes)
+            sizes = [message.ByteSize() for message in messages]
+            for message, size in zip(messages, sizes, strict=True):
+                check_size(f"{type_name(message)} of task {self.task}", size, settings.max_message_bytes)
             if lists and not isinstance(value, Message):
-                size = sum(message.ByteSize() for message in messages)
-                check_size(f"the list of task {self.task}", size, settings.max_stored_bytes, STORED_BYTES)
+                what, limit = f"the list of task {self.task}", settings.max_stored_bytes
+                check_size(what, sum(sizes), limit, STORED_BYTES)
 
     def blank(self) -> tuple[tuple[None, ...], dict[str, None]]:
         """Return arguments that fit in number only."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ParamSpec, cast
 
 from celery import Celery, shared_task
@@ -10,8 +10,8 @@ from celery import Celery, shared_task
 from docket_celery.errors import InvalidDeclaration
 from docket_celery.graph import Graph
 from docket_celery.plan.step import locate
-from docket_celery.task.declaration import NameFunction, note_graph, read_function
-from docket_celery.task.options import check_batch_options, check_options, check_step_options
+from docket_celery.task.declaration import NameFunction, note_graph
+from docket_celery.task.options import take_batch_options
 from docket_celery.task.result import R
 from docket_celery.task.task import GraphTask
 
@@ -34,7 +34,7 @@ def graph_task(
     """
 
     def declare(function: Callable[P, R]) -> GraphTask[P, R]:
-        _check(function, graph, options)
+        _check(function, {"graph": graph, "execution_id": execution_id, **options})
         name = options.get("name") or app.gen_task_name(function.__name__, function.__module__)
         note_graph(app, name, graph, locate(function), is_declared=True)
         make: Any = app.task
@@ -54,7 +54,7 @@ def shared_graph_task(
     """
 
     def declare(function: Callable[P, R]) -> GraphTask[P, R]:
-        _check(function, graph, options)
+        _check(function, {"graph": graph, "execution_id": execution_id, **options})
         make: Any = shared_task
         task = make(base=GraphTask, graph=graph, execution_id=execution_id, **options)(function)
         return cast("GraphTask[P, R]", task)
@@ -62,16 +62,10 @@ def shared_graph_task(
     return declare
 
 
-def _check(function: Callable[..., Any], graph: object, options: Mapping[str, Any]) -> None:
-    """Refuse what cannot work where it is written: Celery makes the class later, when the app is finalized."""
-    name = str(options.get("name") or getattr(function, "__name__", function))
-    if not isinstance(graph, Graph):
-        raise InvalidDeclaration(name, f"the graph must be a docket_celery.Graph, not {graph!r}")
-    if options.get("bind"):
+def _check(function: Callable[..., Any], attributes: dict[str, Any]) -> None:
+    """Refuse what cannot work where it is written, by the class that Celery makes when the app is finalized."""
+    name = str(attributes.get("name") or getattr(function, "__name__", function))
+    if attributes.get("bind"):
         raise InvalidDeclaration(name, "bind=True hands the task to a body that never runs; drop it")
-    declared = read_function(name, function)
-    check_batch_options(declared.form, options)
-    check_step_options(name, options)
-    check_options(name, options, dir(GraphTask))
-    # Results and arguments may have to be read before the class is made.
-    declared.allow_types()
+    take_batch_options(dict(attributes))
+    type(name, (GraphTask,), {**attributes, "run": staticmethod(function), "_decorated": True})

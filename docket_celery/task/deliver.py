@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import functools
 import os
 import random
 import uuid
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
@@ -18,7 +17,7 @@ from google.protobuf.message import Message
 
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
-from docket_celery.engine.run_context import RunOutcome, Submission
+from docket_celery.engine.run_context import RunOutcome, Submission, pushed
 from docket_celery.errors import DocketError, RunTimedOut, StoreMissing, StoreUnavailable
 from docket_celery.plan.messages import Value
 from docket_celery.store.identity import check_execution_id
@@ -38,13 +37,15 @@ from docket_celery.task.headers import (
     WAITS_FOR_OTHER,
 )
 from docket_celery.task.options import read_batch_options
-from docket_celery.task.references import holds_stored
+from docket_celery.task.references import Stored
 from docket_celery.task.retries import keep, most_retries, park_s, visibility_s
 
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
 
 _BUSY_MOST_S: Final = 15.0
+_tasks: Any = cast("Any", _state)._task_stack
+"""Celery's ``current_task`` is on top of it, on each thread."""
 
 
 def deliver(task: GraphTask[Any, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -80,7 +81,7 @@ def _read_job(
         return None
     travelled = not (direct or request.is_eager)
     try:
-        if holds_stored(args, kwargs):
+        if any(isinstance(value, Stored) for value in (*args, *kwargs.values())):
             if declared.batch is not None and large_jobs.holds_job(args, kwargs):
                 return None
             run = None if direct else large_jobs.queued_run(headers, request.id, {})
@@ -161,23 +162,10 @@ def _submission(task: GraphTask[Any, Any], values: Sequence[Value]) -> Submissio
         listeners=task.graph.listeners,
         passthrough=(Ignore, Reject, Retry, SoftTimeLimitExceeded),
         hands_back=(Ignore, Reject, Retry),
-        scopes=(functools.partial(_current_task, task, request),),
+        scopes=(functools.partial(pushed, (_tasks, task), (task.request_stack, request)),),
         park_s=functools.partial(park_s, task, retries=request.retries, outages=outages),
         worker=f"{request.hostname}/{os.getpid()}",
     )
-
-
-@contextlib.contextmanager
-def _current_task(task: GraphTask[Any, Any], request: Any) -> Generator[None]:
-    """Make ``current_task`` and its request in the block what they are in the task's own thread."""
-    stack: Any = cast("Any", _state)._task_stack
-    stack.push(task)
-    task.request_stack.push(request)
-    try:
-        yield
-    finally:
-        task.request_stack.pop()
-        stack.pop()
 
 
 def _tell(task: GraphTask[Any, Any], outcome: RunOutcome, submission: Submission, settings: Settings) -> Any:

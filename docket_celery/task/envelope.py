@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
-import threading
 from typing import Any, Final, cast
-from weakref import WeakKeyDictionary
 
 from google.protobuf.message import Message
 from kombu.utils.json import register_type
 
+from docket_celery.engine.process.settings import Settings
 from docket_celery.errors import (
     DecodeFailed,
     DocketError,
@@ -108,26 +106,13 @@ class Types:
     """The message types that may be decoded: those of declared tasks, and no others.
 
     Attributes:
-        limit_bytes: Largest message that is decoded. The decoder is called without an app, so it is the largest of
-            all apps' limits; each app checks its own again.
+        limits: Most bytes of a message, as each app has them. The decoder is called without an app and goes by the
+            largest; each app checks its own again.
     """
 
     def __init__(self) -> None:
         self._kinds: dict[str, type[Message]] = {}
-        self._limits: WeakKeyDictionary[object, int] = WeakKeyDictionary()
-        self._lock = threading.Lock()
-        self.limit_bytes = 1024 * 1024
-
-    def limit(self, app: object, limit_bytes: int) -> None:
-        """Note the limit in force for *app*."""
-        if self._limits.get(app) != limit_bytes:
-            with self._lock:
-                self._limits[app] = limit_bytes
-                self.limit_bytes = max(self._limits.values())
-
-    def after_fork(self) -> None:
-        """Take a fresh lock: another thread of the parent may have held the old one at the fork."""
-        self._lock = threading.Lock()
+        self.limits = {Settings().max_message_bytes}
 
     def allow(self, kind: type[Message]) -> None:
         """Have messages of *kind* encoded and decoded in this process; others stay as kombu has them."""
@@ -149,7 +134,6 @@ class Types:
 
 
 types: Final = Types()
-os.register_at_fork(after_in_child=types.after_fork)
 
 
 def encode(message: Message) -> dict[str, str]:
@@ -177,9 +161,9 @@ def _decode(value: object) -> Message | BatchResult[Any]:
     ):
         raise DecodeFailed("unknown", 'the envelope is not {"t": type name, "b": base64 text}')
     name, text = content["t"], content["b"]
-    size = len(text) * 3 // 4
-    if size > types.limit_bytes + 2:
-        raise PayloadTooLarge(f"message of type {name[:200]!r}", size, types.limit_bytes)
+    size, limit = len(text) * 3 // 4, max(types.limits)
+    if size > limit + 2:
+        raise PayloadTooLarge(f"message of type {name[:200]!r}", size, limit)
     kind = types.find(name[:500])
     try:
         data = base64.b64decode(text, validate=True)

@@ -106,30 +106,15 @@ def read_batch_options(
     Raises:
         InvalidArguments: A value cannot be used.
     """
-    own = {name: getattr(task, name) for name in _BATCH_OPTIONS}
-    return _choose(task.declaration.form, own, asked or {}, threads)
-
-
-def check_batch_options(form: str, options: Mapping[str, Any]) -> None:
-    """Check a task's options for batches where it is declared; Celery makes its class later.
-
-    Raises:
-        InvalidArguments: A value cannot be used, or an option reads like one of ours, and is none.
-    """
-    for name in options:
-        _refuse_misspelt(name)
-    _choose(form, options, {})
-
-
-def _choose(form: str, own: Mapping[str, Any], asked: Mapping[str, Any], threads: int = 1) -> BatchOptions:
-    asked = {name: value for name, value in asked.items() if value is not None}
-    on_error = asked.get("on_error", own.get("on_error") or ("collect" if form == "BatchResult" else "fail"))
+    asked = {name: value for name, value in (asked or {}).items() if value is not None}
+    usual = "collect" if task.declaration.form == "BatchResult" else "fail"
+    on_error = asked.get("on_error", task.on_error or usual)
     # A limit of the task's own means nothing to a submission under which no item may fail.
-    max_failed = asked.get("max_failed", own.get("max_failed") if on_error == "collect" else None)
+    max_failed = asked.get("max_failed", task.max_failed if on_error == "collect" else None)
     return BatchOptions(
         policy=BatchPolicy(on_error, max_failed),
-        chunk_size=asked.get("chunk_size", own.get("chunk_size")),
-        max_concurrency=asked.get("max_concurrency", own.get("max_concurrency")),
+        chunk_size=asked.get("chunk_size", task.chunk_size),
+        max_concurrency=asked.get("max_concurrency", task.max_concurrency),
         slots=int(asked.get(SLOTS, worker_slots())),
         threads=int(asked.get(THREADS, threads)),
     )

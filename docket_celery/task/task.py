@@ -49,6 +49,7 @@ class GraphTask(Task[P, R]):
     chunk_size: int | None = None
     max_concurrency: int | None = None
     declaration: Declaration
+    checked_version: int | None = None
     declared: Callable[..., Any] | None = None
     declared_max_retries: int | None = 3
     routing: Mapping[str, Any] = {}
@@ -142,8 +143,9 @@ class GraphTask(Task[P, R]):
             PayloadTooLarge: The job is too large for a message, and for the store or there is none.
             RunConflict, StoreUnavailable: Of a job that is too large for a message and goes to the store.
         """
-        publish = cast("submit.Publish", super().apply_async)
-        return submit.submit(self, publish, args, kwargs, task_id, more, execution_id, context, options)
+        options |= {"task_id": task_id, "execution_id": execution_id, "context": context}
+        options |= zip(("producer", "link", "link_error", "shadow"), more, strict=False)
+        return submit.submit(self, cast("submit.Publish", super().apply_async), args, kwargs, options)
 
     def delay_on_commit(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Submit a job when Django's transaction commits; at once outside of one, never if it is rolled back.
@@ -171,7 +173,9 @@ class GraphTask(Task[P, R]):
             InvalidArguments, PayloadTooLarge: As `apply_async`, here and now; what a server says, at the commit.
             ImportError: Django is not installed.
         """
-        submit.submit_on_commit(self, args, kwargs, more, execution_id, context, options)
+        options |= {"execution_id": execution_id, "context": context}
+        options |= zip(("task_id", "producer", "link", "link_error", "shadow"), more, strict=False)
+        submit.submit_on_commit(self, args, kwargs, options)
 
     def submit_batch(
         self,
@@ -200,8 +204,9 @@ class GraphTask(Task[P, R]):
             StoreUnavailable: The database does not answer; submitting it again is safe, once the lease of what had
                 begun is over (``docket_lease_seconds``).
         """
+        options |= {"task_id": task_id, "execution_id": execution_id, "context": context}
         publish = cast("submit.Publish", super().apply_async)
-        return submit.submit_batch(self, publish, items, others, task_id, execution_id, context, options)
+        return submit.submit_batch(self, publish, items, others, options)
 
     def apply(
         self,
@@ -213,8 +218,9 @@ class GraphTask(Task[P, R]):
         **options: Any,
     ) -> EagerResult[R]:
         """Run a job here and now, as a worker would; arguments as in `apply_async`."""
-        run = cast("submit.RunEagerly", super().apply)
-        return submit.run_eagerly(self, run, args, kwargs, more, execution_id, context, options)
+        options |= {"execution_id": execution_id, "context": context}
+        options |= zip(("link", "link_error", "task_id", "retries", "throw"), more, strict=False)
+        return submit.run_eagerly(self, cast("submit.RunEagerly", super().apply), args, kwargs, options)
 
     def handle(self, execution_id: str) -> RunHandle:
         """Return the run of that name, to cancel it.

@@ -41,6 +41,33 @@ def pay(payment: Payment) -> Order:
     raise NotImplementedError
 
 
+packing = Graph("tests.packing")
+
+
+@packing.step
+def weigh(order: Order) -> Money:
+    """Take what was ordered to the scales."""
+    return Money(cents=order.amount_cents)
+
+
+@packing.step(persist=Scope.WORKFLOW)
+def charge_weight(money: Money, ctx: StepContext) -> Charge:
+    """Keep what must not happen twice."""
+    return Charge(charge_id=ctx.idempotency_key, amount_cents=money.cents)
+
+
+@packing.step
+def print_label(order: Order, charge: Charge) -> Label:
+    """Print both."""
+    return Label(text=f"{order.order_id}: {charge.amount_cents}")
+
+
+@graph_task(app, packing, name="shop.pack")
+def pack(order: Order) -> Label:
+    """Succeed, after three steps of which one persists."""
+    raise NotImplementedError
+
+
 flaky = Graph("tests.flaky")
 
 

@@ -29,7 +29,7 @@ THREADS = "DOCKET_CELERY_THREADS"
 def _own_values() -> Generator[None]:
     """Hide the tasks of other tests' apps, which Celery shares, and take back what a test set for the process."""
     state: Any = _state
-    limit, shared = envelope.types.limit_bytes, set(state._on_app_finalizers)
+    limits, shared = set(envelope.types.limits), set(state._on_app_finalizers)
     state._on_app_finalizers.intersection_update(
         {one for one in shared if one.__module__ == "celery.app.builtins"}
     )
@@ -37,7 +37,7 @@ def _own_values() -> Generator[None]:
     state._on_app_finalizers.clear()
     state._on_app_finalizers.update(shared)
     settings(**dict.fromkeys(app_settings._KEYS))
-    envelope.types.limit_bytes = limit
+    envelope.types.limits = limits
     process.close_stores()
 
 
@@ -149,14 +149,14 @@ def test_settings_of_the_process_are_checked_before_they_hold() -> None:
 
 def test_the_decoder_takes_what_the_most_generous_app_takes() -> None:
     """It is called without an app: reading another app's settings must not refuse this one's messages."""
-    most = 2 * envelope.types.limit_bytes
+    most = 2 * max(envelope.types.limits)
     apps = [make_app(docket_max_message_bytes=limit) for limit in (4321, most, 8642)]
     for app in apps:
         app_settings.app_settings(app)
-    assert envelope.types.limit_bytes == most
+    assert max(envelope.types.limits) == most
     apps[1].conf.docket_max_message_bytes = 2 * most
     app_settings.app_settings(apps[1])
-    assert envelope.types.limit_bytes == 2 * most
+    assert max(envelope.types.limits) == 2 * most
 
 
 def test_a_task_without_a_store_is_a_fault_and_a_typed_error() -> None:

@@ -26,14 +26,14 @@ JSON = st.recursive(
 @pytest.fixture(autouse=True, scope="module")
 def types() -> Generator[Types]:
     """The process's types with two of ours among them."""
-    before, limit = dict(envelope.types._kinds), envelope.types.limit_bytes
+    before, limits = dict(envelope.types._kinds), set(envelope.types.limits)
     envelope.install()
     for kind in (Order, Payment):
         envelope.types.allow(kind)
     envelope.types._kinds.pop(Nest.DESCRIPTOR.full_name, None)
     yield envelope.types
     envelope.types._kinds = before
-    envelope.types.limit_bytes = limit
+    envelope.types.limits = limits
 
 
 def test_a_message_travels_through_celerys_json() -> None:
@@ -97,14 +97,14 @@ def test_the_size_is_looked_at_before_decoding(types: Types) -> None:
     """At the limit a message passes; over it, even one of an unknown type or of bad base64 is too large."""
     exact = Order(order_id="x" * 997)
     assert exact.ByteSize() == 1000
-    types.limit_bytes = 1000
+    types.limits = {1000}
     assert envelope.decode(envelope.encode(exact)) == exact
     for content in ({"t": "no.such", "b": "A" * 1340}, {"t": "docket.tests.unit.Order", "b": "@" * 1340}):
         found = envelope.decode(content)
         assert isinstance(found, Undecodable)
         assert isinstance(found.error, PayloadTooLarge)
         assert (found.error.size_bytes, found.error.limit_bytes) == (1005, 1000)
-    types.limit_bytes = 1024 * 1024
+    types.limits = {1024 * 1024}
 
 
 def test_a_long_type_name_does_not_flood_the_error() -> None:

@@ -95,15 +95,13 @@ class Process:
         """Return the process's store for *url* and *codec*, opened on first use; None without a URL."""
         if url is None:
             return None
-        from docket_celery.store import (
-            SQLStore,  # imports SQLAlchemy, which runs without a database do not need
-        )
-
         # The store keeps its codec, so no other object can get that id.
         name = url, id(codec)
         with self.lock:
             found = self._stores.get(name)
             if found is None:
+                from docket_celery.store import SQLStore  # SQLAlchemy: runs without a database do not need it
+
                 found = self._stores[name] = SQLStore(url, codec=codec)
             return found
 
