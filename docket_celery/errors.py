@@ -4,7 +4,7 @@
 
     DocketError DC000
     ├── graphs, tasks, calls:  GraphError DC100  InvalidArguments DC101  InvalidSettings DC102
-    │                          InvalidDeclaration DC103
+    │                          InvalidDeclaration DC103  IncompatibleCelery DC104
     ├── steps:                 AbortError DC200  StepFailed DC201
     │                          └── StepTimedOut DC202  WrongResult DC203  InputMutated DC204
     ├── batches:               BatchFailed DC205
@@ -142,6 +142,18 @@ class InvalidDeclaration(_Declared, TypeError, code="DC103"):
     template = "task {task}: {problem}"
     task: str
     problem: str
+
+
+class IncompatibleCelery(_Declared, code="DC104"):
+    """The installed Celery no longer has a private part that runs depend on; a worker does not start with it."""
+
+    template = (
+        "Celery {version} has changed {name}: {effect}; install a Celery that docket-celery asks for, or upgrade "
+        "docket-celery"
+    )
+    version: str
+    name: str
+    effect: str
 
 
 class AbortError(DocketError, code="DC200"):

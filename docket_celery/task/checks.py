@@ -17,6 +17,7 @@ from docket_celery.graph import Graph
 from docket_celery.plan.plan import Plan
 from docket_celery.store.contract import Store
 from docket_celery.task.app_settings import check_settings
+from docket_celery.task.seams import check_seams
 
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
@@ -68,6 +69,7 @@ def find_faults(app: Celery, pool: str | None = None, *, database: bool = True) 
     for task in graph_tasks(app):
         try:
             plan = task.plan()
+            check_seams(task)
             if not database:
                 continue
             spread = task.graph.find_batch_store(plan, found)

@@ -51,12 +51,11 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
     Raises:
         SystemExit: With the faults; Celery's signals let nothing else stop a worker.
     """
-    pool = getattr(sender, "pool_cls", None)
-    kind = get_implementation(pool) if isinstance(pool, str) else pool
-    this_worker.pool = None if kind is None else kind.__module__.rpartition(".")[2]
-    this_worker.main_pid = os.getpid()
-    this_worker.app, this_worker.slots = sender.app, max(1, int(getattr(sender, "concurrency", None) or 1))
+    this_worker.main_pid, this_worker.app = os.getpid(), sender.app
     try:
+        kind = get_implementation(sender.pool_cls) if isinstance(sender.pool_cls, str) else sender.pool_cls
+        this_worker.pool = None if kind is None else kind.__module__.rpartition(".")[2]
+        this_worker.slots = max(1, int(getattr(sender, "concurrency", None) or 1))
         faults = find_faults(sender.app, this_worker.pool)
         for task in () if faults else graph_tasks(sender.app):
             # Those that were declared after the app was finalized have not been looked at.

@@ -18,6 +18,7 @@ WITH_FIELDS: list[DocketError] = [
     errors.InvalidSettings("docket_threads", "must be a whole number"),
     errors.BatchFailed(3, 100, 2, ["[DC201] step 'charge' of item 7 failed"]),
     errors.InvalidDeclaration("shop.process", "has a body"),
+    errors.IncompatibleCelery("6.0", "celery.backends.base.Backend.always_retry", "results would be lost"),
     errors.AbortError("fraud"),
     errors.AbortError("fraud", KeyError("card")),
     errors.StepFailed(

@@ -15,14 +15,13 @@ from docket_celery import DocketError, StepFailed, StepTimedOut, WrongResult
 from docket_celery.errors import from_record, to_record
 
 SURFACE = """
-AbortError BatchFailed BatchResult
-CacheMismatch Codec CodecFailed CorruptCheckpoint DecodeFailed DocketError ExponentialBackoff
-FixedBackoff Graph GraphChanged GraphError GraphResult GraphTask InputMutated InputsChanged InvalidArguments
-InvalidDeclaration InvalidSettings LeaseLost MemoryStore Named PayloadTooLarge PayloadUnavailable Plan RetryPolicy
-RunCancelled RunConflict RunHandle RunNotFound RunQuarantined RunState RunTimedOut SQLStore SchemaMismatch Scope
-ServersUnavailable StartedRun StepContext StepFailed StepOptions StepTimedOut StoreMissing StoreRefused
-StoreUnavailable StoredResult TooManyAbandoned UnknownMessageType WrongResult configure current_context graph_task
-settings shared_graph_task
+AbortError BatchFailed BatchResult CacheMismatch Codec CodecFailed CorruptCheckpoint DecodeFailed DocketError
+ExponentialBackoff FixedBackoff Graph GraphChanged GraphError GraphResult GraphTask IncompatibleCelery InputMutated
+InputsChanged InvalidArguments InvalidDeclaration InvalidSettings LeaseLost MemoryStore Named PayloadTooLarge
+PayloadUnavailable Plan RetryPolicy RunCancelled RunConflict RunHandle RunNotFound RunQuarantined RunState
+RunTimedOut SQLStore SchemaMismatch Scope ServersUnavailable StartedRun StepContext StepFailed StepOptions
+StepTimedOut StoreMissing StoreRefused StoreUnavailable StoredResult TooManyAbandoned UnknownMessageType WrongResult
+configure current_context graph_task settings shared_graph_task
 """.split()  # noqa: SIM905 -- a page of names reads better than a column
 
 # One of each class, with values that JSON must carry.
@@ -37,6 +36,9 @@ ERRORS: list[DocketError] = [
     docket_celery.DocketError("plain", 1),
     docket_celery.GraphChanged("shop", "order-1", ["charge", "ship"]),
     docket_celery.GraphError("shop", ["DC110 one", "DC111 two"]),
+    docket_celery.IncompatibleCelery(
+        "6.0", "celery.backends.base.Backend.always_retry", "results would be lost"
+    ),
     docket_celery.InputMutated("ship", 1, ["shop.Order"], ["reserve: no"]),
     docket_celery.InputsChanged("order-1", "ship"),
     docket_celery.InvalidArguments("shop.pay(order: Order)", "missing"),
