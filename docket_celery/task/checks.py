@@ -10,6 +10,7 @@ from celery import Celery
 from celery.backends.base import DisabledBackend
 from celery.backends.cache import CacheBackend
 from celery.backends.rpc import RPCBackend
+from kombu.serialization import prepare_accept_content
 
 from docket_celery.engine.process.hooks import load_hooks
 from docket_celery.errors import DocketError, InvalidDeclaration, InvalidSettings, StoreUnavailable
@@ -17,6 +18,7 @@ from docket_celery.graph import Graph
 from docket_celery.plan.plan import Plan
 from docket_celery.store.contract import Store
 from docket_celery.task.app_settings import check_settings
+from docket_celery.task.options import SERIALIZERS
 from docket_celery.task.seams import check_seams
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ def find_faults(app: Celery, pool: str | None = None, *, database: bool = True) 
     if found.threads == 0 and pool is not None:
         faults.append(str(InvalidSettings("docket_threads", _INLINE_FAULT)))
     checked: set[int] = set()
+    faults += map(str, _find_serializer_faults(app))
     for task in graph_tasks(app):
         try:
             plan = task.plan()
@@ -98,6 +101,23 @@ _INLINE_FAULT: Final = (
     "0 is for calls in process and eager tasks: a worker's own thread must stay free for its signals and limits; "
     "set at least 1"
 )
+
+
+def _find_serializer_faults(app: Celery) -> Iterator[InvalidSettings]:
+    """Yield the settings that keep the JSON of GraphTasks out; a job would find that out after its effects."""
+    conf, tasks = app.conf, list(graph_tasks(app))
+    if not tasks:
+        return
+    if conf.result_serializer not in SERIALIZERS:
+        problem = f"{conf.result_serializer!r} cannot carry the results of GraphTasks; set it to 'json'"
+        yield InvalidSettings("result_serializer", problem)
+    needed = {"accept_content": tasks[0].serializer, "result_accept_content": conf.result_serializer}
+    for setting, serializer in needed.items():
+        accepted = prepare_accept_content(conf[setting])
+        own = prepare_accept_content([serializer]) if serializer in SERIALIZERS else None
+        if accepted is not None and own is not None and not own <= accepted:
+            problem = f"{serializer!r} is not in it, and is what GraphTasks are sent in; add it"
+            yield InvalidSettings(setting, problem)
 
 
 def _backend_fault(task: GraphTask[Any, Any], pool: str | None) -> str | None:

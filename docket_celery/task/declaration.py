@@ -44,6 +44,7 @@ from docket_celery.task.envelope import types as known_types
 from docket_celery.task.options import (
     check_name_function,
     check_options,
+    check_serializer,
     check_step_options,
     read_batch_options,
     take_routing,
@@ -320,6 +321,7 @@ def declare(cls: type[GraphTask[Any, Any]], base: type[GraphTask[Any, Any]]) -> 
     cls.declared_max_retries = cls.max_retries
     cls.routing = take_routing(cls)
     cls.throws = with_causes(cls.throws)
+    check_serializer(cls.serializer)
     read_batch_options(cls)
     cls.declaration.allow_types()
 

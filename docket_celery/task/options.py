@@ -30,9 +30,21 @@ _BATCH_OPTIONS: Final = ("on_error", "max_failed", "chunk_size", "max_concurrenc
 """What a task and a submission may ask of a batch."""
 SLOTS, THREADS = "slots", "threads"
 """Beside them in the headers of a batch's parts: those of the worker that began it, so that all have its lanes."""
+SERIALIZERS: Final = ("json", "auth")
+"""What can carry messages: JSON, alone or inside of Celery's signature."""
 _BELONGS: Final = (
     "{name}= is an option of a step; give it to graph.step(...), or to all steps with Graph(defaults=...)"
 )
+
+
+def check_serializer(serializer: str | None) -> None:
+    """Refuse a serializer that cannot carry messages; None: the app's, or JSON in its place.
+
+    Raises:
+        InvalidArguments: It cannot.
+    """
+    if serializer not in (None, *SERIALIZERS):
+        raise InvalidArguments("serializer", f"is {serializer!r}, and messages travel in JSON; leave it out")
 
 
 def check_options(task: str, options: Mapping[str, Any], known: Collection[str]) -> None:

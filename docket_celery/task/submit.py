@@ -31,7 +31,7 @@ from docket_celery.task.headers import (
     PREPARED,
     WAITS_FOR_OTHER,
 )
-from docket_celery.task.options import add_routing, read_batch_options, take_batch_options
+from docket_celery.task.options import add_routing, check_serializer, read_batch_options, take_batch_options
 from docket_celery.task.references import Stored, read_arguments
 from docket_celery.task.result import GraphResult
 
@@ -178,6 +178,7 @@ class _Call:
             # In the headers of a running task it is a text already; older versions and callers may have a mapping.
             given = read_context(headers.get(CONTEXT)) if self._context is None else self._context
             headers[CONTEXT] = write_context(given)
+        check_serializer(self._options.get("serializer"))
         asked = take_batch_options(self._options) if self._options else {}
         if asked:
             read_batch_options(task, asked)

@@ -74,6 +74,8 @@ class GraphTask(Task[P, R]):
     def on_bound(cls, app: Celery) -> None:
         """Look at the wiring once all modules are imported; a fault is logged here and stops a worker's start."""
         if "graph" in cls.__dict__:
+            if cls.serializer != "auth":
+                cls.serializer = "json"  # whatever the app's other tasks have
             declared = cls.declared
             where = f"class {cls.__module__}.{cls.__qualname__}" if declared is None else locate(declared)
             note_graph(app, cls.name, cls.graph, where)

@@ -12,6 +12,7 @@ from docket_celery import (
     Graph,
     GraphError,
     GraphTask,
+    InvalidArguments,
     InvalidDeclaration,
     RetryPolicy,
     Scope,
@@ -403,3 +404,14 @@ def test_a_wiring_fault_raises_where_the_job_is_submitted(app: Celery, graph: Gr
     task = graph_task(app, graph, name="shop.label")(label)
     with pytest.raises(GraphError, match="DC122"):
         task.delay(Order(order_id="7"))
+
+
+def test_a_serializer_that_cannot_carry_messages_is_refused(app: Celery, declare: Declare) -> None:
+    """Where it is declared, and at the call; that of the app's other tasks is not taken over."""
+    app.conf.task_serializer = "yaml"
+    task = declare()
+    assert task.serializer == "json"
+    with pytest.raises(InvalidArguments, match="serializer: is 'yaml', and messages travel in JSON"):
+        task.apply_async((Order(order_id="17"),), serializer="yaml")
+    with pytest.raises(InvalidArguments, match="serializer: is 'pickle'"):
+        assert declare(serializer="pickle").name  # Celery's own ways are lazy
