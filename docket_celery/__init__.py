@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from docket_celery.plan.plan import Plan
     from docket_celery.store import MemoryStore, SQLStore
     from docket_celery.store.codec import Codec
-    from docket_celery.store.records import RunState
+    from docket_celery.store.records import Progress, RunState
     from docket_celery.task.app_defaults import configure
     from docket_celery.task.app_settings import settings
     from docket_celery.task.decorators import graph_task, shared_graph_task
@@ -68,6 +68,7 @@ __all__ = [  # noqa: RUF022 -- grouped by what people look for
     "Graph",
     "Named",
     "Plan",
+    "Progress",
     "Scope",
     "StartedRun",
     "StepContext",
@@ -143,7 +144,7 @@ _HOMES = {
     "Named": "plan.annotation",
     "Plan": "plan.plan",
     "RunHandle": "engine.handles",
-    "RunState": "store.records",
+    **dict.fromkeys(("Progress", "RunState"), "store.records"),
     "StartedRun": "engine.handles",
     "StoredResult": "task.references",
     "configure": "task.app_defaults",

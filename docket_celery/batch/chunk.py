@@ -244,11 +244,11 @@ class ChunkRun(Run):
         self._progress = self._batches.end_chunk(lease, ending)
 
     def _conclude(self, outcome: RunOutcome) -> None:
-        """Tell how far the stage is, too."""
+        """Tell listeners how far the stage is, too."""
         progress = self._progress
         if progress is not None:
             self.context.tell(EventKind.BATCH_PROGRESS, done=progress.done, total=progress.total)
-        super()._conclude(replace(outcome, progress=progress))
+        super()._conclude(outcome)
 
 
 def _by_index(key: ValueKey, rows: Sequence[Checkpoint], names: Sequence[str]) -> dict[int, Value]:

@@ -259,9 +259,10 @@ class BatchRun(Run):
             chunks=tuple(undone),
             total=total,
             chunk_size=chunks[0].hi - chunks[0].lo,
+            progress=progress,
             lanes=lanes,
         )
-        self._conclude(RunOutcome(opened=opened, progress=progress))
+        self._conclude(RunOutcome(opened=opened))
         return True
 
     # --- values ------------------------------------------------------------------------------------------------

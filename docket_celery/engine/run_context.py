@@ -217,6 +217,7 @@ class OpenStage:
         chunks: Those that are not done.
         total: Items of the whole stage.
         chunk_size: Items of each chunk of the stage but the last.
+        progress: How far the stage is as it is opened.
         lanes: How it is to be worked on, if there is a limit over all workers.
     """
 
@@ -224,6 +225,7 @@ class OpenStage:
     chunks: tuple[Chunk, ...]
     total: int
     chunk_size: int
+    progress: Progress
     lanes: Lanes | None = None
 
 
@@ -242,7 +244,6 @@ class RunOutcome:
         held: This delivery had the run's lease.
         opened: The run waits for this stage.
         receipt: What a chunk's task tells of it, as JSON.
-        progress: How far the stage is, once a chunk has ended or the stage was opened.
         failed: Why items of the batch failed, by index, where it succeeded all the same.
     """
 
@@ -255,5 +256,4 @@ class RunOutcome:
     held: bool = False
     opened: OpenStage | None = None
     receipt: Mapping[str, Any] | None = None
-    progress: Progress | None = None
     failed: Mapping[int, StepFailed] = field(default_factory=dict[int, StepFailed])

@@ -7,8 +7,9 @@ only, since each header message holds a copy of the body.
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from celery import Celery, chord, signature
@@ -27,7 +28,7 @@ from docket_celery.plan.messages import Value
 from docket_celery.plan.mutation import checked
 from docket_celery.plan.plan import Plan
 from docket_celery.store.contract import BatchStore
-from docket_celery.store.records import ChunkStop, LostRun, RunState
+from docket_celery.store.records import ChunkStop, LostRun, Progress, RunState
 from docket_celery.task.headers import (
     BATCH,
     CELERY_RETRIES,
@@ -39,11 +40,12 @@ from docket_celery.task.headers import (
     WAITS_FOR_OTHER,
 )
 from docket_celery.task.options import SLOTS, THREADS
-from docket_celery.task.progress import tell_progress
 from docket_celery.task.retries import keep
 
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
+
+_logger = logging.getLogger("docket_celery.batches")
 
 
 class Receipt:
@@ -107,7 +109,7 @@ def deliver(
     message = _pack(task, submission, batch)
     outcome = run_here(BatchRun(plan, values, submission, settings, store, batch, message))
     if outcome.opened is not None:
-        tell_progress(task.backend, _asked_for(request), outcome.progress)
+        show_progress(task, outcome.opened.progress)
         _open(task, _headers(request, submission, batch), outcome.opened, submission.retries)
     return outcome
 
@@ -133,8 +135,7 @@ def _open(task: GraphTask[Any, Any], headers: Mapping[str, Any], opened: OpenSta
     blank = task.declaration.blank()
     body: Any = task.signature(*blank, immutable=True, headers=body_headers, **options)
     parts = _parts(opened) if opened.lanes is None else _first_parts(opened, opened.lanes.shares())
-    told = {"task": _asked_for(request)}
-    chunks = [_chunk(task, {**headers, PART: {**part, **told}}, options) for part in parts]
+    chunks = [_chunk(task, {**headers, PART: part}, options) for part in parts]
     if request.ignore_result:
         body.set(ignore_result=True)
     _replace(task, cast("Any", chord)(chunks, body, app=task.app))
@@ -158,7 +159,6 @@ def _work(
     submission = replace(submission, passthrough=(SoftTimeLimitExceeded,), hands_back=())
     limit, stage, lo = part.get("limit"), int(part["stage"]), int(part["lo"])
     outcome = run_here(ChunkRun(plan, submission, settings, store, batch, stage, lo, limit))
-    tell_progress(task.backend, part.get("task"), outcome.progress)
     state = (outcome.receipt or {}).get("state")
     following = _next_part(part) if state in {RunState.SUCCEEDED, ChunkStop.DONE} else None
     if following is not None:
@@ -198,9 +198,18 @@ def _replace(task: GraphTask[Any, Any], signature: Any) -> NoReturn:
     raise AssertionError("Celery replaces a task by raising Ignore")
 
 
-def _asked_for(request: Any) -> str | None:
-    """Return the id of a task whose result may be asked for, or None."""
-    return None if request.ignore_result else str(request.id)
+def show_progress(task: GraphTask[Any, Any], progress: Progress) -> None:
+    """Store in the result backend that a stage was opened: state ``PROGRESS``, with *progress* as its info.
+
+    Only the delivery that opens a stage does so. It publishes the stage's chord next, whose body has the same task id
+    and ends the task. What a chunk stored could come after that, and replace how the task ended.
+    """
+    if task.request.ignore_result:
+        return
+    try:
+        task.update_state(state="PROGRESS", meta=asdict(progress))
+    except Exception as error:  # noqa: BLE001 -- the batch goes on whether or not anybody looks at it
+        _logger.warning("the progress of task %s could not be stored: %s", task.request.id, error)
 
 
 def _parts(opened: OpenStage) -> list[dict[str, Any]]:

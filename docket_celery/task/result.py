@@ -16,10 +16,13 @@ from docket_celery.errors import InvalidArguments, InvalidSettings, RunNotFound,
 from docket_celery.graph import Graph
 from docket_celery.plan.batch import BatchResult
 from docket_celery.plan.messages import check_size, type_name
+from docket_celery.store.contract import BatchStore
+from docket_celery.store.records import Progress
 from docket_celery.task import app_settings, references
 
 R = TypeVar("R", bound=Message | Sequence[Message] | BatchResult[Any])
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 _MOST_ITEMS: Final = 2**62
 OnMessage = Callable[[dict[str, Any]], None]
 
@@ -109,25 +112,47 @@ class GraphResult(_TypedResult[R]):
             InvalidSettings: This process has no ``docket_database_url``.
             StoreUnavailable: The database does not answer; trying again is safe.
         """
+
+        def read(store: BatchStore, graph: str, name: str) -> dict[int, StepFailed]:
+            if store.find_run(graph, name) is None:
+                raise RunNotFound(graph, name)
+            return failures_of(store.find_failed(graph, name, 0, _MOST_ITEMS))
+
+        return self._read_run(read, execution_id)
+
+    def progress(self, execution_id: str | None = None) -> Progress | None:
+        """Return how far the open stage of the batch is, as the database has it; of an ended batch its last stage.
+
+        Args:
+            execution_id: As for `failed_items`.
+
+        Returns:
+            None before a worker has opened the first stage, and once the run was purged.
+
+        Raises:
+            InvalidArguments, InvalidSettings, StoreUnavailable: As from `failed_items`.
+        """
+
+        def read(store: BatchStore, graph: str, name: str) -> Progress | None:
+            row = store.find_run(graph, name)
+            return None if row is None else row.progress
+
+        return self._read_run(read, execution_id)
+
+    def _read_run(self, read: Callable[[BatchStore, str, str], T], execution_id: str | None) -> T:
         if self.task is None:
             raise InvalidArguments(
-                "failed_items", "a promise that was pickled does not know its task; use task.AsyncResult"
+                "GraphResult", "a promise that was pickled does not know its task; use task.AsyncResult"
             )
         graph: Graph = self.task.graph
         settings = app_settings.app_settings(self.app)
         store = graph.find_batch_store(self.task.plan(), settings)
-        name = execution_id or self.execution_id or self.id
         if store is None:
             raise InvalidSettings(
-                "docket_database_url", "failed items are read from the database; there is none here"
+                "docket_database_url", "how a batch stands is read from the database; there is none here"
             )
-
-        def read() -> dict[int, StepFailed]:
-            if store.find_run(graph.name, name) is None:
-                raise RunNotFound(graph.name, name)
-            return failures_of(store.find_failed(graph.name, name, 0, _MOST_ITEMS))
-
-        return run_on_pool(read, settings.threads)
+        name = execution_id or self.execution_id or self.id
+        return run_on_pool(lambda: read(store, graph.name, name), settings.threads)
 
 
 def _read_pages(batch: StoredBatch, threads: int) -> Iterator[Message | None]:

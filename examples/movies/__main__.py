@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -50,12 +50,13 @@ def show_on_workers(expected: list[EnrichedMovie]) -> bool:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("reviewing", total=CATALOGUE)
 
-        def advance(meta: dict[str, Any]) -> None:
-            if meta["status"] == "PROGRESS":
-                progress.update(bar, completed=meta["result"]["done"])
-
-        # Waits for the end; Redis tells of each chunk that ends.
-        results = sent.stream(timeout=120, on_message=advance)
+        until = time.monotonic() + 120
+        while not sent.ready() and time.monotonic() < until:
+            # The database tells of each chunk that ends.
+            stands = sent.progress()
+            progress.update(bar, completed=0 if stands is None else stands.done)
+            time.sleep(0.2)
+        results = sent.stream(timeout=120)
         progress.update(bar, completed=CATALOGUE)
 
     count, best = 0, EnrichedMovie()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -23,7 +24,6 @@ from docket_celery.errors import (
 from docket_celery.store import SQLStore
 from docket_celery.store.records import UNFINISHED, LostRun, Progress
 from docket_celery.task.chords import revive
-from docket_celery.task.progress import tell_progress
 from examples.movies.movies_pb2 import BatchStats, EnrichedMovie, Movie
 from tests.infra.processes import wait_until
 from tests.infra.workers import WorkerProcess
@@ -197,22 +197,41 @@ def test_running_chunks_begin_nothing_more_when_another_one_fails(journals: Jour
 # --- progress ----------------------------------------------------------------------------------------------------
 
 
-def test_the_task_tells_how_far_it_is(journals: Journals, urls: Urls) -> None:
-    """``info`` has done and total of the stage while it runs, and whoever waits is told of each change."""
-    journal = unique("progress")
-    told: list[Any] = []
-    sent = paced.look_at_all.apply_async((movies(journal, 6),), chunk_size=2, max_concurrency=1)
-    journals.wait(f"{journal}/began", 1)
+def test_the_promise_tells_how_far_the_batch_is(journals: Journals, urls: Urls) -> None:
+    """From the run's row, in any process; the result backend knows which stage was opened."""
+    run = unique("progress")
+    sent = paced.look_at_all.apply_async(
+        (movies(run, 6),), chunk_size=2, max_concurrency=1, execution_id=run, countdown=0.5
+    )
+    assert sent.progress() is None
+    journals.wait(f"{run}/began", 1)
     assert (sent.state, sent.info) == ("PROGRESS", {"done": 0, "total": 6, "stage": 1, "stages": 1})
-    let_go(urls, journal, 2)
-    journals.wait(f"{journal}/began", 3)
-    assert sent.info == {"done": 2, "total": 6, "stage": 1, "stages": 1}
-    let_go(urls, journal, 4)
+    assert sent.progress() == Progress(done=0, total=6)
+    let_go(urls, run, 2)
+    journals.wait(f"{run}/began", 3)
+    assert sent.progress() == Progress(done=2, total=6)
+    elsewhere = paced.look_at_all.AsyncResult(sent.id)
+    assert elsewhere.progress(run) == Progress(done=2, total=6)
+    assert elsewhere.progress() is None
+    let_go(urls, run, 4)
+    assert len(sent.get(timeout=WAIT_S)) == 6
+    assert sent.state == "SUCCESS"
+    assert sent.progress() == Progress(done=6, total=6)
+    pickled: Any = pickle.loads(pickle.dumps(sent))  # noqa: S301 -- our own bytes
+    with pytest.raises(InvalidArguments, match="pickled"):
+        pickled.progress()
+
+
+def test_a_waiting_caller_hears_of_each_stage(journals: Journals) -> None:
+    """Where the result backend tells of states (Redis); nothing is said of single chunks."""
+    told: list[Any] = []
+    sent = paced.look_at_all.apply_async(
+        (movies(unique("heard"), 6),), context=OPEN, chunk_size=2, countdown=0.5
+    )
     found = sent.get(timeout=WAIT_S, on_message=lambda meta: told.append((meta["status"], meta["result"])))
     assert len(found) == 6
-    done = [result["done"] for status, result in told if status == "PROGRESS"]
-    assert done == sorted(done)
-    assert sent.state == "SUCCESS"
+    assert [result["done"] for status, result in told if status == "PROGRESS"] == [0]
+    assert told[-1][0] == "SUCCESS"
 
 
 def test_the_row_tells_it_too(journals: Journals, urls: Urls) -> None:
@@ -221,26 +240,6 @@ def test_the_row_tells_it_too(journals: Journals, urls: Urls) -> None:
     paced.gather_all.apply_async((movies(run, 5),), context=OPEN, execution_id=run).get(timeout=WAIT_S)
     rows = query(urls, "SELECT progress FROM docket_runs WHERE execution_id = %s", run)
     assert rows == [({"done": 5, "total": 5, "stage": 1, "stages": 1},)]
-
-
-# Celery's own way to store a result here.
-@pytest.mark.filterwarnings("ignore:Call to deprecated setex:DeprecationWarning")
-def test_news_of_a_part_never_replace_how_a_task_ended(journals: Journals) -> None:
-    """A chunk whose process was stopped in that moment tells it too late; nor do old news replace new ones."""
-    sent = paced.look_at_all.apply_async((movies(unique("late"), 2),), context=OPEN)
-    sent.get(timeout=WAIT_S)
-    backend: Any = paced.app.backend
-    tell_progress(backend, sent.id, Progress(done=9, total=9))
-    assert sent.state == "SUCCESS"
-    for state in ("FAILURE", "REVOKED"):
-        task = unique(state)
-        backend.store_result(task, ValueError("no"), state)
-        tell_progress(backend, task, Progress(done=1, total=2))
-        assert backend.get_state(task) == state
-    task = unique("growing")
-    for done, known in ((5, 5), (3, 5), (6, 6)):
-        tell_progress(backend, task, Progress(done=done, total=9))
-        assert backend.get_task_meta(task, cache=False)["result"]["done"] == known
 
 
 # --- cancelling --------------------------------------------------------------------------------------------------
@@ -493,6 +492,9 @@ def test_a_batch_without_its_chord_is_cancelled_for_its_caller_too(journals: Jou
     assert paced.gather_all.handle(run).cancel("gone wrong")
     with pytest.raises(RunCancelled, match="gone wrong"):
         sent.get(timeout=WAIT_S)
+    journals.wait(f"{run}/stopped", len(journals.read(f"{run}/began")))
+    # Chunks do not replace how their batch ended, whenever they end themselves.
+    assert sent.state == "FAILURE"
     assert journals.read(f"gather/{run}") == []
 
 

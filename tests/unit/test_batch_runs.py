@@ -124,15 +124,17 @@ def test_a_batch_goes_from_part_to_part(store: SQLStore) -> None:
     opened = hands.open(ITEMS)
     assert opened.opened is not None
     assert [(c.lo, c.hi) for c in opened.opened.chunks] == [(0, 2), (2, 4), (4, 6)]
-    assert opened.progress == Progress(done=0, total=6, stage=1, stages=2)
-    found = [hands.work(1, lo) for lo in (0, 2, 4)]
-    assert [one.progress and one.progress.done for one in found] == [2, 4, 6]
-    again = hands.work(1, 0)
-    assert (again.receipt, again.progress) == ({"lo": 0, "state": "DONE"}, None)
+    assert opened.opened.progress == Progress(done=0, total=6, stage=1, stages=2)
+    for lo in (0, 2, 4):
+        hands.work(1, lo)
+        row = store.find_run("changing", RUN)
+        assert row is not None
+        assert row.progress == Progress(done=lo + 2, total=6, stage=1, stages=2)
+    assert hands.work(1, 0).receipt == {"lo": 0, "state": "DONE"}
     second = hands.open()
     assert second.opened is not None
     assert second.opened.stage == 3
-    assert second.progress == Progress(done=0, total=6, stage=2, stages=2)
+    assert second.opened.progress == Progress(done=0, total=6, stage=2, stages=2)
     for lo in (0, 2, 4):
         hands.work(3, lo)
     assert [each.title for each in hands.open().value] == [f"{number} of 6" for number in range(6)]
@@ -170,7 +172,7 @@ def test_a_copy_of_the_job_stores_its_items_once(store: SQLStore) -> None:
     copy = hands.open(ITEMS)
     assert copy.opened is not None
     assert [chunk.lo for chunk in copy.opened.chunks] == [0, 4]
-    assert copy.progress == Progress(done=2, total=6)
+    assert copy.opened.progress == Progress(done=2, total=6)
     assert store.measure_items("changing", RUN, "")[0] == 6
 
 

@@ -18,8 +18,8 @@ SURFACE = """
 AbortError BatchFailed BatchResult CacheMismatch Codec CodecFailed CorruptCheckpoint DecodeFailed DocketError
 ExponentialBackoff FixedBackoff Graph GraphChanged GraphError GraphResult GraphTask IncompatibleCelery InputMutated
 InputsChanged InvalidArguments InvalidDeclaration InvalidSettings LeaseLost MemoryStore Named PayloadTooLarge
-PayloadUnavailable Plan RetryPolicy RunCancelled RunConflict RunHandle RunNotFound RunQuarantined RunState
-RunTimedOut SQLStore SchemaMismatch Scope ServersUnavailable StartedRun StepContext StepFailed StepOptions
+PayloadUnavailable Plan Progress RetryPolicy RunCancelled RunConflict RunHandle RunNotFound RunQuarantined
+RunState RunTimedOut SQLStore SchemaMismatch Scope ServersUnavailable StartedRun StepContext StepFailed StepOptions
 StepTimedOut StoreMissing StoreRefused StoreUnavailable StoredResult TooManyAbandoned UnknownMessageType WrongResult
 configure current_context graph_task settings shared_graph_task
 """.split()  # noqa: SIM905 -- a page of names reads better than a column
