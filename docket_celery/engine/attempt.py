@@ -67,6 +67,7 @@ class Attempt:
     worker: Worker | None = None
     result: Result | None = None
     go_on: Callable[[Callable[[], Result | None]], None]
+    _context: StepContext | None = None
     _alarm: Alarm | None = None
     _unlink: Callable[[], None] | None = None
     _future: Future[Any] | None = None
@@ -87,7 +88,6 @@ class Attempt:
     def start(self) -> bool:
         """Call the user's code, unless the execution is closed: then return False."""
         step, run, timeout_s = self._step, self._run, self._step.timeout_s
-        context = step_context(step, run, self._number)
         thread = threading.current_thread()
         with self._gate.lock:
             if self._gate.closed:
@@ -95,6 +95,7 @@ class Attempt:
             if isinstance(thread, Worker) and (not step.is_async or process.holds_thread(step)):
                 self.worker = thread
             if timeout_s is not None:
+                context = self.context()
                 ring = functools.partial(self._ring, context, timeout_s)
                 self._alarm = run.runtime.timer.after(timeout_s, ring)
                 self._unlink = functools.partial(run.cancellation.forget, context.cancelled.cancel)
@@ -102,15 +103,41 @@ class Attempt:
         if run.listeners:
             run.tell(EventKind.STEP_STARTED, step.name, self._number)
         if step.is_async:
-            self._spawn(context)
+            self._spawn()
             return True
         try:
-            result: Result = run.base.copy().run(self._invoke, context), None
+            result: Result = run.base.copy().run(self._invoke), None
         except BaseException as error:  # noqa: BLE001 -- user code; every kind is judged
             self.on_host = not isinstance(thread, Worker)
             result = None, trim_traceback(error)
         self.result = self._ended(result)
         return True
+
+    def context(self) -> StepContext:
+        """Return what the step may ask about this attempt; a timed one can be cancelled alone."""
+        if self._context is None:
+            run, step, cancelled, timeout_s = (
+                self._run,
+                self._step,
+                self._run.cancellation,
+                self._step.timeout_s,
+            )
+            make_key = functools.partial(
+                idempotency_key, run.graph, run.execution_id, step.identity, run.item
+            )
+            self._context = StepContext(
+                graph=run.graph,
+                execution_id=run.execution_id,
+                step=step.name,
+                item=run.item,
+                make_key=make_key,
+                attempt=self._number,
+                delivery=run.number,
+                values=run.submission.values,
+                deadline=None if timeout_s is None else cancelled.now() + timeout_s,
+                cancelled=cancelled if timeout_s is None else cancelled.child(),
+            )
+        return self._context
 
     def release(self) -> None:
         """Give the slot back; may be called again."""
@@ -134,34 +161,35 @@ class Attempt:
 
     # --- calling -----------------------------------------------------------------------------------------------
 
-    def _invoke(self, context: StepContext) -> Any:
-        bind_context(context)
+    def _invoke(self) -> Any:
+        bind_context(self.context)
         slot, scopes, hooks = self._slot, self._run.submission.scopes, self._run.hooks
         if slot is not None:
             slot.bind()
         try:
             if not scopes and not hooks:
-                return self._call(context)
+                return self._call()
             with ExitStack() as stack:
                 _enter(stack, scopes, hooks)
-                return self._call(context)
+                return self._call()
         finally:
             # Here and not where the attempt ends: a thread that was given up still does what the limit protects.
             if slot is not None:
                 slot.cancel()
 
-    def _call(self, context: StepContext) -> Any:
+    def _call(self) -> Any:
         step = self._step
-        return step.invoke(step.call if step.make is None else process.call_of(step), self._values, context)
+        call = step.call if step.make is None else process.call_of(step)
+        return step.invoke(call, self._values, self.context)
 
-    def _spawn(self, context: StepContext) -> None:
+    def _spawn(self) -> None:
         run = self._run
         submit = (run.runtime.loop if run.loop is None else run.loop).submit
         try:
             if (factory := process.factory_of(self._step)) is not None:
                 self._build(factory)
             # The coroutine's task copies the contextvars in force where it is made, so it is made inside the copy.
-            future = run.base.copy().run(lambda: submit(self._await(context), self.release))
+            future = run.base.copy().run(lambda: submit(self._await(), self.release))
         except BaseException as error:  # noqa: BLE001 -- the call may fail before its first await
             self.release()
             self.result = self._ended((None, trim_traceback(error)))
@@ -196,14 +224,14 @@ class Attempt:
                 raise TimeoutError
             self.worker = None
 
-    async def _await(self, context: StepContext) -> Result:
+    async def _await(self) -> Result:
         """Return the step's result or error; asyncio would let SystemExit and KeyboardInterrupt end the loop."""
-        bind_context(context)
+        bind_context(self.context)
         if self._slot is not None:
             self._slot.bind()
         run = self._run
         try:
-            return await await_within(run.submission.scopes, run.hooks, self._call, context), None
+            return await await_within(run.submission.scopes, run.hooks, self._call), None
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001 -- user code; every kind is judged
@@ -256,23 +284,6 @@ class Attempt:
         elapsed_s = run.cancellation.now() - self._began
         run.tell(EventKind.STEP_LATE, self._step.name, self._number, elapsed_s=elapsed_s)
         return None
-
-
-def step_context(step: Step, run: RunContext, attempt: int) -> StepContext:
-    """Return the context of one attempt; a timed attempt can be cancelled alone."""
-    cancelled, timeout_s = run.cancellation, step.timeout_s
-    return StepContext(
-        graph=run.graph,
-        execution_id=run.execution_id,
-        step=step.name,
-        item=run.item,
-        make_key=functools.partial(idempotency_key, run.graph, run.execution_id, step.identity, run.item),
-        attempt=attempt,
-        delivery=run.number,
-        values=run.submission.values,
-        deadline=None if timeout_s is None else cancelled.now() + timeout_s,
-        cancelled=cancelled if timeout_s is None else cancelled.child(),
-    )
 
 
 async def await_within(

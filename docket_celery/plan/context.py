@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-_current: ContextVar[StepContext | None] = ContextVar("docket_celery_step", default=None)
+_current: ContextVar[Callable[[], StepContext] | None] = ContextVar("docket_celery_step", default=None)
 _step_logger = logging.getLogger("docket_celery.step")
 
 
@@ -158,12 +158,12 @@ def current_context() -> StepContext:
     Raises:
         LookupError: No step runs in this thread or task.
     """
-    context = _current.get()
-    if context is None:
+    find = _current.get()
+    if find is None:
         raise LookupError("current_context() works inside a step only; no step is running here")
-    return context
+    return find()
 
 
-def bind_context(context: StepContext) -> None:
-    """Make *context* the current one within the present `contextvars` context."""
-    _current.set(context)
+def bind_context(find: Callable[[], StepContext]) -> None:
+    """Make what *find* returns the current one within the present `contextvars` context; made when it is asked for."""
+    _current.set(find)

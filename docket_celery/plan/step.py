@@ -113,16 +113,19 @@ class Step(Registration, Signature):
         wrong = next((each for each in held if type(each) is not self.output.kind), self)
         return None if wrong is self else f"a list that holds {_kind_name(wrong)}"
 
-    def invoke(self, call: Callable[..., Any], values: Sequence[Value], context: StepContext) -> Any:
+    def invoke(
+        self, call: Callable[..., Any], values: Sequence[Value], find_context: Callable[[], StepContext]
+    ) -> Any:
         """Call *call*, the step's code in this process; for ``async def`` this returns the coroutine."""
         if self.wrap is not None:
-            call = self.wrap(self, call, context.attempt)
+            call = self.wrap(self, call, find_context().attempt)
         handed: Sequence[Any] = values
         if self.aggregates:
             handed = [_WAYS[way](value) for way, value in zip(self.gathered, values, strict=True)]
+        if not self.keywords and -1 not in self.positional:
+            return call(*map(handed.__getitem__, self.positional))
+        context = find_context()
         args = [context if i < 0 else handed[i] for i in self.positional]
-        if not self.keywords:
-            return call(*args)
         return call(*args, **{name: context if i < 0 else handed[i] for name, i in self.keywords})
 
 
