@@ -69,9 +69,8 @@ class ChunkRun(Run):
         lo: int,
         limit: int | None = None,
     ) -> None:
-        super().__init__(plan, (), submission, settings, store)
-        self._batches, self._number, self._lo, self._most = store, number, lo, limit
-        self._limit = max(1, settings.threads if limit is None else min(limit, settings.threads))
+        super().__init__(plan, (), replace(submission, max_concurrency=limit), settings, store)
+        self._batches, self._number, self._lo = store, number, lo
         self._policy = options.policy
         self._layout = Layout.of(plan, submission.execution_id)
         self._stopped = RunCancelled(submission.execution_id, "its batch was stopped")
@@ -134,20 +133,14 @@ class ChunkRun(Run):
             values[key] = own = _by_index(key, rows, names_of)
             check_complete(layout.place(key, chunk.hi, skips), range(chunk.lo, chunk.hi), own)
         self._skips = frozenset(skips & set(range(chunk.lo, chunk.hi)))
-        stored = {(steps[row.step_name].name, row.item): row for row in rows if row.step_name in steps}
+        self.context.stored = {
+            (steps[row.step_name].name, row.item): row for row in rows if row.step_name in steps
+        }
 
         def make(place: int, on_end: OnEnd) -> Ending:
             index = chunk.lo + place
-            return make_item(
-                stage,
-                [values[key][index] if key in stage.each else values[key] for key in stage.plan.given],
-                replace(self.context, item=str(index)),
-                on_end,
-                stored=stored,
-                outputs=stage.outputs,
-                limit=self._limit,
-                max_concurrency=self._most,
-            )
+            inputs = [values[key][index] if key in stage.each else values[key] for key in stage.plan.given]
+            return make_item(stage, inputs, replace(self.context, item=str(index)), on_end, stage.outputs)
 
         count = chunk.hi - chunk.lo
         # Left out by being given a failure; it is none of this chunk's.
@@ -156,7 +149,7 @@ class ChunkRun(Run):
             count,
             make,
             self._end_on_pool,
-            limit=self._limit,
+            limit=self.context.max_concurrency or max(1, self.context.settings.threads),
             allowed=0 if self._policy.on_error == "fail" else count,
             failed={index - chunk.lo: left_out for index in self._skips},
         )

@@ -71,7 +71,6 @@ class BatchRun(Run):
         self._values: dict[ValueKey, Any] = {}
         self._counts: dict[str, int] = {}
         self._chunks: list[ChunkRow] = []
-        self._stored: dict[tuple[str, str], Checkpoint] = {}
         self._failures: dict[str, dict[int, StepFailed]] = {}
 
     def _request(self, store: Store) -> RunRequest:
@@ -121,9 +120,9 @@ class BatchRun(Run):
         """Take the values that are there once, and how many items there are."""
         layout = self._layout
         names = {name: p.step.name for p in self._plan.steps for name in step_names(p.step)}
-        for one in stored.values():
-            if one.item == "" and one.step_name in names:
-                self._stored.setdefault((names[one.step_name], ""), one)
+        once = [one for one in stored.values() if one.item == "" and one.step_name in names]
+        # Of two rows the first counts.
+        self.context.stored = {(names[one.step_name], ""): one for one in reversed(once)}
         for fan_out in layout.splitters():
             if (row := stored.get(layout.count_key(fan_out))) is not None:
                 self._counts[fan_out] = int(row.output_data)
@@ -194,15 +193,8 @@ class BatchRun(Run):
         def ended(values: Sequence[Any], error: BaseException | None) -> None:
             self.context.runtime.submit_or_retry(functools.partial(self._go_on, values, error))
 
-        return make_item(
-            stage,
-            [self._gather(key, stage) for key in stage.plan.given],
-            self.context,
-            ended,
-            stored=self._stored,
-            outputs=outputs,
-            limit=max(1, self.context.settings.threads),
-        )
+        inputs = [self._gather(key, stage) for key in stage.plan.given]
+        return make_item(stage, inputs, self.context, ended, outputs)
 
     def _take_made(self, lease: Lease, outputs: Sequence[ValueKey], values: Sequence[Any]) -> None:
         """Store and take what a stage made that runs once."""

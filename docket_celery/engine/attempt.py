@@ -15,7 +15,7 @@ import threading
 import types
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from docket_celery.engine.process.hooks import StepHook
@@ -284,6 +284,16 @@ class Attempt:
         elapsed_s = run.cancellation.now() - self._began
         run.tell(EventKind.STEP_LATE, self._step.name, self._number, elapsed_s=elapsed_s)
         return None
+
+
+@contextmanager
+def pushed(*pairs: tuple[Any, Any]) -> Generator[None]:
+    """Keep the second of each pair on top of the first, a stack of the host with ``push`` and ``pop``."""
+    with ExitStack() as pushes:
+        for stack, value in pairs:
+            stack.push(value)
+            pushes.callback(stack.pop)
+        yield
 
 
 async def await_within(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.run_context import RunContext
+from docket_celery.engine.run_context import RunContext, Stored
 from docket_celery.errors import CacheMismatch, DocketError, GraphChanged, InvalidArguments
 from docket_celery.plan.messages import (
     Value,
@@ -27,9 +27,6 @@ from docket_celery.plan.step import Step
 from docket_celery.store.contract import Store
 from docket_celery.store.identity import cache_key, global_key, input_digest, workflow_key
 from docket_celery.store.records import Checkpoint, Lease, StepExecution
-
-Stored = Mapping[tuple[str, str], Checkpoint]
-"""A run's checkpoints by step name and path of the item."""
 
 _logger = logging.getLogger("docket_celery.checkpointing")
 _MOST_CHARS = 2000

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 
 from docket_celery.engine.attempt import Attempt, Result
-from docket_celery.engine.checkpointing import Stored, read_value
+from docket_celery.engine.checkpointing import read_value
 from docket_celery.engine.process.limits import Slot
 from docket_celery.engine.process.pool import Worker
 from docket_celery.engine.process.timer import Alarm
@@ -38,10 +38,8 @@ class Scheduler(Ending):
     Args:
         plan: What to do.
         inputs: The given values, in the order of ``plan.given``; None: only restored steps would use it.
-        context: What the steps share.
+        context: What the steps share. What is stored does not run, nor do steps that only such steps need.
         on_end: Called once with the values of *outputs* or an error.
-        stored: The run's checkpoints; these steps do not run, nor do those that only they need.
-        max_concurrency: Most steps at once; None: as many as there are threads.
         outputs: The slots that are wanted; None: those of the plan.
         may_help: The thread that starts it may run steps.
     """
@@ -53,17 +51,15 @@ class Scheduler(Ending):
         context: RunContext,
         on_end: OnEnd,
         *,
-        stored: Stored | None = None,
-        max_concurrency: int | None = None,
         outputs: Sequence[int] | None = None,
         may_help: bool = False,
     ) -> None:
         super().__init__(context.cancellation, on_end)
         self._plan, self._context, self._may_help = plan, context, may_help
-        self._checkpoints = _by_index(plan, stored, context.item)
-        if context.runtime.inline:
-            max_concurrency = 1
-        self._limit = max_concurrency if max_concurrency is not None else len(plan.steps)
+        self._checkpoints = _by_index(plan, context)
+        # The caller's limit is one of items where there are items.
+        limit = context.max_concurrency if not context.item or context.runtime.inline else None
+        self._limit = len(plan.steps) if limit is None else limit
         self._outputs = plan.output_slots if outputs is None else tuple(outputs)
         self._missing = len(self._outputs)
         self._values: list[Value | None] = [*inputs, *([None] * len(plan.steps))]
@@ -342,11 +338,12 @@ def join_failures(failures: Sequence[StepFailed]) -> StepFailed | None:
     return first
 
 
-def _by_index(plan: Plan, stored: Stored | None, path: str) -> Mapping[int, Checkpoint]:
+def _by_index(plan: Plan, context: RunContext) -> Mapping[int, Checkpoint]:
     """Return the checkpoints of one item, or of steps that run once, by plan index."""
+    stored, item = context.stored, context.item
     if not stored:
         return {}
-    pairs = ((planned.index, stored.get((planned.step.name, path))) for planned in plan.steps)
+    pairs = ((planned.index, stored.get((planned.step.name, item))) for planned in plan.steps)
     return {index: checkpoint for index, checkpoint in pairs if checkpoint is not None}
 
 

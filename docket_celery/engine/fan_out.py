@@ -7,7 +7,6 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from docket_celery.engine.checkpointing import Stored
 from docket_celery.engine.execution import Scheduler, join_failures
 from docket_celery.engine.items import ItemGroup
 from docket_celery.engine.run_context import Ending, OnEnd, RunContext
@@ -27,14 +26,10 @@ class StagedScheduler(Ending):
     Args:
         plan: What to do; it has stages.
         inputs: The given values, in the order of ``plan.given``; a batch as a list.
-        context: What the steps share.
+        context: What the steps share. Its policy is about the items of the batch, or without one about those that the
+            target is made for; one failed item of any other fan-out fails what it is a part of. Its limit bounds
+            items; within an item they are then made one after the other.
         on_end: Called once with the values of *outputs* or an error.
-        stored: The run's checkpoints.
-        policy: How the items of the batch are treated, or without one those that the target is made for. One failed
-            item of any other fan-out fails what it is a part of.
-        max_concurrency: What the caller said: most items at once, most steps at once of those that run once, and
-            no further items at once within an item. None: as many items as there are threads.
-        limit: Most items at once, where *max_concurrency* is None.
         outputs: Which values are wanted; None: the target.
     """
 
@@ -44,19 +39,13 @@ class StagedScheduler(Ending):
         inputs: Sequence[Value | None],
         context: RunContext,
         on_end: OnEnd,
-        *,
-        stored: Stored,
-        policy: BatchPolicy = ONE_FAILS,
-        max_concurrency: int | None = None,
-        limit: int | None = None,
         outputs: Sequence[ValueKey] | None = None,
     ) -> None:
         super().__init__(context.cancellation, on_end)
-        self._plan, self._context, self._stored, self._policy = plan, context, stored, policy
-        if context.runtime.inline:
-            max_concurrency = 1
-        self._max_concurrency = max_concurrency
-        self._limit = max_concurrency or limit or max(1, context.settings.threads)
+        self._plan, self._context = plan, context
+        self._policy = ONE_FAILS if context.item else context.submission.policy
+        limit = context.max_concurrency
+        self._limit = max(1, context.settings.threads) if limit is None else 1 if context.item else limit
         self._outputs = (plan.target,) if outputs is None else tuple(outputs)
         self._values: dict[ValueKey, Any] = dict(zip(plan.given, inputs, strict=True))
         self._fan_outs: dict[ValueKey, str] = {} if plan.batch is None else {plan.batch: ""}
@@ -141,16 +130,7 @@ class StagedScheduler(Ending):
         else:
             inputs = [self._value(key, index if key in stage.each else None) for key in given]
             context = replace(context, item=self._path(index))
-        return make_item(
-            stage,
-            inputs,
-            context,
-            on_end,
-            stored=self._stored,
-            outputs=outputs,
-            limit=self._limit,
-            max_concurrency=self._max_concurrency,
-        )
+        return make_item(stage, inputs, context, on_end, outputs)
 
     def _take(self, stage: Stage, outputs: Sequence[ValueKey], items: ItemGroup) -> None:
         """Take what a stage made."""
@@ -209,12 +189,14 @@ class StagedScheduler(Ending):
     def _is_restored(self, planned: PlannedStep, stage: Stage) -> bool:
         """Tell whether a step need not run at all."""
         name = planned.step.name
-        if not self._stored or stage.plan.stages:
+        if not self._context.stored or stage.plan.stages:
             return False
         if stage.fan_out is None:
-            return (name, self._context.item) in self._stored
+            return (name, self._context.item) in self._context.stored
         items = next((self._values[key] for key in stage.each if key in self._values), None)
-        return items is not None and all((name, self._path(i)) in self._stored for i in range(len(items)))
+        return items is not None and all(
+            (name, self._path(i)) in self._context.stored for i in range(len(items))
+        )
 
 
 def make_item(
@@ -222,47 +204,21 @@ def make_item(
     inputs: Sequence[Value | None],
     context: RunContext,
     on_end: OnEnd,
-    *,
-    stored: Stored,
     outputs: Sequence[ValueKey],
-    limit: int,
-    max_concurrency: int | None = None,
 ) -> Ending:
-    """Return the execution of one item of *stage*, or of its steps that run once.
+    """Return the execution of one item of *stage*, which *context* names, or of its steps that run once.
 
     Args:
         stage: What to do.
         inputs: The given values, in the order of ``stage.plan.given``.
-        context: What the steps share; it names the item.
+        context: What the steps share.
         on_end: Called once with the values of *outputs* or an error.
-        stored: The run's checkpoints.
         outputs: Which of its values are wanted.
-        limit: Most items at once, of a fan-out within the item.
-        max_concurrency: What the caller said, if anything.
     """
     if stage.plan.stages:
-        # With a limit of the caller's: else each item under way would have as many items under way itself.
-        most = None if max_concurrency is None else 1
-        return StagedScheduler(
-            stage.plan,
-            inputs,
-            context,
-            on_end,
-            stored=stored,
-            max_concurrency=most,
-            limit=limit,
-            outputs=outputs,
-        )
+        return StagedScheduler(stage.plan, inputs, context, on_end, outputs)
     slots = dict(zip(stage.outputs, stage.plan.output_slots, strict=True))
-    return Scheduler(
-        stage.plan,
-        inputs,
-        context,
-        on_end,
-        stored=stored,
-        max_concurrency=max_concurrency if stage.fan_out is None else None,
-        outputs=[slots[key] for key in outputs],
-    )
+    return Scheduler(stage.plan, inputs, context, on_end, outputs=[slots[key] for key in outputs])
 
 
 def policy_of(plan: Plan, stage: Stage, policy: BatchPolicy) -> BatchPolicy:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from docket_celery.engine.checkpointing import Stored, read_checkpoints
+from docket_celery.engine.checkpointing import read_checkpoints
 from docket_celery.engine.execution import Scheduler
 from docket_celery.engine.process.heartbeat import Heartbeat, HeldLease
 from docket_celery.engine.process.hooks import django_hooks, load_hooks
@@ -105,7 +105,7 @@ class Run:
         self._report = report
         self.context.tell(EventKind.RUN_STARTED)
         if self._store is None:
-            self._begin(self._make({}))
+            self._begin(self._make())
         else:
             self.pool.submit(self._open)
 
@@ -188,35 +188,21 @@ class Run:
 
     def _advance(self, lease: Lease) -> None:
         """Restore and begin; the lease is held, and what is raised here ends the run in order."""
-        self._begin(self._make(read_checkpoints(self._plan, self._needed_store(), lease)))
+        self.context.stored = read_checkpoints(self._plan, self._needed_store(), lease)
+        self._begin(self._make())
 
-    def _make(self, stored: Stored) -> Ending:
+    def _make(self) -> Ending:
         """Return what executes the plan."""
-        plan, context, submission = self._plan, self.context, self.context.submission
+        plan, context = self._plan, self.context
         end = self._end if self._store is None else self._end_on_pool
         if plan.stages:
             # Read here, as a run of a plan without stages never enters it.
             from docket_celery.engine.fan_out import StagedScheduler
 
-            return StagedScheduler(
-                plan,
-                self._inputs,
-                context,
-                end,
-                stored=stored,
-                policy=submission.policy,
-                max_concurrency=submission.max_concurrency,
-            )
-        may_help = self._store is None and submission.may_help and self._until is None and self.inline is None
-        return Scheduler(
-            plan,
-            self._inputs,
-            context,
-            end,
-            stored=stored,
-            max_concurrency=submission.max_concurrency,
-            may_help=may_help,
-        )
+            return StagedScheduler(plan, self._inputs, context, end)
+        threads = self.inline is None and self._until is None and self._store is None
+        may_help = threads and context.submission.may_help
+        return Scheduler(plan, self._inputs, context, end, may_help=may_help)
 
     def _begin(self, execution: Ending) -> None:
         """Start *execution*, unless the run has been stopped before a stop could find it."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,18 +23,8 @@ from docket_celery.store.contract import Store
 from docket_celery.store.records import Checkpoint, Chunk, Lanes, Lease, Progress, StepExecution
 
 MakeScope = Callable[[], AbstractContextManager[Any]]
-
-
-@contextmanager
-def pushed(*pairs: tuple[Any, Any]) -> Generator[None]:
-    """Keep the second of each pair on top of the first, a stack of the host with ``push`` and ``pop``."""
-    with ExitStack() as pushes:
-        for stack, value in pairs:
-            stack.push(value)
-            pushes.callback(stack.pop)
-        yield
-
-
+Stored = Mapping[tuple[str, str], Checkpoint]
+"""A run's checkpoints by step name and path of the item."""
 OnEnd = Callable[[Sequence[Any], BaseException | None], None]
 """Called once with the values of the outputs, or with none and an error, on the thread that ended the execution."""
 
@@ -99,6 +89,7 @@ class RunContext:
         beats: Keeps the lease and claims alive; None: the heartbeat of the process.
         held: The run's lease, once it is acquired.
         number: Which delivery of the run this is, from 1; the lease counts them.
+        stored: The run's checkpoints that were restored.
         item: Path of the item that the steps work on, or ''.
         loop: Runs ``async def`` steps; None: the loop thread of the process.
         hooks: Entered once around each call of a step.
@@ -106,6 +97,8 @@ class RunContext:
         keeps: Steps whose outputs others need, whatever their ``persist`` says.
         kept: Their outputs, not yet saved.
         failed: Why items of the batch failed, by index, once it succeeded all the same.
+        max_concurrency: Most steps at once, or, of a plan that fans out, most items; None: as many as there are
+            threads.
     """
 
     graph: str
@@ -119,6 +112,7 @@ class RunContext:
     beats: Heartbeat | None = None
     held: HeldLease | None = None
     number: int = 1
+    stored: Stored = field(default_factory=dict[tuple[str, str], Checkpoint])
     item: str = ""
     loop: StepLoop | None = None
     hooks: Sequence[StepHook] = ()
@@ -128,9 +122,11 @@ class RunContext:
     failed: Mapping[int, StepFailed] = field(default_factory=dict[int, StepFailed])
     execution_id: str = field(init=False)
     listeners: Sequence[Listener] = field(init=False)
+    max_concurrency: int | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.execution_id, self.listeners = self.submission.execution_id, self.submission.listeners
+        self.max_concurrency = 1 if self.runtime.inline else self.submission.max_concurrency
 
     def heartbeat(self) -> Heartbeat:
         """Return what keeps the lease and claims of this delivery alive."""

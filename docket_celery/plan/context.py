@@ -165,5 +165,5 @@ def current_context() -> StepContext:
 
 
 def bind_context(find: Callable[[], StepContext]) -> None:
-    """Make what *find* returns the current one within the present `contextvars` context; made when it is asked for."""
+    """Make what *find* returns the current one within the present `contextvars` context; called when it is needed."""
     _current.set(find)

@@ -15,9 +15,10 @@ from celery import _state
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from google.protobuf.message import Message
 
+from docket_celery.engine.attempt import pushed
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
-from docket_celery.engine.run_context import RunOutcome, Submission, pushed
+from docket_celery.engine.run_context import RunOutcome, Submission
 from docket_celery.errors import DocketError, RunTimedOut, StoreMissing, StoreUnavailable
 from docket_celery.plan.messages import Value
 from docket_celery.store.identity import check_execution_id
