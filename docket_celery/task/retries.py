@@ -20,7 +20,7 @@ from docket_celery.store.records import Lease
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
 
-_logger = logging.getLogger("docket_celery.retrying")
+_logger = logging.getLogger("docket_celery.retries")
 Kinds = tuple[type[BaseException], ...]
 OUTAGE_MOST_S = 15.0
 """Most seconds between two deliveries of a task that do not reach the database."""
