@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
 import typing
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-from weakref import WeakSet
+from typing import TYPE_CHECKING, Any, Literal
 
 from google.protobuf.message import Message
 
@@ -45,7 +45,6 @@ from docket_celery.task.options import (
     check_name_function,
     check_options,
     check_serializer,
-    check_step_options,
     read_batch_options,
     take_routing,
 )
@@ -54,6 +53,7 @@ from docket_celery.task.retries import with_causes
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
 
+    Task = GraphTask[Any, Any]
 NameFunction = (
     Callable[[Any], str]
     | Callable[[Any, Any], str]
@@ -95,23 +95,13 @@ class Declaration:
     batch: ValueKey | None = None
     form: Literal["one", "list", "BatchResult"] = "one"
 
-    @property
-    def collects(self) -> bool:
-        """Whether the target is made for each item."""
-        return self.form != "one"
-
     def compile(self, graph: Graph) -> Plan:
         """Return what *graph* does for it.
 
         Raises:
             GraphError: The graph has faults.
         """
-        return graph.compiled(self.target, self.given, self.batch, collects=self.collects)
-
-    def allow_types(self) -> None:
-        """Have messages of the declared types encoded and decoded in this process."""
-        for key in (*self.given, self.target):
-            known_types.allow(key.kind)
+        return graph.compiled(self.target, self.given, self.batch, collects=self.form != "one")
 
     def digest(self, values: Iterable[Value]) -> bytes:
         """Return the digest of the job that `bind` returned."""
@@ -151,11 +141,8 @@ class Declaration:
         try:
             bound = self.signature.bind(*(args or ()), **(kwargs or {}))
         except TypeError as error:
-            raise InvalidArguments(self._shown(), str(error)) from None
-        names = list(self.signature.parameters)
-        return tuple(
-            self._value(name, key, bound.arguments[name]) for name, key in zip(names, self.given, strict=True)
-        )
+            raise self._refusal(str(error)) from None
+        return tuple(self._value(name, key, bound.arguments[name]) for name, key in self._named())
 
     def bind_item(self, index: int, value: Any) -> Message:
         """Return the message for an item of the batch.
@@ -174,22 +161,15 @@ class Declaration:
             InvalidArguments: One is missing, too many, or of another type; or the task takes no batch.
         """
         if self.batch is None:
-            raise InvalidArguments(
-                self._shown(), "it takes no list[...]; submit its job with delay or apply_async"
-            )
-        names = [
-            (name, key)
-            for name, key in zip(self.signature.parameters, self.given, strict=True)
-            if key != self.batch
-        ]
-        if len(names) != len(values):
-            shown = ", ".join(name for name, _ in names) or "nothing"
-            raise InvalidArguments(
-                self._shown(),
-                f"submit_batch takes the items, then {shown}; got {len(values)} beside the items",
+            raise self._refusal("it takes no list[...]; submit its job with delay or apply_async")
+        named = [(name, key) for name, key in self._named() if key != self.batch]
+        if len(named) != len(values):
+            shown = ", ".join(name for name, _ in named) or "nothing"
+            raise self._refusal(
+                f"submit_batch takes the items, then {shown}; got {len(values)} beside the items"
             )
         return tuple(
-            self._message(name, key, value) for (name, key), value in zip(names, values, strict=True)
+            self._message(name, key, value) for (name, key), value in zip(named, values, strict=True)
         )
 
     def join(self, items: Sequence[Any], others: Sequence[Message]) -> tuple[Any, ...]:
@@ -205,10 +185,8 @@ class Declaration:
         if isinstance(value, BatchResult):
             value = [each for _, each in typing.cast("BatchResult[Message]", value).succeeded()]
         if isinstance(value, (str, bytes, dict, Message)) or not isinstance(value, Iterable):
-            raise InvalidArguments(
-                self._shown(),
-                f"argument {name!r} must be a list of {type_name(key.kind)}, not {value!r:.100}",
-            )
+            wanted = f"must be a list of {type_name(key.kind)}, not {value!r:.100}"
+            raise self._refusal(f"argument {name!r} {wanted}")
         items: Iterable[Any] = value  # pyright: ignore[reportUnknownVariableType]  # of whatever it is
         return [self._message(f"{name}[{index}]", key, item) for index, item in enumerate(items)]
 
@@ -220,32 +198,29 @@ class Declaration:
         if is_json_form(key.kind, value):
             value = from_json_object(key.kind, value)
         if type(value) is key.kind:
-            return self._encodable(name, value)
+            fault = encoding_fault(value)
+            if fault is not None:
+                raise self._refusal(f"argument {name!r} of {type_name(value)}: {fault}")
+            return value
         actual = type_name(value) if isinstance(value, Message) else type(value).__name__
+        wanted = f"must be a {type_name(key.kind)}, not a {actual}"
+        fix = f"pass {key.kind.__name__}(...), or its JSON form as a dict"
         if actual == type_name(key.kind):
-            raise InvalidArguments(
-                self._shown(),
-                f"argument {name!r} is a {actual} of another descriptor pool; make it with the class that the task "
-                f"is declared with ({key.kind.__module__}.{key.kind.__qualname__})",
-            )
-        raise InvalidArguments(
-            self._shown(),
-            f"argument {name!r} must be a {type_name(key.kind)}, not a {actual}; "
-            f"pass {key.kind.__name__}(...), or its JSON form as a dict",
-        )
+            wanted = f"is a {actual} of another descriptor pool"
+            declared = f"{key.kind.__module__}.{key.kind.__qualname__}"
+            fix = f"make it with the class that the task is declared with ({declared})"
+        raise self._refusal(f"argument {name!r} {wanted}; {fix}")
 
-    def _encodable(self, name: str, message: Message) -> Message:
-        fault = encoding_fault(message)
-        if fault is not None:
-            raise InvalidArguments(self._shown(), f"argument {name!r} of {type_name(message)}: {fault}")
-        return message
+    def _named(self) -> Iterator[tuple[str, ValueKey]]:
+        return zip(self.signature.parameters, self.given, strict=True)
 
-    def _shown(self) -> str:
-        parameters = ", ".join(
-            f"{name}: list[{key.kind.__name__}]" if key == self.batch else f"{name}: {key.kind.__name__}"
-            for name, key in zip(self.signature.parameters, self.given, strict=True)
+    def _refusal(self, problem: str) -> InvalidArguments:
+        kinds = {name: key.kind.__name__ for name, key in self._named()}
+        shown = (
+            f"{name}: list[{kinds[name]}]" if key == self.batch else f"{name}: {kinds[name]}"
+            for name, key in self._named()
         )
-        return f"{self.task}({parameters})"
+        return InvalidArguments(f"{self.task}({', '.join(shown)})", problem)
 
 
 def read_function(task: str, function: Callable[..., Any]) -> Declaration:
@@ -254,26 +229,20 @@ def read_function(task: str, function: Callable[..., Any]) -> Declaration:
     Raises:
         InvalidDeclaration: An annotation is missing or is no message type, or the body is not empty.
     """
-    if not is_empty(function):
-        raise InvalidDeclaration(
-            task,
-            "its body would never run, since the graph does the work; leave it empty (raise NotImplementedError)",
-        )
-    signature = inspect.signature(function)
-    try:
-        hints = read_hints(function)
-    except SignatureFault as fault:
-        raise InvalidDeclaration(task, str(fault)) from fault
-    given: list[ValueKey] = []
-    for name, parameter in signature.parameters.items():
-        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            raise InvalidDeclaration(task, f"parameter {name!r} is variadic; name each message")
-        if parameter.default is not inspect.Parameter.empty:
-            raise InvalidDeclaration(task, f"parameter {name!r} has a default; a job is always given whole")
-        if is_context(hints.get(name)):
-            raise InvalidDeclaration(task, f"parameter {name!r} is a StepContext; only steps get one")
-        given.append(_hint(task, hints, name, f"parameter {name!r}"))
-    return _declaration(task, signature, given, _hint(task, hints, "return", "its result"))
+    with _explained(task):
+        if not is_empty(function):
+            raise SignatureFault(
+                "its body would never run, since the graph does the work; leave it empty (raise NotImplementedError)"
+            )
+        signature, hints = inspect.signature(function), read_hints(function)
+        for name, parameter in signature.parameters.items():
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                raise SignatureFault(f"parameter {name!r} is variadic; name each message")
+            if parameter.default is not parameter.empty:
+                raise SignatureFault(f"parameter {name!r} has a default; a job is always given whole")
+            if is_context(hints.get(name)):
+                raise SignatureFault(f"parameter {name!r} is a StepContext; only steps get one")
+        return _declaration(task, signature, hints)
 
 
 def read_generic(task: str, arguments: tuple[Any, ...]) -> Declaration:
@@ -282,30 +251,34 @@ def read_generic(task: str, arguments: tuple[Any, ...]) -> Declaration:
     Raises:
         InvalidDeclaration: They are not message types.
     """
-    if len(arguments) != 2 or not isinstance(arguments[0], (list, tuple)):
-        raise InvalidDeclaration(task, "write GraphTask[[InputType], OutputType]")
-    kinds = typing.cast("Sequence[Any]", arguments[0])
-    parameters = [
-        inspect.Parameter(f"input_{n}", inspect.Parameter.POSITIONAL_ONLY) for n, _ in enumerate(kinds, 1)
-    ]
-    return _declaration(task, inspect.Signature(parameters), list(kinds), arguments[1])
+    with _explained(task):
+        if len(arguments) != 2 or not isinstance(arguments[0], (list, tuple)):
+            raise SignatureFault("write GraphTask[[InputType], OutputType]")
+        kinds = {f"input_{n}": kind for n, kind in enumerate(typing.cast("Sequence[Any]", arguments[0]), 1)}
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in kinds]
+        return _declaration(task, inspect.Signature(parameters), {**kinds, "return": arguments[1]})
 
 
-def declare(cls: type[GraphTask[Any, Any]], base: type[GraphTask[Any, Any]]) -> None:
+@contextlib.contextmanager
+def _explained(task: str) -> Generator[None]:
+    try:
+        yield
+    except SignatureFault as fault:
+        raise InvalidDeclaration(task, str(fault)) from fault
+
+
+def declare(cls: type[Task], base: type[Task]) -> None:
     """Check a new subclass of *base*, `GraphTask`, and write what it declares onto it.
 
     Raises:
         InvalidDeclaration, InvalidArguments: It cannot work.
     """
     own = cls.__dict__
-    name, decorated, named = (
-        str(own.get("name") or cls.__name__),
-        own.get("_decorated"),
-        own.get("execution_id"),
-    )
+    name, decorated = str(own.get("name") or cls.__name__), bool(own.get("_decorated"))
+    named: Callable[..., Any] | None = own.get("execution_id")
     if callable(named) and hasattr(named, "__get__") and not isinstance(named, type):
         # A function in a class body is a method; this one takes the messages alone.
-        cls.execution_id = staticmethod(typing.cast("Callable[..., str]", named))
+        cls.execution_id = staticmethod(named)
     if "graph" not in own:
         if decorated:
             raise InvalidDeclaration(name, "it names no graph, so its body would run; pass graph=")
@@ -313,20 +286,20 @@ def declare(cls: type[GraphTask[Any, Any]], base: type[GraphTask[Any, Any]]) -> 
     if not isinstance(cls.graph, Graph):
         raise InvalidDeclaration(name, f"graph= must be a docket_celery.Graph, not {cls.graph!r}")
     cls.abstract = False
-    check_step_options(name, own)
-    if decorated:
-        check_options(name, own, dir(base))
+    check_options(name, own, dir(base) if decorated else None)
     cls.declaration = _read_class(cls, base, name)
-    check_name_function(name, cls.execution_id, cls.declaration.given)
+    if cls.execution_id is not None:
+        check_name_function(name, cls.execution_id, cls.declaration.given)
     cls.declared_max_retries = cls.max_retries
     cls.routing = take_routing(cls)
     cls.throws = with_causes(cls.throws)
     check_serializer(cls.serializer)
     read_batch_options(cls)
-    cls.declaration.allow_types()
+    for key in (*cls.declaration.given, cls.declaration.target):
+        known_types.allow(key.kind)
 
 
-def _read_class(cls: type[GraphTask[Any, Any]], base: type[GraphTask[Any, Any]], name: str) -> Declaration:
+def _read_class(cls: type[Task], base: type[Task], name: str) -> Declaration:
     """Read the declared function or the generic arguments, and let *base*'s `run` take the function's place."""
     declared = cls.__dict__.get("run")
     if declared is None:
@@ -339,10 +312,17 @@ def _read_class(cls: type[GraphTask[Any, Any]], base: type[GraphTask[Any, Any]],
         if cls.__dict__.get("_decorated"):
             raise InvalidDeclaration(name, "bind=True hands the task to a body that never runs; drop it")
         raise InvalidDeclaration(name, "declare the types as GraphTask[[...], ...] and drop its run method")
-    function = declared.__func__
     del cls.run
-    cls.declared = staticmethod(function)
-    return read_function(name, function)
+    cls.declared = staticmethod(declared.__func__)
+    return read_function(name, declared.__func__)
+
+
+_apps: weakref.WeakKeyDictionary[Graph, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
+"""The apps on which tasks of a graph were declared."""
+_first_tasks: weakref.WeakKeyDictionary[Any, dict[str, tuple[weakref.ref[Graph], str, str]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Of each app, by a graph's name: the graph, its first task, and where that is declared."""
 
 
 def note_graph(app: Any, task: str, graph: Graph, where: str, *, is_declared: bool = False) -> None:
@@ -359,38 +339,24 @@ def note_graph(app: Any, task: str, graph: Graph, where: str, *, is_declared: bo
         InvalidDeclaration: Another graph of that name has tasks in this app.
     """
     app = getattr(app, "_get_current_object", lambda: app)()
-    homes = _homes.setdefault(graph, WeakSet())
+    apps = _apps.setdefault(graph, weakref.WeakSet())
     if is_declared:
-        homes.add(app)
-    elif homes and app not in homes:
+        apps.add(app)
+    elif apps and app not in apps:
         # Celery gives each app's tasks to all other apps of the process: this one is another app's own.
         return
-    graphs = _graphs.setdefault(app, {})
-    known = graphs.get(graph.name)
-    first = None if known is None else known.graph()
-    if known is None or first is None or (task in known.tasks and first is not graph):
-        graphs[graph.name] = _GraphTasks(weakref.ref(graph), {task: where})
-    elif first is graph:
-        known.tasks.setdefault(task, where)
-    else:
-        other, place = next(iter(known.tasks.items()))
+    reference, first, place = _first_tasks.setdefault(app, {}).setdefault(
+        graph.name, (weakref.ref(graph), task, where)
+    )
+    known = reference()
+    if known is None or (first == task and known is not graph):
+        _first_tasks[app][graph.name] = weakref.ref(graph), task, where
+    elif known is not graph:
         raise InvalidDeclaration(
             task,
-            f"its graph ({where}) is another Graph object named {graph.name!r} than that of task {other} ({place}); "
+            f"its graph ({where}) is another Graph object named {graph.name!r} than that of task {first} ({place}); "
             "runs are stored by the graph's name and would be one another's: share one Graph, or rename one of them",
         )
-
-
-class _GraphTasks(NamedTuple):
-    """The tasks of one graph, by name, with where they are declared."""
-
-    graph: weakref.ref[Graph]
-    tasks: dict[str, str]
-
-
-_homes: weakref.WeakKeyDictionary[Graph, WeakSet[Any]] = weakref.WeakKeyDictionary()
-"""The apps on which tasks of a graph were declared."""
-_graphs: weakref.WeakKeyDictionary[Any, dict[str, _GraphTasks]] = weakref.WeakKeyDictionary()
 
 
 def is_empty(function: Callable[..., Any]) -> bool:
@@ -416,21 +382,24 @@ def _body(code: types.CodeType) -> tuple[Any, ...]:
     return code.co_code, code.co_names, texts, kind
 
 
-def _declaration(task: str, signature: inspect.Signature, hints: list[Any], result: Any) -> Declaration:
+def _declaration(task: str, signature: inspect.Signature, hints: Mapping[str, Any]) -> Declaration:
+    """Return the declaration of a signature whose types are *hints*, that of the result as ``return``."""
     given: list[ValueKey] = []
     batches: list[ValueKey] = []
-    for name, hint in zip(signature.parameters, hints, strict=True):
+    for name in signature.parameters:
+        what = f"parameter {name!r}"
+        hint = _hint(hints, name, what)
         many = read_many(hint)
-        given.append(_annotation(task, hint if many is None else many[0], f"parameter {name!r}"))
+        given.append(read_annotation(hint if many is None else many[0], what))
         if many is not None:
             batches.append(given[-1])
     if len(batches) > 1:
-        raise InvalidDeclaration(task, f"it takes {len(batches)} lists; a batch has one list of items")
+        raise SignatureFault(f"it takes {len(batches)} lists; a batch has one list of items")
     if not given:
-        raise InvalidDeclaration(task, "it takes no message; a job is at least one")
+        raise SignatureFault("it takes no message; a job is at least one")
     if len(set(given)) != len(given):
-        raise InvalidDeclaration(task, 'it takes two messages of one type; tell them apart with Named("...")')
-    target, form = _target(task, result)
+        raise SignatureFault('it takes two messages of one type; tell them apart with Named("...")')
+    target, form = _target(resolve(_hint(hints, "return", "its result")))
     batch = batches[0] if batches else None
     return Declaration(
         task=task,
@@ -443,26 +412,18 @@ def _declaration(task: str, signature: inspect.Signature, hints: list[Any], resu
     )
 
 
-def _target(task: str, result: Any) -> tuple[ValueKey, Literal["one", "list", "BatchResult"]]:
-    result = resolve(result)
+def _target(result: Any) -> tuple[ValueKey, Literal["one", "list", "BatchResult"]]:
     if typing.get_origin(result) is BatchResult:
-        return _annotation(task, typing.get_args(result)[0], "its result"), "BatchResult"
+        return read_annotation(typing.get_args(result)[0], "its result"), "BatchResult"
     many = read_many(result)
     if many is None:
-        return _annotation(task, result, "its result"), "one"
+        return read_annotation(result, "its result"), "one"
     if many[1] != "list":
-        raise InvalidDeclaration(task, "its result is an Iterable[...]; a batch returns list[...]")
-    return _annotation(task, many[0], "its result"), "list"
+        raise SignatureFault("its result is an Iterable[...]; a batch returns list[...]")
+    return read_annotation(many[0], "its result"), "list"
 
 
-def _hint(task: str, hints: Mapping[str, Any], name: str, what: str) -> Any:
+def _hint(hints: Mapping[str, Any], name: str, what: str) -> Any:
     if name not in hints:
-        raise InvalidDeclaration(task, f"{what} has no annotation; annotate it with its message type")
+        raise SignatureFault(f"{what} has no annotation; annotate it with its message type")
     return hints[name]
-
-
-def _annotation(task: str, annotation: Any, what: str) -> ValueKey:
-    try:
-        return read_annotation(annotation, what)
-    except SignatureFault as fault:
-        raise InvalidDeclaration(task, str(fault)) from None

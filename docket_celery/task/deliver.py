@@ -44,12 +44,14 @@ from docket_celery.task.retries import keep, most_retries, park_s, visibility_s
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
 
+    Task = GraphTask[Any, Any]
+
 _BUSY_MOST_S: Final = 15.0
 _tasks: Any = cast("Any", _state)._task_stack
 """Celery's ``current_task`` is on top of it, on each thread."""
 
 
-def deliver(task: GraphTask[Any, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def deliver(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run one delivery of *task* and return its value for Celery.
 
     Raises:
@@ -73,7 +75,7 @@ def deliver(task: GraphTask[Any, Any], args: Sequence[Any], kwargs: Mapping[str,
 
 
 def _read_job(
-    task: GraphTask[Any, Any], args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings
+    task: Task, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings
 ) -> tuple[Value, ...] | None:
     """Return the messages of the job; None: its parts are in the store."""
     request, declared = task.request, task.declaration
@@ -102,7 +104,7 @@ def _read_job(
 
 
 def _run(
-    task: GraphTask[Any, Any], values: tuple[Value, ...] | None, submission: Submission, settings: Settings
+    task: Task, values: tuple[Value, ...] | None, submission: Submission, settings: Settings
 ) -> RunOutcome:
     """Run the job in this process, or, where its plan fans out, as a batch over several workers."""
     request, declared, graph, plan = task.request, task.declaration, task.graph, task.plan()
@@ -112,7 +114,7 @@ def _run(
         store = None if alone else graph.find_batch_store(plan, settings)
         submission = replace(submission, policy=batch.policy)
         if store is not None:
-            return chords.deliver(task, plan, values, submission, settings, store, batch)
+            return chords.BatchDelivery(task, plan, submission, settings, store, batch).run(values)
         submission = replace(submission, max_concurrency=batch.max_concurrency)
     if values is None:
         raise StoreMissing(graph.name, next(iter(plan)))
@@ -122,12 +124,12 @@ def _run(
         submission,
         given=declared.given,
         batch=declared.batch,
-        collects=declared.collects,
+        collects=declared.form != "one",
         settings=settings,
     )
 
 
-def _submission(task: GraphTask[Any, Any], values: Sequence[Value]) -> Submission:
+def _submission(task: Task, values: Sequence[Value]) -> Submission:
     """Return who asks for the run, and how: the message's headers and the task say."""
     request, name_run = task.request, task.execution_id
     if request.called_directly:
@@ -169,7 +171,7 @@ def _submission(task: GraphTask[Any, Any], values: Sequence[Value]) -> Submissio
     )
 
 
-def _tell(task: GraphTask[Any, Any], outcome: RunOutcome, submission: Submission, settings: Settings) -> Any:
+def _tell(task: Task, outcome: RunOutcome, submission: Submission, settings: Settings) -> Any:
     """Return the value of a run that has ended, as Celery stores it."""
     request, value = task.request, outcome.value
     if outcome.receipt is not None:
@@ -189,7 +191,7 @@ def _tell(task: GraphTask[Any, Any], outcome: RunOutcome, submission: Submission
     return result
 
 
-def _retry_or_raise(task: GraphTask[Any, Any], outcome: RunOutcome, error: BaseException) -> NoReturn:
+def _retry_or_raise(task: Task, outcome: RunOutcome, error: BaseException) -> NoReturn:
     """Fail the task, or have Celery deliver it again.
 
     Raises:
@@ -223,7 +225,7 @@ def _retry_or_raise(task: GraphTask[Any, Any], outcome: RunOutcome, error: BaseE
         raise keep(request.id, rejected.reason) from error
 
 
-def _send_again(task: GraphTask[Any, Any], busy_s: float) -> NoReturn:
+def _send_again(task: Task, busy_s: float) -> NoReturn:
     """Come back later, since another delivery advances this run: no retry is used up, no state is written.
 
     Raises:

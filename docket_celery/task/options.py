@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +16,8 @@ from docket_celery.task.app_settings import worker_slots
 
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
+
+    Task = GraphTask[Any, Any]
 
 STEP_ONLY: Final = frozenset(StepOptions.__dataclass_fields__) - {"name"}
 _PLAIN_STEP_OPTIONS: Final = STEP_ONLY - {"retry", "version", "key", "cache"}
@@ -32,9 +33,6 @@ SLOTS, THREADS = "slots", "threads"
 """Beside them in the headers of a batch's parts: those of the worker that began it, so that all have its lanes."""
 SERIALIZERS: Final = ("json", "auth")
 """What can carry messages: JSON, alone or inside of Celery's signature."""
-_BELONGS: Final = (
-    "{name}= is an option of a step; give it to graph.step(...), or to all steps with Graph(defaults=...)"
-)
 
 
 def check_serializer(serializer: str | None) -> None:
@@ -47,21 +45,26 @@ def check_serializer(serializer: str | None) -> None:
         raise InvalidArguments("serializer", f"is {serializer!r}, and messages travel in JSON; leave it out")
 
 
-def check_options(task: str, options: Mapping[str, Any], known: Collection[str]) -> None:
+def check_options(task: str, options: Mapping[str, Any], known: Collection[str] | None) -> None:
     """Refuse what is no option of a task.
 
     Args:
         task: The task's name.
-        options: As they were given to the decorator.
-        known: The attributes of the task's class.
+        options: As they were given to the decorator, or the attributes of a class.
+        known: The attributes of GraphTask; None: the class may have others of its own.
 
     Raises:
         InvalidDeclaration: One belongs to a step, or does not exist.
     """
-    for name in options:
-        if name in STEP_ONLY:
-            raise InvalidDeclaration(task, _BELONGS.format(name=name))
-        if name in known or name in _DECORATOR_OPTIONS or name.startswith("_"):
+    for name, value in options.items():
+        # `retry` is a method of Celery's tasks, which a class may override.
+        meant = known is not None or name in _PLAIN_STEP_OPTIONS or isinstance(value, (RetryPolicy, Scope))
+        if name in STEP_ONLY and meant:
+            problem = (
+                "is an option of a step; give it to graph.step(...), or to all steps with Graph(defaults=...)"
+            )
+            raise InvalidDeclaration(task, f"{name}= {problem}")
+        if known is None or name in known or name in _DECORATOR_OPTIONS or name.startswith("_"):
             continue
         close = difflib.get_close_matches(name, [each for each in known if each[0] != "_"], n=1, cutoff=0.85)
         if close:
@@ -73,26 +76,12 @@ def check_options(task: str, options: Mapping[str, Any], known: Collection[str])
         raise InvalidDeclaration(task, f"{name}= is no option of a task; {hint}")
 
 
-def check_step_options(task: str, attributes: Mapping[str, Any]) -> None:
-    """Refuse class attributes that are plainly options of a step.
-
-    Raises:
-        InvalidDeclaration: One is.
-    """
-    for name, value in attributes.items():
-        # `retry` is a method of Celery's tasks, which a class may override.
-        if name in _PLAIN_STEP_OPTIONS or (name in STEP_ONLY and isinstance(value, (RetryPolicy, Scope))):
-            raise InvalidDeclaration(task, _BELONGS.format(name=name))
-
-
-def check_name_function(task: str, function: Callable[..., Any] | None, given: Sequence[ValueKey]) -> None:
+def check_name_function(task: str, function: Callable[..., Any], given: Sequence[ValueKey]) -> None:
     """Refuse an ``execution_id`` that does not take the messages, one parameter for each.
 
     Raises:
         InvalidDeclaration: It does not.
     """
-    if function is None:
-        return
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -101,15 +90,14 @@ def check_name_function(task: str, function: Callable[..., Any] | None, given: S
         signature.bind(*given)
     except TypeError as error:
         first = next(iter(signature.parameters), "")
-        fix = (
-            f"drop {first}: it is called with the messages alone" if first in ("self", "cls") else str(error)
-        )
+        drop = f"drop {first}: it is called with the messages alone"
+        fix = drop if first in ("self", "cls") else str(error)
         problem = f"execution_id takes {signature}, and the task has {len(given)} message(s); {fix}"
         raise InvalidDeclaration(task, problem) from None
 
 
 def read_batch_options(
-    task: GraphTask[Any, Any] | type[GraphTask[Any, Any]],
+    task: Task | type[Task],
     asked: Mapping[str, Any] | None = None,
     threads: int = 1,
 ) -> BatchOptions:
@@ -138,18 +126,12 @@ def take_batch_options(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InvalidArguments: An option reads like one of ours, and is none.
     """
-    for name in options:
-        _refuse_misspelt(name)
-    return {name: value for name in _BATCH_OPTIONS if (value := options.pop(name, None)) is not None}
-
-
-@functools.lru_cache(maxsize=256)
-def _refuse_misspelt(name: str) -> None:
-    # Celery takes any option and drops what it does not know: a misspelt limit would be none.
     ours = (*_BATCH_OPTIONS, "execution_id")
-    close = [] if name in ours else difflib.get_close_matches(name, ours, n=1, cutoff=0.85)
-    if close:
-        raise InvalidArguments(name, f"is not known; did you mean {close[0]}?")
+    for name in options.keys() - set(ours):
+        # Celery takes any option and drops what it does not know: a misspelt limit would be none.
+        if close := difflib.get_close_matches(name, ours, n=1, cutoff=0.85):
+            raise InvalidArguments(name, f"is not known; did you mean {close[0]}?")
+    return {name: value for name in _BATCH_OPTIONS if (value := options.pop(name, None)) is not None}
 
 
 def take_routing(cls: type) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from docket_celery.store.records import Lease
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
 
+    Task = GraphTask[Any, Any]
+
 _logger = logging.getLogger("docket_celery.retries")
 Kinds = tuple[type[BaseException], ...]
 OUTAGE_MOST_S = 15.0
@@ -48,7 +50,7 @@ def matches(error: object, kinds: Kinds) -> bool:
 
 
 def park_s(
-    task: GraphTask[Any, Any],
+    task: Task,
     error: BaseException,
     lease: Lease | None,
     *,
@@ -75,7 +77,7 @@ def park_s(
     return backoff_s(task, failures)
 
 
-def most_retries(task: GraphTask[Any, Any], error: BaseException, *, eager: bool, outages: int) -> int | None:
+def most_retries(task: Task, error: BaseException, *, eager: bool, outages: int) -> int | None:
     """Return up to which count Celery may retry the task; None: the run's lease counts.
 
     Args:
@@ -93,7 +95,7 @@ def most_retries(task: GraphTask[Any, Any], error: BaseException, *, eager: bool
     return None if limit is None else limit + outages
 
 
-def backoff_s(task: GraphTask[Any, Any], retries: int) -> float:
+def backoff_s(task: Task, retries: int) -> float:
     """Return Celery's own wait in seconds before retry number *retries* (from 0), from the task's options."""
     if task.retry_backoff:
         factor = int(max(1.0, float(task.retry_backoff)))
@@ -103,13 +105,13 @@ def backoff_s(task: GraphTask[Any, Any], retries: int) -> float:
     return float(task.retry_kwargs.get("countdown", task.default_retry_delay))
 
 
-def _outage_s(task: GraphTask[Any, Any], outages: int) -> float:
+def _outage_s(task: Task, outages: int) -> float:
     """Return the wait in seconds for a database that does not answer: growing and spread, as all tasks wait."""
     longest_s = min(OUTAGE_MOST_S, task.default_retry_delay * 2.0 ** min(outages, 10))
     return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 -- spreads load, keeps no secret
 
 
-def _may_retry(task: GraphTask[Any, Any], error: BaseException) -> bool:
+def _may_retry(task: Task, error: BaseException) -> bool:
     if isinstance(error, TaskPredicate):
         # A step that raised Celery's own Ignore, Reject or Retry has decided itself.
         return False

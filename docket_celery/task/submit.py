@@ -38,6 +38,8 @@ from docket_celery.task.result import GraphResult
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
 
+    Task = GraphTask[Any, Any]
+
 Publish = Callable[..., GraphResult[Any]]
 """Celery's own `apply_async`, as the next class of the task has it."""
 RunEagerly = Callable[..., EagerResult[Any]]
@@ -45,16 +47,14 @@ RunEagerly = Callable[..., EagerResult[Any]]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def submit(
-    task: GraphTask[Any, Any], publish: Publish, args: Any, kwargs: Any, options: dict[str, Any]
-) -> GraphResult[Any]:
+def submit(task: Task, publish: Publish, args: Any, kwargs: Any, options: dict[str, Any]) -> GraphResult[Any]:
     """Submit a job, or a later delivery of one; see `GraphTask.apply_async`."""
     call, args, kwargs = _Call(task, options), tuple(args or ()), dict[str, Any](kwargs or {})
     # A later delivery of a job was checked before, and its headers are ours.
     if not (options.pop(PREPARED, False) or options.get("retries")):
         args, kwargs = call.prepare(args, kwargs)
     headers = call.headers
-    shown = chords.describe(headers) if PART in headers else f"({', '.join(map(_brief, args))})"
+    shown = chords.describe(headers[PART]) if PART in headers else f"({', '.join(map(_brief, args))})"
     options.setdefault("argsrepr", shown)
     options.setdefault("kwargsrepr", f"{{{', '.join(f'{k}={_brief(v)}' for k, v in kwargs.items())}}}")
     # A copy that waits for its turn carries what its original did: only that may have been stored.
@@ -65,7 +65,7 @@ def submit(
     return call.publish(publish, args, kwargs)
 
 
-def submit_on_commit(task: GraphTask[Any, Any], args: Any, kwargs: Any, options: dict[str, Any]) -> None:
+def submit_on_commit(task: Task, args: Any, kwargs: Any, options: dict[str, Any]) -> None:
     """Submit a job as it is now when Django's transaction commits; see `GraphTask.apply_async_on_commit`."""
     call = _Call(task, options)
     job = copy.deepcopy(call.prepare(tuple(args or ()), dict(kwargs or {})))
@@ -75,7 +75,7 @@ def submit_on_commit(task: GraphTask[Any, Any], args: Any, kwargs: Any, options:
 
 
 def submit_batch(
-    task: GraphTask[Any, Any],
+    task: Task,
     publish: Publish,
     items: Iterable[Any],
     others: Sequence[Message],
@@ -101,7 +101,7 @@ def submit_batch(
 
 
 def run_eagerly(
-    task: GraphTask[Any, Any], run: RunEagerly, args: Any, kwargs: Any, options: dict[str, Any]
+    task: Task, run: RunEagerly, args: Any, kwargs: Any, options: dict[str, Any]
 ) -> EagerResult[Any]:
     """Run a job here and now; see `GraphTask.apply`."""
     call = _Call(task, options)
@@ -115,7 +115,7 @@ def run_eagerly(
     return result
 
 
-def find_handle(task: GraphTask[Any, Any], execution_id: str) -> RunHandle:
+def find_handle(task: Task, execution_id: str) -> RunHandle:
     """Return the run of that name; see `GraphTask.handle`."""
     settings, plan = app_settings.app_settings(task.app), task.plan()
     shared = task.graph.find_batch_store(plan, settings)
@@ -127,7 +127,7 @@ def find_handle(task: GraphTask[Any, Any], execution_id: str) -> RunHandle:
 class _Call:
     """What a caller says of a job besides its messages; Celery's own options are left in *options*."""
 
-    def __init__(self, task: GraphTask[Any, Any], options: dict[str, Any]) -> None:
+    def __init__(self, task: Task, options: dict[str, Any]) -> None:
         self.headers: dict[str, Any] = dict(options.pop("headers", None) or {})
         self.execution_id: str | None = options.pop("execution_id", None)
         self._context: Mapping[str, Any] | None = options.pop("context", None)
@@ -178,8 +178,10 @@ class _Call:
             # In the headers of a running task it is a text already; older versions and callers may have a mapping.
             given = read_context(headers.get(CONTEXT)) if self._context is None else self._context
             headers[CONTEXT] = write_context(given)
+        if not self._options:
+            return
         check_serializer(self._options.get("serializer"))
-        asked = take_batch_options(self._options) if self._options else {}
+        asked = take_batch_options(self._options)
         if asked:
             read_batch_options(task, asked)
             if not task.plan().fans_out:

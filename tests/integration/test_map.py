@@ -19,7 +19,11 @@ from tests.unit.protos.shop_pb2 import Order
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 NOT_ENTERED = {"chords", "large_jobs", "references", "upload"}
-UPWARD = {"plan/registry.compiled -> runner.replaced", "plan/registry._read -> runner.<lambda>"}
+UPWARD = {
+    "plan/registry.compiled -> runner.replaced",
+    "plan/registry._read -> runner.<lambda>",
+    "plan/step.invoke -> engine/attempt.context",
+}
 MOST_AT_SUBMIT = 9
 MOST_IN_WORKER = 39
 MAP = ROOT / "docs" / "contributing" / "map.md"
