@@ -99,3 +99,23 @@ def halt(*, failing: object, stopped: object) -> Halt | None:
     if stopped:
         return Halt.STOPPED
     return Halt.FAILING if failing else None
+
+
+def is_lost(*, state: str, is_busy: bool, is_queued: bool, idle_s: float, lease_s: float) -> bool:
+    """Tell whether nobody advances a run that is to be looked at.
+
+    Args:
+        state: The run's.
+        is_busy: Whether a chunk of its stage is worked on, or is to be tried again later.
+        is_queued: Whether chunks wait in a queue and may still start.
+        idle_s: Seconds since the stage was opened, or the last of its chunks ended or was found dead.
+        lease_s: As for new leases.
+    """
+    if state != RunState.WAITING:
+        return True  # its lease is over, or its task must hear that it was cancelled
+    return not is_busy and idle_s >= (QUEUE_PATIENCE * lease_s if is_queued else lease_s)
+
+
+def next_look_s(*, lost: bool, idle_s: float, lease_s: float) -> float:
+    """Return the seconds until the next look: the longer nothing helps, the rarer a run is sent again."""
+    return min(LONGEST_LOOK_S, max(lease_s, idle_s)) if lost else lease_s

@@ -12,7 +12,7 @@ from docket_celery.store import SQLStore
 from docket_celery.store.contract import BatchStore
 from docket_celery.store.records import Chunk, ChunkEnd, ChunkRequest, Lease, RunState
 from docket_celery.store.rules import LONGEST_LOOK_S
-from docket_celery.store.sql import postgres_upkeep
+from docket_celery.store.sql import upkeep
 from tests.conformance.samples import GRAPH, Bench, SQLBench
 
 LEASE_S = 30.0
@@ -62,7 +62,7 @@ def test_a_look_takes_so_many_at_most(bench: Bench, batches: BatchStore) -> None
 def test_two_who_look_at_once_never_find_the_same(postgres_store: SQLStore, rival: Connection) -> None:
     """What one has locked the other passes by, without waiting for it; after them nothing is left to be found."""
     lose(SQLBench(postgres_store), postgres_store, "first", "second", "third")
-    seen = [one.execution_id for one in postgres_upkeep.find_lost(rival, TASKS, LEASE_S, 3, 1)]
+    seen = [one.execution_id for one in upkeep.find_lost(rival, TASKS, LEASE_S, 3, 1)]
     with ThreadPoolExecutor(max_workers=1) as pool:
         others = pool.submit(look, postgres_store)
         try:
@@ -77,7 +77,7 @@ def test_two_who_look_at_once_never_find_the_same(postgres_store: SQLStore, riva
 def test_a_run_that_was_locked_is_found_by_the_next_look(postgres_store: SQLStore, rival: Connection) -> None:
     """Whoever had it may have died before it sent the run on."""
     lose(SQLBench(postgres_store), postgres_store, "first", "second")
-    (seen,) = [one.execution_id for one in postgres_upkeep.find_lost(rival, TASKS, LEASE_S, 3, 1)]
+    (seen,) = [one.execution_id for one in upkeep.find_lost(rival, TASKS, LEASE_S, 3, 1)]
     with ThreadPoolExecutor(max_workers=1) as pool:
         others = pool.submit(look, postgres_store)
         try:

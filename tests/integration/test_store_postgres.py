@@ -235,7 +235,7 @@ class TestStatements:
         again = bench.take(owner="again", task_id="t2")
         assert count(lambda: store.restore(again, [])) == 4
         assert dates() == [(None, 45001)]
-        assert count(lambda: store.cancel(GRAPH, RUN, {"code": "DC204", "args": [RUN, ""]}, 60.0)) == 4
+        assert count(lambda: store.cancel(GRAPH, RUN, {"code": "DC204", "args": [RUN, ""]}, 60.0)) == 5
         assert dates() == [(60.0, 45001)]
 
     def test_the_date_of_an_earlier_end_is_none(self, bench: SQLBench) -> None:

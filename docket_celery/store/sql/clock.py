@@ -10,71 +10,36 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, DateTime, Double, cast
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy import ColumnElement, Connection, DateTime, Double
 from sqlalchemy.types import TypeEngine
 
-_TIME: TypeEngine[Any] = DateTime(timezone=True)
+from docket_celery.store.sql.constructs import construct
+
+_TIME = DateTime(timezone=True)
 _SECONDS: TypeEngine[Any] = Double[float]()
+_NOW = "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
+# printf reads NULL as 0, so NULL is kept out of it.
+_LATER = """(CASE WHEN {1} IS NOT NULL
+    THEN strftime('%Y-%m-%d %H:%M:%f', {0}, printf('%+.3f seconds', {1})) || '000' END)"""
+
+now = construct("now", "clock_timestamp()", _NOW, _TIME)
+"""The present moment; a later one at each call in a statement."""
+began = construct("began", "statement_timestamp()", _NOW, _TIME)
+"""The moment at which the statement began: unlike `now`, Postgres can look it up in an index."""
+later = construct("later", "({0} + CAST({1} AS double precision) * interval '1 second')", _LATER, _TIME)
+"""The moment some seconds after another one; negative: before it. NULL for NULL."""
+seconds_left = construct(
+    "seconds_left",
+    "EXTRACT(EPOCH FROM {0} - clock_timestamp())",
+    "((julianday({0}) - julianday('now')) * 86400.0)",
+    _SECONDS,
+)
+"""The seconds from now until a moment; negative: it is over."""
 
 
-class now(FunctionElement[Any]):  # noqa: N801 -- reads as a SQL function
-    """The present moment; a later one at each call in a statement."""
-
-    type = _TIME
-    inherit_cache = True
-
-
-class after(FunctionElement[Any]):  # noqa: N801 -- reads as a SQL function
-    """The moment some seconds from now: ``after(bindparam("lease_s"))``; NULL for NULL, negative: the past."""
-
-    type = _TIME
-    inherit_cache = True
-
-    def __init__(self, seconds: ColumnElement[Any]) -> None:
-        super().__init__(cast(seconds, Double))
-
-
-class seconds_left(FunctionElement[Any]):  # noqa: N801 -- reads as a SQL function
-    """The seconds from now until a moment; negative: it is over."""
-
-    type = _SECONDS
-    inherit_cache = True
-
-
-@compiles(now)
-def _now(_element: now, _compiler: SQLCompiler, **_: Any) -> str:
-    return "clock_timestamp()"
-
-
-@compiles(now, "sqlite")
-def _now_in_sqlite(_element: now, _compiler: SQLCompiler, **_: Any) -> str:
-    return "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
-
-
-@compiles(after)
-def _after(element: after, compiler: SQLCompiler, **kw: Any) -> str:
-    return f"(clock_timestamp() + {compiler.process(element.clauses, **kw)} * interval '1 second')"
-
-
-@compiles(after, "sqlite")
-def _after_in_sqlite(element: after, compiler: SQLCompiler, **kw: Any) -> str:
-    # printf reads NULL as 0, so NULL is kept out of it.
-    seconds = compiler.process(element.clauses, **kw)
-    moment = f"strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%+.3f seconds', {seconds})) || '000'"
-    return f"(CASE WHEN {seconds} IS NOT NULL THEN {moment} END)"
-
-
-@compiles(seconds_left)
-def _seconds_left(element: seconds_left, compiler: SQLCompiler, **kw: Any) -> str:
-    return f"EXTRACT(EPOCH FROM {compiler.process(element.clauses, **kw)} - clock_timestamp())"
-
-
-@compiles(seconds_left, "sqlite")
-def _seconds_left_in_sqlite(element: seconds_left, compiler: SQLCompiler, **kw: Any) -> str:
-    return f"((julianday({compiler.process(element.clauses, **kw)}) - julianday('now')) * 86400.0)"
+def after(seconds: ColumnElement[Any] | float | None) -> ColumnElement[Any]:
+    """Return the moment some seconds from now; NULL for NULL."""
+    return later(now(), seconds)
 
 
 @contextmanager

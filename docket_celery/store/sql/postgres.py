@@ -18,7 +18,6 @@ from docket_celery.store.records import (
     Checkpoint,
     Halt,
     Lease,
-    Purged,
     RunEnd,
     RunRequest,
     RunRow,
@@ -44,7 +43,6 @@ from docket_celery.store.rules import halt
 from docket_celery.store.sql import postgres_sql as sql
 from docket_celery.store.sql import schema
 from docket_celery.store.sql.faults import sqlstate
-from docket_celery.store.sql.purging import purge_postgres
 
 _LOCKED_S = 1.0  # of a heartbeat, for all locked rows together
 _LOCK_TIMEOUT = "55P03"
@@ -263,11 +261,6 @@ def _execution_values(execution: StepExecution | None) -> dict[str, Any]:
     if execution is None:
         return {}
     return {f"x_{name}": value for name, value in execution_values(execution).items()}
-
-
-def purge(connection: Connection, limit: int) -> Purged:
-    """See `Store.purge`."""
-    return purge_postgres(connection, limit)
 
 
 def migrate(connection: Connection) -> int:

@@ -21,7 +21,6 @@ from docket_celery.store.records import (
     Checkpoint,
     Halt,
     Lease,
-    Purged,
     RunEnd,
     RunRequest,
     RunRow,
@@ -53,7 +52,6 @@ from docket_celery.store.rules import (
     may_take,
 )
 from docket_celery.store.sql import schema
-from docket_celery.store.sql.purging import purge_sqlite
 
 NOW = "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
 _COLUMNS = ", ".join(CHECKPOINT_COLUMNS)
@@ -379,11 +377,6 @@ def find_job(connection: Connection, graph: str, execution_id: str) -> bytes | N
     values = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
     job = connection.execute(_FIND_JOB, values).scalar_one_or_none()
     return None if job is None else bytes(job)
-
-
-def purge(connection: Connection, limit: int) -> Purged:
-    """See `Store.purge`."""
-    return purge_sqlite(connection, limit, writing)
 
 
 def migrate(connection: Connection) -> int:

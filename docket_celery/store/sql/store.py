@@ -29,16 +29,8 @@ from docket_celery.store.records import (
     StepExecution,
 )
 from docket_celery.store.sealing import ERROR, JOB, MESSAGE, Seal
-from docket_celery.store.sql import (
-    postgres,
-    postgres_chunks,
-    postgres_upkeep,
-    postgres_uploads,
-    sqlite,
-    sqlite_chunks,
-    sqlite_upkeep,
-    sqlite_uploads,
-)
+from docket_celery.store.sql import chunks as batch
+from docket_celery.store.sql import postgres, purging, sqlite, upkeep, uploads
 from docket_celery.store.sql.database import Database
 
 _logger = logging.getLogger("docket_celery.store")
@@ -65,9 +57,6 @@ class SQLStore:
         self._run = self._database.run
         is_postgres = self._database.dialect == "postgresql"
         self._calls: Any = postgres if is_postgres else sqlite
-        self._chunks: Any = postgres_chunks if is_postgres else sqlite_chunks
-        self._uploads: Any = postgres_uploads if is_postgres else sqlite_uploads
-        self._upkeep: Any = postgres_upkeep if is_postgres else sqlite_upkeep
         self.persistent = not self._database.in_memory
         self._clones: list[SQLStore] = []
 
@@ -129,7 +118,7 @@ class SQLStore:
     ) -> RunRow | None:
         """See `Store.cancel`."""
         sealed = self._seal.seal_value(error, ERROR, graph=graph, execution_id=execution_id)
-        found = self._run("cancel the run", self._upkeep.cancel, graph, execution_id, sealed, retention_s)
+        found = self._run("cancel the run", upkeep.cancel, graph, execution_id, sealed, retention_s)
         return None if found is None else self._seal.unseal(found)
 
     def find_run(self, graph: str, execution_id: str) -> RunRow | None:
@@ -175,24 +164,24 @@ class SQLStore:
 
     def save_many(self, lease: Lease, checkpoints: Sequence[Checkpoint]) -> None:
         """See `BatchStore.save_many`."""
-        self._run("save the items", self._chunks.save_many, lease, self._seal.seal_all(checkpoints))
+        self._run("save the items", batch.save_many, lease, self._seal.seal_all(checkpoints))
 
     def begin_upload(self, request: RunRequest, keep_s: float) -> Lease | RunRow:
         """See `BatchStore.begin_upload`."""
-        found = self._run("reserve the run", self._uploads.begin_upload, self._seal.seal(request), keep_s)
+        found = self._run("reserve the run", uploads.begin_upload, self._seal.seal(request), keep_s)
         return found if isinstance(found, Lease) else self._seal.unseal(found)
 
     def put_items(self, lease: Lease, items: Sequence[Checkpoint]) -> None:
         """See `BatchStore.put_items`."""
-        self._run("store the items", self._uploads.put_items, lease, self._seal.seal_all(items))
+        self._run("store the items", uploads.put_items, lease, self._seal.seal_all(items))
 
     def close_items(self, lease: Lease, name: str, count: int, rows: Sequence[Checkpoint]) -> None:
         """See `BatchStore.close_items`."""
-        self._run("count the items", self._uploads.close_items, lease, name, count, self._seal.seal_all(rows))
+        self._run("count the items", uploads.close_items, lease, name, count, self._seal.seal_all(rows))
 
     def finish_upload(self, lease: Lease, digest: bytes, keep_s: float) -> None:
         """See `BatchStore.finish_upload`."""
-        self._run("queue the run", self._uploads.finish_upload, lease, digest, keep_s)
+        self._run("queue the run", uploads.finish_upload, lease, digest, keep_s)
 
     def read_items(
         self,
@@ -208,7 +197,7 @@ class SQLStore:
         """See `BatchStore.read_items`."""
         found = self._run(
             "read the items",
-            self._chunks.read_items,
+            batch.read_items,
             graph,
             execution_id,
             names,
@@ -222,13 +211,13 @@ class SQLStore:
     def measure_items(self, graph: str, execution_id: str, name: str) -> tuple[int, int]:
         """See `BatchStore.measure_items`."""
         found: tuple[int, int] = self._run(
-            "measure the items", self._chunks.measure_items, graph, execution_id, name
+            "measure the items", batch.measure_items, graph, execution_id, name
         )
         return found
 
     def find_names(self, graph: str, execution_id: str) -> set[str]:
         """See `BatchStore.find_names`."""
-        return self._run("find what is stored", self._chunks.find_names, graph, execution_id)
+        return self._run("find what is stored", batch.find_names, graph, execution_id)
 
     # --- stages and chunks -----------------------------------------------------------------------------------------
 
@@ -247,7 +236,7 @@ class SQLStore:
         """See `BatchStore.open_stage`."""
         found: Lanes | None = self._run(
             "open the stage",
-            self._chunks.open_stage,
+            batch.open_stage,
             lease,
             stage,
             chunks,
@@ -261,23 +250,23 @@ class SQLStore:
 
     def find_chunks(self, graph: str, execution_id: str) -> list[ChunkRow]:
         """See `BatchStore.find_chunks`."""
-        found = self._run("find the chunks", self._chunks.find_chunks, graph, execution_id)
+        found = self._run("find the chunks", batch.find_chunks, graph, execution_id)
         return [self._seal.unseal(row, graph=graph, execution_id=execution_id) for row in found]
 
     def find_failed(self, graph: str, execution_id: str, lo: int, hi: int) -> list[ChunkRow]:
         """See `BatchStore.find_failed`."""
-        found = self._run("find the failed chunks", self._chunks.find_failed, graph, execution_id, lo, hi)
+        found = self._run("find the failed chunks", batch.find_failed, graph, execution_id, lo, hi)
         return [self._seal.unseal(row, graph=graph, execution_id=execution_id) for row in found]
 
     def lease_chunk(self, request: ChunkRequest) -> Lease | ChunkRefusal:
         """See `BatchStore.lease_chunk`."""
-        found: Lease | ChunkRefusal = self._run("take the chunk", self._chunks.lease_chunk, request)
+        found: Lease | ChunkRefusal = self._run("take the chunk", batch.lease_chunk, request)
         return found
 
     def end_chunk(self, lease: Lease, end: ChunkEnd) -> Progress | None:
         """See `BatchStore.end_chunk`."""
         sealed = self._seal.seal(end, graph=lease.graph, execution_id=lease.execution_id, chunk=lease.chunk)
-        found: Progress | None = self._run("end the chunk", self._chunks.end_chunk, lease, sealed)
+        found: Progress | None = self._run("end the chunk", batch.end_chunk, lease, sealed)
         return found
 
     # --- upkeep ----------------------------------------------------------------------------------------------------
@@ -288,7 +277,7 @@ class SQLStore:
         """See `BatchStore.find_lost`; a run whose message cannot be decoded here is left to others."""
         lost: list[LostRun] = []
         for one in self._run(
-            "look for lost runs", self._upkeep.find_lost, task_names, lease_s, max_deliveries, limit
+            "look for lost runs", upkeep.find_lost, task_names, lease_s, max_deliveries, limit
         ):
             try:
                 lost.append(self._seal.unseal(one))
@@ -298,7 +287,7 @@ class SQLStore:
 
     def purge(self, limit: int) -> Purged:
         """See `Store.purge`."""
-        found: Purged = self._run("purge its tables", self._calls.purge, limit)
+        found: Purged = self._run("purge its tables", purging.purge, limit)
         return found
 
     def migrate(self) -> int:

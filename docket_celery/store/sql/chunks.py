@@ -1,0 +1,352 @@
+"""The work of a batch: its items, its stages, and the leases of chunks.
+
+What each chunk calls is one statement on Postgres, built once: `read_items`, `lease_chunk`, `save_many`, `end_chunk`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import ColumnElement, Connection, and_, case, cast, or_, select, update
+
+from docket_celery.errors import LeaseLost
+from docket_celery.store.records import (
+    Checkpoint,
+    Chunk,
+    ChunkEnd,
+    ChunkRefusal,
+    ChunkRequest,
+    ChunkRow,
+    Lanes,
+    Lease,
+    Progress,
+    RunState,
+    StepExecution,
+)
+from docket_celery.store.rows import (
+    CHECKPOINT_COLUMNS,
+    chunk_lease,
+    chunk_values,
+    clean_text,
+    dump_json,
+    fence_values,
+    lanes_values,
+    progress_values,
+    read_chunk,
+    read_in_order,
+    read_lanes,
+    read_progress,
+)
+from docket_celery.store.rules import STAGE_PATIENCE, refusal
+from docket_celery.store.sql.clock import after, now, seconds_left
+from docket_celery.store.sql.constructs import add_done, as_json
+from docket_celery.store.sql.fenced import (
+    ADD_CHECKPOINTS,
+    ADD_CHUNKS,
+    ADD_EXECUTIONS,
+    Fenced,
+    checkpoint_rows,
+    execution_rows,
+)
+from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_runs
+
+_CHUNKS, _RUNS, _CACHE = docket_chunks.c, docket_runs.c, docket_cache.c
+
+
+def _the(name: str, kind: Any = None, *, many: bool = False) -> Any:
+    """Return the parameter that `_bind` names so."""
+    return sa.bindparam(f"the_{name}", type_=kind, expanding=many)
+
+
+def _bind(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"the_{name}": value for name, value in values.items()}
+
+
+def _same(*columns: ColumnElement[Any]) -> ColumnElement[bool]:
+    return and_(*(column == _the(column.key or "", column.type) for column in columns))
+
+
+_IS_RUN = _same(_RUNS.graph, _RUNS.execution_id)
+_IS_CHUNK = _same(_CHUNKS.graph, _CHUNKS.execution_id, _CHUNKS.stage, _CHUNKS.lo)
+_IS_OPEN = and_(_same(_RUNS.stage), or_(_RUNS.state == RunState.RUNNING, _RUNS.state == RunState.WAITING))
+_HOLDS_RUN = and_(_IS_RUN, _same(_RUNS.epoch, _RUNS.owner), _RUNS.state == RunState.RUNNING)
+_HOLDS_CHUNK = and_(_IS_CHUNK, _same(_CHUNKS.epoch, _CHUNKS.owner), _CHUNKS.state == RunState.RUNNING)
+
+
+# --- items ----------------------------------------------------------------------------------------------------------
+
+_HELD_RUN = select(_RUNS.graph).where(_HOLDS_RUN)
+_HELD_CHUNK = select(_CHUNKS.graph).where(_HOLDS_CHUNK, sa.exists().where(_IS_RUN, _IS_OPEN))
+_SAVE_MANY = {
+    False: Fenced([_HELD_RUN.with_for_update(read=True)]),
+    True: Fenced([_HELD_CHUNK.with_for_update(read=True)]),
+}
+"""By whether a chunk saves."""
+
+
+def save_many(connection: Connection, lease: Lease, checkpoints: Sequence[Checkpoint]) -> None:
+    """See `BatchStore.save_many`."""
+    save, rows = _SAVE_MANY[lease.chunk is not None], {ADD_CHECKPOINTS: checkpoint_rows(checkpoints)}
+    if save.run(connection, _bind(fence_values(lease)), rows) is None:
+        raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+
+
+@cache
+def _read_items(*, by_key: bool, of_job: bool) -> Any:
+    wanted: list[ColumnElement[bool]] = [
+        and_(
+            _CACHE.step_name.in_(_the("names", many=True)),
+            _CACHE.item_index >= _the("first"),
+            _CACHE.item_index < _the("before"),
+        )
+    ]
+    if by_key:
+        wanted.append(_CACHE.cache_key.in_(_the("keys", many=True)))
+    # In the statement that reads: no other run can come between.
+    is_its_job = [sa.exists().where(_IS_RUN, _same(_RUNS.job_digest))] if of_job else []
+    rows = select(*(_CACHE[name] for name in CHECKPOINT_COLUMNS)).where(
+        _same(_CACHE.graph, _CACHE.execution_id)
+    )
+    return sa.union_all(*(rows.where(which, *is_its_job) for which in wanted))
+
+
+def read_items(
+    connection: Connection,
+    graph: str,
+    execution_id: str,
+    names: Sequence[str],
+    lo: int,
+    hi: int,
+    keys: Sequence[bytes],
+    job_digest: bytes | None,
+) -> list[Checkpoint]:
+    """See `BatchStore.read_items`."""
+    run = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
+    wanted = {"names": list(map(clean_text, names)), "first": lo, "before": hi, "keys": keys}
+    statement = _read_items(by_key=bool(keys), of_job=job_digest is not None)
+    rows = connection.execute(statement, _bind(run | wanted | {"job_digest": job_digest}))
+    return read_in_order(rows.mappings().all(), **run)
+
+
+def find_names(connection: Connection, graph: str, execution_id: str) -> set[str]:
+    """See `BatchStore.find_names`."""
+    least = select(sa.func.min(_CACHE.step_name).label("name")).where(*_of(_CACHE, graph, execution_id))
+    # One step into the index for each name, however many items there are.
+    names = least.cte("names", recursive=True)
+    following = least.where(_CACHE.step_name > names.c.name).scalar_subquery()
+    names = names.union_all(select(following).where(names.c.name.is_not(None)))
+    return set(connection.execute(select(names.c.name).where(names.c.name.is_not(None))).scalars())
+
+
+def measure_items(connection: Connection, graph: str, execution_id: str, name: str) -> tuple[int, int]:
+    """See `BatchStore.measure_items`."""
+    is_item = and_(_CACHE.step_name == clean_text(name), _CACHE.item == cast(_CACHE.item_index, sa.Text))
+    size = sa.func.coalesce(sa.func.sum(sa.func.length(_CACHE.output_data)), 0)
+    statement = select(sa.func.count(), size).where(*_of(_CACHE, graph, execution_id), is_item)
+    found = connection.execute(statement).one()
+    return int(found[0]), int(found[1])
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def open_stage(
+    connection: Connection,
+    lease: Lease,
+    stage: int,
+    chunks: Sequence[Chunk],
+    allowed: int,
+    executions: Sequence[StepExecution],
+    progress: Progress | None,
+    lanes: Lanes | None,
+    message: bytes | None,
+) -> Lanes | None:
+    """See `BatchStore.open_stage`."""
+    run = {"graph": clean_text(lease.graph), "execution_id": clean_text(lease.execution_id), "stage": stage}
+    of_stage = _same(_CHUNKS.graph, _CHUNKS.execution_id, _CHUNKS.stage)
+    failed = select(sa.func.coalesce(sa.func.sum(_CHUNKS.failed), 0)).where(of_stage).scalar_subquery()
+    new = {
+        _RUNS.progress: as_json(progress_values(progress)),
+        _RUNS.lanes: as_json(lanes_values(lanes)),
+        _RUNS.items_allowed: sa.literal(allowed),
+        _RUNS.items_failed: failed,
+    }
+    # Opened again by a copy: its chunks have counted meanwhile, and one may have stopped the rest.
+    is_open = and_(_same(_RUNS.stage), _RUNS.items_allowed.is_not(None))
+    kept = {column.key: case((is_open, column), else_=value) for column, value in new.items()}
+    keeps_s = None if message is None else lease.lease_s
+    opened = (
+        update(docket_runs)
+        .where(_HOLDS_RUN)
+        .values(
+            state=RunState.WAITING,
+            stage=stage,
+            message=message,
+            updated_at=now(),
+            wake_at=after(keeps_s),
+            lease_until=after(None if keeps_s is None else keeps_s * STAGE_PATIENCE),
+            **kept,
+        )
+    )
+    rows = {
+        ADD_CHUNKS: [run | {"lo": chunk.lo, "hi": chunk.hi} for chunk in chunks],
+        ADD_EXECUTIONS: execution_rows(executions),
+    }
+    told, values = select(cast(_RUNS.lanes, sa.Text).label("lanes")), _bind(fence_values(lease) | run)
+    row = Fenced([opened], tells=told.where(_IS_RUN)).run(connection, values, rows)
+    if row is None:
+        is_ours = and_(_IS_RUN, _same(_RUNS.owner, _RUNS.epoch), _RUNS.state == RunState.WAITING)
+        row = connection.execute(told.where(is_ours), values).first()
+        if row is None:
+            raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+    return read_lanes(row.lanes)
+
+
+def find_chunks(connection: Connection, graph: str, execution_id: str) -> list[ChunkRow]:
+    """See `BatchStore.find_chunks`."""
+    return _find_chunks(connection, *_of(_CHUNKS, graph, execution_id))
+
+
+def find_failed(connection: Connection, graph: str, execution_id: str, lo: int, hi: int) -> list[ChunkRow]:
+    """See `BatchStore.find_failed`."""
+    is_near = and_(_CHUNKS.lo < hi, _CHUNKS.hi > lo, _CHUNKS.failed > 0)
+    return _find_chunks(connection, *_of(_CHUNKS, graph, execution_id), is_near)
+
+
+def _find_chunks(connection: Connection, *which: ColumnElement[bool]) -> list[ChunkRow]:
+    names, errors = ("stage", "lo", "hi", "state", "failed"), cast(_CHUNKS.errors, sa.Text).label("errors")
+    statement = select(*(_CHUNKS[name] for name in names), errors).where(*which)
+    rows = connection.execute(statement.order_by(_CHUNKS.stage, _CHUNKS.lo)).mappings()
+    return [read_chunk(row) for row in rows]
+
+
+def _of(columns: Any, graph: str, execution_id: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return columns.graph == clean_text(graph), columns.execution_id == clean_text(execution_id)
+
+
+# --- chunks ---------------------------------------------------------------------------------------------------------
+
+
+def _take_chunk() -> Fenced:
+    """Return the statement that takes a chunk's lease if its request may have it."""
+    owner, task_id, retries = (_the(c.key, c.type) for c in (_CHUNKS.owner, _CHUNKS.task_id, _CHUNKS.retries))
+    running, ours = _CHUNKS.state == RunState.RUNNING, _CHUNKS.owner == owner
+    same, ended_cleanly = _CHUNKS.task_id == task_id, _the("ended_cleanly", sa.Boolean())
+    newer = and_(same, retries > _CHUNKS.retries)
+    # A delivery that comes again after it took the lease itself died with it.
+    crash = and_(running, sa.not_(ours), sa.not_(and_(ended_cleanly, sa.func.coalesce(newer, sa.false()))))
+    poison = and_(crash, _CHUNKS.lost + 1 >= _the("max_deliveries", sa.Integer()))
+    is_over = or_(_CHUNKS.lease_until <= now(), ours, newer)
+    is_free = or_(_CHUNKS.state == RunState.QUEUED, and_(running, is_over))
+    may_start = sa.exists().where(_IS_RUN, _IS_OPEN, _RUNS.items_failed <= _RUNS.items_allowed)
+    taken = (
+        update(docket_chunks)
+        .where(_IS_CHUNK, is_free, may_start)
+        .values(
+            state=case((poison, RunState.QUARANTINED), else_=RunState.RUNNING),
+            lease_until=case((sa.not_(poison), after(_the("lease_s", sa.Double())))),
+            lost=_CHUNKS.lost + case((crash, 1), else_=0),
+            epoch=_CHUNKS.epoch + case((and_(running, ours), 0), else_=1),
+            owner=owner,
+            task_id=task_id,
+            # An older copy of a task must not make its next retry look new.
+            retries=case((and_(same, _CHUNKS.retries > retries), _CHUNKS.retries), else_=retries),
+        )
+    )
+    target = select(_RUNS.target).where(_IS_RUN).scalar_subquery().label("target")
+    told = select(_CHUNKS.state, _CHUNKS.epoch, _CHUNKS.hi, _CHUNKS.lost, target).where(_IS_CHUNK)
+    return Fenced([taken], tells=told)
+
+
+_TAKE_CHUNK = _take_chunk()
+_LOOK_AT_CHUNK = (
+    select(
+        _CHUNKS.state,
+        seconds_left(_CHUNKS.lease_until).label("lease_left_s"),
+        _IS_OPEN.label("is_open"),
+        (_RUNS.items_failed > _RUNS.items_allowed).label("failing"),
+    )
+    .join_from(docket_chunks, docket_runs, _IS_RUN)
+    .where(_IS_CHUNK)
+)
+_STOP = (
+    update(docket_runs).where(_IS_RUN, _same(_RUNS.stage), _RUNS.items_allowed >= 0).values(items_allowed=-1)
+)
+
+
+def lease_chunk(connection: Connection, request: ChunkRequest) -> Lease | ChunkRefusal:
+    """See `BatchStore.lease_chunk`."""
+    values = _bind(chunk_values(request))
+    taken = _TAKE_CHUNK.run(connection, values)
+    if taken is not None and taken.state == RunState.RUNNING:
+        return chunk_lease(request, taken._mapping)
+    row = connection.execute(_LOOK_AT_CHUNK, values).mappings().first()
+    if row is None:
+        return refusal(None, is_open=None, failing=None, lease_left_s=None)
+    if row["state"] == RunState.QUARANTINED:
+        # A statement of its own: all others lock the run before its chunk.
+        connection.execute(_STOP, values)
+    return refusal(**row)
+
+
+def _end_chunk() -> Fenced:
+    state, failed = _the("state", sa.Text()), _the("failed", _CHUNKS.failed.type)
+    wake_in_s, lease_s = _the("wake_in_s", sa.Double()), _the("lease_s", sa.Double())
+    # The run is locked before its chunk, as by all statements that lock both.
+    lock = select(_RUNS.graph).where(_IS_RUN, _IS_OPEN).with_for_update()
+    ended = (
+        update(docket_chunks)
+        .where(_HOLDS_CHUNK)
+        .values(
+            state=state,
+            failed=failed,
+            errors=as_json(_the("errors", sa.Text())),
+            lease_until=case((wake_in_s > 0, after(wake_in_s))),
+        )
+    )
+    items = select(_CHUNKS.hi - _CHUNKS.lo).where(_IS_CHUNK).scalar_subquery()
+    done = and_(state == RunState.SUCCEEDED, _RUNS.progress.is_not(None))
+    kept_until = after(wake_in_s + lease_s * STAGE_PATIENCE)
+    is_kept = and_(_RUNS.state == RunState.WAITING, _RUNS.lease_until < kept_until)
+    noted = (
+        update(docket_runs)
+        .where(_IS_RUN)
+        .values(
+            updated_at=now(),
+            lease_until=case((is_kept, kept_until), else_=_RUNS.lease_until),
+            items_failed=_RUNS.items_failed + failed,
+            items_allowed=case((_the("stops", sa.Boolean()), -1), else_=_RUNS.items_allowed),
+            progress=case((done, add_done(_RUNS.progress, items)), else_=_RUNS.progress),
+        )
+    )
+    told = select(cast(_RUNS.progress, sa.Text).label("progress")).where(_IS_RUN)
+    return Fenced([lock, ended], [noted], told)
+
+
+_END_CHUNK = _end_chunk()
+
+
+def end_chunk(connection: Connection, lease: Lease, ending: ChunkEnd) -> Progress | None:
+    """See `BatchStore.end_chunk`."""
+    values = fence_values(lease) | {
+        "state": ending.state.value,
+        "failed": ending.failed,
+        "stops": ending.stops,
+        "wake_in_s": ending.wake_in_s,
+        "lease_s": lease.lease_s,
+        "errors": dump_json(dict(ending.errors)) if ending.errors else None,
+    }
+    rows = {
+        ADD_CHECKPOINTS: checkpoint_rows(ending.checkpoints),
+        ADD_EXECUTIONS: execution_rows(ending.executions),
+    }
+    row = _END_CHUNK.run(connection, _bind(values), rows)
+    if row is not None:
+        return read_progress(row.progress)
+    ours = select(_CHUNKS.lo).where(_IS_CHUNK, _same(_CHUNKS.owner, _CHUNKS.epoch, _CHUNKS.state))
+    if connection.execute(ours, _bind(values)).first() is None:
+        raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+    return None

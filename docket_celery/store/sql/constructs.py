@@ -1,0 +1,65 @@
+"""SQL that the databases write differently; `clock` has what is about time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Table, literal_column
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import NullType, TypeEngine
+
+Construct = Callable[..., ColumnElement[Any]]
+
+
+def construct(
+    name: str, on_postgres: str, on_sqlite: str, result: TypeEngine[Any] | None = None
+) -> Construct:
+    """Return a SQL function that each database has its own text for.
+
+    Args:
+        name: Names it in SQLAlchemy's cache of compiled statements.
+        on_postgres: The text, with '{0}', '{1}' for the arguments.
+        on_sqlite: The same for SQLite.
+        result: The type of what it returns.
+    """
+    made = type(name, (FunctionElement,), {"inherit_cache": True, "type": result or NullType()})
+
+    def write(text: str) -> Callable[..., str]:
+        def compiled(element: FunctionElement[Any], compiler: SQLCompiler, **kw: Any) -> str:
+            return text.format(*(compiler.process(clause, **kw) for clause in element.clauses))
+
+        return compiled
+
+    compiles(made)(write(on_postgres))
+    compiles(made, "sqlite")(write(on_sqlite))
+    return made
+
+
+as_json = construct("as_json", "CAST({0} AS jsonb)", "{0}")
+"""Text as a JSON column takes it."""
+add_done = construct(
+    "add_done",
+    "jsonb_set({0}, '{{done}}', to_jsonb(CAST({0} ->> 'done' AS bigint) + {1}))",
+    "json_set({0}, '$.done', json_extract({0}, '$.done') + {1})",
+)
+"""A stage's progress with more items done; NULL for NULL."""
+one_of = construct("one_of", "{0} = ANY(ARRAY{1})", "{0} IN {1}")
+"""Whether a value is among those of a scalar subquery, which Postgres runs first: it cannot become a hash join."""
+
+
+def row_id(table: Any) -> ColumnElement[Any]:
+    """Return the physical address of a row of *table*, by which a statement finds rows that it has looked up."""
+    return _row_id(literal_column(table.name))
+
+
+_row_id = construct("row_id", "{0}.ctid", "{0}.rowid")
+
+
+def insert_into(connection: Connection, table: Table) -> Any:
+    """Return an insert with the ``on_conflict_do_*`` methods of the database."""
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    return insert(table)

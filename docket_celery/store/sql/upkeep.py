@@ -1,0 +1,132 @@
+"""What others than its holder do to a run: cancel it, and find out that nobody advances it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, and_, case, func, or_, select, update
+
+from docket_celery.store.records import LostRun, RunRow, RunState
+from docket_celery.store.rows import Row, clean_text, dump_json
+from docket_celery.store.rules import CANCEL_LOOK_S, QUEUE_PATIENCE, STAGE_PATIENCE, is_lost, next_look_s
+from docket_celery.store.sql.clock import after, began, later, now, seconds_left, writing
+from docket_celery.store.sql.constructs import as_json, one_of
+from docket_celery.store.sql.fenced import Fenced, find_run
+from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_runs
+
+_CHUNKS, _RUNS, _CACHE = docket_chunks.c, docket_runs.c, docket_cache.c
+_DATED_AT_ONCE = 20_000
+"""How many checkpoints one statement dates: a batch may have a million, and a statement has 15 seconds."""
+
+
+def cancel(
+    connection: Connection, graph: str, execution_id: str, error: dict[str, Any], retention_s: float
+) -> RunRow | None:
+    """See `Store.cancel`."""
+    run = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
+    alive = [RunState.QUEUED, RunState.RUNNING, RunState.WAITING]
+    cancelled = {"state": RunState.CANCELLED, "lease_until": None}
+    ended = (
+        update(docket_runs)
+        .where(_of(_RUNS, run), _RUNS.state.in_(alive))
+        .values(
+            **cancelled,
+            error=as_json(dump_json(error)),
+            # A caller may wait for the task, and its messages may be lost.
+            wake_at=case((_RUNS.message.is_not(None), after(CANCEL_LOOK_S))),
+            ended_at=now(),
+            updated_at=now(),
+            expires_at=after(retention_s),
+        )
+    )
+    chunks = update(docket_chunks).where(_of(_CHUNKS, run), _CHUNKS.state.in_(alive)).values(cancelled)
+    Fenced([ended], [chunks]).run(connection)
+    found = find_run(connection, graph, execution_id)
+    if found is not None and found.state is RunState.CANCELLED:
+        _date_checkpoints(connection, run)
+    return found
+
+
+def _date_checkpoints(connection: Connection, run: Row) -> None:
+    """Set until when the checkpoints of a run that has ended are kept."""
+    ended_at = select(_RUNS.ended_at).where(_of(_RUNS, run)).scalar_subquery()
+    expires_at = later(ended_at, _CACHE.ttl)
+    undated = select(_CACHE.cache_key).where(
+        _of(_CACHE, run), _CACHE.ttl.is_not(None), _CACHE.expires_at.is_distinct_from(expires_at)
+    )
+    page = one_of(_CACHE.cache_key, undated.limit(_DATED_AT_ONCE).correlate(None).scalar_subquery())
+    dated = update(docket_cache).where(page).values(expires_at=expires_at)
+    while connection.execute(dated).rowcount == _DATED_AT_ONCE:
+        pass
+
+
+def find_lost(
+    connection: Connection, task_names: Sequence[str], lease_s: float, max_deliveries: int, limit: int
+) -> list[LostRun]:
+    """See `BatchStore.find_lost`."""
+    names = ("graph", "execution_id", "task_name", "retries", "stage", "message")
+    woken = _RUNS.wake_at <= began()
+    is_over = and_(_RUNS.state == RunState.RUNNING, _RUNS.lease_until <= began())
+    is_due = or_(
+        and_(_RUNS.state.in_([RunState.WAITING, RunState.CANCELLED]), woken),
+        and_(is_over, or_(_RUNS.wake_at.is_(None), woken)),
+    )
+    shown = (_RUNS.items_failed > _RUNS.items_allowed).label("failing"), seconds_left(_RUNS.updated_at)
+    due = (
+        select(*(_RUNS[name] for name in (*names, "state")), shown[0], (-shown[1]).label("idle_s"))
+        .where(_RUNS.message.is_not(None), _RUNS.task_name.in_(list(map(clean_text, task_names))), is_due)
+        .order_by(_RUNS.wake_at.is_not(None), _RUNS.wake_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    with writing(connection):
+        rows = connection.execute(due).mappings().all()
+        lost = [row for row in rows if _look_at(connection, row, lease_s, max_deliveries)]
+    return [LostRun(**{name: row[name] for name in names}) for row in lost]
+
+
+def _look_at(connection: Connection, run: Row, lease_s: float, max_deliveries: int) -> bool:
+    """Free the chunks of a locked *run* whose leases are over and set the next look; tell whether it is lost."""
+    failing, idle_s = bool(run["failing"]), float(run["idle_s"])
+    stage = and_(_of(_CHUNKS, run), _CHUNKS.stage == run["stage"])
+    is_poison = _CHUNKS.lost + 1 >= max_deliveries
+    freed = (
+        update(docket_chunks)
+        .where(stage, _CHUNKS.state == RunState.RUNNING, _CHUNKS.lease_until <= began())
+        .values(
+            lost=_CHUNKS.lost + 1,
+            lease_until=None,
+            state=case((is_poison, RunState.QUARANTINED), else_=RunState.QUEUED),
+        )
+    )
+    died = connection.execute(freed).rowcount > 0
+    counts = dict[str, int]()
+    # A chunk that is to be tried again counts until its message may have been in a queue long enough.
+    is_delayed = _CHUNKS.lease_until > after(-QUEUE_PATIENCE * lease_s)
+    delayed = func.count(case((is_delayed, 1)))
+    by_state = select(_CHUNKS.state, func.count(), delayed).where(stage).group_by(_CHUNKS.state)
+    for state, count, late in connection.execute(by_state).all():
+        counts |= {state: count, f"{state} later": late}
+    waits = not failing and counts.get(RunState.QUEUED, 0) > 0
+    lost = died or is_lost(
+        state=run["state"],
+        is_busy=RunState.RUNNING in counts or (waits and counts[f"{RunState.QUEUED} later"] > 0),
+        is_queued=waits,
+        idle_s=idle_s,
+        lease_s=lease_s,
+    )
+    next_s = next_look_s(lost=lost and not died, idle_s=idle_s, lease_s=lease_s)
+    changes: dict[str, Any] = {"wake_at": after(None if run["state"] == RunState.CANCELLED else next_s)}
+    if died:
+        kept_until = after(lease_s * STAGE_PATIENCE)
+        is_kept = and_(_RUNS.state == RunState.WAITING, _RUNS.lease_until < kept_until)
+        changes |= {"updated_at": now(), "lease_until": case((is_kept, kept_until), else_=_RUNS.lease_until)}
+    if RunState.QUARANTINED in counts:
+        changes["items_allowed"] = case((_RUNS.items_allowed.is_not(None), -1))
+    connection.execute(update(docket_runs).where(_of(_RUNS, run)).values(changes))
+    return lost
+
+
+def _of(columns: Any, run: Row) -> ColumnElement[bool]:
+    return and_(columns.graph == run["graph"], columns.execution_id == run["execution_id"])
