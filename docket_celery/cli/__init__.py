@@ -9,6 +9,9 @@ import importlib
 from typing import Final
 
 import click
+from celery import Celery
+
+from docket_celery.errors import DocketError
 
 _COMMANDS: Final = {
     "check": "docket_celery.cli.graphs",
@@ -35,3 +38,20 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup)
 def docket() -> None:
     """Graphs of typed steps: check, plan, and their database."""
+
+
+def loaded_app(ctx: click.Context) -> Celery:
+    """Return the app of ``celery -A APP``, with its task modules imported.
+
+    Raises:
+        ClickException: No app was named, or its ``docket_*`` settings cannot be used.
+    """
+    app: Celery = ctx.obj.app
+    app.loader.import_default_modules()
+    app.finalize()
+    return app
+
+
+def as_click(error: DocketError) -> click.ClickException:
+    """Return *error* as Celery's command line shows errors: its text and exit status 1."""
+    return click.ClickException(str(error))

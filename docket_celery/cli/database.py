@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import click
 
-from docket_celery.cli.apps import as_click, loaded_app
+from docket_celery.cli import as_click, loaded_app
 from docket_celery.errors import DocketError
 from docket_celery.store import SQLStore
 from docket_celery.store.records import Purged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from docket_celery.cli.apps import as_click, loaded_app
+from docket_celery.cli import as_click, loaded_app
 from docket_celery.errors import DocketError
 from docket_celery.task import checks
 

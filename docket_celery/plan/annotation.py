@@ -64,26 +64,25 @@ class SignatureFault(Exception):
         self.texts, self.options, self.output = texts, tuple(options), output
 
 
-def resolve(annotation: Any) -> Any:
-    """Return what a type alias stands for, also behind ``Annotated``; anything else as it is.
+def resolve(annotation: Any) -> tuple[Any, list[Any]]:
+    """Return the type that an annotation stands for, behind aliases and ``Annotated``, and what ``Annotated`` adds.
 
     An alias is ``type X = ...`` or a ``TypeAliasType`` of `typing` or ``typing_extensions``, also with parameters.
 
     Raises:
-        SignatureFault: The alias leads to itself, or to a name that is not defined.
+        SignatureFault: An alias leads to itself, or to a name that is not defined.
     """
+    extras: list[Any] = []
     for _ in range(_MOST_ALIASES):
+        arguments = typing.get_args(annotation)
         if typing.get_origin(annotation) is Annotated:
-            kind, *extras = typing.get_args(annotation)
-            plain = resolve(kind)
-            return annotation if plain is kind else Annotated[(plain, *extras)]
+            annotation, extras = arguments[0], [*arguments[1:], *extras]
+            continue
         alias = typing.get_origin(annotation) or annotation
         if type(alias).__name__ != "TypeAliasType":
-            return annotation
-        arguments = typing.get_args(annotation)
+            return annotation, extras
         try:
-            value = alias.__value__
-            annotation = value[arguments] if arguments else value
+            annotation = alias.__value__[arguments] if arguments else alias.__value__
         except (NameError, AttributeError, TypeError) as error:
             raise SignatureFault(f"the type alias {alias} cannot be read: {error}") from error
         if isinstance(annotation, str):
@@ -99,7 +98,7 @@ def read_annotation(annotation: Any, what: str) -> ValueKey:
     Raises:
         SignatureFault: It is not a message type (with at most one `Named`); *what* says whose annotation it is.
     """
-    kind, extras = _split(annotation)
+    kind, extras = resolve(annotation)
     names = [extra.name for extra in extras if isinstance(extra, Named)]
     if len(names) > 1:
         raise SignatureFault(f"{what} has {len(names)} Named(...); keep one")
@@ -122,7 +121,7 @@ def read_many(annotation: Any) -> tuple[Any, str] | None:
 
     ``Annotated[list[T], Named("x")]`` reads like ``list[Annotated[T, Named("x")]]``.
     """
-    kind, extras = _split(annotation)
+    kind, extras = resolve(annotation)
     origin, held = typing.get_origin(kind), typing.get_args(kind)
     if origin not in (list, Iterable) or len(held) != 1:
         return None
@@ -131,16 +130,7 @@ def read_many(annotation: Any) -> tuple[Any, str] | None:
 
 def is_context(annotation: Any) -> bool:
     """Tell whether it is `StepContext`, with or without ``Annotated``."""
-    return _split(annotation)[0] is StepContext
-
-
-def _split(annotation: Any) -> tuple[Any, list[Any]]:
-    """Return the type that an annotation stands for, and what ``Annotated`` adds to it."""
-    annotation = resolve(annotation)
-    if typing.get_origin(annotation) is not Annotated:
-        return annotation, []
-    kind, *extras = typing.get_args(annotation)
-    return kind, extras
+    return resolve(annotation)[0] is StepContext
 
 
 def is_union(annotation: Any) -> bool:
@@ -150,10 +140,10 @@ def is_union(annotation: Any) -> bool:
 
 def mentions_values(annotation: Any) -> bool:
     """Tell whether a message type or `StepContext` is part of it: then it is meant to be given one."""
-    annotation = resolve(annotation)
-    if is_message_type(annotation) or annotation is StepContext:
+    kind, _ = resolve(annotation)
+    if is_message_type(kind) or kind is StepContext:
         return True
-    return any(mentions_values(part) for part in typing.get_args(annotation))
+    return any(mentions_values(part) for part in typing.get_args(kind))
 
 
 def show_annotation(annotation: Any) -> str:

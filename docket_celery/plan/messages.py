@@ -146,28 +146,13 @@ def value_name(value: Value) -> str:
     return type_name(value) if isinstance(value, Message) else "list"
 
 
-class ListDigest:
-    """SHA-256 over what `value_bytes` gives for a list, taken message by message."""
-
-    def __init__(self) -> None:
-        self._sha256 = hashlib.sha256()
-
-    def add(self, data: bytes, name: str) -> None:
-        """Add a message: its bytes, and the name of its type."""
-        self._sha256.update(frame((name.encode(), data)))
-
-    def digest(self) -> bytes:
-        """Return the digest of all so far."""
-        return self._sha256.digest()
-
-
 def value_digest(value: Value) -> bytes:
     """Return what stands for a value in the digest of a job: its bytes, or the digest of a list, however long."""
     if isinstance(value, Message):
         return to_bytes(value)
-    digest = ListDigest()
+    digest = hashlib.sha256()
     for message in value:
-        digest.add(to_bytes(message), type_name(message))
+        digest.update(frame((type_name(message).encode(), to_bytes(message))))
     return digest.digest()
 
 

@@ -91,13 +91,7 @@ class Registry:
         It takes them as ``list[T]``, or as ``Iterable[T]`` where it looks at one after the other. The items are those
         of a batch, or what a step returned as ``list[T]``.
 
-        Args:
-            preset: `StepOptions` to start from.
-            **options: The fields of `StepOptions`.
-
-        Raises:
-            TypeError: An option does not exist.
-            GraphError: The graph is frozen because it has run, or the step needs ``name=``.
+        Arguments and errors as for `step`.
         """
         return self._decorate(preset, options, aggregates=True)
 

@@ -399,7 +399,7 @@ def _declaration(task: str, signature: inspect.Signature, hints: Mapping[str, An
         raise SignatureFault("it takes no message; a job is at least one")
     if len(set(given)) != len(given):
         raise SignatureFault('it takes two messages of one type; tell them apart with Named("...")')
-    target, form = _target(resolve(_hint(hints, "return", "its result")))
+    target, form = _target(_hint(hints, "return", "its result"))
     batch = batches[0] if batches else None
     return Declaration(
         task=task,
@@ -413,8 +413,9 @@ def _declaration(task: str, signature: inspect.Signature, hints: Mapping[str, An
 
 
 def _target(result: Any) -> tuple[ValueKey, Literal["one", "list", "BatchResult"]]:
-    if typing.get_origin(result) is BatchResult:
-        return read_annotation(typing.get_args(result)[0], "its result"), "BatchResult"
+    kind, _ = resolve(result)
+    if typing.get_origin(kind) is BatchResult:
+        return read_annotation(typing.get_args(kind)[0], "its result"), "BatchResult"
     many = read_many(result)
     if many is None:
         return read_annotation(result, "its result"), "one"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
@@ -14,7 +15,7 @@ from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.run_row import job_parts
 from docket_celery.engine.waiting import run_on_pool
 from docket_celery.errors import InvalidArguments, InvalidSettings, RunCancelled, RunConflict
-from docket_celery.plan.messages import ListDigest, check_size, frame, to_bytes, type_name
+from docket_celery.plan.messages import check_size, frame, to_bytes, type_name
 from docket_celery.store.contract import BatchStore
 from docket_celery.store.identity import job_digest
 from docket_celery.store.records import UNFINISHED, Lease, RunRow, RunState
@@ -107,7 +108,7 @@ class _Upload:
         job = frame(part for name, data in self._parts for part in (name.encode(), data))
         self._request = ask(task, run, job, UNFINISHED, settings)
         self._keep_s = keep_s(run, settings)
-        self._digest, self._count = ListDigest(), 0
+        self._digest, self._count = hashlib.sha256(), 0
 
     def store(self) -> tuple[bytes, dict[str, Stored]]:
         """Store the batch; see `upload`."""
@@ -162,7 +163,7 @@ class _Upload:
             message = self._task.declaration.bind_item(index, item)
             data = to_bytes(message)
             check_size(f"{name} of task {self._task.name}", len(data), limit)
-            self._digest.add(data, name)
+            self._digest.update(frame((name.encode(), data)))
             self._count = index + 1
             yield message
 
