@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
-from typing import Any, Final
-from weakref import WeakSet
+from collections import UserDict
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, cast
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from celery import Celery, _state
+from celery.utils.collections import ConfigurationView
 
 from docket_celery.engine.process.pool import Worker
 from docket_celery.engine.process.settings import PREFIX, Settings, check_environment
@@ -18,18 +20,36 @@ from docket_celery.task import envelope
 _KEYS: Final = tuple(PREFIX + name for name in Settings.__dataclass_fields__)
 
 
-class _Worker:
-    """What this process knows of its worker; a prefork child inherits it."""
+class ThisWorker:
+    """What this process knows of its worker; a prefork child inherits it.
+
+    Attributes:
+        app: The worker's app, or None: this process belongs to no worker.
+        pool: Celery's name of its pool.
+        slots: Tasks that it runs at once.
+        main_pid: Process id of the worker's main process.
+        watched: The apps that have GraphTasks.
+    """
 
     def __init__(self) -> None:
-        self.pool: str | None = None
-        self.main_pid: int | None = None
-        self.slots = 1
         self.app: Celery | None = None
+        self.pool: str | None = None
+        self.slots = 1
+        self.main_pid: int | None = None
         self.watched: WeakSet[Celery] = WeakSet()
 
+    @property
+    def forks(self) -> bool:
+        """Whether its tasks run in forked children."""
+        return self.pool == "prefork"
 
-this_worker = _Worker()
+    @property
+    def runs_tasks(self) -> bool:
+        """Whether tasks run in this process: under prefork in the children."""
+        return self.app is not None and not (self.forks and os.getpid() == self.main_pid)
+
+
+this_worker = ThisWorker()
 
 
 def settings(**values: Any) -> Settings:
@@ -44,15 +64,58 @@ def settings(**values: Any) -> Settings:
     return process.set({k if k.startswith(PREFIX) else PREFIX + k: v for k, v in values.items()})
 
 
+class _LastRead:
+    """The settings of an app as they were read last, and what they were read from.
+
+    Celery takes about 50 us to find ten keys in its layers; to see that nothing has changed takes 20.
+    """
+
+    __slots__ = ("conf", "names", "seen", "settings")
+
+    def __init__(self, conf: ConfigurationView) -> None:
+        self.conf = ref(conf)
+        list(_layers(conf))  # loads the configuration; only then is the namespace known
+        prefix = conf.prefix or ""
+        match_case = str.upper if prefix.isupper() else str.lower
+        self.names = {name for key in _KEYS for name in (key, key.upper(), match_case(prefix + key))}
+        self.seen: list[Any] | None = None
+        self.settings: Settings
+
+    def look(self, conf: ConfigurationView) -> list[Any]:
+        """Return what the settings would be read from now, to be compared with `seen`."""
+        found: list[Any] = []
+        for layer in _layers(conf):
+            # Others than dicts list their keys slowly: they look at attributes of a module.
+            for name in self.names & layer.keys() if isinstance(layer, dict) else self.names:
+                if name in layer:
+                    value: Any = layer[name]
+                    # A list may be changed where it is.
+                    found += (name, value.copy() if type(value) is list else value)
+        return found + process.sources()
+
+
+_last_read: WeakKeyDictionary[Celery, _LastRead] = WeakKeyDictionary()
+
+
 def app_settings(app: Celery) -> Settings:
-    """Return the settings in force for *app*.
+    """Return the settings in force for *app*, read again only if something has changed.
 
     Raises:
         InvalidSettings: A value cannot be used.
     """
-    found = process.settings(_app_values(app))
-    envelope.types.limits.add(found.max_message_bytes)
-    return found
+    # `current_app` is a proxy, which cannot be remembered weakly; the app behind it can.
+    behind = getattr(app, "_get_current_object", None)
+    app = app if behind is None else behind()
+    conf: Any = app.conf
+    last = _last_read.get(app)
+    if last is None or last.conf() is not conf:
+        last = _last_read[app] = _LastRead(conf)
+    seen = last.look(conf)
+    if last.seen != seen:
+        last.settings = process.settings(_read(conf))
+        last.seen = seen
+        envelope.types.limits.add(last.settings.max_message_bytes)
+    return last.settings
 
 
 def check_settings(app: Celery) -> Settings:
@@ -70,37 +133,12 @@ def check_settings(app: Celery) -> Settings:
     return app_settings(app)
 
 
-def worker_app() -> Celery | None:
-    """Return the app of the worker that this process belongs to, or None."""
-    return this_worker.app
-
-
-def worker_slots() -> int:
-    """Return how many tasks this process's worker runs at once, as far as is known."""
-    return this_worker.slots
-
-
-def forks() -> bool:
-    """Tell whether this process's worker runs its tasks in forked children."""
-    return this_worker.pool == "prefork"
-
-
-def runs_tasks() -> bool:
-    """Tell whether this process runs a worker's tasks: under prefork its children do."""
-    return this_worker.app is not None and not (forks() and os.getpid() == this_worker.main_pid)
-
-
-def soft_limits_work() -> bool:
-    """Tell whether Celery itself enforces soft time limits here: in prefork only."""
-    return this_worker.pool is None or this_worker.pool == "prefork"
-
-
 def deadline_s(task: Any, request: Any) -> float | None:
     """Return the limit in seconds that Celery does not enforce here: outside prefork it ignores soft limits.
 
     A message says its limits only where the submitter knew the task; else they are the task's, then the app's.
     """
-    if soft_limits_work() and not request.is_eager:
+    if this_worker.pool in (None, "prefork") and not request.is_eager:
         return None
     hard, soft = request.timelimit or (None, None)
     conf: Any = task.app.conf
@@ -109,21 +147,33 @@ def deadline_s(task: Any, request: Any) -> float | None:
     return soft or hard or None
 
 
-def _app_values(app: Celery) -> Mapping[str, Any]:
-    conf = app.conf
+def _layers(conf: ConfigurationView) -> Iterator[Mapping[str, Any]]:
+    """Yield the mappings that *conf* looks in, the first one first."""
+    for layer in conf.maps or ():
+        loaded: Any = cast("Any", layer).data if isinstance(layer, UserDict) else layer
+        if isinstance(loaded, ConfigurationView):
+            yield from _layers(loaded)
+        else:
+            yield loaded
+
+
+def _read(conf: Any) -> Mapping[str, Any]:
     # Celery finds a key with its namespace by itself (CELERY_DOCKET_THREADS), an upper-case one without it not.
     return {key: conf[name] for key in _KEYS for name in (key.upper(), key) if name in conf}
 
 
-def current_values() -> Mapping[str, Any]:
-    """Return the ``docket_*`` values of the current app, if there is one."""
+def _current_settings() -> Settings | None:
+    """Return the settings of the current app, if there is one."""
     # current_app would create a default app and read its configuration; look without creating.
     state: Any = _state
     app: Celery | None = getattr(state._tls, "current_app", None) or state.default_app
-    return {} if app is None else _app_values(app)
+    return None if app is None else app_settings(app)
 
 
-def in_task() -> bool:
+def _in_task() -> bool:
     """Tell whether this is the thread of a task, where Celery raises its limits; step threads know the task too."""
     state: Any = _state
     return not isinstance(threading.current_thread(), Worker) and state.get_current_worker_task() is not None
+
+
+process.use_host(_current_settings, _in_task)

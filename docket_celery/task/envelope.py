@@ -186,7 +186,5 @@ def wrap(value: Any) -> Any:
     return value
 
 
-def install() -> None:
-    """Teach kombu's JSON to read our marker; messages of types that no task declares are none of our business."""
-    # It encodes itself: the type is named for the decoder's sake.
-    register_type(Undecodable, MARKER, Undecodable.__json__, cast("Any", decode))
+# It encodes itself: the type is named for the decoder's sake. Types that no task declares stay as kombu has them.
+register_type(Undecodable, MARKER, Undecodable.__json__, cast("Any", decode))

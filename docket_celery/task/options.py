@@ -12,7 +12,7 @@ from docket_celery.errors import InvalidArguments, InvalidDeclaration
 from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.batch import BatchPolicy
 from docket_celery.plan.options import RetryPolicy, Scope, StepOptions, nearest_option
-from docket_celery.task.app_settings import worker_slots
+from docket_celery.task.app_settings import this_worker
 
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
@@ -115,7 +115,7 @@ def read_batch_options(
         policy=BatchPolicy(on_error, max_failed),
         chunk_size=asked.get("chunk_size", task.chunk_size),
         max_concurrency=asked.get("max_concurrency", task.max_concurrency),
-        slots=int(asked.get(SLOTS, worker_slots())),
+        slots=int(asked.get(SLOTS, this_worker.slots)),
         threads=int(asked.get(THREADS, threads)),
     )
 

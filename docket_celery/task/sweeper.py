@@ -1,7 +1,7 @@
-"""Looks for batches that nobody advances, and has them go on: each worker does, with whichever process comes first.
+"""Looks for batches that no worker advances, and sends a task that continues them. One process of each worker looks.
 
-Chords are the fast path, the store is the truth. Where Redis loses a counter, the broker a message, or a worker its
-life with a chunk, the rows still say what is to be done; a copy of the body's task does it.
+Chords are the fast path, the store is the truth. Where Redis loses a counter, the broker a message, or a worker dies
+with a chunk, the rows still say what is to be done; a copy of the body's task does it.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from celery.exceptions import OperationalError
 from docket_celery.errors import DocketError, StoreUnavailable
 from docket_celery.store.contract import BatchStore
 from docket_celery.store.records import LostRun
-from docket_celery.task import app_settings, checks
+from docket_celery.task import checks
+from docket_celery.task.app_settings import app_settings, this_worker
 from docket_celery.task.chords import revive
 from docket_celery.task.retries import OUTAGE_MOST_S
 
 MOST_AT_ONCE = 20
-"""So many runs does one look take at most: whoever looks next finds the others."""
+"""Most runs that one look takes; the next look finds the others."""
 _TRIES = 20
-"""So often is it tried to send a run on; by then the store finds it lost once more."""
+"""Most tries to send the task of one run; by then the store finds the run lost once more."""
 _logger = logging.getLogger("docket_celery.sweeper")
 
 
 class Schedule:
     """When the processes of one worker look next; forked children share it.
 
-    Children come and go, some after a single task: with a schedule of its own each would look either too often or
-    never.
+    Some children end after a single task: with a schedule of its own each would look too often or never.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Schedule:
 
 
 class Sweeper:
-    """Sweeps the stores of an app's batch tasks every half a lease, for as long as its process lives.
+    """Sweeps the stores of an app's batch tasks every half a lease, until `stop` or the end of the process.
 
     Args:
         app: The app, with its tasks imported.
@@ -71,18 +71,18 @@ class Sweeper:
         self._unsent: dict[tuple[str, str], tuple[LostRun, int]] = {}
 
     def start(self) -> bool:
-        """Begin, if the app has tasks whose batches several workers share; tell whether it has."""
+        """Start the thread, if the app has tasks whose batches several workers share; tell whether it has."""
         if not self._tasks():
             return False
         threading.Thread(target=self._run, name="docket-sweep", daemon=True).start()
         return True
 
     def stop(self) -> None:
-        """Look no more; a look that is under way comes to its end."""
+        """Look no more; a look that is under way is finished."""
         self._over.set()
 
     def sweep(self) -> int:
-        """Look once; return how many runs were sent on: those found lost, and those that could not be sent before.
+        """Look once; return how many tasks were sent: for lost runs, and those that could not be sent before.
 
         The first look after an outage takes nothing for lost: leases expired meanwhile, and the deliveries that held
         them come back within `OUTAGE_MOST_S`.
@@ -90,7 +90,7 @@ class Sweeper:
         Raises:
             DocketError: A store cannot be asked.
         """
-        settings = app_settings.app_settings(self._app)
+        settings = app_settings(self._app)
         if self._schedule.away:
             for store, _ in self._tasks():
                 store.find_run("", "")
@@ -102,7 +102,7 @@ class Sweeper:
                     names, settings.lease_seconds, settings.max_deliveries, MOST_AT_ONCE
                 ):
                     _logger.warning(
-                        "run %r of graph %r is not advanced by anybody; task %s goes on with it",
+                        "run %r of graph %r is not advanced by any worker; task %s continues it",
                         *(lost.execution_id, lost.graph, lost.task_name),
                     )
                     self._unsent[lost.graph, lost.execution_id] = (lost, 0)
@@ -111,7 +111,7 @@ class Sweeper:
         return sent
 
     def _send(self) -> int:
-        """Send on what was found lost; what cannot be sent now is kept: the store tells of it again much later."""
+        """Send the tasks of lost runs; what cannot be sent is kept, as the store finds it lost again much later."""
         waiting, self._unsent = self._unsent, {}
         sent, is_reached = 0, True
         for name, (lost, tries) in waiting.items():
@@ -126,14 +126,14 @@ class Sweeper:
                 _logger.warning("the broker cannot be reached; lost batches have to wait", exc_info=True)
             except Exception:
                 # The others of this look must not wait for theirs.
-                _logger.exception("run %r could not be sent on", lost.execution_id)
+                _logger.exception("the task of run %r could not be sent", lost.execution_id)
             if tries + 1 < _TRIES:
                 self._unsent[name] = (lost, tries + 1)
         return sent
 
     def _run(self) -> None:
         while True:
-            half_s = app_settings.app_settings(self._app).lease_seconds / 2
+            half_s = app_settings(self._app).lease_seconds / 2
             left_s = self._schedule.left_s()
             # Not over half a lease, whatever another process wrote.
             if self._over.wait(min(max(0.0, left_s), half_s)):
@@ -155,7 +155,7 @@ class Sweeper:
 
     def _tasks(self) -> list[tuple[BatchStore, list[str]]]:
         """Return the stores over which batches are spread, with the names of the tasks."""
-        settings = app_settings.app_settings(self._app)
+        settings = app_settings(self._app)
         found: dict[int, tuple[BatchStore, list[str]]] = {}
         for task in checks.graph_tasks(self._app):
             try:
@@ -168,12 +168,22 @@ class Sweeper:
 
 
 class SweeperStep(bootsteps.StartStopStep):
-    """Ends the sweeper of a worker that ends, however it does: Celery's signal comes after a warm shutdown only."""
+    """Begins and ends the sweeper of a worker; Celery's signal tells of a warm shutdown only.
+
+    Under prefork the children sweep, with the schedule that is made here before any of them is forked.
+    """
 
     requires = ("celery.worker.components:Pool",)
 
+    def __init__(self, parent: Any, **kwargs: Any) -> None:
+        super().__init__(parent, **kwargs)
+        _end()  # that of an earlier worker in this process
+        _this_process.schedule = Schedule()
+
     def start(self, parent: Any) -> None:
-        """Nothing to do: the worker's signals begin."""
+        """Begin where tasks run in the main process; that of a prefork pool runs no SQL."""
+        if not this_worker.forks and _this_process.sweeper is None:
+            _begin(parent.app)
 
     def stop(self, parent: Any) -> None:  # noqa: ARG002 -- Celery's signature
         """End it."""
@@ -182,12 +192,7 @@ class SweeperStep(bootsteps.StartStopStep):
     terminate = stop
 
 
-def watch(app: Celery) -> None:
-    """Have the workers of *app* end their sweepers."""
-    app.steps["worker"].add(SweeperStep)
-
-
-class _Process:
+class _ThisProcess:
     """The sweeper of this process, and the schedule that it shares with its worker's other processes."""
 
     def __init__(self) -> None:
@@ -195,50 +200,29 @@ class _Process:
         self.schedule: Schedule | None = None
 
 
-_process = _Process()
+_this_process = _ThisProcess()
 
 
-def _on_worker_init(**_: Any) -> None:
-    """Make the schedule before any child is forked."""
-    _end()
-    _process.schedule = Schedule()
+def connect(app: Celery) -> None:
+    """Have the workers of *app* sweep."""
+    app.steps["worker"].add(SweeperStep)
+    signals.worker_process_init.connect(_on_process_init, weak=False)
+    signals.worker_process_shutdown.connect(_end, weak=False)
 
 
 def _on_process_init(**_: Any) -> None:
-    """Begin in a child of a prefork pool, or in a solo worker."""
-    _begin()
+    """Begin in a child of a prefork pool. One that was spawned knows its app alone, and has its own schedule."""
+    if this_worker.forks or this_worker.app is None:
+        _begin(this_worker.app or _state.get_current_app())
 
 
-def _on_worker_ready(**_: Any) -> None:
-    """Begin where tasks run in the main process; under prefork that one runs no SQL."""
-    if not app_settings.forks() and _process.sweeper is None:
-        _begin()
-
-
-def _begin() -> None:
-    # A child that was spawned instead of forked knows its app, and has a schedule of its own.
-    app = app_settings.worker_app() or _state.get_current_app()
-    schedule = _process.schedule or Schedule()
+def _begin(app: Celery) -> None:
     _end()
-    _process.sweeper = Sweeper(app, schedule)
-    _process.sweeper.start()
+    _this_process.sweeper = Sweeper(app, _this_process.schedule or Schedule())
+    _this_process.sweeper.start()
 
 
-def _on_shutdown(**_: Any) -> None:
-    _end()
-
-
-def _end() -> None:
-    """Stop the sweeper of the process, be it that of an earlier worker."""
-    if _process.sweeper is not None:
-        _process.sweeper.stop()
-        _process.sweeper = None
-
-
-def install() -> None:
-    """Connect to Celery; done once, when GraphTask is imported."""
-    signals.worker_init.connect(_on_worker_init, weak=False)
-    signals.worker_process_init.connect(_on_process_init, weak=False)
-    signals.worker_ready.connect(_on_worker_ready, weak=False)
-    signals.worker_process_shutdown.connect(_on_shutdown, weak=False)
-    signals.worker_shutdown.connect(_on_shutdown, weak=False)
+def _end(**_: Any) -> None:
+    if _this_process.sweeper is not None:
+        _this_process.sweeper.stop()
+        _this_process.sweeper = None

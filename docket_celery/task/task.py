@@ -14,14 +14,12 @@ from docket_celery.graph import Graph
 from docket_celery.plan.plan import Plan
 from docket_celery.plan.step import locate
 from docket_celery.task import (
-    app_settings,
     backends,
     deliver,
-    envelope,
     submit,
-    sweeper,
     worker,
 )
+from docket_celery.task.app_settings import this_worker
 from docket_celery.task.declaration import Declaration, declare, note_graph
 from docket_celery.task.result import GraphResult, R
 from docket_celery.task.retries import Kinds
@@ -79,14 +77,13 @@ class GraphTask(Task[P, R]):
             declared = cls.declared
             where = f"class {cls.__module__}.{cls.__qualname__}" if declared is None else locate(declared)
             note_graph(app, cls.name, cls.graph, where)
-            worker.watch_task(app)
-            sweeper.watch(app)
+            worker.connect(app)
 
     @property
     def backend(self) -> Any:
         """The result backend; in a process that runs tasks it waits for a server that is away."""
         found = super().backend
-        return backends.patient(found) if app_settings.runs_tasks() else found
+        return backends.patient(found) if this_worker.runs_tasks else found
 
     @backend.setter
     def backend(self, value: Any) -> None:
@@ -232,8 +229,3 @@ class GraphTask(Task[P, R]):
             StoreMissing, InvalidSettings: This process has no database.
         """
         return submit.find_handle(self, execution_id)
-
-
-envelope.install()
-worker.install()
-sweeper.install()

@@ -1,4 +1,4 @@
-"""The Celery side of a process's life: where settings come from, and what a worker checks before it starts."""
+"""What a worker does for its GraphTasks beside running them: checks before it starts, and the end of a process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from celery.concurrency import get_implementation
 from docket_celery.engine.process.state import process
 from docket_celery.errors import DocketError
 from docket_celery.plan.plan import Plan
-from docket_celery.task.app_settings import app_settings, current_values, in_task, this_worker
+from docket_celery.task import sweeper
+from docket_celery.task.app_settings import app_settings, this_worker
 from docket_celery.task.checks import find_faults, graph_tasks
 
 if TYPE_CHECKING:
@@ -21,15 +22,21 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("docket_celery.worker")
 
 
-def watch_task(app: Celery) -> None:
-    """Look at the wiring of *app*'s GraphTasks once all of them are declared; done once for each app."""
-    if app not in this_worker.watched:
-        this_worker.watched.add(app)
-        app.on_after_finalize.connect(_on_after_finalize, weak=False)
+def connect(app: Celery) -> None:
+    """Connect to *app*, which has a GraphTask, and to its workers; done once for each app."""
+    if app in this_worker.watched:
+        return
+    this_worker.watched.add(app)
+    app.on_after_finalize.connect(_on_after_finalize, weak=False)
+    # Celery connects a receiver once, however many apps there are.
+    signals.worker_init.connect(_on_worker_init, weak=False)
+    signals.worker_process_shutdown.connect(_on_process_shutdown, weak=False)
+    signals.worker_shutdown.connect(_on_worker_shutdown, weak=False)
+    sweeper.connect(app)
 
 
 def _on_after_finalize(sender: Any = None, **_: Any) -> None:
-    """Let the run row, not Celery, bound the retries of tasks that persist: both then end alike."""
+    """Look at the wiring once all tasks are declared; a fault is logged here and stops a worker's start."""
     for task in graph_tasks(sender):
         try:
             plan = task.plan()
@@ -41,6 +48,7 @@ def _on_after_finalize(sender: Any = None, **_: Any) -> None:
 
 
 def _leave_retries_to_row(task: GraphTask[Any, Any], plan: Plan) -> None:
+    """Have the run's row bound the retries of tasks that persist, not Celery: both then end alike."""
     if plan.persists:
         type(task).max_retries = None
 
@@ -73,18 +81,10 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
 
 
 def _on_process_shutdown(**_: Any) -> None:
-    """End what steps have built in this process: a prefork child leaves without Python's own exit."""
+    """Close what factories have built in this process: a prefork child leaves without Python's own exit."""
     process.close_instances()
 
 
 def _on_worker_shutdown(**_: Any) -> None:
     process.close_instances()
     process.close_stores()
-
-
-def install() -> None:
-    """Connect to Celery; done once, when GraphTask is imported."""
-    process.use_host(current_values, in_task)
-    signals.worker_init.connect(_on_worker_init, weak=False)
-    signals.worker_process_shutdown.connect(_on_process_shutdown, weak=False)
-    signals.worker_shutdown.connect(_on_worker_shutdown, weak=False)

@@ -182,7 +182,7 @@ def repeat(book: Book, run: str, worker: WorkerProcess, receiver: Receiver, chos
         ending=ending,
         calls={step: sum(counts.values()) for step, counts in calls.items()},
         overlaps={step: sum(count > 1 for count in counts.values()) for step, counts in calls.items()},
-        revived=worker.read_log().count(f"run {run!r} of graph 'billing' is not advanced by anybody"),
+        revived=worker.read_log().count(f"run {run!r} of graph 'billing' is not advanced by any worker"),
         seconds=seconds,
     )
 

@@ -90,7 +90,7 @@ def test_a_batch_that_a_sweep_takes_up_does_not_expire(
     with redis.Redis.from_url(urls.broker) as client:
         wait_until(lambda: client.llen(queue) == 1, within_s=WAIT_S, what="the message of the body")
         client.delete(queue)
-    worker.wait_for_log(f"run {run!r} of graph 'pacing' is not advanced by anybody")
+    worker.wait_for_log(f"run {run!r} of graph 'pacing' is not advanced by any worker")
     wait_until(lambda: datetime.now(UTC) > expires, within_s=WAIT_S, what="the expiry of the batch")
     assert not sent.ready()
     assert control.add_consumer(queue, reply=True)

@@ -458,7 +458,7 @@ def test_a_lost_body_is_sent_again(journals: Journals, urls: Urls, worker: Worke
     finally:
         control.cancel_consumer(queue, reply=True)
     gathered(journals, urls, run)
-    assert f"run {run!r} of graph 'pacing' is not advanced by anybody" in worker.read_log()
+    assert f"run {run!r} of graph 'pacing' is not advanced by any worker" in worker.read_log()
 
 
 def test_a_killed_worker_does_not_lose_its_chunks(

@@ -77,7 +77,7 @@ def test_a_batch_whose_join_is_lost_ends(journals: Journals, urls: Urls, worker:
     assert sent.get(timeout=WAIT_S).count == 4
     assert sorted(journals.read(f"{run}/ended")) == ["0", "1", "2", "3"]
     assert journals.read(f"gather/{run}") == ["4"]
-    found = f"run {run!r} of graph 'pacing' is not advanced by anybody"
+    found = f"run {run!r} of graph 'pacing' is not advanced by any worker"
     assert found in worker.read_log()
 
 
@@ -90,7 +90,7 @@ def test_an_idle_worker_goes_on_looking(journals: Journals, urls: Urls, worker: 
         sent = paced.gather_all.apply_async((items,), execution_id=run, queue=queue)
         journals.wait(f"{run}/began", 2)
         doomed.kill()
-    found = f"run {run!r} of graph 'pacing' is not advanced by anybody"
+    found = f"run {run!r} of graph 'pacing' is not advanced by any worker"
     wait_until(lambda: found in worker.read_log(), within_s=WAIT_S, what=f"a look that finds {run}")
     with redis.Redis.from_url(urls.broker) as client:
         wait_until(lambda: bool(client.llen(queue)), within_s=WAIT_S, what=f"a message for {run}")

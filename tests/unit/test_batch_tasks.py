@@ -350,7 +350,7 @@ def test_parts_keep_to_the_lanes_of_the_worker_that_began(app: Celery) -> None:
 
     here = read_batch_options(check_all)
     begun = read_batch_options(check_all, {"slots": 3, "threads": 4, "max_concurrency": 6}, threads=1)
-    assert (here.slots, here.max_concurrency) == (app_settings.worker_slots(), 8)
+    assert (here.slots, here.max_concurrency) == (app_settings.this_worker.slots, 8)
     assert begun.lanes(64) == Lanes(6, 3)
 
 

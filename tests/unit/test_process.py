@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import Celery, signals
 
-from docket_celery import Graph, Scope, SQLStore
+from docket_celery import Graph, Scope, SQLStore, graph_task
 from docket_celery.engine.process.state import Process, process
 from docket_celery.store import MemoryStore
 from docket_celery.store.contract import Store
@@ -99,7 +103,76 @@ def test_a_forked_child_starts_with_nothing_and_frees_nothing(tmp_path: Path) ->
 def test_a_forked_child_keeps_what_the_process_was_told() -> None:
     """The host's settings, and those of `docket_celery.settings`."""
     fresh = Process()
-    fresh.use_host(lambda: {"docket_threads": 3})
+    fresh.use_host(lambda: fresh.settings({"docket_threads": 3}))
     fresh.set({"docket_lease_seconds": 7})
     fresh.begin_in_child()
     assert (fresh.settings().threads, fresh.settings().lease_seconds) == (3, 7)
+
+
+IMPORTS = """
+import atexit, json, os, threading, weakref
+import celery.signals as signals
+
+hooks, at_exit = [], []
+
+def note(kept, register):
+    def noted(*args, **kwargs):
+        kept.extend(call for call in (*args, *kwargs.values()) if callable(call))
+        return register(*args, **kwargs)
+    return noted
+
+os.register_at_fork = note(hooks, os.register_at_fork)
+atexit.register = note(at_exit, atexit.register)
+
+import docket_celery, docket_celery.task.task, docket_celery.task.decorators, docket_celery.task.app_defaults
+
+def ours(calls):
+    names = [getattr(call, "__module__", None) or type(call).__module__ for call in calls]
+    return [name for name in names if name.startswith("docket_celery")]
+
+def receivers():
+    found = {}
+    for name, signal in vars(signals).items():
+        if isinstance(signal, signals.Signal):
+            calls = [call for _, call in signal.receivers or ()]
+            found[name] = ours(call() if isinstance(call, weakref.ref) else call for call in calls)
+    assert len(found) > 20
+    return {name: names for name, names in found.items() if names}
+
+told = {
+    "receivers": receivers(), "threads": [each.name for each in threading.enumerate()],
+    "at exit": ours(at_exit), "fork hooks": ours(hooks),
+}
+print(json.dumps(told))
+"""
+
+
+def test_an_import_has_no_effect_but_definitions() -> None:
+    """No receiver of ours at Celery's signals, no thread, nothing at exit, and one hook for forks."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "receivers": {},
+        "threads": ["MainThread"],
+        "at exit": [],
+        "fork hooks": ["docket_celery.engine.process.state"],
+    }
+
+
+def test_the_first_task_of_an_app_connects_to_celery_once() -> None:
+    """However many tasks and apps there are, a signal has each receiver of ours once."""
+    for number in range(2):
+        app = Celery(f"connected{number}", set_as_current=False)
+        for name in ("one", "two"):
+
+            @graph_task(app, GRAPH, name=name, shared=False)
+            def charge_order(order: Order) -> Charge:
+                raise NotImplementedError
+
+        app.finalize()
+        assert [step.__name__ for step in app.steps["worker"]] == ["SweeperStep"]
+    for signal in (signals.worker_init, signals.worker_process_init, signals.worker_process_shutdown):
+        names = [f"{call.__module__}.{call.__name__}" for _, call in signal.receivers]
+        ours = [name for name in names if name.startswith("docket_celery")]
+        assert ours
+        assert len(set(ours)) == len(ours)

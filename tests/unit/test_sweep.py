@@ -166,7 +166,7 @@ def test_a_message_that_can_never_be_sent_keeps_nobody_waiting(
     assert sweeper.sweep() == 1
     for _ in range(30):
         assert sweeper.sweep() == 0
-    told = [one for one in caplog.records if "run 'broken' could not be sent on" in one.message]
+    told = [one for one in caplog.records if "the task of run 'broken' could not be sent" in one.message]
     assert len(told) == 20
     forget_connections(app)
 

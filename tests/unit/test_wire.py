@@ -27,7 +27,6 @@ JSON = st.recursive(
 def types() -> Generator[Types]:
     """The process's types with two of ours among them."""
     before, limits = dict(envelope.types._kinds), set(envelope.types.limits)
-    envelope.install()
     for kind in (Order, Payment):
         envelope.types.allow(kind)
     envelope.types._kinds.pop(Nest.DESCRIPTOR.full_name, None)

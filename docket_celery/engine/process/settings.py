@@ -92,6 +92,11 @@ class Settings:
         return cls(**found)
 
 
+def environment() -> list[str | None]:
+    """Return what the environment sets, to be compared with what it was earlier."""
+    return [os.environ.get(twin) for _, twin in _TWINS.values()]
+
+
 def check_environment(environ: Mapping[str, str] | None = None) -> None:
     """Refuse ``DOCKET_CELERY_*`` variables that no setting reads: a slip of the keyboard must not go unnoticed.
 

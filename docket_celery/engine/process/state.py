@@ -13,7 +13,7 @@ from docket_celery.engine.process.heartbeat import Heartbeat
 from docket_celery.engine.process.instances import Factory
 from docket_celery.engine.process.limits import Slots
 from docket_celery.engine.process.runtime import Runtime
-from docket_celery.engine.process.settings import Settings, check_environment
+from docket_celery.engine.process.settings import Settings, check_environment, environment
 from docket_celery.plan.step import Mark, Step
 from docket_celery.store.codec import Codec
 from docket_celery.store.contract import Store
@@ -30,7 +30,7 @@ class Process:
     """
 
     def __init__(self) -> None:
-        self._host: Callable[[], Mapping[str, Any]] = dict[str, Any]
+        self._host: Callable[[], Settings | None] = lambda: None
         self._in_task: Callable[[], bool] = bool
         self._own: dict[str, Any] = {}
         self._parents: list[dict[str, Any]] = []
@@ -56,9 +56,9 @@ class Process:
 
     # --- settings and stores -----------------------------------------------------------------------------------
 
-    def use_host(self, values: Callable[[], Mapping[str, Any]], in_task: Callable[[], bool] = bool) -> None:
-        """Say where ``docket_*`` values come from, and which threads the host may interrupt in their work."""
-        self._host, self._in_task = values, in_task
+    def use_host(self, find: Callable[[], Settings | None], in_task: Callable[[], bool] = bool) -> None:
+        """Say what returns the settings of the host, if it has any, and tells the threads that it may interrupt."""
+        self._host, self._in_task = find, in_task
 
     def may_help(self) -> bool:
         """Tell whether the calling thread may run steps: the host does not interrupt what it does."""
@@ -80,7 +80,7 @@ class Process:
         """Return the settings in force.
 
         Args:
-            values: Those of one app; None: those of the host.
+            values: ``docket_*`` values of one app; None: the host says, else the environment alone.
 
         Raises:
             InvalidSettings: A value cannot be used, or the environment sets what does not exist.
@@ -88,8 +88,13 @@ class Process:
         if not self._environment_checked:
             check_environment()
             self._environment_checked = True
-        base = self._host() if values is None else values
-        return Settings.read({**base, **self._own} if self._own else base)
+        if values is None and (found := self._host()) is not None:
+            return found
+        return Settings.read({**(values or {}), **self._own})
+
+    def sources(self) -> list[Any]:
+        """Return what settings are read from beside an app's values, to be compared with what it was earlier."""
+        return [self._own, *environment()]
 
     def store(self, url: str | None, codec: Codec | None = None) -> Store | None:
         """Return the process's store for *url* and *codec*, opened on first use; None without a URL."""
