@@ -180,7 +180,7 @@ class Attempt:
     def _call(self) -> Any:
         step = self._step
         call = step.call if step.make is None else process.call_of(step)
-        return step.invoke(call, self._values, self.context)
+        return step.invoke(call, self._values, self.context() if step.takes_context else None)
 
     def _spawn(self) -> None:
         run = self._run

@@ -55,13 +55,12 @@ class SignatureFault(Exception):
 
     Args:
         *texts: What is wrong with the signature.
-        options: What is wrong with the options.
         output: What the step returns, if that much could be read.
     """
 
-    def __init__(self, *texts: str, options: Sequence[str] = (), output: ValueKey | None = None) -> None:
-        super().__init__("; ".join([*texts, *options]))
-        self.texts, self.options, self.output = texts, tuple(options), output
+    def __init__(self, *texts: str, output: ValueKey | None = None) -> None:
+        super().__init__("; ".join(texts))
+        self.texts, self.output = texts, output
 
 
 def resolve(annotation: Any) -> tuple[Any, list[Any]]:

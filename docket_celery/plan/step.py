@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 from docket_celery.plan.annotation import SignatureFault
 from docket_celery.plan.context import StepContext
 from docket_celery.plan.messages import Value, type_name
-from docket_celery.plan.options import Scope, StepOptions, option_faults, to_seconds
+from docket_celery.plan.options import Scope, StepOptions, to_seconds
 from docket_celery.plan.signature import Signature, is_async, plain, read_signature
 
 _WAYS: dict[str, Callable[[Any], Any]] = {"": lambda value: value, "list": list, "Iterable": iter}
@@ -113,19 +113,27 @@ class Step(Registration, Signature):
         wrong = next((each for each in held if type(each) is not self.output.kind), self)
         return None if wrong is self else f"a list that holds {_kind_name(wrong)}"
 
-    def invoke(
-        self, call: Callable[..., Any], values: Sequence[Value], find_context: Callable[[], StepContext]
-    ) -> Any:
-        """Call *call*, the step's code in this process; for ``async def`` this returns the coroutine."""
-        if self.wrap is not None:
-            call = self.wrap(self, call, find_context().attempt)
+    @cached_property
+    def takes_context(self) -> bool:
+        """Whether a call needs a StepContext."""
+        return self.wrap is not None or any(i < 0 for i in (*self.positional, *dict(self.keywords).values()))
+
+    def invoke(self, call: Callable[..., Any], values: Sequence[Value], context: StepContext | None) -> Any:
+        """Call *call*, the step's code in this process; for ``async def`` this returns the coroutine.
+
+        Args:
+            call: The code.
+            values: The inputs.
+            context: For a step that `takes_context`.
+        """
+        if self.wrap is not None and context is not None:
+            call = self.wrap(self, call, context.attempt)
         handed: Sequence[Any] = values
         if self.aggregates:
             handed = [_WAYS[way](value) for way, value in zip(self.gathered, values, strict=True)]
-        if not self.keywords and -1 not in self.positional:
-            return call(*map(handed.__getitem__, self.positional))
-        context = find_context()
         args = [context if i < 0 else handed[i] for i in self.positional]
+        if not self.keywords:
+            return call(*args)
         return call(*args, **{name: context if i < 0 else handed[i] for name, i in self.keywords})
 
 
@@ -159,20 +167,19 @@ def locate(target: Any) -> str:
 
 
 def read_step(registration: Registration) -> Step:
-    """Read the signature and check the options against each other.
+    """Read the signature; the options are not checked.
 
     Raises:
-        SignatureFault: With all that is missing, unsupported or contradictory.
+        SignatureFault: With all that is missing or unsupported.
     """
-    problems = option_faults(registration.options)
-    try:
-        code = _code(registration)
-        signature = read_signature(code)
-        _check_gathers(registration, signature)
-    except SignatureFault as fault:
-        raise SignatureFault(*fault.texts, options=problems, output=fault.output) from fault
-    if problems:
-        raise SignatureFault(options=problems, output=signature.output)
+    code = _code(registration)
+    signature = read_signature(code)
+    if registration.aggregates and not any(signature.gathered):
+        raise SignatureFault("an aggregate takes all items of a fan-out; annotate a parameter with list[...]")
+    if not registration.aggregates and any(signature.gathered):
+        raise SignatureFault(
+            "it takes a list, so it is an aggregate; use graph.aggregate or register_aggregate"
+        )
     return Step(**vars(registration), **vars(signature), call=code)
 
 
@@ -217,12 +224,3 @@ def _compute_of(kind: Any, make: object) -> Callable[..., Any]:
         return cast("Callable[..., Any]", getattr(kind, "compute"))  # noqa: B009 -- not an attribute of type
     # Any first argument will do: only the other parameters are looked at.
     return functools.partial(compute, None)
-
-
-def _check_gathers(registration: Registration, signature: Signature) -> None:
-    if registration.aggregates and not any(signature.gathered):
-        raise SignatureFault("an aggregate takes all items of a fan-out; annotate a parameter with list[...]")
-    if not registration.aggregates and any(signature.gathered):
-        raise SignatureFault(
-            "it takes a list, so it is an aggregate; use graph.aggregate or register_aggregate"
-        )

@@ -11,6 +11,7 @@ from typing import Any
 from docket_celery.errors import GraphError
 from docket_celery.plan.annotation import SignatureFault, ValueKey
 from docket_celery.plan.messages import type_name
+from docket_celery.plan.options import option_faults
 from docket_celery.plan.step import Registration, Step, read_step
 
 _MOST_SHOWN = 12
@@ -148,15 +149,17 @@ def read_wiring(graph: str, registrations: Iterable[Registration]) -> Wiring:
                 f"{registration.where}; give one of them name=..."
             )
         names.setdefault(registration.name, registration.where)
+        problems = [f"DC121 options: {who}: {text}" for text in option_faults(registration.options)]
         try:
             step = read_step(registration)
         except SignatureFault as fault:
             faults += (f"DC111 signature: {who}: {text}" for text in fault.texts)
-            faults += (f"DC121 options: {who}: {text}" for text in fault.options)
+            faults += problems
             unread.update(() if fault.output is None else (fault.output,))
             unknown = unknown or fault.output is None
             continue
-        if first is not None:
+        faults += problems
+        if problems or first is not None:
             unread.add(step.output)
             continue
         if step.output in step.inputs:

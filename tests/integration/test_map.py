@@ -22,7 +22,6 @@ NOT_ENTERED = {"chords", "large_jobs", "references", "upload"}
 UPWARD = {
     "plan/registry.compiled -> runner.replaced",
     "plan/registry._read -> runner.<lambda>",
-    "plan/step.invoke -> engine/attempt.context",
 }
 MOST_AT_SUBMIT = 9
 MOST_IN_WORKER = 39
