@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, cast, overload
 
 from google.protobuf.message import Message
 
@@ -144,18 +144,13 @@ class StoredBatch:
         found = self.items.page(lo)
         if not self.collects:
             return [message for _, message in found]
-        made = dict(found)
+        made = {index: message for index, message in found if index not in self.errors}
         return [made.get(index) for index in range(lo, min(lo + PAGE, self.items.place.total))]
 
     def load(self) -> list[Message] | BatchResult[Any]:
         """Return the whole result."""
-        if not self.collects:
-            return list(self.items)
-        found = dict(self.items.numbered())
-        results = tuple(
-            None if index in self.errors else found.get(index) for index in range(self.items.place.total)
-        )
-        return BatchResult(results, self.errors)
+        found = [each for lo in range(0, self.items.place.total, PAGE) for each in self.page(lo)]
+        return BatchResult(tuple(found), self.errors) if self.collects else cast("list[Message]", found)
 
 
 def check_complete(place: ItemPlace, wanted: Iterable[int], found: Collection[int]) -> None:

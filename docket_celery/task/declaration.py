@@ -39,7 +39,7 @@ from docket_celery.plan.messages import (
 from docket_celery.plan.plan import Plan
 from docket_celery.plan.signature import read_hints
 from docket_celery.store.identity import job_digest
-from docket_celery.task.envelope import Result, Results, Undecodable
+from docket_celery.task.envelope import Result, Undecodable
 from docket_celery.task.envelope import types as known_types
 from docket_celery.task.options import (
     check_name_function,
@@ -180,7 +180,7 @@ class Declaration:
     def _value(self, name: str, key: ValueKey, value: Any) -> Value:
         if key != self.batch:
             return self._message(name, key, value)
-        if isinstance(value, Results):
+        if isinstance(value, Result):
             value = value.value
         if isinstance(value, BatchResult):
             value = [each for _, each in typing.cast("BatchResult[Message]", value).succeeded()]
@@ -194,7 +194,7 @@ class Declaration:
         if isinstance(value, Undecodable):
             raise value.error
         if isinstance(value, Result):
-            value = value.message
+            value = value.value
         if is_json_form(key.kind, value):
             value = from_json_object(key.kind, value)
         if type(value) is key.kind:

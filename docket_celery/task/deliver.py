@@ -87,7 +87,7 @@ def _read_job(
         if any(isinstance(value, Stored) for value in (*args, *kwargs.values())):
             if declared.batch is not None and large_jobs.holds_job(args, kwargs):
                 return None
-            run = None if direct else large_jobs.queued_run(headers, request.id, {})
+            run = None if direct else large_jobs.ask(task, headers, request.id, settings)
             return large_jobs.receive(task, args, kwargs, run, settings, travelled=travelled)
         values = declared.bind(args, kwargs)
         if travelled:
@@ -98,7 +98,8 @@ def _read_job(
         _retry_or_raise(task, RunOutcome(error=error, park_s=None if direct else wait_s), error)
     except DocketError as error:
         if not direct:
-            large_jobs.give_up(task, large_jobs.queued_run(headers, request.id, {}), error, settings)
+            run = large_jobs.ask(task, headers, request.id, settings)
+            large_jobs.give_up(task, run, error, settings)
         raise
     return values
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Sequence
 from typing import Any, Final, cast
 
 from google.protobuf.message import Message
@@ -49,57 +50,43 @@ class Undecodable:
 
 
 class Result:
-    """A task's result on its way out: the message, with a text that is bounded and hides secrets.
+    """A task's argument or result on its way out, with a text that is bounded and hides secrets.
 
     Celery writes the text of a result to its log and to events; a message's own text has every field.
-    Attributes of the message can be read through it.
+    Attributes of the value can be read through it.
+
+    Attributes:
+        value: A message, a list of messages, or a `BatchResult`.
     """
 
-    def __init__(self, message: Message) -> None:
-        self.message = message
+    def __init__(self, value: Message | Sequence[Message] | BatchResult[Any]) -> None:
+        self.value = value
 
-    def __json__(self) -> dict[str, Any]:
-        return {"__type__": MARKER, "__value__": encode(self.message)}
+    def __json__(self) -> Any:
+        value = self.value
+        if isinstance(value, Message):
+            return {"__type__": MARKER, "__value__": encode(value)}
+        if isinstance(value, BatchResult):
+            results = [None if each is None else Result(each) for each in value.results]
+            errors = {str(index): to_record(error) for index, error in value.errors.items()}
+            return {"__type__": MARKER, "__value__": {"results": results, "errors": errors}}
+        return [wrap(each) for each in value]
 
     def __getattr__(self, name: str) -> Any:
-        if name == "message":
+        if name == "value":
             raise AttributeError(name)
-        return getattr(self.message, name)
+        return getattr(self.value, name)
 
     def __eq__(self, other: object) -> bool:
-        return self.message == (other.message if isinstance(other, Result) else other)
+        return self.value == (other.value if isinstance(other, Result) else other)
 
     __hash__ = None  # type: ignore[assignment]  # like the message, which can change
 
     def __repr__(self) -> str:
-        return brief(self.message)
-
-
-class Results:
-    """The results of a batch on their way out, with a text that is bounded.
-
-    Attributes:
-        value: A list of messages, or a `BatchResult`.
-    """
-
-    def __init__(self, value: list[Message] | BatchResult[Any]) -> None:
-        self.value = value
-
-    def __json__(self) -> Any:
-        if isinstance(self.value, list):
-            return [Result(message).__json__() for message in self.value]
-        results = [None if each is None else Result(each).__json__() for each in self.value.results]
-        errors = {str(index): to_record(error) for index, error in self.value.errors.items()}
-        return {"__type__": MARKER, "__value__": {"results": results, "errors": errors}}
-
-    def __eq__(self, other: object) -> bool:
-        return self.value == (other.value if isinstance(other, Results) else other)
-
-    __hash__ = None  # type: ignore[assignment]  # like the list
-
-    def __repr__(self) -> str:
+        if isinstance(self.value, Message):
+            return brief(self.value)
         failed = f", {len(self.value.errors)} failed" if isinstance(self.value, BatchResult) else ""
-        return f"<{len(self.value)} results{failed}>"
+        return f"<{len(self.value)} messages{failed}>"
 
 
 class Types:
@@ -178,12 +165,7 @@ def _has_keys(content: Any, names: set[str]) -> bool:
 
 def wrap(value: Any) -> Any:
     """Return an argument as it is published: messages encode themselves, whatever encoder the app has for them."""
-    if isinstance(value, Message):
-        return Result(value)
-    if isinstance(value, (list, tuple)):
-        many = cast("list[Any]", value)
-        return [wrap(each) for each in many]
-    return value
+    return Result(cast("Any", value)) if isinstance(value, (Message, list, tuple)) else value
 
 
 # It encodes itself: the type is named for the decoder's sake. Types that no task declares stay as kombu has them.

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from google.protobuf.message import Message
 
 from docket_celery.engine.process.settings import Settings
-from docket_celery.engine.run_row import job_bytes, job_parts, target_name
+from docket_celery.engine.run_row import frame_job, job_bytes, target_name
 from docket_celery.engine.stored_items import ENVELOPE_BYTES, GONE, StoredBatch
 from docket_celery.engine.waiting import run_on_pool
 from docket_celery.errors import (
@@ -25,16 +26,23 @@ from docket_celery.errors import (
     RunConflict,
     to_record,
 )
-from docket_celery.plan.messages import STORED_BYTES, Value, check_size, frame, from_bytes, unframe
+from docket_celery.plan.messages import (
+    STORED_BYTES,
+    Value,
+    check_size,
+    from_bytes,
+    to_bytes,
+    type_name,
+    unframe,
+)
 from docket_celery.plan.options import MAX_SECONDS
 from docket_celery.store.contract import Store
 from docket_celery.store.identity import check_execution_id, job_digest
 from docket_celery.store.records import Lease, RunEnd, RunRequest, RunState
 from docket_celery.task import references
-from docket_celery.task.declaration import Declaration
-from docket_celery.task.envelope import Result, Results
+from docket_celery.task.envelope import Result
 from docket_celery.task.headers import DIGEST, EXECUTION_ID
-from docket_celery.task.references import Stored
+from docket_celery.task.references import JOB, RESULT, RESULTS, Stored
 
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
@@ -49,29 +57,27 @@ _SHOWN_CHARS: Final = 200
 Travelling = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueuedRun:
-    """The run that a submission will ask for.
+def ask(task: Task, headers: Mapping[str, Any], task_id: str | None, settings: Settings) -> RunRequest:
+    """Return what a task with these headers asks of its run's row: without the job, with the job's own digest.
 
-    Attributes:
-        job_digest: `store.identity.job_digest` of the messages.
-        task_id: Of the task that will be published.
-        wait_s: Seconds until it may begin, from now.
+    Args:
+        task: The task.
+        headers: They name the run and its job, which has been bound before.
+        task_id: Of the task that is published, or delivered.
+        settings: Those in force.
     """
-
-    execution_id: str
-    job_digest: bytes
-    task_id: str
-    wait_s: float
-
-
-def queued_run(headers: Mapping[str, Any], task_id: str | None, options: Mapping[str, Any]) -> QueuedRun:
-    """Return the run that a task with these headers asks for, where its job has been bound before."""
-    return QueuedRun(
+    plan = task.plan()
+    return RunRequest(
+        graph=plan.graph,
         execution_id=check_execution_id(headers.get(EXECUTION_ID) or task_id),
+        target=target_name(plan),
+        job=b"",
         job_digest=base64.b64decode(headers.get(DIGEST) or ""),
+        owner=str(uuid.uuid4()),
+        lease_s=settings.lease_seconds,
+        max_deliveries=settings.max_deliveries,
+        task_name=task.name,
         task_id=task_id or "",
-        wait_s=wait_s(options),
     )
 
 
@@ -102,7 +108,7 @@ def arrange(
     Raises:
         PayloadTooLarge: Another message is too large to travel, and there is no store for it or it is for that too.
     """
-    declared = task.declaration
+    declared, eager = task.declaration, task.app.conf.task_always_eager
     values: dict[str, Any] = dict(zip(declared.signature.parameters, messages, strict=True))
     for name, given in [*zip(values, args, strict=False), *kwargs.items()]:
         if isinstance(given, Stored) and _is_large(values[name], settings):
@@ -113,7 +119,7 @@ def arrange(
             own, settings, lists=not (travels and wants_upload(task, messages, {}, settings))
         )
     elif any(_is_large(value, settings) for value in own):
-        if (travels or not task.plan().persists) and _store_to_send(task, settings) is None:
+        if (travels or not task.plan().persists) and _store_for(task, settings, eager=eager) is None:
             declared.check_sizes(own, settings)
         if travels:
             size = job_bytes(declared.given, messages)
@@ -137,7 +143,12 @@ def wants_upload(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any], set
 
 
 def send(
-    task: Task, args: Sequence[Any], kwargs: Mapping[str, Any], run: QueuedRun, settings: Settings
+    task: Task,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    run: RunRequest,
+    kept_s: float,
+    settings: Settings,
 ) -> Travelling:
     """Return the arguments to publish; a job that is too large for that is stored first, in its run's row.
 
@@ -145,7 +156,8 @@ def send(
         task: The task.
         args: Positional arguments, as `arrange` left them.
         kwargs: The same by name.
-        run: The run that the task will ask for.
+        run: What the task will ask for; see `ask`.
+        kept_s: Seconds that the row is kept until a worker takes the run; see `keep_s`.
         settings: Those in force.
 
     Raises:
@@ -155,59 +167,46 @@ def send(
     """
     if not any(_is_large(value, settings) for value in (*args, *kwargs.values())):
         return tuple(args), dict(kwargs)
-    declared, store = task.declaration, _store_to_send(task, settings)
+    declared = task.declaration
+    store = _store_for(task, settings, eager=task.app.conf.task_always_eager)
     bound = declared.bind(*references.read_arguments(args, kwargs, task.app))
     if store is None:
         declared.check_sizes(bound, settings)
         return tuple(args), dict(kwargs)
     # A task with a list has been refused by `arrange`.
     messages = [value for value in bound if isinstance(value, Message)]
-    parts = job_parts(declared.given, messages)
-    job = frame(part for name, data in parts for part in (name.encode(), data))
-    request = ask(task, run, job, store.hmac_digest(run.job_digest), settings)
-    other = run_on_pool(lambda: store.enqueue(request, keep_s(run, settings)), settings.threads)
+    job, digest = frame_job(declared.given, messages), store.hmac_digest(run.job_digest)
+    request = replace(run, job=job, job_digest=digest)
+    other = run_on_pool(lambda: store.enqueue(request, kept_s), settings.threads)
     if other is not None:
         # Another codec keeps another digest of the same job; reading it tells the two cases apart.
-        run_on_pool(lambda: store.find_job(request.graph, request.execution_id), settings.threads)
-        differs = "target" if other.target != request.target else "job"
-        raise RunConflict(request.graph, request.execution_id, differs)
-    row = (request.graph, request.execution_id, run.job_digest)
+        run_on_pool(lambda: store.find_job(run.graph, run.execution_id), settings.threads)
+        raise RunConflict(run.graph, run.execution_id, "target" if other.target != run.target else "job")
     by_name = {
-        name: references.job_reference(message, *row)
+        name: refer(run, message)
         for name, message in zip(declared.signature.parameters, messages, strict=True)
     }
     named = {name: by_name.pop(name) for name in kwargs}
     return tuple(by_name.values()), named
 
 
-def ask(task: Task, run: QueuedRun, job: bytes, digest: bytes, settings: Settings) -> RunRequest:
-    """Return what a submission of *task* asks of its run's row.
+def keep_s(options: Mapping[str, Any], settings: Settings) -> float:
+    """Return for how many seconds from now a run is kept that no worker takes.
 
     Args:
-        task: The task.
-        run: The run.
-        job: What the row has of the job.
-        digest: The job's, in the store's own form.
+        options: Celery's, of the submission.
         settings: Those in force.
+
+    Raises:
+        InvalidArguments: The countdown is over a century.
     """
-    plan = task.plan()
-    return RunRequest(
-        graph=plan.graph,
-        execution_id=run.execution_id,
-        target=target_name(plan),
-        job=job,
-        job_digest=digest,
-        owner=str(uuid.uuid4()),
-        lease_s=settings.lease_seconds,
-        max_deliveries=settings.max_deliveries,
-        task_name=task.name,
-        task_id=run.task_id,
-    )
+    return min(wait_s(options) + max(settings.retention, UNDELIVERED_KEPT_S), MAX_SECONDS)
 
 
-def keep_s(run: QueuedRun, settings: Settings) -> float:
-    """Return for how many seconds from now a run is kept that no worker takes."""
-    return min(run.wait_s + max(settings.retention, UNDELIVERED_KEPT_S), MAX_SECONDS)
+def refer(run: RunRequest, message: Message) -> Stored:
+    """Return the reference to a message of the job of *run*."""
+    size = message.ByteSize()
+    return Stored(JOB, run.graph, run.execution_id, type_name(message), size, run.job_digest, message)
 
 
 def wait_s(options: Mapping[str, Any]) -> float:
@@ -232,11 +231,6 @@ def _is_large(value: object, settings: Settings) -> bool:
     return isinstance(value, Message) and value.ByteSize() > settings.max_message_bytes
 
 
-def _store_to_send(task: Task, settings: Settings) -> Store | None:
-    """Return the store for a job that is too large to travel, or None."""
-    return _store_for(task, settings, eager=bool(task.app.conf.task_always_eager))
-
-
 def _store_for(task: Task, settings: Settings, *, eager: bool = False) -> Store | None:
     """Return the store that keeps the task's runs, for other processes too unless the task is eager; or None."""
     if not task.plan().persists:
@@ -258,7 +252,7 @@ def receive(
     task: Task,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    run: QueuedRun | None,
+    run: RunRequest | None,
     settings: Settings,
     *,
     travelled: bool,
@@ -301,7 +295,7 @@ def receive(
     return messages
 
 
-def give_up(task: Task, run: QueuedRun, error: DocketError, settings: Settings) -> None:
+def give_up(task: Task, run: RunRequest, error: DocketError, settings: Settings) -> None:
     """End a run as FAILED whose job cannot be read, if it is there and no delivery has taken it.
 
     Args:
@@ -313,11 +307,10 @@ def give_up(task: Task, run: QueuedRun, error: DocketError, settings: Settings) 
     store = _store_for(task, settings)
     if store is None or not run.job_digest:
         return
-    # The row has the job.
-    request = ask(task, run, b"", store.hmac_digest(run.job_digest), settings)
+    request = replace(run, job_digest=store.hmac_digest(run.job_digest))
 
     def close() -> None:
-        row = store.find_run(request.graph, request.execution_id)
+        row = store.find_run(run.graph, run.execution_id)
         if row is None or row.state not in {RunState.QUEUED, RunState.WAITING}:
             return
         lease = store.acquire(request)
@@ -333,7 +326,7 @@ def give_up(task: Task, run: QueuedRun, error: DocketError, settings: Settings) 
 
 def wrap(
     task: Task, value: Any, execution_id: str, stored: bytes | None, settings: Settings
-) -> Result | Results | Stored:
+) -> Result | Stored:
     """Return what a task returns for the outcome of its run: the value itself, or a reference to it.
 
     Args:
@@ -347,48 +340,40 @@ def wrap(
         PayloadTooLarge: It is too large, and its run is in no store.
     """
     if isinstance(value, StoredBatch):
-        return references.results_reference(value)
-    if not isinstance(value, Message):
-        return Results(value)
+        place = value.items.place
+        name, digest = type_name(place.kind), place.job_digest or b""
+        return Stored(RESULTS, place.graph, place.execution_id, name, place.total, digest)
     if not _is_large(value, settings):
         return Result(value)
     if _store_for(task, settings) is None:
         task.declaration.check_sizes([value], settings)
-    return references.result_reference(value, task.graph.name, execution_id, stored)
+    data = to_bytes(value) if stored is None else stored
+    digest = hashlib.sha256(data).digest()
+    return Stored(RESULT, task.graph.name, execution_id, type_name(value), len(data), digest, value)
 
 
-def _find_job(task: Task, run: QueuedRun, settings: Settings) -> tuple[Message, ...]:
+def _find_job(task: Task, run: RunRequest, settings: Settings) -> tuple[Message, ...]:
     """Return the messages of a stored job, in the order of the task's parameters.
 
     The run is that of the headers, which the job's digest proves; a reference is not believed.
     """
-    graph = task.graph.name
-    what = f"the job of run {run.execution_id!r} of graph {graph!r}"
+    what = f"the job of run {run.execution_id!r} of graph {run.graph!r}"
     store = task.graph.choose_store(settings)
     if store is None:
         raise PayloadUnavailable(what, references.NO_DATABASE)
-    job = run_on_pool(lambda: store.find_job(graph, run.execution_id), settings.threads)
+    job = run_on_pool(lambda: store.find_job(run.graph, run.execution_id), settings.threads)
     if job is None:
         raise PayloadUnavailable(what, GONE)
     check_size(what, len(job), settings.max_stored_bytes, STORED_BYTES)
-    parts = _read_parts(job)
+    framed = unframe(job)
+    parts = [
+        (name.decode(errors="replace"), data) for name, data in zip(framed[::2], framed[1::2], strict=False)
+    ]
     if job_digest(parts) != run.job_digest:
-        raise RunConflict(graph, run.execution_id, "job")
-    return _decode_parts(task.declaration, parts)
-
-
-def _read_parts(job: bytes) -> list[tuple[str, bytes]]:
-    """Return the names and the bytes of a stored job's messages, as `job_parts` made them."""
-    parts = unframe(job)
-    if len(parts) % 2:
-        raise DecodeFailed("stored job", "it has a name without a message")
-    return [(name.decode(errors="replace"), data) for name, data in zip(parts[::2], parts[1::2], strict=True)]
-
-
-def _decode_parts(declaration: Declaration, parts: Sequence[tuple[str, bytes]]) -> tuple[Message, ...]:
-    """Return the declared messages; only declared types are decoded, whatever the row names."""
-    stored, wanted = dict(parts), {str(key): key.kind for key in declaration.given}
+        raise RunConflict(run.graph, run.execution_id, "job")
+    # Only declared types are decoded, whatever the row names.
+    stored, wanted = dict(parts), {str(key): key.kind for key in task.declaration.given}
     if stored.keys() != wanted.keys():
         held, taken = ", ".join(stored)[:_SHOWN_CHARS], ", ".join(wanted)
-        raise DecodeFailed("stored job", f"it holds {held}; task {declaration.task} takes {taken}")
+        raise DecodeFailed("stored job", f"it holds {held}; task {task.name} takes {taken}")
     return tuple(from_bytes(kind, stored[name]) for name, kind in wanted.items())

@@ -20,7 +20,7 @@ from docket_celery.engine.stored_items import GONE, OTHER_JOB, StoredBatch
 from docket_celery.engine.waiting import run_on_pool
 from docket_celery.errors import DecodeFailed, PayloadUnavailable
 from docket_celery.plan.batch import BatchResult
-from docket_celery.plan.messages import STORED_BYTES, brief, check_size, to_bytes, type_name
+from docket_celery.plan.messages import STORED_BYTES, brief, check_size
 from docket_celery.store.contract import Store
 from docket_celery.store.records import RunState
 from docket_celery.task import app_settings, checks, envelope
@@ -35,15 +35,7 @@ NO_DATABASE: Final = (
 _OTHER_RESULT: Final = (
     "its row holds another result than the one referred to; submit the job again and wait for it"
 )
-_FIELDS: Final = {
-    "kind": str,
-    "graph": str,
-    "execution_id": str,
-    "type_name": str,
-    "size": int,
-    "digest": str,
-}
-"""What travels of a reference."""
+_TEXTS: Final = ("kind", "graph", "execution_id", "type_name", "digest")
 _OLD_MARKERS: Final = ("docket.job", "docket.result", "docket.batch")
 _MAX_CHARS: Final = 500
 """The most characters of each text in a reference: all of them go into logs and errors."""
@@ -63,7 +55,7 @@ class Stored:
         graph, execution_id: The name of the run.
         type_name: Full Protocol Buffers name of the message, or of each message of a list.
         size: Bytes of the message; of a list, how many it had to hold.
-        digest: What the row must still have, in base64: of a result its SHA-256, else the digest of the run's job.
+        digest: What the row must still have: of a result its SHA-256, else the digest of the run's job.
         message: The message, where this process has it already; it does not travel.
     """
 
@@ -72,15 +64,19 @@ class Stored:
     execution_id: str
     type_name: str
     size: int
-    digest: str
+    digest: bytes
     message: Message | None = field(default=None, compare=False)
 
     def __json__(self) -> dict[str, Any]:
-        return {"__type__": MARKER, "__value__": self._fields()}
+        digest = base64.b64encode(self.digest).decode("ascii")
+        content = {
+            name: getattr(self, name) for name in ("kind", "graph", "execution_id", "type_name", "size")
+        }
+        return {"__type__": MARKER, "__value__": {**content, "digest": digest}}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without the message, in whatever form it travels.
-        return Stored, tuple(self._fields().values())
+        return Stored, (self.kind, self.graph, self.execution_id, self.type_name, self.size, self.digest)
 
     def __repr__(self) -> str:
         if self.message is not None:
@@ -99,21 +95,21 @@ class Stored:
             StoreUnavailable: The database does not answer; trying again is safe.
             UnknownMessageType, DecodeFailed, CodecFailed, PayloadTooLarge: The stored bytes cannot be read here.
         """
-        found = self.find(app) if self.message is None else self.message
-        if isinstance(found, Message):
-            self.message = found
-        return run_on_pool(found.load, _settings(app).threads) if isinstance(found, StoredBatch) else found
+        if self.message is not None:
+            return self.message
+        app = app or current_app
+        settings = app_settings.app_settings(app)
 
-    def find(self, app: Celery | None = None) -> Any:
-        """Return what the run's row has: like `read`, but of a large batch without the results themselves.
+        def load() -> Any:
+            found = self.find(app, settings)
+            return found.load() if isinstance(found, StoredBatch) else found
 
-        Raises:
-            DocketError: As from `read`.
-        """
-        settings = _settings(app)
-        return run_on_pool(functools.partial(self._find, app or current_app, settings), settings.threads)
+        value = run_on_pool(load, settings.threads)
+        self.message = value if isinstance(value, Message) else None
+        return value
 
-    def _find(self, app: Celery, settings: Settings) -> Any:
+    def find(self, app: Celery, settings: Settings) -> Any:
+        """Like `read`, but on the calling thread, and of a large batch without the results themselves."""
         kind = envelope.types.find(self.type_name)
         what = f"the result of run {self.execution_id!r} of graph {self.graph!r}"
         if self.kind == RESULT:
@@ -124,7 +120,7 @@ class Stored:
         row = store.find_run(self.graph, self.execution_id)
         if row is None:
             raise PayloadUnavailable(what, GONE)
-        if self.kind == RESULTS and _text(row.job_digest) != self.digest:
+        if self.kind == RESULTS and row.job_digest != self.digest:
             raise PayloadUnavailable(what, OTHER_JOB)
         data = row.result or b""
         check_size(what, len(data), settings.max_stored_bytes, STORED_BYTES)
@@ -132,7 +128,7 @@ class Stored:
             raise PayloadUnavailable(
                 what, f"the run is {row.state} now; submit the job again and wait for it"
             )
-        if self.kind != RESULTS and _sha256(data) != self.digest:
+        if self.kind != RESULTS and hashlib.sha256(data).digest() != self.digest:
             raise PayloadUnavailable(what, _OTHER_RESULT)
         return read_result(row, store, kind, collects=self.kind == RESULTS)
 
@@ -142,47 +138,9 @@ class Stored:
             return graph.choose_store(settings)
         return process.store(settings.database_url, settings.codec)
 
-    def _fields(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _FIELDS}
-
 
 StoredResult = Stored
 """The public name: what a task gets as an argument is always a result."""
-
-
-def holds_stored(args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> bool:
-    """Tell whether a task's arguments hold a reference."""
-    return any(isinstance(value, Stored) for value in (*(args or ()), *(kwargs or {}).values()))
-
-
-def job_reference(message: Message, graph: str, execution_id: str, job_digest: bytes) -> Stored:
-    """Return the reference to an argument of a run's job."""
-    digest = _text(job_digest)
-    return Stored(JOB, graph, execution_id, type_name(message), message.ByteSize(), digest, message)
-
-
-def items_reference(kind: type[Message], count: int, graph: str, execution_id: str, digest: bytes) -> Stored:
-    """Return the reference to the list of a run's job: *count* messages of *kind*."""
-    return Stored(ITEMS, graph, execution_id, type_name(kind), count, _text(digest))
-
-
-def result_reference(message: Message, graph: str, execution_id: str, data: bytes | None = None) -> Stored:
-    """Return the reference to the result of a run, whose row has it as *data*; default: as it is encoded here."""
-    data = to_bytes(message) if data is None else data
-    return Stored(RESULT, graph, execution_id, type_name(message), len(data), _sha256(data), message)
-
-
-def results_reference(batch: StoredBatch) -> Stored:
-    """Return the reference to the results of a batch."""
-    place = batch.items.place
-    digest = _text(place.job_digest or b"")
-    return Stored(RESULTS, place.graph, place.execution_id, type_name(place.kind), place.total, digest)
-
-
-def holds_job(args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> bool:
-    """Tell whether a task's arguments refer to its own stored job."""
-    values = (*(args or ()), *(kwargs or {}).values())
-    return any(isinstance(value, Stored) and value.kind == JOB for value in values)
 
 
 def read_arguments(args: Sequence[Any], kwargs: Mapping[str, Any], app: Celery) -> Arguments:
@@ -209,8 +167,6 @@ def read_value(value: Any, app: Celery) -> Any:
     if isinstance(value, Stored):
         return value.read(app)
     if isinstance(value, envelope.Result):
-        return value.message
-    if isinstance(value, envelope.Results):
         return value.value
     for each in listed(value) or ():
         if isinstance(each, envelope.Undecodable):
@@ -235,17 +191,13 @@ def decode(value: object) -> Stored | envelope.Undecodable:
 
 
 def _decode(content: Mapping[str, Any]) -> Stored:
-    fields = {name: content[name] for name in _FIELDS}
-    for name, kind in _FIELDS.items():
-        if type(fields[name]) is not kind:
-            raise TypeError(name)
-        if isinstance(fields[name], str) and len(fields[name]) > _MAX_CHARS:
-            raise ValueError(name)
-    if not 0 <= fields["size"] < 2**63:
-        raise ValueError("size")
-    if fields["kind"] not in {JOB, ITEMS, RESULT, RESULTS}:
-        raise ValueError("kind")
-    return Stored(**fields)
+    texts, size = {name: content[name] for name in _TEXTS}, content["size"]
+    if not all(isinstance(text, str) and len(text) <= _MAX_CHARS for text in texts.values()):
+        raise ValueError("a text")
+    if type(size) is not int or not 0 <= size < 2**63 or texts["kind"] not in {JOB, ITEMS, RESULT, RESULTS}:
+        raise ValueError("size or kind")
+    digest = base64.b64decode(texts.pop("digest"), validate=True)
+    return Stored(**texts, size=size, digest=digest)
 
 
 def _refuse(marker: str, value: object) -> envelope.Undecodable:
@@ -254,18 +206,6 @@ def _refuse(marker: str, value: object) -> envelope.Undecodable:
         marker, "docket_celery 0.1.0 wrote it, and this version cannot read it; submit the job again"
     )
     return envelope.Undecodable(value, problem, marker)
-
-
-def _settings(app: Celery | None) -> Settings:
-    return app_settings.app_settings(app or current_app)
-
-
-def _sha256(data: bytes) -> str:
-    return _text(hashlib.sha256(data).digest())
-
-
-def _text(digest: bytes) -> str:
-    return base64.b64encode(digest).decode("ascii")
 
 
 register_type(Stored, MARKER, Stored.__json__, cast("Any", decode))

@@ -87,7 +87,7 @@ class GraphResult(_TypedResult[R]):
         told: dict[str, Any] = {} if on_message is None else {"on_message": on_message}
         found: Any = super().get(timeout=timeout, **told)
         if isinstance(found, references.Stored):
-            found = found.find(self.app)
+            found = run_on_pool(functools.partial(found.find, self.app, settings), settings.threads)
             if isinstance(found, StoredBatch):
                 return _read_pages(found, settings.threads)
         results = references.listed(references.read_value(found, self.app))

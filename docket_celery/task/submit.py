@@ -16,8 +16,8 @@ from google.protobuf.message import Message
 from docket_celery.engine.handles import RunHandle
 from docket_celery.errors import InvalidArguments
 from docket_celery.plan.batch import BatchResult
-from docket_celery.plan.messages import brief
 from docket_celery.store.identity import check_execution_id
+from docket_celery.store.records import RunRequest
 from docket_celery.task import app_settings, chords, delays, large_jobs, upload
 from docket_celery.task.context import read_context, write_context
 from docket_celery.task.envelope import Result, wrap
@@ -61,7 +61,7 @@ def submit(task: Task, publish: Publish, args: Any, kwargs: Any, options: dict[s
     first = not options.get("retries") and PART not in headers and WAITS_FOR_OTHER not in headers
     if first and not call.travels((*args, *kwargs.values())):
         send = upload.send if large_jobs.wants_upload(task, args, kwargs, call.settings) else large_jobs.send
-        args, kwargs = send(task, args, kwargs, call.queued_run(), call.settings)
+        args, kwargs = send(task, args, kwargs, *call.ask(), call.settings)
     return call.publish(publish, args, kwargs)
 
 
@@ -93,7 +93,7 @@ def submit_batch(
             "execution_id", f"task {task.name} names its runs by their items; name this one"
         )
     call.write_headers()
-    digest, stored = upload.upload(task, items, shared, call.queued_run(), call.settings)
+    digest, stored = upload.upload(task, items, shared, *call.ask(), call.settings)
     call.headers[DIGEST] = base64.b64encode(digest).decode("ascii")
     args = tuple(stored.values())
     options |= {"argsrepr": f"({', '.join(map(repr, args))})", "kwargsrepr": "{}"}
@@ -188,10 +188,11 @@ class _Call:
                 raise InvalidArguments(next(iter(asked)), f"is about batches, and task {task.name} has none")
             headers[BATCH] = asked
 
-    def queued_run(self) -> large_jobs.QueuedRun:
-        """Return the run for which the store keeps the job; its task is named now."""
+    def ask(self) -> tuple[RunRequest, float]:
+        """Return what the task will ask of its run's row, and for how long to keep that; its task is named now."""
         self.task_id = self.task_id or str(uuid.uuid4())
-        return large_jobs.queued_run(self.headers, self.task_id, self._options)
+        run = large_jobs.ask(self._task, self.headers, self.task_id, self.settings)
+        return run, large_jobs.keep_s(self._options, self.settings)
 
     def publish(self, publish: Publish, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GraphResult[Any]:
         """Have Celery send the task."""
@@ -207,9 +208,6 @@ class _Call:
 
 
 def _brief(value: Any) -> str:
-    value = value.message if isinstance(value, Result) else value
-    if isinstance(value, Stored):
-        return repr(value)
-    if isinstance(value, (list, tuple, BatchResult)):
-        return f"<{len(cast('Sequence[Any]', value))} messages>"
-    return brief(value) if isinstance(value, Message) else f"<{type(value).__name__}>"
+    if isinstance(value, (Message, list, tuple, BatchResult)):
+        value = Result(value)  # pyright: ignore[reportUnknownArgumentType]  # whatever it is of
+    return repr(value) if isinstance(value, Result | Stored) else f"<{type(value).__name__}>"

@@ -5,22 +5,23 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from google.protobuf.message import Message
 
 from docket_celery.batch.layout import Layout, paged
 from docket_celery.engine.process.settings import Settings
-from docket_celery.engine.run_row import job_parts
+from docket_celery.engine.run_row import frame_job, job_parts
 from docket_celery.engine.waiting import run_on_pool
 from docket_celery.errors import InvalidArguments, InvalidSettings, RunCancelled, RunConflict
+from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.messages import check_size, frame, to_bytes, type_name
 from docket_celery.store.contract import BatchStore
 from docket_celery.store.identity import job_digest
-from docket_celery.store.records import UNFINISHED, Lease, RunRow, RunState
-from docket_celery.task.large_jobs import QueuedRun, Travelling, ask, keep_s
-from docket_celery.task.references import Stored, items_reference, job_reference, read_arguments
+from docket_celery.store.records import UNFINISHED, Lease, RunRequest, RunRow, RunState
+from docket_celery.task.large_jobs import Travelling, refer
+from docket_celery.task.references import ITEMS, Stored, read_arguments
 
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
@@ -33,31 +34,30 @@ MOST_ITEMS: Final = 1_000_000
 
 
 def send(
-    task: Task, args: Sequence[Any], kwargs: Mapping[str, Any], run: QueuedRun, settings: Settings
+    task: Task,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    run: RunRequest,
+    kept_s: float,
+    settings: Settings,
 ) -> Travelling:
-    """Store a job with its list, and return the arguments to publish.
-
-    Args:
-        task: The task.
-        args: Positional arguments, bound and checked.
-        kwargs: The same by name.
-        run: The run that the task will ask for.
-        settings: Those in force.
-
-    Raises:
-        DocketError: As from `upload`.
-    """
+    """Store a job with its list, and return the arguments to publish; as `large_jobs.send`."""
     values = dict(zip(task.declaration.signature.parameters, args, strict=False)) | dict(kwargs)
     messages = task.declaration.bind(*read_arguments((), values, task.app))
     shared = [message for message in messages if isinstance(message, Message)]
     items = next(value for value in messages if not isinstance(value, Message))
-    _, stored = upload(task, items, shared, run, settings)
+    _, stored = upload(task, items, shared, run, kept_s, settings)
     named = {name: stored.pop(name) for name in kwargs}
     return tuple(stored.values()), named
 
 
 def upload(
-    task: Task, items: Iterable[Any], others: Sequence[Message], run: QueuedRun, settings: Settings
+    task: Task,
+    items: Iterable[Any],
+    others: Sequence[Message],
+    run: RunRequest,
+    kept_s: float,
+    settings: Settings,
 ) -> tuple[bytes, dict[str, Stored]]:
     """Store a batch under the name of its run, without ever having all of it in memory.
 
@@ -65,7 +65,8 @@ def upload(
         task: The task.
         items: The batch's, as messages or their JSON form; read once.
         others: The messages that all items share, in the order of the task's other parameters.
-        run: The run that the task will ask for; its digest is not looked at.
+        run: What the task will ask for; its digest is not looked at.
+        kept_s: Seconds that the row is kept until a worker takes the run.
         settings: Those in force.
 
     Returns:
@@ -84,58 +85,51 @@ def upload(
     if store is None:
         problem = f"batches of task {task.name} are streamed into the database; set it in this process too"
         raise InvalidSettings("docket_database_url", problem)
-    return _Upload(task, store, items, others, run, settings).store()
+    keys = (key for key in task.declaration.given if key != task.declaration.batch)
+    shared = dict(zip(keys, others, strict=True))
+    request = replace(run, job=frame_job(shared, others), job_digest=UNFINISHED)
+    return _Upload(task, store, items, shared, request, kept_s, settings).store_all()
 
 
+@dataclass
 class _Upload:
     """One batch on its way into the store."""
 
-    def __init__(
-        self,
-        task: Task,
-        store: BatchStore,
-        items: Iterable[Any],
-        others: Sequence[Message],
-        run: QueuedRun,
-        settings: Settings,
-    ) -> None:
-        declared, self._settings = task.declaration, settings
-        assert declared.batch is not None
-        self._task, self._store, self._items, self._run, self._batch = task, store, items, run, declared.batch
-        kept = (key for key in declared.given if key != declared.batch)
-        self._shared = dict(zip(kept, others, strict=True))
-        self._parts = job_parts(self._shared, others)
-        job = frame(part for name, data in self._parts for part in (name.encode(), data))
-        self._request = ask(task, run, job, UNFINISHED, settings)
-        self._keep_s = keep_s(run, settings)
-        self._digest, self._count = hashlib.sha256(), 0
+    task: Task
+    store: BatchStore
+    items: Iterable[Any]
+    shared: Mapping[ValueKey, Message]
+    request: RunRequest
+    kept_s: float
+    settings: Settings
+    digest: Any = field(default_factory=hashlib.sha256)
+    count: int = 0
 
-    def store(self) -> tuple[bytes, dict[str, Stored]]:
+    def store_all(self) -> tuple[bytes, dict[str, Stored]]:
         """Store the batch; see `upload`."""
-        found = self._on_pool(self._store.begin_upload, self._request, self._keep_s)
+        found = self._on_pool(self.store.begin_upload, self.request, self.kept_s)
         if isinstance(found, RunRow):
             self._compare(found)
         else:
             self._put(found)
-        declared, digest = self._task.declaration, self._job_digest()
-        run = (self._request.graph, self._request.execution_id, digest)
-        stored = {
-            name: items_reference(key.kind, self._count, *run)
-            if key == self._batch
-            else job_reference(self._shared[key], *run)
-            for name, key in zip(declared.signature.parameters, declared.given, strict=True)
-        }
+        declared, digest = self.task.declaration, self._job_digest()
+        run = replace(self.request, job_digest=digest)
+        stored: dict[str, Stored] = {}
+        for name, key in zip(declared.signature.parameters, declared.given, strict=True):
+            kind = type_name(key.kind)
+            listed = Stored(ITEMS, run.graph, run.execution_id, kind, self.count, digest)
+            stored[name] = refer(run, self.shared[key]) if key in self.shared else listed
         return digest, stored
 
     def _put(self, lease: Lease) -> None:
-        store, layout = self._store, Layout.of(self._task.plan(), self._run.execution_id)
+        store, layout = self.store, Layout.of(self.task.plan(), self.request.execution_id)
         # A slow source must not let the lease run out, which each page extends.
-        for page in paged(layout.item_rows("", self._read()), every_s=self._settings.lease_seconds / 3):
+        for page in paged(layout.item_rows("", self._read()), every_s=self.settings.lease_seconds / 3):
             self._on_pool(store.put_items, lease, page)
-        closing = [layout.given_row(key, message) for key, message in self._shared.items()]
-        closing.append(layout.count_row("", self._count))
-        self._on_pool(store.close_items, lease, "", self._count, closing)
-        self._on_pool(store.finish_upload, lease, store.hmac_digest(self._job_digest()), self._keep_s)
+        closing = [layout.given_row(key, message) for key, message in self.shared.items()]
+        closing.append(layout.count_row("", self.count))
+        self._on_pool(store.close_items, lease, "", self.count, closing)
+        self._on_pool(store.finish_upload, lease, store.hmac_digest(self._job_digest()), self.kept_s)
 
     def _compare(self, row: RunRow) -> None:
         """Check that the run that is there is of the same job; only reading all items tells."""
@@ -144,32 +138,36 @@ class _Upload:
             raise RunCancelled(execution_id, "cancelled while its items were submitted")
         if row.job_digest == UNFINISHED:
             raise RunConflict(graph, execution_id, RunConflict.UNDER_WAY)
-        if row.target != self._request.target:
+        if row.target != self.request.target:
             raise RunConflict(graph, execution_id, "target")
         for _ in self._read():
             pass
-        if self._store.hmac_digest(self._job_digest()) != row.job_digest:
+        if self.store.hmac_digest(self._job_digest()) != row.job_digest:
             raise RunConflict(graph, execution_id, "job")
         # What is stored already must be there when a worker comes to it.
-        self._on_pool(self._store.enqueue, replace(self._request, job_digest=row.job_digest), self._keep_s)
+        self._on_pool(self.store.enqueue, replace(self.request, job_digest=row.job_digest), self.kept_s)
 
     def _read(self) -> Iterator[Message]:
         """Yield the messages of the items, and take their digest."""
-        name, limit = type_name(self._batch.kind), self._settings.max_message_bytes
-        for index, item in enumerate(self._items):
+        batch = self.task.declaration.batch
+        assert batch is not None
+        name, limit = type_name(batch.kind), self.settings.max_message_bytes
+        for index, item in enumerate(self.items):
             if index >= MOST_ITEMS:
-                problem = f"a batch of task {self._task.name} has at most {MOST_ITEMS} of them"
+                problem = f"a batch of task {self.task.name} has at most {MOST_ITEMS} of them"
                 raise InvalidArguments("items", problem)
-            message = self._task.declaration.bind_item(index, item)
+            message = self.task.declaration.bind_item(index, item)
             data = to_bytes(message)
-            check_size(f"{name} of task {self._task.name}", len(data), limit)
-            self._digest.update(frame((name.encode(), data)))
-            self._count = index + 1
+            check_size(f"{name} of task {self.task.name}", len(data), limit)
+            self.digest.update(frame((name.encode(), data)))
+            self.count = index + 1
             yield message
 
     def _job_digest(self) -> bytes:
         """Return the digest of the job as `digest_job` takes it over the whole list."""
-        return job_digest([*self._parts, (self._batch.label("list"), self._digest.digest())])
+        parts = job_parts(self.shared, self.shared.values())
+        assert self.task.declaration.batch is not None
+        return job_digest([*parts, (self.task.declaration.batch.label("list"), self.digest.digest())])
 
     def _on_pool(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return run_on_pool(functools.partial(call, *args, **kwargs), self._settings.threads)
+        return run_on_pool(functools.partial(call, *args, **kwargs), self.settings.threads)

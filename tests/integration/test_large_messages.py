@@ -19,7 +19,7 @@ from docket_celery import (
     StoredResult,
     settings,
 )
-from docket_celery.task.references import job_reference
+from docket_celery.task.references import JOB, Stored
 from tests.infra import servers
 from tests.infra.servers import connect
 from tests.infra.workers import WorkerProcess
@@ -190,7 +190,9 @@ def test_a_job_whose_row_is_gone_fails_its_task(worker: WorkerProcess, urls: Url
 
 def test_a_reference_that_nobody_wrote_fails_its_task(worker: WorkerProcess) -> None:
     """Forged, or sent past the task: there is no such job."""
-    sent = app.send_task("bulky.measure", (job_reference(BIG, "bulky", "forged", b"d" * 32),))
+    sent = app.send_task(
+        "bulky.measure", (Stored(JOB, "bulky", "forged", "docket.tests.unit.Label", SIZE, b"d" * 32),)
+    )
     with pytest.raises(PayloadUnavailable, match="its row is gone"):
         measure.AsyncResult(sent.id).get(timeout=WAIT_S)
 

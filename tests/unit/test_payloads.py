@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import pickle
 from collections.abc import Generator
@@ -12,11 +14,13 @@ from typing import Annotated, Any, TypeAlias
 
 import pytest
 from celery import Celery
+from google.protobuf.message import Message
 from kombu.utils.json import dumps, loads
 
 from docket_celery import (
     DecodeFailed,
     Graph,
+    GraphTask,
     InvalidArguments,
     MemoryStore,
     Named,
@@ -33,14 +37,14 @@ from docket_celery.engine.process.inline import InlineRuntime
 from docket_celery.engine.run_context import RunContext, Submission
 from docket_celery.engine.run_row import job_parts, run_request
 from docket_celery.errors import UnknownMessageType
-from docket_celery.plan.messages import to_bytes
+from docket_celery.plan.messages import to_bytes, type_name
 from docket_celery.plan.options import MAX_SECONDS
 from docket_celery.store.contract import Store
 from docket_celery.store.identity import job_digest
 from docket_celery.store.records import Lease, Purged, RunEnd, RunRequest, RunState
 from docket_celery.task.envelope import Undecodable
-from docket_celery.task.large_jobs import QueuedRun, give_up, receive, send, wait_s, wrap
-from docket_celery.task.references import job_reference, result_reference
+from docket_celery.task.large_jobs import ask, give_up, receive, refer, send, wait_s, wrap
+from docket_celery.task.references import RESULT, Stored
 from tests.unit.protos.shop_pb2 import Label, Money, Order
 
 SIZE = 2 * 1024 * 1024
@@ -103,6 +107,22 @@ def small_messages() -> Generator[None]:
     settings(max_message_bytes=None)
 
 
+def result_reference(message: Message, graph: str, execution_id: str) -> Stored:
+    """Return the reference to the result of a run."""
+    data = to_bytes(message)
+    digest = hashlib.sha256(data).digest()
+    return Stored(RESULT, graph, execution_id, type_name(message), len(data), digest, message)
+
+
+def asked(task: GraphTask[Any, Any], execution_id: str, digest: bytes) -> RunRequest:
+    """Return what a task asks of the row of a run with that job digest."""
+    headers = {
+        "docket_execution_id": execution_id,
+        "docket_job_digest": base64.b64encode(digest).decode(),
+    }
+    return ask(task, headers, "t-1", settings())
+
+
 def reference(**changes: Any) -> StoredResult:
     """Return the reference to a result, as it comes back from JSON."""
     made = result_reference(Money(cents=7), "passing", "o-1")
@@ -156,8 +176,8 @@ def test_a_stored_job_is_read_by_name(database: str) -> None:
     """The receiver's parameters may stand in another order than the sender's."""
     text, title = Label(text="x" * SIZE + "a"), Label(text="b")
     job = job_parts(print_text.declaration.given, (text, title))
-    run = QueuedRun(execution_id="read", job_digest=job_digest(job), task_id="t", wait_s=0.0)
-    args, kwargs = send(print_text, (), {"text": text, "title": title}, run, settings())
+    run = asked(print_text, "read", job_digest(job))
+    args, kwargs = send(print_text, (), {"text": text, "title": title}, run, 60.0, settings())
     assert receive(print_title, args, kwargs, run, settings(), travelled=True) == (title, text)
 
 
@@ -269,7 +289,7 @@ def test_a_begun_run_does_not_need_the_result_that_it_was_given(database: str) -
     lost = loads(dumps(gone))
     job = Label(text="abc")
     digest = job_digest(job_parts(repeat_label.declaration.given, [job]))
-    run = QueuedRun(execution_id="o-1", job_digest=digest, task_id="t-1", wait_s=0)
+    run = asked(repeat_label, "o-1", digest)
     with pytest.raises(PayloadUnavailable, match="'purged'"):
         receive(repeat_label, [lost], {}, run, settings(), travelled=True)
     store = SQLStore(database)
@@ -366,7 +386,7 @@ def test_a_reference_is_not_believed(changes: dict[str, Any], error: type[Except
         reference(**changes).read(app)
 
 
-FIELDS = {"kind": "result", "graph": "g", "execution_id": "e", "type_name": "T", "size": 7, "digest": "s"}
+FIELDS = {"kind": "result", "graph": "g", "execution_id": "e", "type_name": "T", "size": 7, "digest": "c2hh"}
 
 
 @pytest.mark.parametrize(
@@ -376,6 +396,7 @@ FIELDS = {"kind": "result", "graph": "g", "execution_id": "e", "type_name": "T",
         *[FIELDS | {"size": size} for size in ("many", "7", float("inf"), 7.0, -1, 10**100, True, None)],
         *[FIELDS | {name: "x" * 501} for name in FIELDS if name != "size"],
         *[FIELDS | {"kind": kind} for kind in ("message", "", None, ["job"])],
+        *[FIELDS | {"digest": digest} for digest in ("not base64", "ä", 17, None)],
         FIELDS | {"graph": ["g"]},
     ],
 )
@@ -401,7 +422,7 @@ def test_a_reference_of_the_first_version_is_refused(marker: str) -> None:
 
 def test_a_job_reference_is_no_argument() -> None:
     """Whoever hands one on by hand is told so."""
-    stray: Any = job_reference(Label(), "passing", "o-1", b"d" * 32)
+    stray: Any = refer(asked(weigh_label, "o-1", b"d" * 32), Label())
     with pytest.raises(InvalidArguments, match="not a Stored"):
         weigh_label.delay(stray)
 
@@ -409,14 +430,14 @@ def test_a_job_reference_is_no_argument() -> None:
 def test_a_job_reference_is_not_read_as_a_result(database: str) -> None:
     """An ordinary task that was sent one by mistake gets no message of another kind in its place."""
     keeping.execute(Order, Label(text="abc"), execution_id="o-1")
-    stray = loads(dumps(job_reference(Label(text="abc"), "keeping", "o-1", b"d" * 32)))
+    stray = loads(dumps(refer(asked(repeat_label, "o-1", b"d" * 32), Label(text="abc"))))
     with pytest.raises(PayloadUnavailable, match="another result than the one referred to"):
         stray.read(app)
 
 
 def test_a_reference_shows_no_content_where_it_arrives() -> None:
     """What it stands for, and where; the message itself is shown where it was at hand, without its secrets."""
-    made = job_reference(Label(text="abc"), "keeping", "o-1", b"d" * 32)
+    made = refer(asked(repeat_label, "o-1", b"d" * 32), Label(text="abc"))
     assert repr(made) == "Label(text='abc')"
     assert repr(loads(dumps(made))) == "<Stored job docket.tests.unit.Label of run 'o-1', 5 bytes>"
 
@@ -478,7 +499,7 @@ def test_a_run_whose_job_cannot_be_read_fails_with_its_task(database: str) -> No
     """Else it would stay QUEUED, with nobody to go on; submitting it again resumes it. Others stay what they are."""
     plan, problem = repeat_label.plan(), DecodeFailed("shop.Label", "the bytes are damaged")
     store = SQLStore(database)
-    run = QueuedRun(execution_id="o-1", job_digest=b"d" * 32, task_id="t-1", wait_s=0)
+    run = asked(repeat_label, "o-1", b"d" * 32)
     give_up(repeat_label, run, problem, settings())
     assert store.find_run(plan.graph, "o-1") is None
     request = RunRequest(

@@ -12,7 +12,7 @@ from kombu.utils.json import dumps, loads
 
 from docket_celery import BatchResult, DecodeFailed, PayloadTooLarge, StepFailed, UnknownMessageType
 from docket_celery.task import envelope
-from docket_celery.task.envelope import MARKER, Result, Results, Types, Undecodable
+from docket_celery.task.envelope import MARKER, Result, Types, Undecodable
 from tests.unit.protos.shop_pb2 import Address, Nest, Order, Payment
 
 ORDER = Order(order_id="17", amount_cents=1000, stock={"a": 1, "b": 2})
@@ -131,13 +131,13 @@ def test_a_result_reads_like_its_message_and_hides_secrets() -> None:
 def test_a_message_in_an_unset_result_does_not_recurse() -> None:
     """Copying and unpickling look attributes up before there is a message."""
     with pytest.raises(AttributeError):
-        _ = Result.__new__(Result).message
+        _ = Result.__new__(Result).value
 
 
 def test_the_results_of_a_batch_travel_with_their_errors() -> None:
     """By value, where they are small: each message in an envelope of its own, None where there is none."""
     sent = BatchResult((ORDER, None), {1: StepFailed("rate", 1, False, ["ValueError"], "too old")})
-    found = loads(dumps(Results(sent)))
+    found = loads(dumps(Result(sent)))
     assert isinstance(found, BatchResult)
     assert found.results == sent.results
     assert str(found.errors[1]) == str(sent.errors[1])
