@@ -108,14 +108,17 @@ def test_a_warm_shutdown_finishes_the_run(start_worker: StartWorker, book: Book)
     assert (run.state, run.epoch) == ("SUCCEEDED", 1)
 
 
+@pytest.mark.parametrize(
+    ("sent", "remapped"), [(signal.SIGQUIT, {}), (signal.SIGTERM, {"REMAP_SIGTERM": "SIGQUIT"})]
+)
 def test_a_cold_shutdown_releases_the_lease_and_the_next_worker_goes_on(
-    start_worker: StartWorker, book: Book
+    start_worker: StartWorker, book: Book, sent: signal.Signals, remapped: dict[str, str]
 ) -> None:
     """SIGQUIT stops the run in order: no crash is counted, and the message waits for the next worker."""
-    worker = start_worker("prefork", 1, app=APP, env=LONG_LEASE)
+    worker = start_worker("prefork", 1, app=APP, env=LONG_LEASE | remapped)
     result = process.apply_async((Order(order_id="cold", stock={"reserve": 2000}),), execution_id="cold")
     wait_for_step(book, "cold", "reserve")
-    worker.send_signal(signal.SIGQUIT)
+    worker.send_signal(sent)
     worker.wait(20)
     run = wait_for_state(book, "cold", "WAITING", within_s=5)
     assert run.lost == 0
