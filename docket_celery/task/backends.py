@@ -17,6 +17,7 @@ from celery.backends.redis import RedisBackend
 from celery.exceptions import OperationalError
 from kombu.exceptions import EncodeError
 
+from docket_celery.task.envelope import to_stored
 from docket_celery.task.headers import PREPARED, UNTOLD, WAITS_FOR_OTHER
 
 _logger = logging.getLogger("docket_celery.task")
@@ -87,6 +88,12 @@ class _Patient:
     """Added to the class of a result backend."""
 
     app: Any
+
+    def _get_result_meta(self, result: Any, state: str, *more: Any, **options: Any) -> Any:
+        """Return what is kept of a task; its result in a form that a process without this library can read."""
+        owner: Any = super()
+        kept = to_stored(result) if hasattr(result, "__json__") else result
+        return owner._get_result_meta(kept, state, *more, **options)
 
     def mark_as_failure(
         self, task_id: str, exc: BaseException, traceback: Any = None, request: Any = None, **options: Any

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
+from celery.backends.base import Backend
 from google.protobuf.message import Message
-from kombu.utils.json import register_type
+from kombu.utils.json import dumps, loads, register_type
 
 from docket_celery.engine.process.settings import Settings
 from docket_celery.errors import (
@@ -29,6 +30,9 @@ from docket_celery.plan.batch import BatchResult
 from docket_celery.plan.messages import brief, from_bytes, to_bytes, type_name
 
 MARKER: Final = "docket.pb"
+STORED: Final = "docket_celery.result"
+"""The one key of a result as backends keep it. Its JSON is a text there: kombu raises at a marker without a decoder,
+and a process without this library could not even read the task's state."""
 
 
 class Undecodable:
@@ -163,6 +167,49 @@ def _has_keys(content: Any, names: set[str]) -> bool:
     return isinstance(content, dict) and content.keys() == names
 
 
+class _Unreadable(dict[str, Any]):
+    """What a backend keeps of a task whose result cannot be read here: its state can, its result raises."""
+
+    def __init__(self, meta: dict[str, Any], error: DocketError) -> None:
+        super().__init__(meta)
+        self._error = error
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "result":
+            raise self._error.with_traceback(None)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return what is kept as *name*; like ``[]``, this raises for the result."""
+        return self[name] if name == "result" else super().get(name, default)
+
+
+def find_fault(value: Any) -> DocketError | None:
+    """Return why a result, or one of a batch, cannot be read; None: it can."""
+    found = cast("BatchResult[Message]", value).results if isinstance(value, BatchResult) else value
+    many = cast("Sequence[Any]", found) if isinstance(found, (list, tuple)) else (found,)
+    return next((one.error for one in many if isinstance(one, Undecodable)), None)
+
+
+def to_stored(result: Any) -> dict[str, str]:
+    """Return a result as backends keep it."""
+    return {STORED: dumps(result)}
+
+
+def read_stored(meta: dict[str, Any]) -> dict[str, Any]:
+    """Return what a backend keeps of a task, with its result read; see `to_stored`."""
+    if isinstance(meta, _Unreadable):
+        return meta
+    result: Any = meta.get("result")
+    if _has_keys(result, {STORED}):
+        try:
+            result = meta["result"] = loads(result[STORED])
+        except (TypeError, ValueError) as error:
+            return _Unreadable(meta, DecodeFailed("result", f"it is damaged: {error}"))
+    fault = find_fault(result)
+    return meta if fault is None else _Unreadable(meta, fault)
+
+
 def wrap(value: Any) -> Any:
     """Return an argument as it is published: messages encode themselves, whatever encoder the app has for them."""
     return Result(cast("Any", value)) if isinstance(value, (Message, list, tuple)) else value
@@ -170,3 +217,14 @@ def wrap(value: Any) -> Any:
 
 # It encodes itself: the type is named for the decoder's sake. Types that no task declares stay as kombu has them.
 register_type(Undecodable, MARKER, Undecodable.__json__, cast("Any", decode))
+
+_backend: Any = Backend
+_decoded: Callable[[Any, Any], Any] = _backend.meta_from_decoded
+
+
+def _meta_from_decoded(self: Any, meta: Any) -> Any:
+    """Read results where all backends and promises pass: no plain AsyncResult returns what stands for a message."""
+    return read_stored(_decoded(self, meta))
+
+
+_backend.meta_from_decoded = _meta_from_decoded

@@ -124,8 +124,9 @@ def take_batch_options(options: dict[str, Any]) -> dict[str, Any]:
     """Take out of a submission's *options* what it asks of its batch, and return it.
 
     Raises:
-        InvalidArguments: An option reads like one of ours, and is none.
+        InvalidArguments: An option reads like one of ours, and is none; or a serializer cannot carry messages.
     """
+    check_serializer(options.get("serializer"))
     ours = (*_BATCH_OPTIONS, "execution_id")
     for name in options.keys() - set(ours):
         # Celery takes any option and drops what it does not know: a misspelt limit would be none.

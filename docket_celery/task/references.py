@@ -162,15 +162,12 @@ def read_value(value: Any, app: Celery) -> Any:
     Raises:
         DocketError: It cannot be read; as from `Stored.read`.
     """
-    if isinstance(value, envelope.Undecodable):
-        raise value.error
+    if (fault := envelope.find_fault(value)) is not None:
+        raise fault
     if isinstance(value, Stored):
         return value.read(app)
     if isinstance(value, envelope.Result):
         return value.value
-    for each in listed(value) or ():
-        if isinstance(each, envelope.Undecodable):
-            raise each.error
     return value
 
 

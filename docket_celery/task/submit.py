@@ -31,7 +31,7 @@ from docket_celery.task.headers import (
     PREPARED,
     WAITS_FOR_OTHER,
 )
-from docket_celery.task.options import add_routing, check_serializer, read_batch_options, take_batch_options
+from docket_celery.task.options import add_routing, read_batch_options, take_batch_options
 from docket_celery.task.references import Stored, read_arguments
 from docket_celery.task.result import GraphResult
 
@@ -180,7 +180,6 @@ class _Call:
             headers[CONTEXT] = write_context(given)
         if not self._options:
             return
-        check_serializer(self._options.get("serializer"))
         asked = take_batch_options(self._options)
         if asked:
             read_batch_options(task, asked)

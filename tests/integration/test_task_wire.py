@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from celery.result import AsyncResult
 
 from docket_celery import DecodeFailed, DocketError, InvalidArguments, PayloadTooLarge, UnknownMessageType
 from docket_celery.task.envelope import Undecodable
@@ -161,6 +162,33 @@ def test_a_result_of_a_strange_type_harms_its_own_promise_alone(urls: Urls) -> N
     name, text = told["strange"]
     assert name == "docket.tests.unit.Reservation"
     assert "import the module that declares the task" in text
+    assert told["plain"] == ["SUCCESS", True, name, name, name]
+
+
+READER = """
+import json, sys
+from celery import Celery
+app = Celery("reader", backend=sys.argv[1])
+found = app.AsyncResult(sys.argv[2])
+print(json.dumps([found.state, found.get(timeout=15), "docket_celery" in sys.modules]))
+"""
+
+
+def test_a_process_without_the_library_reads_state_and_plain_json(urls: Urls) -> None:
+    """Its type and bytes are in a text; a plain promise of this process has the message."""
+    promise = ship_order.delay(Order(order_id="plain"))
+    shipment = promise.get(timeout=WAIT_S)
+    done = subprocess.run(
+        [sys.executable, "-c", READER, urls.results, promise.id],
+        capture_output=True, text=True, cwd=ROOT, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    state, value, imported = json.loads(done.stdout)
+    assert (state, list(value), imported) == ("SUCCESS", ["docket_celery.result"], False)
+    content = json.loads(value["docket_celery.result"])["__value__"]
+    assert content["t"] == "docket.tests.unit.Shipment"
+    assert Shipment.FromString(base64.b64decode(content["b"])) == shipment
+    assert AsyncResult(promise.id, app=app).get(timeout=WAIT_S) == shipment
 
 
 class Bomb:
