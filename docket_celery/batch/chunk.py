@@ -8,8 +8,7 @@ from typing import Any
 
 from docket_celery.batch.layout import Layout, earlier_stages, failures_of, find_stage, step_names
 from docket_celery.batch.options import BatchOptions
-from docket_celery.engine.fan_out import make_item, policy_of
-from docket_celery.engine.items import ItemGroup
+from docket_celery.engine.fan_out import ItemGroup, make_item, policy_of
 from docket_celery.engine.process.heartbeat import HeldLease
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.run import Run
@@ -128,7 +127,9 @@ class ChunkRun(Run):
         if earlier := earlier_stages(self._plan, self._number):
             found = self._batches.find_failed(*run, chunk.lo, chunk.hi)
             skips |= failures_of(row for row in found if row.chunk.stage in earlier).keys()
-        values: dict[ValueKey, Any] = self._read_shared(shared, rows)
+        values: dict[ValueKey, Any] = layout.read_shared(shared, rows, self.context)
+        if missing := [key for key in shared if key not in values]:
+            raise GraphChanged(*run, [f"{missing[0]} of the batch"])
         for key, names_of in each.items():
             values[key] = own = _by_index(key, rows, names_of)
             check_complete(layout.place(key, chunk.hi, skips), range(chunk.lo, chunk.hi), own)
@@ -149,20 +150,10 @@ class ChunkRun(Run):
             count,
             make,
             self._end_on_pool,
-            limit=self.context.max_concurrency or max(1, self.context.settings.threads),
+            limit=self.context.most_items,
             allowed=0 if self._policy.on_error == "fail" else count,
             failed={index - chunk.lo: left_out for index in self._skips},
         )
-
-    def _read_shared(self, keys: Sequence[ValueKey], rows: Sequence[Checkpoint]) -> dict[ValueKey, Any]:
-        found: dict[ValueKey, Any] = {}
-        by_key = {row.key: row for row in rows}
-        for key in keys:
-            row = by_key.get(self._layout.once_key(key))
-            if row is None:
-                raise GraphChanged(self.context.graph, self.context.execution_id, [f"{key} of the batch"])
-            found[key] = self._layout.read_shared(key, row, self.context)
-        return found
 
     # --- while it runs -----------------------------------------------------------------------------------------
 

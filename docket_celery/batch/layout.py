@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from docket_celery.engine.checkpointing import read_value
+from docket_celery.engine.fan_out import find_fan_outs
 from docket_celery.engine.run_context import RunContext
 from docket_celery.engine.stored_items import ItemPlace
 from docket_celery.errors import DocketError, StepFailed, from_record
@@ -42,14 +43,7 @@ class Layout:
     def of(cls, plan: Plan, execution_id: str) -> Layout:
         """Return the layout of *plan* for one run."""
         makers = {planned.step.output: planned.step for planned in plan.steps}
-        fan_outs: dict[ValueKey, str] = {} if plan.batch is None else {plan.batch: ""}
-        for stage in plan.stages:
-            for planned in stage.plan.steps:
-                if stage.fan_out is not None:
-                    fan_outs[planned.step.output] = stage.fan_out
-                elif planned.step.splits:
-                    fan_outs[planned.step.output] = planned.step.name
-        return cls(plan, plan.graph, execution_id, makers, fan_outs)
+        return cls(plan, plan.graph, execution_id, makers, find_fan_outs(plan))
 
     def names(self, key: ValueKey) -> tuple[str, ...]:
         """Return the step names under which a value may be stored."""
@@ -77,14 +71,24 @@ class Layout:
         """Return the fan-outs whose items are cut from one value: of the batch, and of steps that run once."""
         return sorted({stage.fan_out for stage in self.plan.stages if stage.fan_out is not None})
 
-    def read_shared(self, key: ValueKey, row: Checkpoint, context: RunContext) -> Value:
-        """Return a value that is there once.
+    def read_shared(
+        self, keys: Iterable[ValueKey], rows: Iterable[Checkpoint], context: RunContext
+    ) -> dict[ValueKey, Value]:
+        """Return those of *keys*, values that are there once, that *rows* have.
 
         Raises:
             GraphChanged, DecodeFailed: As from `read_value`.
         """
-        step = self.makers.get(key)
-        return from_bytes(key.kind, row.output_data) if step is None else read_value(step, row, context)
+        by_key = {row.key: row for row in rows}
+        found: dict[ValueKey, Value] = {}
+        for key in keys:
+            if (row := by_key.get(self.once_key(key))) is not None:
+                step = self.makers.get(key)
+                read = (
+                    from_bytes(key.kind, row.output_data) if step is None else read_value(step, row, context)
+                )
+                found[key] = read
+        return found
 
     def place(
         self, key: ValueKey, total: int, failed: Collection[int], job_digest: bytes | None = None

@@ -126,9 +126,7 @@ class BatchRun(Run):
         for fan_out in layout.splitters():
             if (row := stored.get(layout.count_key(fan_out))) is not None:
                 self._counts[fan_out] = int(row.output_data)
-        for key in layout.shared():
-            if (row := stored.get(layout.once_key(key))) is not None:
-                self._values[key] = layout.read_shared(key, row, self.context)
+        self._values |= layout.read_shared(layout.shared(), stored.values(), self.context)
 
     def _store_job(self, lease: Lease, given: Mapping[ValueKey, Value]) -> None:
         batch = self._plan.batch

@@ -3,32 +3,153 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from docket_celery.engine.execution import Scheduler, join_failures
-from docket_celery.engine.items import ItemGroup
 from docket_celery.engine.run_context import Ending, OnEnd, RunContext
 from docket_celery.errors import BatchFailed, DocketError, StepFailed
 from docket_celery.observe.events import EventKind
 from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.batch import ONE_FAILS, BatchPolicy, BatchResult
 from docket_celery.plan.messages import Value
-from docket_celery.plan.plan import Plan, PlannedStep, Stage
+from docket_celery.plan.plan import Plan, Stage, find_needed
 
 _MOST_LINES = 10
+
+
+class ItemGroup(Ending):
+    """Executions of one stage, one for each item, a limited number at once.
+
+    Args:
+        count: How many there are.
+        make: Returns the execution of an item, given its index and what to call at its end.
+        on_end: Called once, after the last one, or when one of them ended the run: with that error.
+        limit: Most at once.
+        allowed: How many may fail without stopping the others.
+        failed: Items that failed in an earlier stage, by index: they are left out.
+        on_item: Called after each with how many have ended, failed ones too, and how many there are.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        make: Callable[[int, OnEnd], Ending],
+        on_end: OnEnd,
+        *,
+        limit: int,
+        allowed: int,
+        failed: Mapping[int, StepFailed] | None = None,
+        on_item: Callable[[int, int], None] | None = None,
+    ) -> None:
+        super().__init__(None, on_end)
+        self.results: list[Sequence[Any] | None] = [None] * count
+        self.failures: dict[int, StepFailed] = dict(failed or {})
+        self._make, self._limit, self._allowed, self._on_item = make, limit, allowed, on_item
+        self._fatal: BaseException | None = None
+        self._done = len(self.failures)
+        self._cut = False
+        self._running: dict[int, Ending] = {}
+        self._next = 0
+        self._asked = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether each of them was begun, and none was cut short."""
+        return self._next >= len(self.results) and not self._cut
+
+    def start(self) -> None:
+        """Start items while there is room, and see whether all have ended. One thread at a time does it."""
+        with self.lock:
+            self._asked += 1
+            if self._asked > 1:
+                return  # the thread that does it looks again
+        while True:
+            while (begun := self._begin()) is not None:
+                index, execution = begun
+                try:
+                    execution.start()
+                except Exception as error:  # noqa: BLE001 -- whatever it is, the run must end
+                    self._ended(index, (), error)
+            with self.lock:
+                over = not self._running and (self._idle() or self._fatal is not None)
+                again, self._asked = self._asked > 1, 1
+                if not again:
+                    self._asked = 0
+            if over:
+                self.end(error=self._fatal)
+            if not again:
+                return
+
+    def hold(self) -> None:
+        with self.lock:
+            self.failing = True
+            running = list(self._running.values())
+        for execution in running:
+            execution.hold()
+        self.start()
+
+    def _seize(self) -> None:
+        self.failing = True
+
+    def _let_go(self, error: BaseException) -> None:
+        for execution in list(self._running.values()):
+            execution.abort(error)
+
+    def _idle(self) -> bool:
+        return self.failing or self._next >= len(self.results)
+
+    def _begin(self) -> tuple[int, Ending] | None:
+        with self.lock:
+            while not self._idle() and self._next in self.failures:
+                self._next += 1
+            if self._idle() or len(self._running) >= self._limit:
+                return None
+            index, self._next = self._next, self._next + 1
+            execution = self._make(index, functools.partial(self._ended, index))
+            self._running[index] = execution
+            return index, execution
+
+    def _ended(self, index: int, values: Sequence[Any], error: BaseException | None) -> None:
+        stopped: list[Ending] = []
+        with self.lock:
+            if self._running.pop(index, None) is None or self.closed:
+                return
+            self._done = done = self._done + 1
+            if error is None:
+                self.results[index] = values or None
+                # Held between two of its steps it ends without an error, and without what it was to make.
+                self._cut = self._cut or not values
+            elif isinstance(error, StepFailed):
+                self.failures[index] = error
+                if len(self.failures) > self._allowed and not self.failing:
+                    self.failing = True
+                    stopped = list(self._running.values())
+            elif self._fatal is None:
+                self._fatal, self.failing = error, True
+                stopped = list(self._running.values())
+        for execution in stopped:
+            if self._fatal is None:
+                execution.hold()
+            else:
+                execution.abort(self._fatal)
+        if self._on_item is not None:
+            self._on_item(done, len(self.results))
+        self.start()
 
 
 class StagedScheduler(Ending):
     """One plan with stages being resolved for one delivery; used like `Scheduler`.
 
+    The submission's policy is about the items of the batch, or without one about those that the target is made for;
+    one failed item of any other fan-out fails what it is a part of. The run's limit bounds items; within an item they
+    are then made one after the other.
+
     Args:
-        plan: What to do; it has stages.
+        plan: What to do.
         inputs: The given values, in the order of ``plan.given``; a batch as a list.
-        context: What the steps share. Its policy is about the items of the batch, or without one about those that the
-            target is made for; one failed item of any other fan-out fails what it is a part of. Its limit bounds
-            items; within an item they are then made one after the other.
+        context: What the steps share.
         on_end: Called once with the values of *outputs* or an error.
         outputs: Which values are wanted; None: the target.
     """
@@ -44,11 +165,10 @@ class StagedScheduler(Ending):
         super().__init__(context.cancellation, on_end)
         self._plan, self._context = plan, context
         self._policy = ONE_FAILS if context.item else context.submission.policy
-        limit = context.max_concurrency
-        self._limit = max(1, context.settings.threads) if limit is None else 1 if context.item else limit
-        self._outputs = (plan.target,) if outputs is None else tuple(outputs)
+        self._limit = 1 if context.item and context.max_concurrency is not None else context.most_items
+        self._outputs = (plan.target,) if outputs is None else outputs
         self._values: dict[ValueKey, Any] = dict(zip(plan.given, inputs, strict=True))
-        self._fan_outs: dict[ValueKey, str] = {} if plan.batch is None else {plan.batch: ""}
+        self._fan_outs = find_fan_outs(plan)
         self._failures: dict[str, dict[int, StepFailed]] = {}
         self._items: ItemGroup | None = None
         self._life = self._run_stages()
@@ -58,7 +178,6 @@ class StagedScheduler(Ending):
         self._go_on()
 
     def hold(self) -> None:
-        """Start nothing more; what is running finishes and is saved, then the execution ends."""
         with self.lock:
             self.failing, items = True, self._items
         if items is not None:
@@ -101,7 +220,11 @@ class StagedScheduler(Ending):
             if error is not None or items.failing:
                 self.end(error=error)
                 return
-            self._take(stage, outputs, items)
+            for position, key in enumerate(outputs):
+                made = [None if values is None else values[position] for values in items.results]
+                self._values[key] = made[0] if stage.fan_out is None else made
+            if stage.fan_out is not None:
+                self._failures[stage.fan_out] = items.failures
         self._context.failed = self._failures.get(tolerant_fan_out(self._plan) or "", {})
         self.end([self._result(key) for key in self._outputs])
 
@@ -123,40 +246,23 @@ class StagedScheduler(Ending):
         self._context.tell(EventKind.BATCH_PROGRESS, done=done, total=total)
 
     def _make(self, stage: Stage, outputs: Sequence[ValueKey], index: int, on_end: OnEnd) -> Ending:
-        """Return the execution of one item, or of the steps that run once."""
-        context, given = self._context, stage.plan.given
-        if stage.fan_out is None:
-            inputs = [self._gather(key) for key in given]
-        else:
-            inputs = [self._value(key, index if key in stage.each else None) for key in given]
-            context = replace(context, item=self._path(index))
-        return make_item(stage, inputs, context, on_end, outputs)
-
-    def _take(self, stage: Stage, outputs: Sequence[ValueKey], items: ItemGroup) -> None:
-        """Take what a stage made."""
+        context = self._context
         if stage.fan_out is not None:
-            self._failures[stage.fan_out] = items.failures
-        splits = {p.step.output: p.step.name for p in stage.plan.steps if p.step.splits}
-        for position, key in enumerate(outputs):
-            made = [None if values is None else values[position] for values in items.results]
-            self._values[key] = made[0] if stage.fan_out is None else made
-            fan_out = splits.get(key) if stage.fan_out is None else stage.fan_out
-            if fan_out is not None:
-                self._fan_outs[key] = fan_out
+            context = replace(context, item=self._path(index))
+        inputs = [self._input(key, stage, index) for key in stage.plan.given]
+        return make_item(stage, inputs, context, on_end, outputs)
 
     # --- values ------------------------------------------------------------------------------------------------
 
-    def _value(self, key: ValueKey, index: int | None) -> Value | None:
-        """Return a value as one item sees it; None if only restored steps would use it."""
+    def _input(self, key: ValueKey, stage: Stage, index: int) -> Any:
+        """Return a value as an item sees it, or a step that runs once; None if only restored steps would use it."""
         value = self._values.get(key)
-        return value if index is None or value is None else value[index]
-
-    def _gather(self, key: ValueKey) -> Value | None:
-        """Return a value as a step that runs once sees it: of items, those that have one."""
-        value = self._values.get(key)
-        if value is None or not self._failures.get(self._fan_outs.get(key, ""), {}):
-            return value
-        return [each for each in value if each is not None]
+        if value is not None and key in stage.each:
+            return value[index]
+        if value is not None and stage.fan_out is None and self._failures.get(self._fan_outs.get(key, "")):
+            # Of items, those that have one.
+            return [each for each in value if each is not None]
+        return value
 
     def _result(self, key: ValueKey) -> Any:
         value = self._values[key]
@@ -170,33 +276,22 @@ class StagedScheduler(Ending):
 
     def _find_wanted(self) -> set[str]:
         """Return the steps that are needed, from the outputs down: none that only restored ones would use."""
-        makers = {
-            planned.step.output: (planned, stage)
-            for stage in self._plan.stages
-            for planned in stage.plan.steps
-        }
-        wanted: set[str] = set()
-        todo = list(self._outputs)
-        while todo:
-            planned, stage = makers.get(todo.pop(), (None, None))
-            if planned is None or stage is None or planned.step.name in wanted:
-                continue
-            wanted.add(planned.step.name)
-            if not self._is_restored(planned, stage):
-                todo += planned.step.inputs
-        return wanted
+        plan = self._plan
+        stages = {name: stage for stage in plan.stages for name in stage.plan}
+        restored = {p.index for p in plan.steps if self._is_restored(p.step.name, stages[p.step.name])}
+        slots = [planned.slot for planned in plan.steps if planned.step.output in self._outputs]
+        needed, used = find_needed(plan, slots, restored)
+        return {plan.steps[index].step.name for index in (*needed, *used)}
 
-    def _is_restored(self, planned: PlannedStep, stage: Stage) -> bool:
+    def _is_restored(self, name: str, stage: Stage) -> bool:
         """Tell whether a step need not run at all."""
-        name = planned.step.name
-        if not self._context.stored or stage.plan.stages:
+        stored = self._context.stored
+        if not stored or stage.plan.stages:
             return False
         if stage.fan_out is None:
-            return (name, self._context.item) in self._context.stored
+            return (name, self._context.item) in stored
         items = next((self._values[key] for key in stage.each if key in self._values), None)
-        return items is not None and all(
-            (name, self._path(i)) in self._context.stored for i in range(len(items))
-        )
+        return items is not None and all((name, self._path(i)) in stored for i in range(len(items)))
 
 
 def make_item(
@@ -208,17 +303,24 @@ def make_item(
 ) -> Ending:
     """Return the execution of one item of *stage*, which *context* names, or of its steps that run once.
 
-    Args:
-        stage: What to do.
-        inputs: The given values, in the order of ``stage.plan.given``.
-        context: What the steps share.
-        on_end: Called once with the values of *outputs* or an error.
-        outputs: Which of its values are wanted.
+    It calls *on_end* with the values of *outputs*; *inputs* are in the order of ``stage.plan.given``.
     """
     if stage.plan.stages:
         return StagedScheduler(stage.plan, inputs, context, on_end, outputs)
     slots = dict(zip(stage.outputs, stage.plan.output_slots, strict=True))
     return Scheduler(stage.plan, inputs, context, on_end, outputs=[slots[key] for key in outputs])
+
+
+def find_fan_outs(plan: Plan) -> dict[ValueKey, str]:
+    """Return the fan-outs that values are made for each item of; '' is the batch."""
+    found: dict[ValueKey, str] = {} if plan.batch is None else {plan.batch: ""}
+    for stage in plan.stages:
+        for planned in stage.plan.steps:
+            if stage.fan_out is not None:
+                found[planned.step.output] = stage.fan_out
+            elif planned.step.splits:
+                found[planned.step.output] = planned.step.name
+    return found
 
 
 def policy_of(plan: Plan, stage: Stage, policy: BatchPolicy) -> BatchPolicy:

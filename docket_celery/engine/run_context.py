@@ -128,6 +128,11 @@ class RunContext:
         self.execution_id, self.listeners = self.submission.execution_id, self.submission.listeners
         self.max_concurrency = 1 if self.runtime.inline else self.submission.max_concurrency
 
+    @property
+    def most_items(self) -> int:
+        """Most items of a fan-out at once."""
+        return self.max_concurrency or max(1, self.settings.threads)
+
     def heartbeat(self) -> Heartbeat:
         """Return what keeps the lease and claims of this delivery alive."""
         assert self.store is not None

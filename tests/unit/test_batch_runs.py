@@ -19,7 +19,7 @@ from docket_celery.batch.chunk import ChunkRun
 from docket_celery.batch.layout import PAGE, PAGE_BYTES, Layout, paged
 from docket_celery.batch.options import BatchOptions
 from docket_celery.batch.run import BatchRun
-from docket_celery.engine.items import ItemGroup
+from docket_celery.engine.fan_out import ItemGroup
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
 from docket_celery.engine.run_context import Ending, RunOutcome, Submission
