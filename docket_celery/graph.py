@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, cast, overload
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.checkpointing import check_inputs, find_shared_step, forget
+from docket_celery.engine.checkpointing import find_entry, forget
 from docket_celery.engine.handles import StartedRun
 from docket_celery.engine.process.loops import CallerLoop
 from docket_celery.engine.process.state import process
@@ -213,8 +213,7 @@ class Graph(Runner):
             InvalidArguments: There is no such step, it keeps nothing shared, or the inputs are not its own.
             StoreMissing: There is no store.
         """
-        found = find_shared_step(self, step, "forget")
-        values = check_inputs(found, inputs, "forget")
+        found, values = find_entry(self, step, inputs, "forget")
         plan = self.compiled(found.output, tuple(dict.fromkeys(found.inputs)))
         settings = process.settings()
         return forget(self.find_store(plan, settings, store), self.name, found, values)
@@ -277,8 +276,7 @@ class Graph(Runner):
             InvalidArguments: There is no such step, it keeps nothing shared, or the inputs are not its own.
             DocketError: As from `execute`; the old entry stays.
         """
-        found = find_shared_step(self, step, "refresh")
-        values = check_inputs(found, inputs, "refresh")
+        found, values = find_entry(self, step, inputs, "refresh")
         submission = make_submission(self.listeners, None, context, None, timeout)
         outcome = self.deliver(
             found.output,

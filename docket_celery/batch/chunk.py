@@ -51,7 +51,7 @@ class ChunkRun(Run):
         submission: Who asks for it.
         settings: Those in force.
         store: Where everything is kept.
-        options: How the batch is to be worked on.
+        options: How the batch is worked on.
         number: Of the stage, from 1.
         lo: Index of the chunk's first item.
         limit: Most items at once; None: as many as there are threads.

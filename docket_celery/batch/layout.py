@@ -61,11 +61,7 @@ class Layout:
 
     def shared(self) -> list[ValueKey]:
         """Return the values that are there once: handed in, or made by what runs once."""
-        given = [key for key in self.plan.given if key != self.plan.batch]
-        made = [
-            p.step.output for stage in self.plan.stages if stage.fan_out is None for p in stage.plan.steps
-        ]
-        return [key for key in (*given, *made) if key not in self.fan_outs]
+        return [key for key in (*self.plan.given, *self.makers) if key not in self.fan_outs]
 
     def splitters(self) -> list[str]:
         """Return the fan-outs whose items are cut from one value: of the batch, and of steps that run once."""
@@ -83,11 +79,8 @@ class Layout:
         found: dict[ValueKey, Value] = {}
         for key in keys:
             if (row := by_key.get(self.once_key(key))) is not None:
-                step = self.makers.get(key)
-                read = (
-                    from_bytes(key.kind, row.output_data) if step is None else read_value(step, row, context)
-                )
-                found[key] = read
+                step, data = self.makers.get(key), row.output_data
+                found[key] = from_bytes(key.kind, data) if step is None else read_value(step, row, context)
         return found
 
     def place(
@@ -115,17 +108,14 @@ class Layout:
 
     def item_rows(self, fan_out: str, messages: Iterable[Value]) -> Iterator[Checkpoint]:
         """Yield the rows of a fan-out's items."""
-        kind = self._item_kind(fan_out)
+        if fan_out:
+            kind = next(type_name(key.kind) for key, step in self.makers.items() if step.name == fan_out)
+        else:
+            assert self.plan.batch is not None
+            kind = type_name(self.plan.batch.kind)
         for index, message in enumerate(messages):
             key = item_key(self.graph, self.execution_id, fan_out, str(index))
             yield self._row(fan_out, str(index), index, key, kind, value_bytes(message))
-
-    def _item_kind(self, fan_out: str) -> str:
-        key = next(key for key, name in self.fan_outs.items() if name == fan_out and self._opens(key, name))
-        return type_name(key.kind)
-
-    def _opens(self, key: ValueKey, fan_out: str) -> bool:
-        return key == self.plan.batch if not fan_out else self.makers[key].name == fan_out
 
     def _row(
         self, step: str, item: str, index: int | None, key: bytes, output_type: str, data: bytes

@@ -33,15 +33,7 @@ _MOST_CHARS = 2000
 
 
 class StepRecord:
-    """The stored side of a step in one delivery that has a store.
-
-    Args:
-        step: The step.
-        values: Its inputs.
-        context: What the steps share.
-        store: Where it is kept.
-        began: When the step began, in seconds of the run's clock.
-    """
+    """The stored side of a step in a delivery that has a store; *began* is a time of the run's clock."""
 
     __slots__ = ("_began", "_claimed", "_context", "_looked_up", "_started_at", "_step", "_store", "_values")
 
@@ -277,16 +269,19 @@ def read_value(step: Step, checkpoint: Checkpoint, context: RunContext) -> Value
     return read(step.output.kind, checkpoint.output_data)
 
 
-def find_shared_step(registry: Registry, wanted: object, where: str) -> Step:
-    """Return the GLOBAL step that *wanted* names.
+def find_entry(
+    registry: Registry, wanted: object, inputs: Sequence[object], where: str
+) -> tuple[Step, list[Message]]:
+    """Return the GLOBAL step that *wanted* names, and *inputs* if they are those of the step.
 
     Args:
         registry: The graph.
-        wanted: Its name, its output's message type, or what was registered.
+        wanted: The step's name, its output's message type, or what was registered.
+        inputs: One for each value that the step takes, in the order of its parameters.
         where: What is called, for the error.
 
     Raises:
-        InvalidArguments: There is no such step, or it keeps nothing that is shared.
+        InvalidArguments: There is no such step, it keeps nothing that is shared, or the inputs are not its own.
         GraphError: The graph has faults.
     """
     try:
@@ -294,29 +289,19 @@ def find_shared_step(registry: Registry, wanted: object, where: str) -> Step:
     except InvalidArguments:
         registry.validate()  # it may be missing for a fault of its own
         raise
-    if step.persist is Scope.WORKFLOW:
+    if step.persist is not Scope.GLOBAL:
         problem = (
-            "keeps its outputs for each run; submit the job under a new execution_id to compute them again"
+            "keeps nothing; persist=Scope.GLOBAL would"
+            if step.persist is None
+            else "keeps its outputs for each run; submit the job under a new execution_id to compute them again"
         )
         raise InvalidArguments(where, f"step {step.name!r} {problem}")
-    if step.persist is None:
-        raise InvalidArguments(where, f"step {step.name!r} keeps nothing; persist=Scope.GLOBAL would")
-    return step
-
-
-def check_inputs(step: Step, inputs: Sequence[object], where: str) -> list[Message]:
-    """Return *inputs* if they are those of *step*: one for each value that it takes, in the order of its parameters.
-
-    Raises:
-        InvalidArguments: They are not.
-    """
-    wanted = list(dict.fromkeys(step.inputs))
-    given = [value for value in inputs if isinstance(value, Message)]
-    if [type(value) for value in inputs] != [key.kind for key in wanted]:
+    keys = list(dict.fromkeys(step.inputs))
+    if [type(value) for value in inputs] != [key.kind for key in keys]:
         shown = ", ".join(type(value).__name__ for value in inputs) or "nothing"
-        names = ", ".join(str(key) for key in wanted) or "nothing"
+        names = ", ".join(str(key) for key in keys) or "nothing"
         raise InvalidArguments(where, f"step {step.name!r} takes {names}, in this order; got {shown}")
-    return given
+    return step, [value for value in inputs if isinstance(value, Message)]
 
 
 def forget(store: Store, graph: str, step: Step, inputs: Sequence[Message]) -> bool:

@@ -33,12 +33,12 @@ _logger = logging.getLogger("docket_celery.engine")
 
 
 class Scheduler(Ending):
-    """One plan being resolved for one delivery.
+    """One plan being resolved for one delivery; what is stored does not run, nor do steps that only that needs.
 
     Args:
         plan: What to do.
         inputs: The given values, in the order of ``plan.given``; None: only restored steps would use it.
-        context: What the steps share. What is stored does not run, nor do steps that only such steps need.
+        context: What the steps share.
         on_end: Called once with the values of *outputs* or an error.
         outputs: The slots that are wanted; None: those of the plan.
         may_help: The thread that starts it may run steps.
@@ -78,7 +78,6 @@ class Scheduler(Ending):
         Raises:
             InputsChanged: A checkpoint was made from other inputs and its step asks for an error then.
             GraphChanged: A checkpoint is of a type which its step no longer returns.
-            RuntimeError: No thread can be started.
         """
         plan = self._plan
         if not self._checkpoints and len(self._outputs) == len(plan.output_slots):
@@ -215,12 +214,7 @@ class Scheduler(Ending):
         self._go_on(run)
 
     def _go_on(self, run: StepRun, find: Callable[[], Result | None] | None = None) -> None:
-        """Continue a step on the pool, then what it made ready.
-
-        Args:
-            run: The step.
-            find: Returns how its attempt ended, None where that does not count; without it the step has only waited.
-        """
+        """Continue a step on the pool, then what it made ready; *find* tells how its attempt ended, if it counts."""
 
         def work() -> None:
             try:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from types import TracebackType
 from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.process.pool import Worker
 from docket_celery.engine.run import Run
 from docket_celery.engine.run_context import RunOutcome
 from docket_celery.engine.waiting import LOOK_S, read_value, refuse_on_loop, require_threads, run_on_pool
@@ -116,10 +114,7 @@ class StartedRun(Generic[T]):
         """
         if self._outcome is None:
             refuse_on_loop("result")
-        thread = threading.current_thread()
-        if self._outcome is None and isinstance(thread, Worker) and thread.pool is self._run.pool:
-            # A step that waits for another run: its thread waits for work of the pool that it belongs to.
-            with thread.pool.blocking():
+            with self._run.pool.blocking():
                 return read_value(self._wait(timeout), self._target)
         return read_value(self._wait(timeout), self._target)
 

@@ -98,14 +98,7 @@ def target_name(plan: Plan) -> str:
 def run_request(
     plan: Plan, inputs: Sequence[Value], context: RunContext, store: Store, *, waits_for_other: bool
 ) -> RunRequest:
-    """Return what a delivery asks *store* for.
-
-    Args:
-        plan: What to do.
-        inputs: The job.
-        context: Whose delivery it is.
-        store: Keeps the job's digest in its own form.
-        waits_for_other: The submission has met another holder of the run before.
+    """Return what a delivery asks *store* for; it *waits_for_other* once it has met another holder of the run.
 
     Raises:
         PayloadTooLarge: The job is too large to be stored.

@@ -8,10 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
-
-from google.protobuf.message import Message
+from typing import Any, NamedTuple, TypeAlias
 
 from docket_celery.engine.attempt import Attempt
 from docket_celery.engine.checkpointing import StepRecord, hash_inputs, read_value
@@ -30,8 +27,8 @@ from docket_celery.errors import (
     safe_text,
 )
 from docket_celery.observe.events import EventKind
-from docket_celery.plan.messages import Value, encoding_fault
-from docket_celery.plan.options import RetryPolicy, Scope, to_seconds
+from docket_celery.plan.messages import Value
+from docket_celery.plan.options import Scope, to_seconds
 from docket_celery.plan.plan import PlannedStep
 from docket_celery.plan.step import Step
 from docket_celery.store.records import Checkpoint
@@ -49,21 +46,14 @@ class GivenUp(Exception):
     """The run is failing: a step that waits for its next attempt does not get it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sleep:
-    """Wait without a thread.
-
-    Attributes:
-        seconds: How long.
-        firm: Not cut short when the run is failing or has ended.
-    """
+class Sleep(NamedTuple):
+    """Wait without a thread; a *firm* wait is not cut short when the run is failing or has ended."""
 
     seconds: float
     firm: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(NamedTuple):
     """The end of a step that ends its whole run at once with *error*."""
 
     error: BaseException
@@ -76,13 +66,7 @@ End: TypeAlias = Value | StepFailed | Stop | None
 
 
 class StepRun:
-    """A step of one delivery on its way to a value.
-
-    Args:
-        planned: The step and its place in the plan.
-        values: Its inputs.
-        context: What the steps share.
-        gate: The execution that it belongs to.
+    """A step of one delivery on its way to a value, in the execution that is its *gate*.
 
     Attributes:
         life: What the scheduler drives.
@@ -151,12 +135,13 @@ class StepRun:
             DocketError: Its checkpoint could not be read or written.
         """
         step, record = self.step, self._record
-        scope = step.options.persist if record is not None else None
         limited = step.options.max_concurrent is not None
         failure: StepFailed | None = None
         try:
-            if scope is Scope.GLOBAL and (found := (yield from self._look_up())) is not None:
-                return self._restore(found)
+            if record is not None and step.persist is Scope.GLOBAL:
+                found = yield from self._look_up(record)
+                if found is not None:
+                    return found
             while True:
                 slot = None
                 if limited and (slot := self._find_slot()) is not None:
@@ -165,7 +150,7 @@ class StepRun:
                 value, error = yield attempt
                 self.attempt = None
                 if error is None:
-                    if (wrong := step.wrong_result(value) or _find_fault(value)) is None:
+                    if (wrong := step.wrong_result(value)) is None:
                         break
                     error = WrongResult(step.name, self.attempts, step.result_name, wrong)
                 end, delay_s = self._judge(error, attempt.on_host)
@@ -186,20 +171,17 @@ class StepRun:
             self._tell_succeeded()
         return kept
 
-    def _look_up(self) -> Generator[Effect, Any, Checkpoint | None]:
-        """Return the GLOBAL checkpoint; None: this step has claimed the right to compute it."""
-        assert self._record is not None
+    def _look_up(self, record: StepRecord) -> Generator[Effect, Any, Value | None]:
+        """Return what the GLOBAL checkpoint has; None: this step has claimed the right to compute it."""
         wait_s = _POLL_FIRST_S
-        while not (found := self._record.look_up()):
+        while not (found := record.look_up()):
             yield Sleep(wait_s)
             wait_s = min(wait_s * 2, _POLL_MOST_S)
-        return found if isinstance(found, Checkpoint) else None
-
-    def _restore(self, checkpoint: Checkpoint) -> Value:
-        value = read_value(self.step, checkpoint, self._context)
+        if not isinstance(found, Checkpoint):
+            return None
+        value = read_value(self.step, found, self._context)
         self._report_restored()
-        if self._record is not None:
-            self._record.keep(value)
+        record.keep(value)
         return value
 
     def _find_slot(self) -> Slot | None:
@@ -242,7 +224,11 @@ class StepRun:
         if isinstance(error, Exception):
             retriable, error = classify(step, error)
             if retriable and number < step.max_attempts and step.options.retry is not None:
-                delay_s, retriable, error = _delay(step.options.retry, step, number, error)
+                try:
+                    delay_s = to_seconds(step.options.retry.backoff.delay_s(number), "the backoff's delay")
+                except Exception as broken:  # noqa: BLE001 -- it may be user code; what it raised is the failure
+                    broken.add_note(f"raised by the backoff of step {step.name!r} after {brief_error(error)}")
+                    retriable, error = False, broken
         failure = _failure(step, number, retriable, error)
         if context.item:
             failure.place(context.item)
@@ -307,16 +293,6 @@ class StepRun:
         self._context.tell(EventKind.STEP_SUCCEEDED, self.step.name, self.attempts, elapsed_s=elapsed_s)
 
 
-def _find_fault(value: Value) -> str | None:
-    """Return what is wrong with a result that could not be written, or not be read back; None: nothing."""
-    fault = (
-        encoding_fault(value)
-        if isinstance(value, Message)
-        else next(filter(None, map(encoding_fault, value)), None)
-    )
-    return None if fault is None else f"one that cannot be kept ({fault})"
-
-
 def _is_hosts(error: BaseException, on_host: bool) -> bool:
     """Tell whether *error* came from the host of the thread rather than from the step's code.
 
@@ -340,17 +316,6 @@ def classify(step: Step, error: Exception) -> tuple[bool, Exception]:
             broken.add_note(f"raised by retriable= of step {step.name!r} while judging {brief_error(error)}")
             return False, broken
     return isinstance(error, (StepTimedOut, StoreUnavailable)) or not isinstance(error, DocketError), error
-
-
-def _delay(
-    policy: RetryPolicy, step: Step, number: int, error: Exception
-) -> tuple[float | None, bool, Exception]:
-    """Return the wait before the next attempt, or None where the backoff has none: then that is the failure."""
-    try:
-        return to_seconds(policy.backoff.delay_s(number), "the backoff's delay"), True, error
-    except Exception as broken:  # noqa: BLE001 -- it may be user code; what it raised is the failure
-        broken.add_note(f"raised by the backoff of step {step.name!r} after {brief_error(error)}")
-        return None, False, broken
 
 
 def brief_error(error: BaseException) -> str:

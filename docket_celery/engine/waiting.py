@@ -11,7 +11,6 @@ import contextlib
 import functools
 import logging
 import queue
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
@@ -19,7 +18,6 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from docket_celery.engine.process.loops import CallerLoop, is_loop_thread
-from docket_celery.engine.process.pool import Worker
 from docket_celery.engine.process.state import process
 from docket_celery.engine.run import Run
 from docket_celery.engine.run_context import RunOutcome
@@ -38,7 +36,7 @@ def run_here(run: Run) -> RunOutcome:
     """Start *run* and wait for its end with the calling thread.
 
     Raises:
-        BaseException: Whatever interrupted the waiting thread (a soft time limit, SystemExit, Ctrl-C); the run was
+        BaseException: What interrupted the waiting thread (a soft time limit, SystemExit, Ctrl-C); the run was
             cancelled and its lease given up before.
         InvalidArguments: The calling thread runs the ``async def`` steps, which would all wait with it.
         TooManyAbandoned: Too many threads are held by timed-out steps.
@@ -53,12 +51,12 @@ def run_here(run: Run) -> RunOutcome:
             run.watch()
             run.inline.drive(lambda: run.concluded)
             return outcomes.get()
-        thread = threading.current_thread()
-        if isinstance(thread, Worker) and thread.pool is run.pool:
-            # A step that executes a graph: its thread waits for work of the pool that it belongs to.
-            with thread.pool.blocking():
-                return _wait(run, outcomes)
-        return _wait(run, outcomes)
+        # A step may execute a graph: its thread then waits for work of the pool that it belongs to.
+        with run.pool.blocking():
+            while True:
+                wait_s = run.poll()
+                with contextlib.suppress(queue.Empty):
+                    return outcomes.get(timeout=wait_s)
     except BaseException as interruption:
         run.stop(interruption)
         parked = _leave(run, outcomes, interruption)
@@ -107,21 +105,20 @@ def run_on_pool(work: Callable[[], R], threads: int) -> R:
         threads: `Settings.threads`.
 
     Raises:
-        BaseException: Whatever *work* raised, or whatever interrupted the waiting thread.
+        BaseException: What *work* raised, or what interrupted the waiting thread.
     """
     if threads == 0 or process.may_help():
         return work()
     done: Future[R] = Future()
+    told: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def do() -> None:
         try:
             done.set_result(work())
-        except BaseException as error:  # noqa: BLE001 -- it is for whoever waits
+        except BaseException as error:  # noqa: BLE001 -- it is for the waiting thread
             done.set_exception(error)
-        finally:
-            told.put(None)
+        told.put(None)
 
-    told: queue.SimpleQueue[None] = queue.SimpleQueue()
     process.runtime(threads).pool.submit(do)
     while not done.done():
         with contextlib.suppress(queue.Empty):
@@ -137,8 +134,7 @@ def read_value(outcome: RunOutcome, target: type[T]) -> T:
     """
     if outcome.error is not None:
         raise outcome.error
-    if not isinstance(outcome.value, target):
-        raise AssertionError(f"a run ended without a value: {outcome!r}")
+    assert isinstance(outcome.value, target), outcome
     return outcome.value
 
 
@@ -151,15 +147,6 @@ def read_outcome(outcome: RunOutcome) -> object:
     if outcome.error is not None:
         raise outcome.error
     return outcome.value.load() if isinstance(outcome.value, StoredBatch) else outcome.value
-
-
-def _wait(run: Run, outcomes: queue.SimpleQueue[RunOutcome]) -> RunOutcome:
-    while True:
-        wait_s = run.poll()
-        try:
-            return outcomes.get(timeout=wait_s)
-        except queue.Empty:
-            continue
 
 
 def _leave(

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
+from google.protobuf.message import Message
+
 from docket_celery.plan.annotation import SignatureFault
 from docket_celery.plan.context import StepContext
-from docket_celery.plan.messages import Value, type_name
+from docket_celery.plan.messages import Value, encoding_fault, type_name
 from docket_celery.plan.options import Scope, StepOptions, to_seconds
 from docket_celery.plan.signature import Signature, is_async, plain, read_signature
 
@@ -104,14 +106,21 @@ class Step(Registration, Signature):
         return f"list[{name}]" if self.splits else name
 
     def wrong_result(self, value: object) -> str | None:
-        """Return the name of what *value* is instead of the declared result, or None if it is that."""
+        """Return what *value* is instead of a result: of another type, or not to be kept; None: it is a result."""
+        kind = self.output.kind
         if not self.splits:
-            return None if type(value) is self.output.kind else _kind_name(value)
-        if not isinstance(value, list):
+            if type(value) is not kind:
+                return _kind_name(value)
+            fault = encoding_fault(value)
+        elif isinstance(value, list):
+            held = cast("list[Message]", value)
+            wrong = next((each for each in held if type(each) is not kind), self)
+            if wrong is not self:
+                return f"a list that holds {_kind_name(wrong)}"
+            fault = next(filter(None, map(encoding_fault, held)), None)
+        else:
             return _kind_name(value)
-        held = cast("list[object]", value)
-        wrong = next((each for each in held if type(each) is not self.output.kind), self)
-        return None if wrong is self else f"a list that holds {_kind_name(wrong)}"
+        return None if fault is None else f"one that cannot be kept ({fault})"
 
     @cached_property
     def takes_context(self) -> bool:

@@ -92,11 +92,15 @@ class Pool:
 
     @contextmanager
     def blocking(self) -> Generator[None]:
-        """Let another thread take the place of the calling worker while it waits for work of this pool.
+        """Let another thread take the place of the calling one, if it is of this pool, while it waits for its work.
 
         Raises:
             RuntimeError: No other thread can be started; the caller must not wait.
         """
+        thread = threading.current_thread()
+        if not isinstance(thread, Worker) or thread.pool is not self:
+            yield
+            return
         with self._lock:
             self._size += 1
             try:
