@@ -59,15 +59,15 @@ class Store(Protocol):
 
         Args:
             request: What the delivery will ask for.
-            keep_s: Seconds from now after which purging may delete a run that nobody has acquired.
+            keep_s: Seconds from now after which purging may delete a run that no delivery has acquired.
 
         Returns:
-            None; or the run as it stands, which is of another target or job digest.
+            None; or the row of the run, if that is of another target or job digest.
         """
         ...
 
     def acquire(self, request: RunRequest) -> Lease | RunRow:
-        """Take the run's lease, or return the run as it stands when it may not be taken.
+        """Take the run's lease, or return its row when it may not be taken.
 
         Taken: an unknown run; QUEUED; WAITING, unless an open stage keeps it for another task id
         (`BatchStore.open_stage`); FAILED when another task id (or none) submits it again unless
@@ -96,8 +96,7 @@ class Store(Protocol):
     def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:
         """Store a WORKFLOW checkpoint under the lease's fence and return the one that counts.
 
-        Whoever saved first wins: a second saver gets the first one's checkpoint back, read in a new
-        statement.
+        The first save wins: a second one gets the first one's checkpoint back, read in a new statement.
 
         Raises:
             LeaseLost: The lease's epoch is no longer the run's, or the run is not RUNNING.
@@ -142,7 +141,7 @@ class Store(Protocol):
     def forget(self, key: bytes) -> bool:
         """Delete a GLOBAL checkpoint, whatever it holds, and tell whether there was a live one.
 
-        A computation that has been claimed goes on, and its result is stored.
+        A computation that has been claimed continues, and its result is stored.
         """
         ...
 
@@ -177,7 +176,7 @@ class Store(Protocol):
     def cancel(
         self, graph: str, execution_id: str, error: dict[str, Any], retention_s: float
     ) -> RunRow | None:
-        """Close a run that has not ended as CANCELLED, whoever holds it: all that they still save is refused.
+        """Close a run that has not ended as CANCELLED: what its holder still saves is refused.
 
         Args:
             graph: With *execution_id* the name of the run.
@@ -201,7 +200,7 @@ class Store(Protocol):
     def purge(self, limit: int) -> Purged:
         """Delete rows that are past their date, in a few short transactions; nothing is left once it is empty.
 
-        Ended runs whose retention is over, and queued ones that nobody has acquired in time, each with its
+        Ended runs whose retention is over, and queued ones that were not acquired in time, each with its
         checkpoints and step executions: the run is unknown then, and submitting it again starts. Checkpoints
         whose ttl is over, but for those of runs that have not ended. Claims that have been dead for a minute.
         Any number of processes may do it side by side; what another one is deleting is left to it.
@@ -257,10 +256,10 @@ class BatchStore(Store, Protocol):
 
         Args:
             request: What the delivery will ask for; its digest is not looked at.
-            keep_s: Seconds from now after which purging may delete the run if nobody acquires it.
+            keep_s: Seconds from now after which purging may delete the run if it is not acquired.
 
         Returns:
-            The right to store its items; or the run as it stands.
+            The right to store its items; or the row of the run.
         """
         ...
 
@@ -342,9 +341,9 @@ class BatchStore(Store, Protocol):
             chunks: New ones; those that are there already stay.
             allowed: How many items of the stage may fail.
             executions: Rows not yet written.
-            progress: Where the stage stands now.
+            progress: How far the stage is now.
             lanes: How it is to be worked on.
-            message: What whoever finds the run lost needs to go on with it; None: nobody looks for it.
+            message: What is sent to continue the run if it is lost; None: it is not looked for.
 
         Returns:
             The lanes in which the stage is to be worked on.
@@ -382,15 +381,15 @@ class BatchStore(Store, Protocol):
         """
         ...
 
-    # --- runs that nobody advances -----------------------------------------------------------------------------
+    # --- lost runs ---------------------------------------------------------------------------------------------
 
     def find_lost(
         self, task_names: Sequence[str], lease_s: float, max_deliveries: int, limit: int
     ) -> list[LostRun]:
-        """Return runs with an open stage that nobody advances, and look at each of them again later only.
+        """Return lost runs with an open stage, and look at each of them again later only.
 
         A chunk whose lease is over counts as lost, as if it had been taken over, and is to be worked on again: its
-        run is found for it once, however long its messages lie in a queue then.
+        run is found for it once, however long its messages wait in a queue then.
 
         Lost is, by the database's clock: a run, or a chunk of the stage, whose lease is over; a stage of which
         nothing more will be worked on, for *lease_s* without anybody having gone on; and one with no chunk at work,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from docket_celery.errors import LeaseLost
@@ -23,8 +22,16 @@ from docket_celery.store.records import (
     RunState,
     StepExecution,
 )
-from docket_celery.store.rows import SCHEMA_VERSION, check_owner, dump_json, lease_from, result_checksum
-from docket_celery.store.rules import KEPT_FOR_DELIVERY, is_crash, known_retries, may_take
+from docket_celery.store.rows import (
+    SCHEMA_VERSION,
+    check_owner,
+    dump_json,
+    end_values,
+    lease_from,
+    read_run,
+    without_view,
+)
+from docket_celery.store.rules import KEPT_FOR_DELIVERY, take
 
 
 @dataclass(slots=True)
@@ -48,14 +55,12 @@ class _Run:
     """A row of ``docket_runs``; times in seconds of the store's clock."""
 
     request: RunRequest
-    created_at: float
     state: RunState = RunState.QUEUED
     epoch: int = 0
     owner: str | None = None
     lease_until: float | None = None
     lost: int = 0
     failures: int = 0
-    wake_at: float | None = None
     error: str | None = None
     result: bytes | None = None
     result_checksum: bytes | None = None
@@ -66,45 +71,18 @@ class _Run:
         over = self.state.ended or self.state is RunState.QUEUED
         return over and self.expires_at is not None and self.expires_at <= now
 
-    def may_be_taken(self, request: RunRequest, now: float) -> bool:
-        """Tell whether *request* may take the run."""
-        held = self.request
-        return may_take(
-            request,
-            target=held.target,
-            job_digest=held.job_digest,
-            state=self.state,
-            owner=self.owner,
-            task_id=held.task_id,
-            retries=held.retries,
-            expired=self.lease_until is not None and self.lease_until <= now,
-        )
-
-    def crashed(self, request: RunRequest) -> bool:
-        """Tell whether taking the run for *request* means that its holder died."""
-        held = self.request
-        return is_crash(
-            request, state=self.state, owner=self.owner, task_id=held.task_id, retries=held.retries
-        )
-
-    def row(self, now: float) -> RunRow:
-        """Return the run as others see it."""
-        return RunRow(
-            graph=self.request.graph,
-            execution_id=self.request.execution_id,
-            target=self.request.target,
-            job_digest=self.request.job_digest,
-            state=self.state,
-            epoch=self.epoch,
-            lost=self.lost,
-            failures=self.failures,
-            retries=self.request.retries,
-            task_name=self.request.task_name,
-            task_id=self.request.task_id,
-            result=self.result,
-            error=None if self.error is None else json.loads(self.error),
-            lease_left_s=None if self.lease_until is None else self.lease_until - now,
-        )
+    def columns(self, now: float) -> dict[str, Any]:
+        """Return the run as a row of the SQL stores."""
+        names = ("graph", "execution_id", "target", "job_digest", "retries", "task_name", "task_id")
+        left_s = None if self.lease_until is None else self.lease_until - now
+        return {
+            **{name: getattr(self.request, name) for name in names},
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "lease_left_s": left_s,
+            "expired": left_s is not None and left_s <= 0,
+            "kept": False,
+            "progress": None,
+        }
 
 
 class MemoryStore:
@@ -130,9 +108,9 @@ class MemoryStore:
         with self._lock:
             now = self._clock()
             name = request.graph, request.execution_id
-            run = self._runs.setdefault(name, _Run(request, created_at=now, expires_at=now + keep_s))
+            run = self._runs.setdefault(name, _Run(request, expires_at=now + keep_s))
             if (run.request.target, run.request.job_digest) != (request.target, request.job_digest):
-                return run.row(now)
+                return read_run(run.columns(now))
             if run.expires_at is not None and run.state in KEPT_FOR_DELIVERY:
                 run.expires_at = max(run.expires_at, now + keep_s)
             return None
@@ -141,18 +119,19 @@ class MemoryStore:
         """See `Store.acquire`."""
         with self._lock:
             now = self._clock()
-            run = self._runs.get((request.graph, request.execution_id))
-            if run is None:
-                run = _Run(request, created_at=now)
-                self._runs[request.graph, request.execution_id] = run
-            elif not run.may_be_taken(request, now):
-                return run.row(now)
-            if run.crashed(request):
-                run.lost += 1
-                if run.lost >= request.max_deliveries:
-                    run.state, run.lease_until = RunState.QUARANTINED, None
-                    return run.row(now)
-            return self._take(run, request, now)
+            run = self._runs.setdefault((request.graph, request.execution_id), _Run(request))
+            changes = take(request, run.columns(now))
+            if changes is None:
+                return read_run(run.columns(now))
+            run.state, run.lost = changes["state"], changes["lost"]
+            if run.state is RunState.QUARANTINED:
+                run.lease_until = None
+                return read_run(run.columns(now))
+            run.request = replace(request, retries=changes["retries"])
+            run.epoch, run.failures, run.owner = changes["epoch"], changes["failures"], request.owner
+            run.lease_until = now + request.lease_s
+            run.error = run.result = run.result_checksum = run.expires_at = None
+            return lease_from(request, epoch=run.epoch, lost=run.lost, failures=run.failures)
 
     def restore(self, lease: Lease, keys: Sequence[bytes], *, items: bool = False) -> list[Checkpoint]:
         """See `Store.restore`."""
@@ -256,17 +235,12 @@ class MemoryStore:
                 if not self._ended_by(lease, end):
                     raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
                 return
-            run.state, run.lease_until = end.state, None
-            run.error = None if end.error is None else dump_json(end.error)
-            run.result, run.result_checksum = end.result, None
-            if end.result is not None:
-                run.result_checksum = result_checksum(
-                    lease.graph, lease.execution_id, lease.target, end.result
-                )
+            values = end_values(lease, end)
+            run.state, run.lease_until, run.error = end.state, None, values["error"]
+            run.result, run.result_checksum = values["result"], values["result_checksum"]
             run.failures += end.failed_once
-            run.wake_at = None if end.wake_in_s is None else now + end.wake_in_s
             if end.wake_in_s is not None:
-                run.request = dataclasses.replace(run.request, retries=run.request.retries + 1)
+                run.request = replace(run.request, retries=run.request.retries + 1)
             self._executions.extend(end.executions)
             if end.state.ended:
                 run.expires_at = None if end.retention_s is None else now + end.retention_s
@@ -281,16 +255,16 @@ class MemoryStore:
             if run is None:
                 return None
             if not run.state.ended:
-                run.state, run.lease_until, run.wake_at = RunState.CANCELLED, None, None
+                run.state, run.lease_until = RunState.CANCELLED, None
                 run.error, run.expires_at = dump_json(error), now + retention_s
                 self._date_checkpoints(run.request, now)
-            return run.row(now)
+            return read_run(run.columns(now))
 
     def find_run(self, graph: str, execution_id: str) -> RunRow | None:
         """See `Store.find_run`."""
         with self._lock:
             run = self._runs.get((graph, execution_id))
-            return None if run is None else run.row(self._clock())
+            return None if run is None else read_run(run.columns(self._clock()))
 
     def find_job(self, graph: str, execution_id: str) -> bytes | None:
         """See `Store.find_job`."""
@@ -299,7 +273,7 @@ class MemoryStore:
             return None if run is None else run.request.job
 
     def purge(self, limit: int) -> Purged:
-        """See `Store.purge`; one lock holds everybody off anyway, so *limit* bounds only how long."""
+        """See `Store.purge`; other calls wait for it, and *limit* bounds how long."""
         with self._lock:
             now = self._clock()
             due = [key for key, run in self._runs.items() if run.is_due(now)][:limit]
@@ -340,18 +314,6 @@ class MemoryStore:
         with self._lock:
             return list(self._executions)
 
-    def _take(self, run: _Run, request: RunRequest, now: float) -> Lease:
-        retries = known_retries(request, task_id=run.request.task_id, retries=run.request.retries)
-        if run.state is RunState.FAILED:
-            run.failures = 0
-        if not (run.state is RunState.RUNNING and run.owner == request.owner):
-            run.epoch += 1
-        run.request = dataclasses.replace(request, retries=retries)
-        run.state, run.owner = RunState.RUNNING, request.owner
-        run.lease_until = now + request.lease_s
-        run.error = run.result = run.result_checksum = run.wake_at = run.expires_at = None
-        return lease_from(request, epoch=run.epoch, lost=run.lost, failures=run.failures)
-
     def _held(self, lease: Lease) -> _Run | None:
         run = self._runs.get((lease.graph, lease.execution_id))
         if run is None or run.state is not RunState.RUNNING:
@@ -374,7 +336,7 @@ class MemoryStore:
         expires_at: float | None,
         execution: StepExecution | None,
     ) -> Checkpoint:
-        kept = dataclasses.replace(checkpoint, output_json=None)
+        kept = without_view(checkpoint)
         self._cache[kept.key] = _Stored(kept, kept.checksum(), expires_at)
         if execution is not None:
             self._executions.append(execution)

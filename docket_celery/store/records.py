@@ -1,4 +1,4 @@
-"""What is stored and how it is named: identities, records, leases, and the `Store` protocol.
+"""What is stored and how it is named: rows, leases, and what asks for them.
 
 A run is named by (graph, execution_id). A checkpoint's identity is 32 bytes: SHA-256 over a domain tag and
 length-prefixed parts, so that no two different lists of parts give the same input to the hash.
@@ -17,7 +17,7 @@ from docket_celery.store.identity import digest
 
 
 class RunState(enum.StrEnum):
-    """Where a run stands. RUNNING is leased; WAITING is not: a parked retry or an open join."""
+    """The state of a run. RUNNING is leased; WAITING is not: a parked retry or an open join."""
 
     QUEUED = "QUEUED"
     RUNNING = "RUNNING"
@@ -95,7 +95,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepExecution:
-    """One row of ``docket_executions``: what became of a step in one delivery.
+    """One row of ``docket_executions``: how a step ended in one delivery.
 
     Attributes:
         attempts: Calls made; 0 when the output was restored.
@@ -123,7 +123,7 @@ class StepExecution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequest:
-    """What somebody who wants to advance a run says of itself.
+    """What a delivery that wants to advance a run says of itself.
 
     Attributes:
         target: Full Protocol Buffers name of the result's type.
@@ -329,7 +329,7 @@ class Lanes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LostRun:
-    """A run that nobody seems to advance.
+    """A run that no worker seems to advance.
 
     Attributes:
         retries: The greatest count of its task's deliveries that took it.
@@ -364,7 +364,7 @@ class ChunkRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkRequest:
-    """What somebody who wants to work on a chunk says of itself; the fields are those of `RunRequest`."""
+    """What a delivery that wants to work on a chunk says of itself; the fields are those of `RunRequest`."""
 
     graph: str
     execution_id: str
@@ -412,7 +412,7 @@ class ChunkEnd:
         checkpoints: Outputs not yet saved.
         executions: Rows not yet written with a save.
         errors: As in `ChunkRow`.
-        stops: Nothing of the stage shall start any more.
+        stops: Nothing of the stage may start any more.
         wake_in_s: QUEUED only: seconds until the other delivery is due.
     """
 

@@ -29,21 +29,11 @@ SCHEMA_VERSION = 6
 """The version of the tables and rules that this release reads and writes."""
 
 
-CHECKPOINT_COLUMNS = (
-    "cache_key",
-    "execution_id",
-    "graph",
-    "step_name",
-    "step_version",
-    "item",
-    "item_index",
-    "input_hash",
-    "output_type",
-    "output_data",
-    "ttl",
-    "checksum",
-    "output_shape",
-)
+_RENAMED = {"key": "cache_key", "ttl_s": "ttl"}
+_CHECKPOINT_FIELDS = {
+    f.name: _RENAMED.get(f.name, f.name) for f in fields(Checkpoint) if f.name != "output_json"
+}
+CHECKPOINT_COLUMNS = (*_CHECKPOINT_FIELDS.values(), "checksum")
 """What is read back of a checkpoint; ``output_json`` is for people only."""
 
 EXECUTION_COLUMNS = tuple(f.name for f in fields(StepExecution))
@@ -121,54 +111,34 @@ def _clean_value(value: Any) -> Any:
 
 def checkpoint_values(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the columns of a cleaned *checkpoint*, its checksum among them; times are the statement's."""
-    return {
-        "cache_key": checkpoint.key,
-        "execution_id": checkpoint.execution_id,
-        "graph": checkpoint.graph,
-        "step_name": checkpoint.step_name,
-        "step_version": checkpoint.step_version,
-        "item": checkpoint.item,
-        "item_index": checkpoint.item_index,
-        "input_hash": checkpoint.input_hash,
-        "output_type": checkpoint.output_type,
-        "output_data": checkpoint.output_data,
-        "output_json": checkpoint.output_json,
-        "ttl": checkpoint.ttl_s,
-        "checksum": checkpoint.checksum(),
-        "output_shape": checkpoint.output_shape,
-    }
+    values = {column: getattr(checkpoint, field) for field, column in _CHECKPOINT_FIELDS.items()}
+    return values | {"output_json": checkpoint.output_json, "checksum": checkpoint.checksum()}
+
+
+def cleaned_values(record: object, names: Iterable[str]) -> dict[str, Any]:
+    """Return these fields of *record* with every text cleaned."""
+    values = {name: getattr(record, name) for name in names}
+    return {name: clean_text(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def execution_values(execution: StepExecution) -> dict[str, Any]:
     """Return the columns of *execution* with every text cleaned."""
-    values = {name: getattr(execution, name) for name in EXECUTION_COLUMNS}
-    return {name: clean_text(value) if isinstance(value, str) else value for name, value in values.items()}
+    return cleaned_values(execution, EXECUTION_COLUMNS)
+
+
+_REQUEST_COLUMNS = (
+    *("graph", "execution_id", "task_name", "task_id", "retries", "target", "job", "job_digest", "owner"),
+)
 
 
 def request_values(request: RunRequest) -> dict[str, Any]:
     """Return what of *request* goes into ``docket_runs``, every text cleaned."""
-    values = {
-        "graph": request.graph,
-        "execution_id": request.execution_id,
-        "task_name": request.task_name,
-        "task_id": request.task_id,
-        "retries": request.retries,
-        "target": request.target,
-        "job": request.job,
-        "job_digest": request.job_digest,
-        "owner": request.owner,
-    }
-    return {name: clean_text(value) if isinstance(value, str) else value for name, value in values.items()}
+    return cleaned_values(request, _REQUEST_COLUMNS)
 
 
 def fence_values(lease: Lease) -> dict[str, Any]:
     """Return what a statement compares to tell whether *lease* still holds its run, or its chunk."""
-    values: dict[str, Any] = {
-        "graph": clean_text(lease.graph),
-        "execution_id": clean_text(lease.execution_id),
-        "epoch": lease.epoch,
-        "owner": clean_text(lease.owner),
-    }
+    values = cleaned_values(lease, ("graph", "execution_id", "epoch", "owner"))
     if lease.chunk is not None:
         values |= {"stage": lease.chunk.stage, "lo": lease.chunk.lo}
     return values
@@ -199,12 +169,14 @@ def end_values(lease: Lease, end: RunEnd) -> dict[str, Any]:
         **fence,
         "lease_s": lease.lease_s,
         "state": end.state.value,
-        "ended": end.state.ended,
         "failed": int(end.failed_once),
         "result": end.result,
         "result_checksum": checksum,
         "error": None if end.error is None else dump_json(end.error),
         "items_failed": end.items_failed,
+        "wake_in_s": end.wake_in_s,
+        "owed": int(end.wake_in_s is not None),
+        "retention_s": end.retention_s,
     }
 
 
@@ -214,21 +186,8 @@ def read_checkpoint(row: Row) -> Checkpoint:
     Raises:
         CorruptCheckpoint: It does not match its checksum.
     """
-    checkpoint = Checkpoint(
-        key=bytes(row["cache_key"]),
-        graph=row["graph"],
-        execution_id=row["execution_id"],
-        step_name=row["step_name"],
-        step_version=row["step_version"],
-        item=row["item"],
-        item_index=row["item_index"],
-        input_hash=row["input_hash"],
-        output_type=row["output_type"],
-        output_data=bytes(row["output_data"]),
-        ttl_s=row["ttl"],
-        output_shape=row["output_shape"],
-    )
-    return checkpoint.verify(bytes(row["checksum"]))
+    values = {field: row[column] for field, column in _CHECKPOINT_FIELDS.items()}
+    return Checkpoint(**values).verify(row["checksum"])
 
 
 def check_owner(checkpoint: Checkpoint, graph: str, execution_id: str | None) -> Checkpoint:
@@ -256,36 +215,21 @@ def read_run(row: Row) -> RunRow:
         CorruptCheckpoint: The result does not match its checksum, or a column holds what is never written.
     """
     name = f"graph={row['graph']!r}, execution_id={row['execution_id']!r}"
-    result = None if row["result"] is None else bytes(row["result"])
-    stored = None if row["result_checksum"] is None else bytes(row["result_checksum"])
-    expected = (
-        None if result is None else result_checksum(row["graph"], row["execution_id"], row["target"], result)
-    )
-    if expected != stored:
+    values = {f.name: row[f.name] for f in fields(RunRow)}
+    result, expected = values["result"], None
+    if result is not None:
+        expected = result_checksum(row["graph"], row["execution_id"], row["target"], result)
+    if expected != row["result_checksum"]:
         raise CorruptCheckpoint("docket_runs", name, "the result does not match its checksum")
+    left_s = row["lease_left_s"]
     try:
-        state = RunState(row["state"])
-        error = None if row["error"] is None else json.loads(row["error"])
-        progress = read_progress(row["progress"])
+        values["state"] = RunState(row["state"])
+        values["error"] = None if row["error"] is None else json.loads(row["error"])
+        values["progress"] = read_progress(row["progress"])
     except ValueError as problem:
         raise CorruptCheckpoint("docket_runs", name, str(problem)) from problem
-    return RunRow(
-        graph=row["graph"],
-        execution_id=row["execution_id"],
-        target=row["target"],
-        job_digest=bytes(row["job_digest"]),
-        state=state,
-        epoch=row["epoch"],
-        lost=row["lost"],
-        failures=row["failures"],
-        retries=row["retries"],
-        task_name=row["task_name"],
-        task_id=row["task_id"],
-        result=result,
-        error=error,
-        lease_left_s=None if row["lease_left_s"] is None else float(row["lease_left_s"]),
-        progress=progress,
-    )
+    values["lease_left_s"] = None if left_s is None else float(left_s)
+    return RunRow(**values)
 
 
 def read_in_order(rows: Iterable[Row], graph: str, execution_id: str) -> list[Checkpoint]:
@@ -318,8 +262,7 @@ def read_chunk(row: Row) -> ChunkRow:
 
 def chunk_values(request: ChunkRequest) -> dict[str, Any]:
     """Return what of *request* a statement needs, every text cleaned."""
-    values = {f.name: getattr(request, f.name) for f in fields(request)}
-    return {name: clean_text(value) if isinstance(value, str) else value for name, value in values.items()}
+    return cleaned_values(request, (f.name for f in fields(request)))
 
 
 def chunk_lease(request: ChunkRequest, row: Row) -> Lease:

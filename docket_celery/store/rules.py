@@ -1,26 +1,28 @@
-"""Who may take a run, and what a store tells its holder: decided in one place for all stores."""
+"""Which request may take a run, and what a store tells its holder, for all stores."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from docket_celery.store.records import (
     ChunkRefusal,
-    ChunkRequest,
     ChunkStop,
     Halt,
     RunRequest,
     RunState,
 )
+from docket_celery.store.rows import Row
 
 QUEUE_PATIENCE = 10
-"""So many leases long may all chunks of a stage lie in a queue before they are taken for lost."""
+"""For this many lease lengths all chunks of a stage may wait in a queue before they are taken for lost."""
 
 
 STAGE_PATIENCE, BODY_PATIENCE = QUEUE_PATIENCE + 2, 3
-"""So many leases from the last sign of life does an open stage keep its run to its own task, and one of which nothing
-more will be worked on: whoever looks for lost ones has looked by then."""
+"""For this many lease lengths after the last activity only its own task may take the run of an open stage, and of one
+of which nothing more will be worked on: the sweep has looked for lost runs by then."""
 
 CANCEL_LOOK_S = 5
-"""So many seconds after a batch was cancelled its task is sent once more: its own messages may be lost."""
+"""Seconds after which the task of a cancelled batch is sent once more: its own messages may be lost."""
 
 
 LONGEST_LOOK_S = 3600
@@ -28,58 +30,52 @@ LONGEST_LOOK_S = 3600
 
 
 KEPT_FOR_DELIVERY = (RunState.QUEUED, RunState.FAILED, RunState.SUCCEEDED)
-"""What a delivery can use: queueing the run again keeps it until then. The others' names become free in time."""
+"""What a delivery can use: queueing the run again keeps it until then. The names of others become free in time."""
 
 
-def may_take(
-    request: RunRequest,
-    *,
-    target: str,
-    job_digest: bytes,
-    state: str,
-    owner: str | None,
-    task_id: str | None,
-    retries: int,
-    expired: bool,
-    kept: bool = False,
-) -> bool:
-    """Tell whether *request* may take the run that stands so, *kept* for its task by an open stage or not.
+def take(request: RunRequest, run: Row) -> dict[str, Any] | None:
+    """Return what changes in a run that *request* takes, by column; None: it may not take the run.
 
-    Postgres decides the same in SQL.
+    Args:
+        request: Who asks for the run.
+        run: Its row: ``target``, ``job_digest``, ``state``, ``owner``, ``task_id``, ``retries``, ``epoch``, ``lost``,
+            ``failures``; ``expired``: whether its lease is over; ``kept``: whether an open stage keeps it for its
+            task.
     """
-    if target != request.target or job_digest != request.job_digest:
-        return False
-    if state == RunState.RUNNING:
-        newer = request.task_id is not None and task_id == request.task_id and request.retries > retries
-        return expired or owner == request.owner or (newer and request.celery_retry)
-    if state == RunState.FAILED:
-        return not request.waits_for_other and (request.task_id is None or task_id != request.task_id)
-    if state == RunState.WAITING:
+    if (run["target"], bytes(run["job_digest"])) != (request.target, request.job_digest):
+        return None
+    state, retries = run["state"], run["retries"]
+    is_holder = state == RunState.RUNNING and run["owner"] == request.owner
+    same_task = request.task_id is not None and run["task_id"] == request.task_id
+    newer = same_task and request.retries > retries
+    allowed = {
+        RunState.QUEUED: True,
+        RunState.RUNNING: run["expired"] or is_holder or (newer and request.celery_retry),
         # An open stage belongs to its task; a second one would open it beside.
-        same = request.task_id is not None and task_id == request.task_id
-        return same or not kept
-    return state == RunState.QUEUED
-
-
-def is_crash(
-    request: RunRequest | ChunkRequest, *, state: str, owner: str | None, task_id: str | None, retries: int
-) -> bool:
-    """Tell whether taking the run that stands so means that its holder died. Postgres decides the same in SQL."""
+        RunState.WAITING: same_task or not run["kept"],
+        RunState.FAILED: not request.waits_for_other and not same_task,
+    }
+    if not allowed.get(state, False):
+        return None
     # A delivery that comes again after it took the lease itself died with it, whatever came before it.
-    newer = request.task_id is not None and task_id == request.task_id and request.retries > retries
-    return state == RunState.RUNNING and owner != request.owner and not (request.ended_cleanly and newer)
-
-
-def known_retries(request: RunRequest, *, task_id: str | None, retries: int) -> int:
-    """Return the retries to record: an older copy of a task must not make its next retry look new."""
-    same = request.task_id is not None and task_id == request.task_id
-    return max(retries, request.retries) if same else request.retries
+    crashed = state == RunState.RUNNING and not is_holder and not (request.ended_cleanly and newer)
+    lost = run["lost"] + crashed
+    if crashed and lost >= request.max_deliveries:
+        return {"state": RunState.QUARANTINED, "lost": lost}
+    return {
+        "state": RunState.RUNNING,
+        "lost": lost,
+        "epoch": run["epoch"] + (not is_holder),
+        "failures": 0 if state == RunState.FAILED else run["failures"],
+        # An older copy of a task must not make its next retry look new.
+        "retries": max(retries, request.retries) if same_task else request.retries,
+    }
 
 
 def refusal(
     state: str | None, *, is_open: bool | None, failing: bool | None, lease_left_s: object
 ) -> ChunkRefusal:
-    """Return why a chunk that stands so was not taken."""
+    """Return why a chunk was not taken."""
     if state is None or not is_open:
         return ChunkRefusal(reason=ChunkStop.STALE)
     if state == RunState.QUARANTINED:
@@ -95,14 +91,14 @@ def refusal(
 
 
 def halt(*, failing: object, stopped: object) -> Halt | None:
-    """Return what the holder of a chunk is told, whose stage stands so."""
+    """Return what the holder of a chunk is told of its stage."""
     if stopped:
         return Halt.STOPPED
     return Halt.FAILING if failing else None
 
 
 def is_lost(*, state: str, is_busy: bool, is_queued: bool, idle_s: float, lease_s: float) -> bool:
-    """Tell whether nobody advances a run that is to be looked at.
+    """Tell whether a run that is looked at is lost: no worker advances it.
 
     Args:
         state: The run's.

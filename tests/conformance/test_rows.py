@@ -192,3 +192,12 @@ def test_everything_of_an_execution_is_selected(filled: SQLBench) -> None:
     assert rows[0].execution_id == "order-12345"
     ids = filled.sql("SELECT output_json->>'id' FROM docket_cache WHERE output_json @> '{\"id\": \"ch_1\"}'")
     assert [row[0] for row in ids] == ["ch_1"]
+
+
+def test_a_run_that_is_taken_again_has_neither_error_nor_result(sql_bench: SQLBench) -> None:
+    """Nor JSON's null: people look for rows with ``error IS NULL``."""
+    lease = sql_bench.take()
+    sql_bench.store.end(lease, ending(RunState.FAILED, error={"code": "DC200", "args": ["sold out", None]}))
+    sql_bench.take(owner="second", task_id="t2")
+    rows = sql_bench.sql("SELECT error IS NULL, result IS NULL, ended_at IS NULL FROM docket_runs")
+    assert [tuple(map(bool, row)) for row in rows] == [(True, True, True)]

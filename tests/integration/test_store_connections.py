@@ -22,7 +22,7 @@ from docket_celery.devserver import ServerProcess, start_postgres
 from docket_celery.errors import SchemaMismatch, StoreUnavailable
 from docket_celery.store import SQLStore
 from docket_celery.store.records import Lease, RunState
-from docket_celery.store.sql import postgres, schema
+from docket_celery.store.sql import heartbeat, schema
 from tests.conformance.samples import GRAPH, RUN, SQLBench, ending, execution, output, request
 from tests.infra.processes import wait_until
 from tests.unit.protos.shop_pb2 import Charge, Order
@@ -152,7 +152,7 @@ class TestConnections:
     ) -> None:
         """The refusal names the action; the same call works when the lock is gone."""
         lease = bench.take()
-        postgres.extend(rival, [lease], [])
+        heartbeat.extend(rival, [lease], [])
         url = make_url(database_url).update_query_dict({"options": "-c statement_timeout=100"})
         store = SQLStore(url)
         with pytest.raises(StoreUnavailable, match=r"did not save the checkpoint: .*57014"):

@@ -47,6 +47,8 @@ add_done = construct(
     "json_set({0}, '$.done', json_extract({0}, '$.done') + {1})",
 )
 """A stage's progress with more items done; NULL for NULL."""
+greatest = construct("greatest", "GREATEST({0}, {1})", "MAX({0}, {1})")
+"""The greater of two values."""
 one_of = construct("one_of", "{0} = ANY(ARRAY{1})", "{0} IN {1}")
 """Whether a value is among those of a scalar subquery, which Postgres runs first: it cannot become a hash join."""
 

@@ -130,7 +130,7 @@ class Engines:
         # The parent's stays where it is, unused: closing its connections would end the parent's sessions.
         if self._given is None:
             engine = self._engines.setdefault(pid, _create(self.url, self.in_memory))
-            # A store that nobody has any more gives its connections back.
+            # A store without references gives its connections back.
             weakref.finalize(self, _release, engine, pid).atexit = False
             return engine
         if forked:

@@ -27,7 +27,6 @@ from sqlalchemy import (
     Text,
     Update,
     bindparam,
-    cast,
     func,
     literal_column,
     select,
@@ -35,19 +34,17 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
-from docket_celery.store.records import Checkpoint, RunRow, StepExecution
+from docket_celery.store.records import Checkpoint, StepExecution
 from docket_celery.store.rows import (
     CHECKPOINT_COLUMNS,
     EXECUTION_COLUMNS,
     checkpoint_values,
     clean_checkpoint,
-    clean_text,
     execution_values,
-    read_run,
 )
-from docket_celery.store.sql.clock import now, seconds_left, writing
+from docket_celery.store.sql.clock import now, writing
 from docket_celery.store.sql.constructs import as_json
-from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_executions, docket_runs
+from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_executions
 
 Values = Mapping[str, Any]
 
@@ -207,20 +204,3 @@ def execution_rows(executions: Sequence[StepExecution]) -> list[dict[str, Any]]:
         execution_values(execution) | {"started_at": execution.started_at.astimezone(UTC)}
         for execution in executions
     ]
-
-
-_RUNS = docket_runs.c
-_RUN = [column for column in _RUNS if column.key not in {"job", "error", "progress", "lanes", "message"}]
-_FIND_RUN = select(
-    *_RUN,
-    cast(_RUNS.error, Text).label("error"),
-    cast(_RUNS.progress, Text).label("progress"),
-    seconds_left(_RUNS.lease_until).label("lease_left_s"),
-).where(_RUNS.graph == bindparam("run_graph"), _RUNS.execution_id == bindparam("run_id"))
-
-
-def find_run(connection: Connection, graph: str, execution_id: str) -> RunRow | None:
-    """See `Store.find_run`."""
-    values = {"run_graph": clean_text(graph), "run_id": clean_text(execution_id)}
-    row = connection.execute(_FIND_RUN, values).mappings().first()
-    return None if row is None else read_run(row)

@@ -5,6 +5,7 @@ All times are the database's own: `timestamptz` on Postgres, UTC text with six d
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
 from sqlalchemy import (
@@ -31,11 +32,12 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from docket_celery.errors import SchemaMismatch, StoreRefused
 from docket_celery.store.records import RunState
 from docket_celery.store.rows import SCHEMA_VERSION
+from docket_celery.store.sql.clock import writing
 
 VERSION = SCHEMA_VERSION
 """The version of the tables that this release reads and writes."""
@@ -138,7 +140,7 @@ docket_runs = Table(
     Column("stage", Integer, nullable=False),
     Column("epoch", _BIG, nullable=False, comment="fencing token; grows with each delivery"),
     Column("owner", Text, comment="of the lease, or of the last one"),
-    Column("lease_until", _TIME, comment="until then nobody else takes the run, if not NULL"),
+    Column("lease_until", _TIME, comment="until then no other delivery takes the run, if not NULL"),
     Column("lost", Integer, nullable=False, comment="takeovers of leases that were never released"),
     Column("failures", Integer, nullable=False, comment="ordinary Celery retries"),
     Column("wake_at", _TIME, comment="when a WAITING run's next delivery is due"),
@@ -153,7 +155,7 @@ docket_runs = Table(
     Column("expires_at", _TIME, comment="when purging may delete the run"),
     Column("items_failed", _BIG, comment="of the open stage"),
     Column("items_allowed", _BIG, comment="how many may fail; -1: nothing of it starts any more"),
-    Column("message", LargeBinary, comment="what whoever finds the run lost sends to have it go on"),
+    Column("message", LargeBinary, comment="what is sent to continue the run if it is lost"),
     Column("lanes", _JSON, comment="of the open stage: most items at once, number of lanes"),
     PrimaryKeyConstraint("graph", "execution_id"),
     CheckConstraint(f"state IN ({_STATES})", name="state"),
@@ -272,19 +274,10 @@ def _to_3(connection: Connection) -> None:
         run(f"COMMENT ON COLUMN {column} IS '{comment}'")
 
 
-_COMMENTS_4 = {
-    "docket_runs.message": "what whoever finds the run lost sends to have it go on",
-    "docket_runs.lease_until": "until then nobody else takes the run, if not NULL",
-}
-
-
 def _to_4(connection: Connection) -> None:
-    """Let anybody go on with a batch that was lost."""
+    """Keep what continues a batch that was lost."""
     lite = connection.dialect.name != "postgresql"
     connection.exec_driver_sql(f"ALTER TABLE docket_runs ADD COLUMN message {'BLOB' if lite else 'bytea'}")
-    if not lite:
-        for column, comment in _COMMENTS_4.items():
-            connection.exec_driver_sql(f"COMMENT ON COLUMN {column} IS '{comment}'")
 
 
 def _to_5(connection: Connection) -> None:
@@ -293,6 +286,13 @@ def _to_5(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
         comment = "fields of output_type when output_data was written"
         connection.exec_driver_sql(f"COMMENT ON COLUMN docket_cache.output_shape IS '{comment}'")
+
+
+_COMMENTS_6 = {
+    "docket_runs.lanes": "of the open stage: most items at once, number of lanes",
+    "docket_runs.message": "what is sent to continue the run if it is lost",
+    "docket_runs.lease_until": "until then no other delivery takes the run, if not NULL",
+}
 
 
 def _to_6(connection: Connection) -> None:
@@ -310,14 +310,15 @@ def _to_6(connection: Connection) -> None:
         "UPDATE docket_runs SET lanes = progress -> 'lanes', progress = progress - 'lanes' "
         "WHERE progress -> 'lanes' IS NOT NULL"
     )
-    comment = "of the open stage: most items at once, number of lanes"
-    run(f"COMMENT ON COLUMN docket_runs.lanes IS '{comment}'")
+    for column, comment in _COMMENTS_6.items():
+        run(f"COMMENT ON COLUMN {column} IS '{comment}'")
 
 
 # A migration is written in plain SQL and never changed: it starts from the tables as they were then.
 MIGRATIONS: Mapping[int, Migration] = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5, 6: _to_6}
 """How to reach a version from the one before, from 2 on; an empty database gets the newest tables at once."""
 
+_WAL_WITHIN_S, _WAL_AGAIN_S = 5.0, 0.02
 _LOCK_ID = 0x646F636B6574  # "docket": one advisory lock for all who migrate
 
 
@@ -381,6 +382,31 @@ def check_encoding(connection: Connection) -> None:
         raise StoreRefused("the database", f"its encoding is {encoding}; {advice}")
 
 
+def migrate(connection: Connection) -> int:
+    """See `Store.migrate`; all in one transaction."""
+    if connection.dialect.name == "sqlite":
+        _use_wal(connection)
+    with writing(connection):
+        return upgrade(connection)
+
+
+def _use_wal(connection: Connection) -> None:
+    """Switch the file to WAL, so that readers work beside a writer.
+
+    SQLite does not wait for its lock here, so the busy timeout is ours to keep.
+    """
+    deadline = time.monotonic() + _WAL_WITHIN_S
+    while True:
+        try:
+            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+        except OperationalError as error:
+            if "locked" not in str(error.orig) or time.monotonic() >= deadline:
+                raise
+            time.sleep(_WAL_AGAIN_S)
+        else:
+            return
+
+
 def upgrade(
     connection: Connection, migrations: Mapping[int, Migration] = MIGRATIONS, version: int = VERSION
 ) -> int:
@@ -392,10 +418,10 @@ def upgrade(
     """
     if connection.dialect.name == "postgresql":
         check_encoding(connection)
-        # A waiter must outlast whoever migrates before it; pooled connections have a far shorter limit.
+        # A waiter must outlast the one that migrates before it; pooled connections have a far shorter limit.
         connection.execute(text("SET LOCAL statement_timeout = '10min'"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": _LOCK_ID})
-        # Everybody who comes after a waiting ALTER TABLE waits behind it: rather give way and be repeated.
+        # Statements after a waiting ALTER TABLE wait behind it: rather give way and be repeated.
         connection.execute(text("SET LOCAL lock_timeout = '3s'"))
     found = find_version(connection)
     if found is None:

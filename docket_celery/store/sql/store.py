@@ -29,8 +29,8 @@ from docket_celery.store.records import (
     StepExecution,
 )
 from docket_celery.store.sealing import ERROR, JOB, MESSAGE, Seal
-from docket_celery.store.sql import chunks as batch
-from docket_celery.store.sql import postgres, purging, sqlite, upkeep, uploads
+from docket_celery.store.sql import checkpoints, heartbeat, purging, runs, schema, upkeep, uploads
+from docket_celery.store.sql import chunks as stages
 from docket_celery.store.sql.database import Database
 
 _logger = logging.getLogger("docket_celery.store")
@@ -55,8 +55,6 @@ class SQLStore:
         self._seal = Seal(codec)
         self._database = Database(source)
         self._run = self._database.run
-        is_postgres = self._database.dialect == "postgresql"
-        self._calls: Any = postgres if is_postgres else sqlite
         self.persistent = not self._database.in_memory
         self._clones: list[SQLStore] = []
 
@@ -83,35 +81,35 @@ class SQLStore:
 
     def enqueue(self, request: RunRequest, keep_s: float) -> RunRow | None:
         """See `Store.enqueue`."""
-        found = self._run("queue the run", self._calls.enqueue, self._seal.seal(request), keep_s)
+        found = self._run("queue the run", runs.enqueue, self._seal.seal(request), keep_s)
         return None if found is None else self._seal.unseal(found)
 
     def acquire(self, request: RunRequest) -> Lease | RunRow:
         """See `Store.acquire`."""
-        found = self._run("acquire the run", self._calls.acquire, self._seal.seal(request))
+        found = self._run("acquire the run", runs.acquire, self._seal.seal(request))
         return found if isinstance(found, Lease) else self._seal.unseal(found)
 
     def restore(self, lease: Lease, keys: Sequence[bytes], *, items: bool = False) -> list[Checkpoint]:
         """See `Store.restore`."""
-        found = self._run("restore the run", self._calls.restore, lease, keys, items)
+        found = self._run("restore the run", checkpoints.restore, lease, keys, items)
         return [self._seal.unseal(checkpoint) for checkpoint in found]
 
     def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:
         """See `Store.save`."""
         sealed, row = self._seal.seal(checkpoint), self._seal_row(execution)
-        found = self._run("save the checkpoint", self._calls.save, lease, sealed, row)
+        found = self._run("save the checkpoint", checkpoints.save, lease, sealed, row)
         return self._seal.unseal_saved(found, sealed, checkpoint)
 
     def extend(
         self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
     ) -> dict[tuple[str | int, ...], Halt | None]:
         """See `Store.extend`."""
-        return self._run("extend the leases", self._calls.extend, leases, claims)
+        return self._run("extend the leases", heartbeat.extend, leases, claims)
 
     def end(self, lease: Lease, end: RunEnd) -> None:
         """See `Store.end`."""
         sealed = self._seal.seal(end, graph=lease.graph, execution_id=lease.execution_id, target=lease.target)
-        self._run("end the run", self._calls.end, lease, sealed)
+        self._run("end the run", runs.end, lease, sealed)
 
     def cancel(
         self, graph: str, execution_id: str, error: dict[str, Any], retention_s: float
@@ -123,19 +121,19 @@ class SQLStore:
 
     def find_run(self, graph: str, execution_id: str) -> RunRow | None:
         """See `Store.find_run`."""
-        found = self._run("find the run", self._calls.find_run, graph, execution_id)
+        found = self._run("find the run", runs.find_run, graph, execution_id)
         return None if found is None else self._seal.unseal(found)
 
     def find_job(self, graph: str, execution_id: str) -> bytes | None:
         """See `Store.find_job`."""
-        job: bytes | None = self._run("find the job", self._calls.find_job, graph, execution_id)
+        job = self._run("find the job", runs.find_job, graph, execution_id)
         return self._seal.unseal_value(job, JOB, graph=graph, execution_id=execution_id)
 
     # --- shared checkpoints ----------------------------------------------------------------------------------------
 
     def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
         """See `Store.lookup`."""
-        found = self._run("look the checkpoint up", self._calls.lookup, key, owner, lease_s)
+        found = self._run("look the checkpoint up", checkpoints.lookup, key, owner, lease_s)
         return found if isinstance(found, bool) else self._seal.unseal(found)
 
     def publish(
@@ -148,23 +146,22 @@ class SQLStore:
     ) -> Checkpoint:
         """See `Store.publish`."""
         sealed, row = self._seal.seal(checkpoint), self._seal_row(execution)
-        found = self._run("publish the checkpoint", self._calls.publish, sealed, owner, row, replace=replace)
+        found = self._run("publish the checkpoint", checkpoints.publish, sealed, owner, row, replace=replace)
         return self._seal.unseal_saved(found, sealed, checkpoint)
 
     def forget(self, key: bytes) -> bool:
         """See `Store.forget`; True may come back as False where an answer was lost and the call repeated."""
-        found: bool = self._run("forget the checkpoint", self._calls.forget, key)
-        return found
+        return self._run("forget the checkpoint", checkpoints.forget, key)
 
     def release_claim(self, key: bytes, owner: str) -> None:
         """See `Store.release_claim`."""
-        self._run("drop the claim", self._calls.release_claim, key, owner)
+        self._run("drop the claim", checkpoints.release_claim, key, owner)
 
     # --- items -----------------------------------------------------------------------------------------------------
 
     def save_many(self, lease: Lease, checkpoints: Sequence[Checkpoint]) -> None:
         """See `BatchStore.save_many`."""
-        self._run("save the items", batch.save_many, lease, self._seal.seal_all(checkpoints))
+        self._run("save the items", stages.save_many, lease, self._seal.seal_all(checkpoints))
 
     def begin_upload(self, request: RunRequest, keep_s: float) -> Lease | RunRow:
         """See `BatchStore.begin_upload`."""
@@ -197,7 +194,7 @@ class SQLStore:
         """See `BatchStore.read_items`."""
         found = self._run(
             "read the items",
-            batch.read_items,
+            stages.read_items,
             graph,
             execution_id,
             names,
@@ -210,14 +207,11 @@ class SQLStore:
 
     def measure_items(self, graph: str, execution_id: str, name: str) -> tuple[int, int]:
         """See `BatchStore.measure_items`."""
-        found: tuple[int, int] = self._run(
-            "measure the items", batch.measure_items, graph, execution_id, name
-        )
-        return found
+        return self._run("measure the items", stages.measure_items, graph, execution_id, name)
 
     def find_names(self, graph: str, execution_id: str) -> set[str]:
         """See `BatchStore.find_names`."""
-        return self._run("find what is stored", batch.find_names, graph, execution_id)
+        return self._run("find what is stored", stages.find_names, graph, execution_id)
 
     # --- stages and chunks -----------------------------------------------------------------------------------------
 
@@ -234,9 +228,9 @@ class SQLStore:
         message: bytes | None = None,
     ) -> Lanes | None:
         """See `BatchStore.open_stage`."""
-        found: Lanes | None = self._run(
+        return self._run(
             "open the stage",
-            batch.open_stage,
+            stages.open_stage,
             lease,
             stage,
             chunks,
@@ -246,28 +240,25 @@ class SQLStore:
             lanes,
             self._seal.seal_value(message, MESSAGE, lease),
         )
-        return found
 
     def find_chunks(self, graph: str, execution_id: str) -> list[ChunkRow]:
         """See `BatchStore.find_chunks`."""
-        found = self._run("find the chunks", batch.find_chunks, graph, execution_id)
+        found = self._run("find the chunks", stages.find_chunks, graph, execution_id)
         return [self._seal.unseal(row, graph=graph, execution_id=execution_id) for row in found]
 
     def find_failed(self, graph: str, execution_id: str, lo: int, hi: int) -> list[ChunkRow]:
         """See `BatchStore.find_failed`."""
-        found = self._run("find the failed chunks", batch.find_failed, graph, execution_id, lo, hi)
+        found = self._run("find the failed chunks", stages.find_failed, graph, execution_id, lo, hi)
         return [self._seal.unseal(row, graph=graph, execution_id=execution_id) for row in found]
 
     def lease_chunk(self, request: ChunkRequest) -> Lease | ChunkRefusal:
         """See `BatchStore.lease_chunk`."""
-        found: Lease | ChunkRefusal = self._run("take the chunk", batch.lease_chunk, request)
-        return found
+        return self._run("take the chunk", stages.lease_chunk, request)
 
     def end_chunk(self, lease: Lease, end: ChunkEnd) -> Progress | None:
         """See `BatchStore.end_chunk`."""
         sealed = self._seal.seal(end, graph=lease.graph, execution_id=lease.execution_id, chunk=lease.chunk)
-        found: Progress | None = self._run("end the chunk", batch.end_chunk, lease, sealed)
-        return found
+        return self._run("end the chunk", stages.end_chunk, lease, sealed)
 
     # --- upkeep ----------------------------------------------------------------------------------------------------
 
@@ -287,13 +278,11 @@ class SQLStore:
 
     def purge(self, limit: int) -> Purged:
         """See `Store.purge`."""
-        found: Purged = self._run("purge its tables", purging.purge, limit)
-        return found
+        return self._run("purge its tables", purging.purge, limit)
 
     def migrate(self) -> int:
         """See `Store.migrate`."""
-        found: int = self._run("migrate its tables", self._calls.migrate)
-        return found
+        return self._run("migrate its tables", schema.migrate)
 
     def check_schema(self) -> None:
         """See `Store.check_schema`."""

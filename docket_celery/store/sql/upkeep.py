@@ -10,14 +10,14 @@ from sqlalchemy import ColumnElement, Connection, and_, case, func, or_, select,
 from docket_celery.store.records import LostRun, RunRow, RunState
 from docket_celery.store.rows import Row, clean_text, dump_json
 from docket_celery.store.rules import CANCEL_LOOK_S, QUEUE_PATIENCE, STAGE_PATIENCE, is_lost, next_look_s
-from docket_celery.store.sql.clock import after, began, later, now, seconds_left, writing
-from docket_celery.store.sql.constructs import as_json, one_of
-from docket_celery.store.sql.fenced import Fenced, find_run
-from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_runs
+from docket_celery.store.sql.checkpoints import date_checkpoints
+from docket_celery.store.sql.clock import after, began, now, seconds_left, writing
+from docket_celery.store.sql.constructs import as_json
+from docket_celery.store.sql.fenced import Fenced
+from docket_celery.store.sql.runs import find_run
+from docket_celery.store.sql.schema import docket_chunks, docket_runs
 
-_CHUNKS, _RUNS, _CACHE = docket_chunks.c, docket_runs.c, docket_cache.c
-_DATED_AT_ONCE = 20_000
-"""How many checkpoints one statement dates: a batch may have a million, and a statement has 15 seconds."""
+_CHUNKS, _RUNS = docket_chunks.c, docket_runs.c
 
 
 def cancel(
@@ -44,21 +44,8 @@ def cancel(
     Fenced([ended], [chunks]).run(connection)
     found = find_run(connection, graph, execution_id)
     if found is not None and found.state is RunState.CANCELLED:
-        _date_checkpoints(connection, run)
+        date_checkpoints(connection, graph, execution_id)
     return found
-
-
-def _date_checkpoints(connection: Connection, run: Row) -> None:
-    """Set until when the checkpoints of a run that has ended are kept."""
-    ended_at = select(_RUNS.ended_at).where(_of(_RUNS, run)).scalar_subquery()
-    expires_at = later(ended_at, _CACHE.ttl)
-    undated = select(_CACHE.cache_key).where(
-        _of(_CACHE, run), _CACHE.ttl.is_not(None), _CACHE.expires_at.is_distinct_from(expires_at)
-    )
-    page = one_of(_CACHE.cache_key, undated.limit(_DATED_AT_ONCE).correlate(None).scalar_subquery())
-    dated = update(docket_cache).where(page).values(expires_at=expires_at)
-    while connection.execute(dated).rowcount == _DATED_AT_ONCE:
-        pass
 
 
 def find_lost(

@@ -11,7 +11,8 @@ from docket_celery.store.records import UNFINISHED, Checkpoint, Lease, RunReques
 from docket_celery.store.rows import clean_text, fence_values, lease_from, request_values
 from docket_celery.store.sql.clock import after, now
 from docket_celery.store.sql.constructs import insert_into
-from docket_celery.store.sql.fenced import PUT_CHECKPOINTS, Fenced, checkpoint_rows, find_run
+from docket_celery.store.sql.fenced import PUT_CHECKPOINTS, Fenced, checkpoint_rows
+from docket_celery.store.sql.runs import find_run
 from docket_celery.store.sql.schema import docket_cache, docket_runs
 
 _RUNS, _CACHE = docket_runs.c, docket_cache.c

@@ -21,11 +21,11 @@ CREATE TABLE docket_cache (
     CONSTRAINT ck_docket_cache_checksum CHECK (length(checksum) = 32)
 );
 
+CREATE INDEX ix_docket_cache_run ON docket_cache (execution_id, graph, step_name, item_index) WHERE execution_id IS NOT NULL;
+
 CREATE INDEX ix_docket_cache_step ON docket_cache (step_name, created_at);
 
 CREATE INDEX ix_docket_cache_expired ON docket_cache (expires_at) WHERE expires_at IS NOT NULL;
-
-CREATE INDEX ix_docket_cache_run ON docket_cache (execution_id, graph, step_name, item_index) WHERE execution_id IS NOT NULL;
 
 COMMENT ON COLUMN docket_cache.execution_id IS 'NULL: shared by all runs (GLOBAL)';
 
@@ -62,9 +62,9 @@ CREATE TABLE docket_executions (
     CONSTRAINT pk_docket_executions PRIMARY KEY (id)
 );
 
-CREATE INDEX ix_docket_executions_run ON docket_executions (execution_id, graph);
-
 CREATE INDEX ix_docket_executions_step ON docket_executions (step_name, started_at);
+
+CREATE INDEX ix_docket_executions_run ON docket_executions (execution_id, graph);
 
 COMMENT ON COLUMN docket_executions.delivery IS 'counted from 1';
 
@@ -107,13 +107,13 @@ CREATE TABLE docket_runs (
     CONSTRAINT ck_docket_runs_result_checksum CHECK (length(result_checksum) = 32)
 );
 
-CREATE INDEX ix_docket_runs_id ON docket_runs (execution_id);
-
 CREATE INDEX ix_docket_runs_lease ON docket_runs (state, lease_until);
 
 CREATE INDEX ix_docket_runs_wake ON docket_runs (wake_at) WHERE wake_at IS NOT NULL;
 
 CREATE INDEX ix_docket_runs_expired ON docket_runs (expires_at) WHERE expires_at IS NOT NULL;
+
+CREATE INDEX ix_docket_runs_id ON docket_runs (execution_id);
 
 COMMENT ON COLUMN docket_runs.target IS 'full Protocol Buffers name of the result';
 
@@ -121,7 +121,7 @@ COMMENT ON COLUMN docket_runs.epoch IS 'fencing token; grows with each delivery'
 
 COMMENT ON COLUMN docket_runs.owner IS 'of the lease, or of the last one';
 
-COMMENT ON COLUMN docket_runs.lease_until IS 'until then nobody else takes the run, if not NULL';
+COMMENT ON COLUMN docket_runs.lease_until IS 'until then no other delivery takes the run, if not NULL';
 
 COMMENT ON COLUMN docket_runs.lost IS 'takeovers of leases that were never released';
 
@@ -135,7 +135,7 @@ COMMENT ON COLUMN docket_runs.items_failed IS 'of the open stage';
 
 COMMENT ON COLUMN docket_runs.items_allowed IS 'how many may fail; -1: nothing of it starts any more';
 
-COMMENT ON COLUMN docket_runs.message IS 'what whoever finds the run lost sends to have it go on';
+COMMENT ON COLUMN docket_runs.message IS 'what is sent to continue the run if it is lost';
 
 COMMENT ON COLUMN docket_runs.lanes IS 'of the open stage: most items at once, number of lanes';
 
@@ -189,19 +189,19 @@ CREATE TABLE docket_schema (
 );
 
 INSERT INTO docket_cache (cache_key, execution_id, graph, step_name, step_version, item, item_index, input_hash, output_type, output_data, output_json, checksum, ttl, created_at, expires_at, claimed_at, output_shape)
-VALUES ('\x0d583c74c253ed654356986ac0b18816aa6ec4cd4a03b0e3865a83d6a03ce315', 'failed', 'checkout', 'charge', '2', '', NULL, 'abababababababababababababababababababababababababababababababab', 'shop.ChargeResult', '\x0801', '{"id": "ch_1"}', '\x09e197c58906d6cfc01660b66fdf5cc470d9973bc3d052a334192f6eaba6ab20', 3600.0, '2024-03-04 09:54:21.570332+00:00', '2024-03-04 10:54:21.571565+00:00', NULL, NULL);
+VALUES ('\x0d583c74c253ed654356986ac0b18816aa6ec4cd4a03b0e3865a83d6a03ce315', 'failed', 'checkout', 'charge', '2', '', NULL, 'abababababababababababababababababababababababababababababababab', 'shop.ChargeResult', '\x0801', '{"id": "ch_1"}', '\x09e197c58906d6cfc01660b66fdf5cc470d9973bc3d052a334192f6eaba6ab20', 3600.0, '2024-03-04 10:34:38.257932+00:00', '2024-03-04 11:34:38.269476+00:00', NULL, NULL);
 
 INSERT INTO docket_cache (cache_key, execution_id, graph, step_name, step_version, item, item_index, input_hash, output_type, output_data, output_json, checksum, ttl, created_at, expires_at, claimed_at, output_shape)
-VALUES ('\x11a23de71be20df476d4f09e576c95f0c4216113a8e1b487be624043b5f9f04f', 'done', 'checkout', 'charge', '2', '', NULL, 'abababababababababababababababababababababababababababababababab', 'shop.ChargeResult', '\x0801', '{"id": "ch_1"}', '\x5dcae7e62eceafb9eb21ede6cafb1495b56a8176f6ebf8fff6b6d7259d8885e9', 3600.0, '2024-03-04 09:54:21.564454+00:00', '2024-03-04 10:54:21.567390+00:00', NULL, NULL);
+VALUES ('\x11a23de71be20df476d4f09e576c95f0c4216113a8e1b487be624043b5f9f04f', 'done', 'checkout', 'charge', '2', '', NULL, 'abababababababababababababababababababababababababababababababab', 'shop.ChargeResult', '\x0801', '{"id": "ch_1"}', '\x5dcae7e62eceafb9eb21ede6cafb1495b56a8176f6ebf8fff6b6d7259d8885e9', 3600.0, '2024-03-04 10:34:38.233637+00:00', '2024-03-04 11:34:38.248316+00:00', NULL, NULL);
 
 INSERT INTO docket_cache (cache_key, execution_id, graph, step_name, step_version, item, item_index, input_hash, output_type, output_data, output_json, checksum, ttl, created_at, expires_at, claimed_at, output_shape)
-VALUES ('\x395a26d58114a4f11481d5bff81885b669788bf97bf583348b5ff2f6ce4817c0', NULL, 'checkout', 'infer', '', '', NULL, 'cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd', 'shop.Inference', '\x0802', NULL, '\xc8bf3bb5db13f538027732f09681ed1aec33c4d5a33238db5591fb71fec389a9', NULL, '2024-03-04 09:54:21.576630+00:00', NULL, NULL, NULL);
+VALUES ('\x395a26d58114a4f11481d5bff81885b669788bf97bf583348b5ff2f6ce4817c0', NULL, 'checkout', 'infer', '', '', NULL, 'cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd', 'shop.Inference', '\x0802', NULL, '\xc8bf3bb5db13f538027732f09681ed1aec33c4d5a33238db5591fb71fec389a9', NULL, '2024-03-04 10:34:38.290304+00:00', NULL, NULL, NULL);
 
 INSERT INTO docket_claims (cache_key, owner, lease_until, claimed_at)
-VALUES ('\x0101010101010101010101010101010101010101010101010101010101010101', 'second', '2024-03-04 09:54:51.577296+00:00', NULL);
+VALUES ('\x0101010101010101010101010101010101010101010101010101010101010101', 'second', '2024-03-04 10:35:08.291661+00:00', NULL);
 
 INSERT INTO docket_claims (cache_key, owner, lease_until, claimed_at)
-VALUES ('\x395a26d58114a4f11481d5bff81885b669788bf97bf583348b5ff2f6ce4817c0', 'first', '2024-03-04 09:54:21.576671+00:00', NULL);
+VALUES ('\x395a26d58114a4f11481d5bff81885b669788bf97bf583348b5ff2f6ce4817c0', 'first', '2024-03-04 10:34:38.290384+00:00', NULL);
 
 INSERT INTO docket_executions (graph, execution_id, step_name, item, delivery, attempts, cached, status, started_at, duration_ms, error_code, error_message, worker, task_id)
 VALUES ('checkout', 'done', 'charge', '', 1, 1, False, 'SUCCEEDED', '2023-05-07 12:00:00.123456+00:00', 1.5, NULL, NULL, '', NULL);
@@ -210,13 +210,13 @@ INSERT INTO docket_executions (graph, execution_id, step_name, item, delivery, a
 VALUES ('checkout', 'done', 'ship', '', 1, 1, False, 'SUCCEEDED', '2023-05-07 12:00:00.123456+00:00', 1.5, NULL, NULL, '', NULL);
 
 INSERT INTO docket_runs (graph, execution_id, task_name, task_id, retries, target, job, job_digest, state, stage, epoch, owner, lease_until, lost, failures, wake_at, progress, error, result, result_checksum, created_at, started_at, ended_at, updated_at, expires_at, items_failed, items_allowed, message, lanes)
-VALUES ('checkout', 'done', NULL, NULL, 0, 'shop.Shipment', '\x6a6f62', '\x6464646464646464646464646464646464646464646464646464646464646464', 'SUCCEEDED', 0, 1, 'first', NULL, 0, 0, NULL, NULL, NULL, '\x0a0178', '\xa857c0a1898af16a2a1fdb4cbaae17c3f59f9aa897c37a62777b934ad93000b5', '2024-03-04 09:54:21.562235+00:00', '2024-03-04 09:54:21.562235+00:00', '2024-03-04 09:54:21.567390+00:00', '2024-03-04 09:54:21.567390+00:00', '2024-03-05 09:54:21.567390+00:00', NULL, NULL, NULL, NULL);
+VALUES ('checkout', 'done', NULL, NULL, 0, 'shop.Shipment', '\x6a6f62', '\x6464646464646464646464646464646464646464646464646464646464646464', 'SUCCEEDED', 0, 1, 'first', NULL, 0, 0, NULL, NULL, NULL, '\x0a0178', '\xa857c0a1898af16a2a1fdb4cbaae17c3f59f9aa897c37a62777b934ad93000b5', '2024-03-04 10:34:38.220621+00:00', '2024-03-04 10:34:38.220621+00:00', '2024-03-04 10:34:38.248316+00:00', '2024-03-04 10:34:38.248316+00:00', '2024-03-05 10:34:38.248316+00:00', NULL, NULL, NULL, NULL);
 
 INSERT INTO docket_runs (graph, execution_id, task_name, task_id, retries, target, job, job_digest, state, stage, epoch, owner, lease_until, lost, failures, wake_at, progress, error, result, result_checksum, created_at, started_at, ended_at, updated_at, expires_at, items_failed, items_allowed, message, lanes)
-VALUES ('checkout', 'failed', NULL, NULL, 0, 'shop.Shipment', '\x6a6f62', '\x6464646464646464646464646464646464646464646464646464646464646464', 'FAILED', 0, 1, 'first', NULL, 0, 0, NULL, NULL, '{"args": ["sold out", null], "code": "DC200"}', NULL, NULL, '2024-03-04 09:54:21.569079+00:00', '2024-03-04 09:54:21.569079+00:00', '2024-03-04 09:54:21.571565+00:00', '2024-03-04 09:54:21.571565+00:00', NULL, NULL, NULL, NULL, NULL);
+VALUES ('checkout', 'failed', NULL, NULL, 0, 'shop.Shipment', '\x6a6f62', '\x6464646464646464646464646464646464646464646464646464646464646464', 'FAILED', 0, 1, 'first', NULL, 0, 0, NULL, NULL, '{"args": ["sold out", null], "code": "DC200"}', NULL, NULL, '2024-03-04 10:34:38.250023+00:00', '2024-03-04 10:34:38.250023+00:00', '2024-03-04 10:34:38.269476+00:00', '2024-03-04 10:34:38.269476+00:00', NULL, NULL, NULL, NULL, NULL);
 
 INSERT INTO docket_runs (graph, execution_id, task_name, task_id, retries, target, job, job_digest, state, stage, epoch, owner, lease_until, lost, failures, wake_at, progress, error, result, result_checksum, created_at, started_at, ended_at, updated_at, expires_at, items_failed, items_allowed, message, lanes)
-VALUES ('checkout', 'parked', NULL, NULL, 1, 'shop.Shipment', '\x6a6f62', '\x6464646464646464646464646464646464646464646464646464646464646464', 'WAITING', 0, 1, 'first', NULL, 0, 0, '2024-03-04 09:54:26.573908+00:00', NULL, NULL, NULL, NULL, '2024-03-04 09:54:21.572822+00:00', '2024-03-04 09:54:21.572822+00:00', NULL, '2024-03-04 09:54:21.573908+00:00', NULL, NULL, NULL, NULL, NULL);
+VALUES ('checkout', 'parked', NULL, NULL, 1, 'shop.Shipment', '\x6a6f62', '\x6464646464646464646464646464646464646464646464646464646464646464', 'WAITING', 0, 1, 'first', NULL, 0, 0, '2024-03-04 10:34:43.273508+00:00', NULL, NULL, NULL, NULL, '2024-03-04 10:34:38.270771+00:00', '2024-03-04 10:34:38.270771+00:00', NULL, '2024-03-04 10:34:38.273508+00:00', NULL, NULL, NULL, NULL, NULL);
 
 INSERT INTO docket_schema (version, applied_at)
-VALUES (6, '2024-03-04 09:54:21.559256+00:00');
+VALUES (6, '2024-03-04 10:34:38.208782+00:00');

@@ -21,11 +21,11 @@ CREATE TABLE docket_cache (
     CONSTRAINT ck_docket_cache_checksum CHECK (length(checksum) = 32)
 );
 
+CREATE INDEX ix_docket_cache_run ON docket_cache (execution_id, graph, step_name, item_index) WHERE execution_id IS NOT NULL;
+
 CREATE INDEX ix_docket_cache_step ON docket_cache (step_name, created_at);
 
 CREATE INDEX ix_docket_cache_expired ON docket_cache (expires_at) WHERE expires_at IS NOT NULL;
-
-CREATE INDEX ix_docket_cache_run ON docket_cache (execution_id, graph, step_name, item_index) WHERE execution_id IS NOT NULL;
 
 CREATE TABLE docket_executions (
     id INTEGER NOT NULL,
@@ -46,9 +46,9 @@ CREATE TABLE docket_executions (
     CONSTRAINT pk_docket_executions PRIMARY KEY (id)
 );
 
-CREATE INDEX ix_docket_executions_run ON docket_executions (execution_id, graph);
-
 CREATE INDEX ix_docket_executions_step ON docket_executions (step_name, started_at);
+
+CREATE INDEX ix_docket_executions_run ON docket_executions (execution_id, graph);
 
 CREATE TABLE docket_runs (
     graph TEXT NOT NULL,
@@ -87,13 +87,13 @@ CREATE TABLE docket_runs (
     CONSTRAINT ck_docket_runs_result_checksum CHECK (length(result_checksum) = 32)
 );
 
-CREATE INDEX ix_docket_runs_id ON docket_runs (execution_id);
-
 CREATE INDEX ix_docket_runs_lease ON docket_runs (state, lease_until);
 
 CREATE INDEX ix_docket_runs_wake ON docket_runs (wake_at) WHERE wake_at IS NOT NULL;
 
 CREATE INDEX ix_docket_runs_expired ON docket_runs (expires_at) WHERE expires_at IS NOT NULL;
+
+CREATE INDEX ix_docket_runs_id ON docket_runs (execution_id);
 
 CREATE TABLE docket_claims (
     cache_key BLOB NOT NULL,
@@ -135,16 +135,16 @@ CREATE TABLE docket_schema (
 );
 
 INSERT INTO docket_cache (cache_key, execution_id, graph, step_name, step_version, item, item_index, input_hash, output_type, output_data, output_json, checksum, ttl, created_at, expires_at, claimed_at, output_shape)
-VALUES (x'0d583c74c253ed654356986ac0b18816aa6ec4cd4a03b0e3865a83d6a03ce315', 'failed', 'checkout', 'charge', '2', '', NULL, 'abababababababababababababababababababababababababababababababab', 'shop.ChargeResult', x'0801', '{"id": "ch_1"}', x'09e197c58906d6cfc01660b66fdf5cc470d9973bc3d052a334192f6eaba6ab20', 3600.0, '2024-03-04 09:54:19.728000', '2024-03-04 10:54:19.729000', NULL, NULL);
+VALUES (x'0d583c74c253ed654356986ac0b18816aa6ec4cd4a03b0e3865a83d6a03ce315', 'failed', 'checkout', 'charge', '2', '', NULL, 'abababababababababababababababababababababababababababababababab', 'shop.ChargeResult', x'0801', '{"id": "ch_1"}', x'09e197c58906d6cfc01660b66fdf5cc470d9973bc3d052a334192f6eaba6ab20', 3600.0, '2024-03-04 10:34:36.770000', '2024-03-04 11:34:36.773000', NULL, NULL);
 
 INSERT INTO docket_cache (cache_key, execution_id, graph, step_name, step_version, item, item_index, input_hash, output_type, output_data, output_json, checksum, ttl, created_at, expires_at, claimed_at, output_shape)
-VALUES (x'11a23de71be20df476d4f09e576c95f0c4216113a8e1b487be624043b5f9f04f', 'done', 'checkout', 'charge', '2', '', NULL, 'abababababababababababababababababababababababababababababababab', 'shop.ChargeResult', x'0801', '{"id": "ch_1"}', x'5dcae7e62eceafb9eb21ede6cafb1495b56a8176f6ebf8fff6b6d7259d8885e9', 3600.0, '2024-03-04 09:54:19.725000', '2024-03-04 10:54:19.727000', NULL, NULL);
+VALUES (x'11a23de71be20df476d4f09e576c95f0c4216113a8e1b487be624043b5f9f04f', 'done', 'checkout', 'charge', '2', '', NULL, 'abababababababababababababababababababababababababababababababab', 'shop.ChargeResult', x'0801', '{"id": "ch_1"}', x'5dcae7e62eceafb9eb21ede6cafb1495b56a8176f6ebf8fff6b6d7259d8885e9', 3600.0, '2024-03-04 10:34:36.744000', '2024-03-04 11:34:36.758000', NULL, NULL);
 
 INSERT INTO docket_cache (cache_key, execution_id, graph, step_name, step_version, item, item_index, input_hash, output_type, output_data, output_json, checksum, ttl, created_at, expires_at, claimed_at, output_shape)
-VALUES (x'395a26d58114a4f11481d5bff81885b669788bf97bf583348b5ff2f6ce4817c0', NULL, 'checkout', 'infer', '', '', NULL, 'cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd', 'shop.Inference', x'0802', NULL, x'c8bf3bb5db13f538027732f09681ed1aec33c4d5a33238db5591fb71fec389a9', NULL, '2024-03-04 09:54:19.731000', NULL, NULL, NULL);
+VALUES (x'395a26d58114a4f11481d5bff81885b669788bf97bf583348b5ff2f6ce4817c0', NULL, 'checkout', 'infer', '', '', NULL, 'cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd', 'shop.Inference', x'0802', NULL, x'c8bf3bb5db13f538027732f09681ed1aec33c4d5a33238db5591fb71fec389a9', NULL, '2024-03-04 10:34:36.797000', NULL, NULL, NULL);
 
 INSERT INTO docket_claims (cache_key, owner, lease_until, claimed_at)
-VALUES (x'0101010101010101010101010101010101010101010101010101010101010101', 'second', '2024-03-04 09:54:49.732000', NULL);
+VALUES (x'0101010101010101010101010101010101010101010101010101010101010101', 'second', '2024-03-04 10:35:06.800000', NULL);
 
 INSERT INTO docket_executions (graph, execution_id, step_name, item, delivery, attempts, cached, status, started_at, duration_ms, error_code, error_message, worker, task_id)
 VALUES ('checkout', 'done', 'charge', '', 1, 1, 0, 'SUCCEEDED', '2023-05-07 12:00:00.123000', 1.5, NULL, NULL, '', NULL);
@@ -153,13 +153,13 @@ INSERT INTO docket_executions (graph, execution_id, step_name, item, delivery, a
 VALUES ('checkout', 'done', 'ship', '', 1, 1, 0, 'SUCCEEDED', '2023-05-07 12:00:00.123000', 1.5, NULL, NULL, '', NULL);
 
 INSERT INTO docket_runs (graph, execution_id, task_name, task_id, retries, target, job, job_digest, state, stage, epoch, owner, lease_until, lost, failures, wake_at, progress, error, result, result_checksum, created_at, started_at, ended_at, updated_at, expires_at, items_failed, items_allowed, message, lanes)
-VALUES ('checkout', 'done', NULL, NULL, 0, 'shop.Shipment', x'6a6f62', x'6464646464646464646464646464646464646464646464646464646464646464', 'SUCCEEDED', 0, 1, 'first', NULL, 0, 0, NULL, NULL, NULL, x'0a0178', x'a857c0a1898af16a2a1fdb4cbaae17c3f59f9aa897c37a62777b934ad93000b5', '2024-03-04 09:54:19.724000', '2024-03-04 09:54:19.724000', '2024-03-04 09:54:19.727000', '2024-03-04 09:54:19.727000', '2024-03-05 09:54:19.727000', NULL, NULL, NULL, NULL);
+VALUES ('checkout', 'done', NULL, NULL, 0, 'shop.Shipment', x'6a6f62', x'6464646464646464646464646464646464646464646464646464646464646464', 'SUCCEEDED', 0, 1, 'first', NULL, 0, 0, NULL, NULL, NULL, x'0a0178', x'a857c0a1898af16a2a1fdb4cbaae17c3f59f9aa897c37a62777b934ad93000b5', '2024-03-04 10:34:36.741000', '2024-03-04 10:34:36.741000', '2024-03-04 10:34:36.754000', '2024-03-04 10:34:36.754000', '2024-03-05 10:34:36.754000', NULL, NULL, NULL, NULL);
 
 INSERT INTO docket_runs (graph, execution_id, task_name, task_id, retries, target, job, job_digest, state, stage, epoch, owner, lease_until, lost, failures, wake_at, progress, error, result, result_checksum, created_at, started_at, ended_at, updated_at, expires_at, items_failed, items_allowed, message, lanes)
-VALUES ('checkout', 'failed', NULL, NULL, 0, 'shop.Shipment', x'6a6f62', x'6464646464646464646464646464646464646464646464646464646464646464', 'FAILED', 0, 1, 'first', NULL, 0, 0, NULL, NULL, '{"code": "DC200", "args": ["sold out", null]}', NULL, NULL, '2024-03-04 09:54:19.727000', '2024-03-04 09:54:19.727000', '2024-03-04 09:54:19.729000', '2024-03-04 09:54:19.729000', NULL, NULL, NULL, NULL, NULL);
+VALUES ('checkout', 'failed', NULL, NULL, 0, 'shop.Shipment', x'6a6f62', x'6464646464646464646464646464646464646464646464646464646464646464', 'FAILED', 0, 1, 'first', NULL, 0, 0, NULL, NULL, '{"code": "DC200", "args": ["sold out", null]}', NULL, NULL, '2024-03-04 10:34:36.764000', '2024-03-04 10:34:36.764000', '2024-03-04 10:34:36.773000', '2024-03-04 10:34:36.773000', NULL, NULL, NULL, NULL, NULL);
 
 INSERT INTO docket_runs (graph, execution_id, task_name, task_id, retries, target, job, job_digest, state, stage, epoch, owner, lease_until, lost, failures, wake_at, progress, error, result, result_checksum, created_at, started_at, ended_at, updated_at, expires_at, items_failed, items_allowed, message, lanes)
-VALUES ('checkout', 'parked', NULL, NULL, 1, 'shop.Shipment', x'6a6f62', x'6464646464646464646464646464646464646464646464646464646464646464', 'WAITING', 0, 1, 'first', NULL, 0, 0, '2024-03-04 09:54:24.730000', NULL, NULL, NULL, NULL, '2024-03-04 09:54:19.729000', '2024-03-04 09:54:19.729000', NULL, '2024-03-04 09:54:19.730000', NULL, NULL, NULL, NULL, NULL);
+VALUES ('checkout', 'parked', NULL, NULL, 1, 'shop.Shipment', x'6a6f62', x'6464646464646464646464646464646464646464646464646464646464646464', 'WAITING', 0, 1, 'first', NULL, 0, 0, '2024-03-04 10:34:41.783000', NULL, NULL, NULL, NULL, '2024-03-04 10:34:36.777000', '2024-03-04 10:34:36.777000', NULL, '2024-03-04 10:34:36.783000', NULL, NULL, NULL, NULL, NULL);
 
 INSERT INTO docket_schema (version, applied_at)
-VALUES (6, '2024-03-04 09:54:19.722000');
+VALUES (6, '2024-03-04 10:34:36.731000');

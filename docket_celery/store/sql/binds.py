@@ -1,0 +1,89 @@
+"""Values that statements bind, named ``p_`` and their column, those of a step execution ``x_`` and theirs.
+
+Without a prefix SQLAlchemy would take a value for one to set in the column of its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    DateTime,
+    Integer,
+    Label,
+    Table,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    exists,
+    literal_column,
+)
+
+from docket_celery.store.records import StepExecution
+from docket_celery.store.rows import execution_values
+from docket_celery.store.sql.constructs import as_json
+from docket_celery.store.sql.schema import docket_chunks, docket_runs
+
+ONE: Label[int] = literal_column("1", Integer).label("one")
+"""What a statement selects that tells of a row."""
+_JSON = ("output_json", "error")
+
+
+def given(table: Table, name: str, prefix: str = "p_") -> ColumnElement[Any]:
+    """Return the bound value for a column of *table*; JSON is bound as text."""
+    if name in _JSON:
+        return as_json(bindparam(prefix + name, type_=Text()))
+    return bindparam(prefix + name, type_=table.c[name].type)
+
+
+def typed(table: Table, name: str, prefix: str = "p_") -> ColumnElement[Any]:
+    """Return the bound value as a column of a SELECT; of texts, numbers and times the driver tells the type."""
+    value, kind = given(table, name, prefix), table.c[name].type
+    is_told = name in _JSON or isinstance(kind, (Text, Integer, DateTime))
+    return value if is_told else cast(value, kind)
+
+
+def matches(table: Table, *names: str, prefix: str = "p_") -> ColumnElement[bool]:
+    """Return whether these columns of *table* have the bound values."""
+    return and_(*(table.c[name] == given(table, name, prefix) for name in names))
+
+
+def is_state(table: Table, *states: str) -> ColumnElement[bool]:
+    """Return whether the state of a row is one of these."""
+    found: list[ColumnElement[Any]] = [literal_column(f"'{state}'") for state in states]
+    return table.c.state == found[0] if len(found) == 1 else table.c.state.in_(found)
+
+
+_FENCE = ("graph", "execution_id", "epoch", "owner")
+HOLDS_RUN = and_(matches(docket_runs, *_FENCE), is_state(docket_runs, "RUNNING"))
+"""Whether a lease holds its run."""
+HOLDS_CHUNK = and_(
+    matches(docket_chunks, *_FENCE, "stage", "lo"),
+    is_state(docket_chunks, "RUNNING"),
+    exists().where(
+        docket_runs.c.graph == docket_chunks.c.graph,
+        docket_runs.c.execution_id == docket_chunks.c.execution_id,
+        docket_runs.c.stage == docket_chunks.c.stage,
+        is_state(docket_runs, "RUNNING", "WAITING"),
+    ),
+)
+"""Whether a lease holds its chunk, and its stage is open."""
+
+
+def bound(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return *values* under the names by which statements bind them."""
+    return {f"p_{name}": value for name, value in values.items()}
+
+
+def execution_binds(execution: StepExecution | None) -> dict[str, Any]:
+    """Return the values of a step execution; none without one."""
+    if execution is None:
+        return {}
+    values = {f"x_{name}": value for name, value in execution_values(execution).items()}
+    if execution.started_at.tzinfo is not UTC:  # SQLite keeps hours and minutes as they are given
+        values["x_started_at"] = execution.started_at.astimezone(UTC)
+    return values

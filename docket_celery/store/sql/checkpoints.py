@@ -1,0 +1,366 @@
+"""The calls of `Store` about checkpoints: a run's own, and those that all runs share.
+
+On Postgres each is one statement on its happy path, whose common table expressions are the statements that SQLite
+runs one after the other in a transaction. Each may be repeated after a lost answer, because a repeated statement
+finds what it wrote: save and publish by key, lookup by owner; the others do nothing twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    Connection,
+    Insert,
+    Select,
+    and_,
+    bindparam,
+    delete,
+    exists,
+    func,
+    insert,
+    literal_column,
+    not_,
+    or_,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert as upsert  # SQLite's compiler takes it too
+
+from docket_celery.errors import LeaseLost, StoreUnavailable
+from docket_celery.store.records import Checkpoint, Lease, StepExecution
+from docket_celery.store.rows import (
+    CHECKPOINT_COLUMNS,
+    EXECUTION_COLUMNS,
+    check_owner,
+    checkpoint_values,
+    clean_checkpoint,
+    clean_text,
+    fence_values,
+    read_checkpoint,
+    without_view,
+)
+from docket_celery.store.sql.binds import (
+    HOLDS_CHUNK,
+    HOLDS_RUN,
+    ONE,
+    bound,
+    execution_binds,
+    given,
+    matches,
+    typed,
+)
+from docket_celery.store.sql.clock import after, began, later, now, writing
+from docket_celery.store.sql.constructs import one_of
+from docket_celery.store.sql.schema import (
+    docket_cache,
+    docket_chunks,
+    docket_claims,
+    docket_executions,
+    docket_runs,
+)
+
+_TRIES = 3  # for a row that goes away between two statements: twice in a row is no accident
+_KEYS_AT_ONCE = 500  # SQLite before 3.32 binds at most 999 values
+
+_CACHE, _CLAIMS, _EXECUTIONS = docket_cache.c, docket_claims.c, docket_executions.c
+_COLUMNS = [_CACHE[name] for name in CHECKPOINT_COLUMNS]
+_FIND = select(*_COLUMNS).where(matches(docket_cache, "cache_key"))
+_FIND_LIVE = _FIND.where(or_(_CACHE.expires_at.is_(None), _CACHE.expires_at > now()))
+_INSERTED = (*CHECKPOINT_COLUMNS, "output_json")
+
+
+def _count(source: CTE) -> Any:
+    return select(func.count()).select_from(source).scalar_subquery()
+
+
+def _add_execution(source: CTE | None = None, *where: ColumnElement[bool]) -> Insert:
+    values = select(*(typed(docket_executions, name, "x_") for name in EXECUTION_COLUMNS)).where(*where)
+    chosen = values if source is None else values.select_from(source)
+    return insert(docket_executions).from_select(EXECUTION_COLUMNS, chosen)
+
+
+# --- a run's own ---------------------------------------------------------------------------------------------------
+
+_OF_RUN = matches(docket_cache, "graph", "execution_id")
+_KEYS = _CACHE.cache_key.in_(bindparam("p_keys", expanding=True))
+_FOUND = select(*_COLUMNS, _CACHE.expires_at.is_not(None).label("dated"))
+_RESTORE = {
+    (items, keys): _FOUND.where(
+        or_(
+            _OF_RUN if items else and_(_OF_RUN, _CACHE.item == ""),
+            *((_KEYS,) if keys else ()),
+        )
+    )
+    for items in (False, True)
+    for keys in (False, True)
+}
+_RESTORE_KEYS = _FOUND.where(_KEYS)
+PAGE = 20_000
+"""Most checkpoints that one statement dates: a batch has very many, and a statement 15 seconds."""
+_DATED = select(_CACHE.cache_key).where(_OF_RUN, _CACHE.expires_at.is_not(None)).limit(PAGE).scalar_subquery()
+_UNDATE = (
+    update(docket_cache)
+    .where(one_of(_CACHE.cache_key, _DATED), exists().where(HOLDS_RUN))
+    .values(expires_at=None)
+)
+
+
+def restore(
+    connection: Connection, lease: Lease, keys: Sequence[bytes], items: bool = False
+) -> list[Checkpoint]:
+    """See `Store.restore`."""
+    values = bound(fence_values(lease))
+    first, rest = list(keys[:_KEYS_AT_ONCE]), keys[_KEYS_AT_ONCE:]
+    found = connection.execute(_RESTORE[items, bool(first)], values | {"p_keys": first}).mappings()
+    rows = {bytes(row["cache_key"]): row for row in found}
+    for start in range(0, len(rest), _KEYS_AT_ONCE):
+        more = {"p_keys": list(rest[start : start + _KEYS_AT_ONCE])}
+        rows |= {bytes(row["cache_key"]): row for row in connection.execute(_RESTORE_KEYS, more).mappings()}
+    run = values["p_graph"], values["p_execution_id"]
+    checkpoints = [check_owner(read_checkpoint(row), *run) for row in rows.values()]
+    if any(row["dated"] for row in rows.values()):
+        while connection.execute(_UNDATE, values).rowcount == PAGE:
+            pass
+    return checkpoints
+
+
+_ENDED_AT = (
+    select(docket_runs.c.ended_at).where(matches(docket_runs, "graph", "execution_id")).scalar_subquery()
+)
+_EXPIRES_AT = later(_ENDED_AT, _CACHE.ttl)
+_UNDATED = select(_CACHE.cache_key).where(
+    _OF_RUN, _CACHE.ttl.is_not(None), _CACHE.expires_at.is_distinct_from(_EXPIRES_AT)
+)
+_DATE = (
+    update(docket_cache)
+    .where(one_of(_CACHE.cache_key, _UNDATED.limit(PAGE).scalar_subquery()))
+    .values(expires_at=_EXPIRES_AT)
+)
+
+
+def date_checkpoints(connection: Connection, graph: str, execution_id: str) -> None:
+    """Write until when the checkpoints of a run that has ended are kept."""
+    values = {"p_graph": clean_text(graph), "p_execution_id": clean_text(execution_id)}
+    while connection.execute(_DATE, values).rowcount == PAGE:
+        pass
+
+
+_HELD = {
+    False: select(ONE).where(HOLDS_RUN).with_for_update(read=True),
+    True: select(ONE).where(HOLDS_CHUNK).with_for_update(read=True, of=docket_chunks),
+}
+"""What finds the row of a lease that still holds, and locks it; by whether it is a chunk's."""
+_INSERT = (
+    upsert(docket_cache)
+    .values({name: given(docket_cache, name) for name in _INSERTED} | {"created_at": now()})
+    .on_conflict_do_nothing(index_elements=["cache_key"])
+    .execution_options(preserve_rowcount=True)
+)
+
+
+@cache
+def _save(*, chunk: bool, execution: bool) -> Select[*tuple[Any, ...]]:
+    """Return the statement of Postgres that tells whether the lease holds, and whether the row was new."""
+    held = _HELD[chunk].cte("f")
+    values = select(*(typed(docket_cache, name) for name in _INSERTED), now()).select_from(held)
+    saved = (
+        upsert(docket_cache)
+        .from_select([*_INSERTED, "created_at"], values)
+        .on_conflict_do_nothing(index_elements=["cache_key"])
+        .returning(ONE)
+        .cte("s")
+    )
+    found = select(_count(held), _count(saved))
+    # From s, not from f: a repeated save finds its own row and must not count the step twice.
+    return found.add_cte(_add_execution(saved).cte("e")) if execution else found
+
+
+def save(
+    connection: Connection, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None
+) -> Checkpoint:
+    """See `Store.save`."""
+    ours = clean_checkpoint(checkpoint)
+    values = bound(checkpoint_values(ours) | fence_values(lease)) | execution_binds(execution)
+    chunk = lease.chunk is not None
+    for _ in range(_TRIES):
+        if connection.dialect.name == "postgresql":
+            statement = _save(chunk=chunk, execution=execution is not None)
+            fenced, saved = connection.execute(statement, values).one()
+        else:
+            with writing(connection):
+                fenced = connection.execute(_HELD[chunk], values).first()
+                saved = fenced and connection.execute(_INSERT, values).rowcount
+                if saved and execution is not None:
+                    connection.execute(_add_execution(), values)
+        if not fenced:
+            raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+        if saved:
+            return without_view(ours)
+        row = connection.execute(_FIND, values).mappings().first()
+        if row is not None:
+            return check_owner(read_checkpoint(row), values["p_graph"], values["p_execution_id"])
+    raise StoreUnavailable("save the checkpoint", "another's row is being deleted")
+
+
+# --- shared by all runs --------------------------------------------------------------------------------------------
+
+_CLAIMED = matches(docket_claims, "cache_key", "owner")
+_IS_CLAIM = and_(_CLAIMED, _CLAIMS.lease_until > now())
+
+
+def _claim(live: Any) -> Insert:
+    """Return what claims the right to compute, unless *live* has a row or another owner a live claim.
+
+    A published claim is spent, not deleted: a statement that looked before the result was there must not find
+    the claim gone and compute again. A dead claim is taken only if the statement's snapshot shows the same one.
+    """
+    values = select(
+        typed(docket_claims, "cache_key"), typed(docket_claims, "owner"), after(bindparam("p_lease_s"))
+    ).where(not_(exists(live)))
+    claim: Any = upsert(docket_claims).from_select(["cache_key", "owner", "lease_until"], values)
+    new, seen = claim.excluded, docket_claims.alias("seen")
+    # Not the columns themselves: SQLAlchemy would add their table to the subquery.
+    same = (column == literal_column(f"docket_claims.{column.name}") for column in seen.c[:3])
+    statement: Insert = claim.on_conflict_do_update(
+        index_elements=["cache_key"],
+        set_={"owner": new.owner, "lease_until": new.lease_until},
+        where=or_(
+            and_(_CLAIMS.owner == new.owner, _CLAIMS.lease_until > now()),
+            and_(_CLAIMS.lease_until <= now(), exists(select(ONE).where(*same))),
+        ),
+    )
+    return statement.execution_options(preserve_rowcount=True)
+
+
+def _lookup() -> Select[*tuple[Any, ...]]:
+    """Return the statement of Postgres that looks and claims."""
+    live = _FIND_LIVE.cte("live")
+    claimed = _claim(select(ONE).select_from(live)).returning(ONE).cte("claimed")
+    claims = select(func.count().label("won")).select_from(claimed).subquery("claims")
+    return select(claims.c.won, *live.c).select_from(claims.outerjoin(live, true()))
+
+
+_LOOKUP, _CLAIM = _lookup(), _claim(_FIND_LIVE)
+
+
+def lookup(connection: Connection, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+    """See `Store.lookup`; in SQLite a hit takes no write lock."""
+    values = {"p_cache_key": key, "p_owner": clean_text(owner), "p_lease_s": lease_s}
+    if connection.dialect.name == "postgresql":
+        found = connection.execute(_LOOKUP, values).mappings().one()
+        row, won = (None if found["cache_key"] is None else found), bool(found["won"])
+    else:
+        row, won = connection.execute(_FIND_LIVE, values).mappings().first(), False
+        if row is None:
+            won = connection.execute(_CLAIM, values).rowcount > 0
+            row = None if won else connection.execute(_FIND_LIVE, values).mappings().first()
+    return won if row is None else check_owner(read_checkpoint(row), "", None)
+
+
+def _put(insert: Any, *, replace: bool) -> Insert:
+    new = insert.excluded
+    changed = {name: new[name] for name in (*_INSERTED, "created_at", "expires_at") if name != "cache_key"}
+    where = None if replace else _CACHE.expires_at <= now()
+    put: Insert = insert.on_conflict_do_update(index_elements=["cache_key"], set_=changed, where=where)
+    return put.execution_options(preserve_rowcount=True)
+
+
+_EXPIRES = after(bindparam("p_ttl"))
+_PUT = {
+    replace: _put(
+        upsert(docket_cache).values(
+            {name: given(docket_cache, name) for name in _INSERTED}
+            | {"created_at": now(), "expires_at": _EXPIRES}
+        ),
+        replace=replace,
+    )
+    for replace in (False, True)
+}
+_RELEASE = delete(docket_claims).where(_CLAIMED)
+_RELEASE_LIVE = delete(docket_claims).where(_IS_CLAIM)
+_SPEND = update(docket_claims).where(_IS_CLAIM).values(lease_until=now())
+_DEAD = (
+    select(_CLAIMS.cache_key)
+    .where(_CLAIMS.lease_until < later(began(), literal_column("-60")))
+    .limit(literal_column("2"))
+    .with_for_update(skip_locked=True)
+)
+_SWEEP = delete(docket_claims).where(_CLAIMS.cache_key.in_(_DEAD))
+# The step did run, so its row is written even if another's output counts; a repeated publish adds none.
+_IS_WRITTEN = exists().where(
+    matches(
+        docket_executions,
+        "execution_id",
+        "graph",
+        "step_name",
+        "item",
+        "delivery",
+        "started_at",
+        prefix="x_",
+    )
+)
+_ADD_NEW_EXECUTION = _add_execution(None, not_(_IS_WRITTEN))
+
+
+@cache
+def _publish(*, replace: bool, execution: bool) -> Select[*tuple[Any, ...]]:
+    """Return the statement of Postgres that stores, spends the claim, sweeps dead ones and adds the step's row."""
+    values = select(*(typed(docket_cache, name) for name in _INSERTED), now(), _EXPIRES)
+    put = _put(
+        upsert(docket_cache).from_select([*_INSERTED, "created_at", "expires_at"], values), replace=replace
+    )
+    found = select(_count(put.returning(ONE).cte("s"))).add_cte(_SPEND.cte("spent"), _SWEEP.cte("swept"))
+    return found.add_cte(_ADD_NEW_EXECUTION.cte("e")) if execution else found
+
+
+def publish(
+    connection: Connection,
+    checkpoint: Checkpoint,
+    owner: str,
+    execution: StepExecution | None,
+    *,
+    replace: bool = False,
+) -> Checkpoint:
+    """See `Store.publish`."""
+    ours = clean_checkpoint(checkpoint)
+    values = bound(checkpoint_values(ours)) | execution_binds(execution) | {"p_owner": clean_text(owner)}
+    for _ in range(_TRIES):
+        if connection.dialect.name == "postgresql":
+            statement = _publish(replace=replace, execution=execution is not None)
+            stored = connection.execute(statement, values).scalar_one()
+        else:
+            with writing(connection):
+                connection.execute(_RELEASE, values)
+                if execution is not None:
+                    connection.execute(_ADD_NEW_EXECUTION, values)
+                stored = connection.execute(_PUT[replace], values).rowcount
+        if stored:
+            return without_view(ours)
+        row = connection.execute(_FIND_LIVE, values).mappings().first()
+        if row is not None:
+            return check_owner(read_checkpoint(row), "", None)
+    raise StoreUnavailable("publish the checkpoint", "another's row is being deleted")
+
+
+_IS_SHARED = and_(matches(docket_cache, "cache_key"), _CACHE.execution_id.is_(None))
+_FORGET = delete(docket_cache).where(_IS_SHARED)
+_FORGET_LIVE = _FORGET.where(or_(_CACHE.expires_at.is_(None), _CACHE.expires_at > now()))
+
+
+def forget(connection: Connection, key: bytes) -> bool:
+    """See `Store.forget`."""
+    live = connection.execute(_FORGET_LIVE, {"p_cache_key": key}).rowcount > 0
+    if not live:
+        connection.execute(_FORGET, {"p_cache_key": key})
+    return live
+
+
+def release_claim(connection: Connection, key: bytes, owner: str) -> None:
+    """See `Store.release_claim`."""
+    connection.execute(_RELEASE_LIVE, {"p_cache_key": key, "p_owner": clean_text(owner)})

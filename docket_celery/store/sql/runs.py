@@ -1,0 +1,315 @@
+"""The calls of `Store` that take a run, leave it, and find it.
+
+Who may take a run is decided in `rules.take` over the row as it was read; the row is changed only if it is as it was.
+Each call may be repeated after a lost answer: acquire finds its owner, end its owner and state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Double,
+    Integer,
+    RowMapping,
+    Select,
+    Text,
+    Update,
+    and_,
+    bindparam,
+    case,
+    cast,
+    exists,
+    func,
+    null,
+    or_,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert as upsert  # SQLite's compiler takes it too
+
+from docket_celery.errors import LeaseLost, StoreUnavailable
+from docket_celery.store.records import Lease, RunEnd, RunRequest, RunRow, RunState
+from docket_celery.store.rows import clean_text, end_values, lease_from, read_run, request_values
+from docket_celery.store.rules import BODY_PATIENCE, KEPT_FOR_DELIVERY, take
+from docket_celery.store.sql.binds import HOLDS_RUN, ONE, bound, given, is_state, matches
+from docket_celery.store.sql.checkpoints import PAGE, date_checkpoints
+from docket_celery.store.sql.clock import after, later, now, seconds_left, writing
+from docket_celery.store.sql.constructs import greatest, one_of
+from docket_celery.store.sql.fenced import ADD_EXECUTIONS, execution_rows
+from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_runs
+
+_TRIES = 5  # for a row that changes or goes between two statements
+
+_RUNS, _CHUNKS, _CACHE = docket_runs.c, docket_chunks.c, docket_cache.c
+_NAME = ("graph", "execution_id")
+_IS_RUN = matches(docket_runs, *_NAME)
+_LEASE_S: ColumnElement[float] = bindparam("p_lease_s", type_=Double())
+
+_SHOWN = (
+    *(
+        "graph",
+        "execution_id",
+        "target",
+        "job_digest",
+        "state",
+        "epoch",
+        "owner",
+        "lost",
+        "failures",
+        "retries",
+    ),
+    *("task_name", "task_id", "result", "result_checksum", "lease_until"),
+)
+_COLUMNS = [
+    *(_RUNS[name] for name in _SHOWN),
+    cast(_RUNS.error, Text).label("error"),
+    cast(_RUNS.progress, Text).label("progress"),
+    seconds_left(_RUNS.lease_until).label("lease_left_s"),
+]
+_FIND = select(*_COLUMNS).where(_IS_RUN)
+_FIND_JOB = select(_RUNS.job).where(_IS_RUN)
+
+
+def find_run(connection: Connection, graph: str, execution_id: str) -> RunRow | None:
+    """See `Store.find_run`."""
+    row = connection.execute(_FIND, _name(graph, execution_id)).mappings().first()
+    return None if row is None else read_run(row)
+
+
+def find_job(connection: Connection, graph: str, execution_id: str) -> bytes | None:
+    """See `Store.find_job`."""
+    return connection.execute(_FIND_JOB, _name(graph, execution_id)).scalar_one_or_none()
+
+
+def _name(graph: str, execution_id: str) -> dict[str, str]:
+    return {"p_graph": clean_text(graph), "p_execution_id": clean_text(execution_id)}
+
+
+# --- acquire and enqueue -------------------------------------------------------------------------------------------
+
+_ASKED = ("task_name", "task_id", "retries")
+_NEW = {
+    **{name: given(docket_runs, name) for name in (*_NAME, *_ASKED, "target", "job", "job_digest")},
+    **dict.fromkeys(("stage", "lost", "failures"), 0),
+    **dict.fromkeys(("created_at", "updated_at"), now()),
+}
+_TAKEN = {"owner": given(docket_runs, "owner"), "lease_until": after(_LEASE_S)}
+_ADD = (
+    upsert(docket_runs)
+    .values({**_NEW, **_TAKEN, "state": RunState.RUNNING.value, "epoch": 1, "started_at": now()})
+    .on_conflict_do_nothing(index_elements=_NAME)
+    .execution_options(preserve_rowcount=True)
+)
+_KEEP_S: ColumnElement[float] = bindparam("p_keep_s", type_=Double())
+_ENQUEUE = (
+    upsert(docket_runs)
+    .values({**_NEW, "state": RunState.QUEUED.value, "epoch": 0, "expires_at": after(_KEEP_S)})
+    .on_conflict_do_nothing(index_elements=_NAME)
+    .execution_options(preserve_rowcount=True)
+)
+_OF_STAGE = and_(
+    _CHUNKS.graph == _RUNS.graph, _CHUNKS.execution_id == _RUNS.execution_id, _CHUNKS.stage == _RUNS.stage
+)
+_IS_KEPT = or_(
+    exists().where(_OF_STAGE, is_state(docket_chunks, "RUNNING"), _CHUNKS.lease_until > now()),
+    and_(
+        _RUNS.lease_until > now(),
+        or_(
+            _RUNS.updated_at > after(-BODY_PATIENCE * _LEASE_S),
+            and_(
+                func.coalesce(_RUNS.items_failed <= _RUNS.items_allowed, true()),
+                exists().where(_OF_STAGE, is_state(docket_chunks, "QUEUED")),
+            ),
+        ),
+    ),
+)
+"""Whether an open stage keeps the run for its own task."""
+_FIND_KEPT = select(_IS_KEPT).where(_IS_RUN)
+_FIND_HELD = _FIND.add_columns((_RUNS.lease_until <= now()).label("expired"))
+
+
+def _add_or_find() -> Select[*tuple[Any, ...]]:
+    """Return the statement of Postgres that adds a run and tells so, or finds it."""
+    added = _ADD.returning(ONE).cte("added")
+    news = select(func.count().label("new")).select_from(added).subquery("news")
+    held = _FIND_HELD.subquery("held")
+    return select(news.c.new, *held.c).select_from(news.outerjoin(held, true()))
+
+
+_ADD_OR_FIND = _add_or_find()
+
+
+def _add(connection: Connection, values: Mapping[str, Any]) -> RowMapping | None:
+    """Add an unknown run and return None, or return the row that is there."""
+    row: RowMapping | None
+    for _ in range(_TRIES):
+        if connection.dialect.name == "postgresql":
+            row = connection.execute(_ADD_OR_FIND, values).mappings().one()
+            added = row["new"] > 0
+        else:
+            added = connection.execute(_ADD, values).rowcount > 0
+            row = None if added else connection.execute(_FIND_HELD, values).mappings().first()
+        if added:
+            return None
+        if row is not None and row["state"] is not None:
+            return row
+    raise StoreUnavailable("find the run", "it is being deleted")
+
+
+_WAS = ("state", "epoch", "owner", "retries", "lease_until")
+_IS_AS_READ = and_(
+    _IS_RUN,
+    *(_RUNS[name].is_not_distinct_from(bindparam(f"was_{name}", type_=_RUNS[name].type)) for name in _WAS),
+)
+_TAKE = {
+    RunState.RUNNING: update(docket_runs)
+    .where(_IS_AS_READ)
+    .values(
+        {name: given(docket_runs, name) for name in ("state", "epoch", "lost", "failures", *_ASKED)}
+        | _TAKEN
+        | {"started_at": func.coalesce(_RUNS.started_at, now()), "updated_at": now()}
+        | dict.fromkeys(("ended_at", "error", "result", "result_checksum", "wake_at", "expires_at"), null())
+    ),
+    RunState.QUARANTINED: update(docket_runs)
+    .where(_IS_AS_READ)
+    .values(
+        {name: given(docket_runs, name) for name in ("state", "lost")}
+        | {"lease_until": None, "wake_at": None, "ended_at": now(), "updated_at": now()}
+    ),
+}
+
+
+def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
+    """See `Store.acquire`."""
+    asked = request_values(request)
+    values = bound(asked) | {"p_lease_s": request.lease_s}
+    for _ in range(_TRIES):
+        row = _add(connection, values)
+        if row is None:
+            return lease_from(request, epoch=1, lost=0, failures=0)
+        waits = row["state"] == RunState.WAITING and row["lease_until"] is not None
+        kept = waits and bool(connection.execute(_FIND_KEPT, values).scalar())
+        cleaned = replace(request, **{name: asked[name] for name in ("target", "owner", "task_id")})
+        changes = take(cleaned, {**row, "kept": kept})
+        if changes is None:
+            return read_run(row)
+        changed = values | bound(changes) | {f"was_{name}": row[name] for name in _WAS}
+        if connection.execute(_TAKE[changes["state"]], changed).rowcount:
+            if changes["state"] is RunState.QUARANTINED:
+                return read_run({**row, **changes, "lease_left_s": None})
+            return lease_from(
+                request, epoch=changes["epoch"], lost=changes["lost"], failures=changes["failures"]
+            )
+    raise StoreUnavailable("acquire the run", "others change it at the same time")
+
+
+_KEEP = (
+    update(docket_runs)
+    .where(
+        matches(docket_runs, *_NAME, "target", "job_digest"),
+        is_state(docket_runs, *KEPT_FOR_DELIVERY),
+        _RUNS.expires_at.is_not(None),
+    )
+    .values(expires_at=greatest(_RUNS.expires_at, after(_KEEP_S)))
+)
+
+
+def enqueue(connection: Connection, request: RunRequest, keep_s: float) -> RunRow | None:
+    """See `Store.enqueue`."""
+    values = bound(request_values(request)) | {"p_keep_s": keep_s}
+    for _ in range(_TRIES):
+        if connection.execute(_ENQUEUE, values).rowcount or connection.execute(_KEEP, values).rowcount:
+            return None
+        row = connection.execute(_FIND, values).mappings().first()
+        if row is not None:
+            same = (row["target"], bytes(row["job_digest"])) == (values["p_target"], values["p_job_digest"])
+            return None if same else read_run(row)
+    raise StoreUnavailable("queue the run", "the run is being deleted")
+
+
+# --- end -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _leave(*, ended: bool) -> Update:
+    """Return what ends the run, or parks it for another delivery."""
+    values: dict[str, Any] = {
+        **{name: given(docket_runs, name) for name in ("state", "result", "result_checksum", "error")},
+        "failures": _RUNS.failures + bindparam("p_failed", type_=Integer()),
+        "lease_until": None,
+        "updated_at": now(),
+    }
+    if ended:
+        values |= {"items_failed": given(docket_runs, "items_failed"), "items_allowed": None, "wake_at": None}
+        values |= {"ended_at": now(), "expires_at": after(bindparam("p_retention_s"))}
+    else:
+        waits = case((_RUNS.message.is_not(None), _LEASE_S), else_=None)
+        due_in_s: ColumnElement[float] = func.coalesce(bindparam("p_wake_in_s", type_=Double()), waits)
+        values |= {"wake_at": after(due_in_s), "ended_at": None, "expires_at": None}
+        values["retries"] = _RUNS.retries + bindparam("p_owed", type_=Integer())
+    return update(docket_runs).where(HOLDS_RUN).values(values)
+
+
+_OF_RUN = matches(docket_cache, *_NAME)
+_HAS_TTL = _CACHE.ttl.is_not(None)
+_DATE = update(docket_cache).where(_OF_RUN, _HAS_TTL).values(expires_at=after(_CACHE.ttl))
+_RESET_CHUNKS = (
+    update(docket_chunks)
+    .where(matches(docket_chunks, *_NAME), or_(_CHUNKS.state != RunState.SUCCEEDED.value, _CHUNKS.failed > 0))
+    .values(state=RunState.QUEUED.value, failed=0, lost=0, errors=null(), lease_until=None)
+)
+
+
+@cache
+def _end(*, ended: bool, failed: bool, executions: bool) -> Select[*tuple[Any, ...]]:
+    """Return the statement of Postgres that ends the run, dates its checkpoints and writes rows."""
+    left = _leave(ended=ended).returning(ONE, _RUNS.ended_at).cte("f")
+    found = select(func.count().label("fenced")).select_from(left)
+    has_left, ended_at = exists(select(left.c.one)), select(left.c.ended_at).scalar_subquery()
+    if ended:
+        page = select(_CACHE.cache_key).where(_OF_RUN, _HAS_TTL).limit(PAGE).scalar_subquery()
+        dated = (
+            update(docket_cache)
+            .where(has_left, one_of(_CACHE.cache_key, page))
+            .values(expires_at=later(ended_at, _CACHE.ttl))
+            .returning(ONE)
+            .cte("t")
+        )
+        found = found.add_columns(select(func.count()).select_from(dated).scalar_subquery().label("dated"))
+    if failed:
+        found = found.add_cte(_RESET_CHUNKS.where(has_left).cte("c"))
+    return found.add_cte(ADD_EXECUTIONS.after(left).cte("e")) if executions else found
+
+
+def end(connection: Connection, lease: Lease, ending: RunEnd) -> None:
+    """See `Store.end`."""
+    values = bound(end_values(lease, ending))
+    ended, failed = ending.state.ended, ending.state is RunState.FAILED
+    rows = execution_rows(ending.executions)
+    if connection.dialect.name == "postgresql":
+        statement = _end(ended=ended, failed=failed, executions=bool(rows))
+        found = connection.execute(statement, values | ADD_EXECUTIONS.arrays(rows)).one()
+        fenced, rest = found.fenced, ended and (not found.fenced or found.dated == PAGE)
+    else:
+        with writing(connection):
+            fenced, rest = connection.execute(_leave(ended=ended), values).rowcount, False
+            if fenced and ended:
+                connection.execute(_DATE, values)
+            if fenced and failed:
+                connection.execute(_RESET_CHUNKS, values)
+            if fenced and rows:
+                connection.execute(ADD_EXECUTIONS.one, rows)
+    if not fenced:
+        row = connection.execute(_FIND, values).first()
+        ours = (values["p_owner"], values["p_epoch"], values["p_state"])
+        if row is None or (row.owner, row.epoch, row.state) != ours:
+            raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+    if rest:
+        date_checkpoints(connection, lease.graph, lease.execution_id)
