@@ -9,11 +9,11 @@ from docket_celery.plan.batch import BatchPolicy
 from docket_celery.store.records import Chunk, Lanes
 
 CHUNKS = 64
-"""Without ``chunk_size`` a stage has about so many chunks: enough to spread, few enough to be cheap to join."""
+"""About the number of chunks of a stage without ``chunk_size``: enough to spread, few enough to be cheap to join."""
 
 
 CHUNKS_OF_A_SLOT = 4
-"""On a worker that runs many tasks at once there are at least so many chunks for each: the last ones end alike."""
+"""Least number of chunks for each task that a worker runs at once, so that the last ones end together."""
 
 
 MOST_ITEMS = 500

@@ -14,7 +14,7 @@ _WALL_START_S = 946_684_800.0  # 2000-01-01T00:00:00Z
 
 
 class FakeClock(Clock):
-    """Time that passes only when somebody waits for it, or by `advance`.
+    """Time that passes only when a call waits for it, or by `advance`.
 
     For runs on the calling thread (`inline`, `eager`) it is what backoffs, deadlines, leases, ``ctx.sleep`` and, in
     ``async def`` steps, ``asyncio.sleep`` go by; for `docket_celery.MemoryStore` (``MemoryStore(clock.time)``) what
@@ -44,13 +44,13 @@ class FakeClock(Clock):
         return self._start_s + self._passed_s
 
     def sleep(self, seconds: float) -> None:
-        """Let *seconds* pass at once, and count them as waited."""
+        """Pass *seconds* at once, and count them as waited."""
         with self._lock:
             self._passed_s += seconds
             self.waited_s += seconds
 
     def advance(self, seconds: Seconds) -> None:
-        """Let *seconds* (or a timedelta) pass without anybody having waited: a ttl runs out, a lease expires."""
+        """Pass *seconds* (or a timedelta) without a wait: a ttl runs out, a lease expires."""
         with self._lock:
             self._passed_s += to_seconds(seconds, "advance")
 
@@ -63,7 +63,7 @@ class FakeClock(Clock):
 
 
 class _FakeTimeLoop(asyncio.SelectorEventLoop):
-    """Asks what is ready, and instead of waiting for a timer lets the clock go on to it."""
+    """Asks what is ready, and instead of waiting for a timer advances the clock to it."""
 
     def __init__(self, clock: FakeClock) -> None:
         super().__init__(_NoWaitSelector(clock))

@@ -49,7 +49,7 @@ def crash_matrix(
     context: Mapping[str, Any] | None = None,
     timeout_s: float = 60.0,
 ) -> CrashReport:
-    """Kill a job at every boundary, let another process go on each time, and check what that must not change.
+    """Kill a job at every boundary, let another process continue each time, and check what that must not change.
 
     The job runs once undisturbed, in a child of this process. Then, for each boundary that it crossed (before and
     after each step's body, before and after each save, before and after the run's end is written), it runs again, its

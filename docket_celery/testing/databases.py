@@ -28,7 +28,7 @@ class Databases:
 
     @contextmanager
     def fresh(self) -> Generator[str]:
-        """Make a database with empty tables, yield its URL, and drop it, whoever is still connected."""
+        """Make a database with empty tables, yield its URL, and drop it, even while others are connected."""
         if not self._template:
             self._template = self._make_template()
         name = _name()

@@ -95,10 +95,10 @@ class Events(Sequence[Event]):
 
 @contextmanager
 def record_events(*graphs: Graph) -> Generator[Events]:
-    """Write down the events of runs; nothing is recorded after the block, though a run may go on.
+    """Write down the events of runs; nothing is recorded after the block, though a run may continue.
 
     Args:
-        *graphs: Record all runs of these graphs in this process, whoever began them. Without any: the runs of all
+        *graphs: Record all runs of these graphs in this process, wherever they began. Without any: the runs of all
             graphs that are begun in the block, by this thread or asyncio task.
     """
     events = Events()

@@ -13,7 +13,7 @@ from docket_celery.errors import ServersUnavailable
 def server(given: str, option: str) -> Generator[str]:
     """Yield *given*, or the URL of a server that is started here and stopped afterwards.
 
-    Servers that the environment names are left alone: they may be somebody's real ones.
+    Servers that the environment names are left alone: they may be in real use.
 
     Args:
         given: The URL that pytest's configuration sets, or ''.

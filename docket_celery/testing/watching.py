@@ -58,7 +58,7 @@ class Entry:
     """A line of the journal.
 
     Attributes:
-        process: 1 is the one that is killed, 2 the one that goes on.
+        process: 1 is the one that is killed, 2 the one that continues.
         key: Of a GLOBAL checkpoint, in hex.
         owner: Who claimed it.
     """
@@ -104,7 +104,7 @@ class Watch:
     Args:
         journal: Where it is written down.
         process: Which process this is.
-        deadly: Where it shall die; None: nowhere.
+        deadly: Where it must die; None: nowhere.
     """
 
     def __init__(self, journal: Journal, process: int, deadly: Boundary | None = None) -> None:
@@ -165,7 +165,7 @@ class Watch:
 
 
 class Orders:
-    """What a watched worker is to do: a file that its test writes anew for each playing."""
+    """What a watched worker is to do: a file that its test writes again for each playing."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -42,7 +42,7 @@ def main(order: dict[str, Any]) -> int:
 
 
 def _watch(app: Any, watched: dict[str, str], database_url: str) -> None:
-    """Have each process of the pool tell what it does with one task, and die where it is told to."""
+    """Make each process of the pool tell what it does with one task, and die where it is told to."""
     from celery import signals
 
     from docket_celery.engine.overrides import overridden

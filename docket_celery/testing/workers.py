@@ -206,7 +206,7 @@ def find_app(app: Celery | str) -> Celery:
 
 @contextmanager
 def pointed_at(app: Celery, servers: Servers) -> Generator[None]:
-    """Have *app* in this process use *servers*, whatever its configuration and the environment say; then undo it."""
+    """Point *app* in this process at *servers*, whatever its configuration and the environment say; then undo it."""
     values = {
         "broker_url": servers.broker_url,
         "result_backend": servers.result_url,
@@ -230,7 +230,7 @@ def pointed_at(app: Celery, servers: Servers) -> Generator[None]:
 
 
 def _let_go(app: Any, pool: Any) -> None:
-    """Have *app* ask for a pool anew if it has that one."""
+    """Make *app* ask for another pool if it has that one."""
     amqp: Any = app.__dict__.get("amqp")
     if app._pool is pool:
         app._pool = None
@@ -239,7 +239,7 @@ def _let_go(app: Any, pool: Any) -> None:
 
 
 def forget_connections(app: Any) -> None:
-    """Close what the app has open, and have it open anew by the configuration in force."""
+    """Close what the app has open; it opens it again by the configuration in force."""
     from celery import _state
     from kombu import pools
 

@@ -276,8 +276,9 @@ def test_every_import_is_listed_or_documented() -> None:
 
 
 def test_every_private_name_of_others_is_listed() -> None:
-    """An underscore that the package reads and defines nowhere is another library's."""
-    assert {n: f for n, f in foreign_privates().items() if n not in {seam.name for seam in SEAMS}} == {}
+    """An underscore that the package reads and defines nowhere is another library's; SQLAlchemy documents one."""
+    listed = {"_mapping", *(seam.name for seam in SEAMS)}
+    assert {name: file for name, file in foreign_privates().items() if name not in listed} == {}
 
 
 # --- at the start of a worker --------------------------------------------------------------------------------------
