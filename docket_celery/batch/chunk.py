@@ -13,7 +13,7 @@ from docket_celery.engine.process.heartbeat import HeldLease
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.run import Run
 from docket_celery.engine.run_context import Ending, OnEnd, RunOutcome, Submission
-from docket_celery.engine.stored_items import check_complete, read_item
+from docket_celery.engine.stored_items import read_item
 from docket_celery.errors import (
     CodecFailed,
     DocketError,
@@ -132,7 +132,8 @@ class ChunkRun(Run):
             raise GraphChanged(*run, [f"{missing[0]} of the batch"])
         for key, names_of in each.items():
             values[key] = own = _by_index(key, rows, names_of)
-            check_complete(layout.place(key, chunk.hi, skips), range(chunk.lo, chunk.hi), own)
+            items = layout.items(self._batches, key, chunk.hi, skips)
+            items.check_complete(range(chunk.lo, chunk.hi), own)
         self._skips = frozenset(skips & set(range(chunk.lo, chunk.hi)))
         self.context.stored = {
             (steps[row.step_name].name, row.item): row for row in rows if row.step_name in steps

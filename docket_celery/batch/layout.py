@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from docket_celery.engine.checkpointing import read_value
 from docket_celery.engine.fan_out import find_fan_outs
 from docket_celery.engine.run_context import RunContext
-from docket_celery.engine.stored_items import ItemPlace
+from docket_celery.engine.stored_items import StoredItems
 from docket_celery.errors import DocketError, StepFailed, from_record
 from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.messages import Value, from_bytes, type_name, value_bytes
 from docket_celery.plan.plan import Plan, Stage
 from docket_celery.plan.step import Step
+from docket_celery.store.contract import BatchStore
 from docket_celery.store.identity import item_key, workflow_key
 from docket_celery.store.records import Checkpoint, ChunkRow, Progress, RunState
 
@@ -83,11 +84,17 @@ class Layout:
                 found[key] = from_bytes(key.kind, data) if step is None else read_value(step, row, context)
         return found
 
-    def place(
-        self, key: ValueKey, total: int, failed: Collection[int], job_digest: bytes | None = None
-    ) -> ItemPlace:
-        """Return where the items of a value are."""
-        return ItemPlace(
+    def items(
+        self,
+        store: BatchStore,
+        key: ValueKey,
+        total: int,
+        failed: Collection[int],
+        job_digest: bytes | None = None,
+    ) -> StoredItems:
+        """Return the items of a value."""
+        return StoredItems(
+            store=store,
             graph=self.graph,
             execution_id=self.execution_id,
             names=self.names(key),

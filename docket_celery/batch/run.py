@@ -270,8 +270,7 @@ class BatchRun(Run):
     def _items(self, key: ValueKey, job_digest: bytes | None = None) -> StoredItems:
         fan_out = self._layout.fan_outs[key]
         failed = self._failures.get(fan_out, {}).keys()
-        place = self._layout.place(key, self._counts[fan_out], failed, job_digest)
-        return StoredItems(self._batches, place)
+        return self._layout.items(self._batches, key, self._counts[fan_out], failed, job_digest)
 
     def _result(self) -> Any:
         target = self._plan.target

@@ -10,7 +10,7 @@ from typing import Any, cast
 from google.protobuf.message import Message
 
 from docket_celery.engine.run_context import RunContext, RunOutcome, Submission
-from docket_celery.engine.stored_items import ItemPlace, StoredBatch, StoredItems
+from docket_celery.engine.stored_items import StoredBatch, StoredItems
 from docket_celery.errors import (
     DocketError,
     RunCancelled,
@@ -204,19 +204,15 @@ def read_outcome(row: RunRow, plan: Plan, store: Store) -> RunOutcome:
 def _result_bytes(value: Any) -> bytes:
     """Return a run's result as it is stored: of collected items, what failed first, then what there is."""
     if isinstance(value, StoredBatch):
-        return frame((_PLACE, json.dumps(_describe(value)).encode()))
+        errors = {str(index): to_record(error) for index, error in value.errors.items()}
+        place = {"names": value.items.names, "total": value.items.total, "collects": value.collects}
+        return frame((_PLACE, json.dumps({**place, "errors": errors}).encode()))
     if not isinstance(value, BatchResult):
         return value_bytes(value)
     collected = cast("BatchResult[Message]", value)
     errors = {str(index): to_record(error) for index, error in collected.errors.items()}
     made = [each for _, each in collected.succeeded()]
     return frame((_COLLECTED, json.dumps(errors).encode(), value_bytes(made)))
-
-
-def _describe(batch: StoredBatch) -> dict[str, Any]:
-    place = batch.items.place
-    errors = {str(index): to_record(error) for index, error in batch.errors.items()}
-    return {"names": place.names, "total": place.total, "collects": batch.collects, "errors": errors}
 
 
 def read_result(row: RunRow, store: Store, kind: type[Message], *, collects: bool) -> Any:
@@ -238,7 +234,8 @@ def read_result(row: RunRow, store: Store, kind: type[Message], *, collects: boo
     if parts[:1] == [_PLACE] and isinstance(store, BatchStore):
         found = json.loads(parts[1])
         stored = {int(index): from_record(record) for index, record in found["errors"].items()}
-        place = ItemPlace(
+        items = StoredItems(
+            store=store,
             graph=row.graph,
             execution_id=row.execution_id,
             names=tuple(found["names"]),
@@ -247,11 +244,8 @@ def read_result(row: RunRow, store: Store, kind: type[Message], *, collects: boo
             failed=stored.keys(),
             job_digest=row.job_digest,
         )
-        return StoredBatch(
-            items=StoredItems(store, place),
-            collects=found["collects"],
-            errors=cast("dict[int, StepFailed]", stored),
-        )
+        errors_by_index = cast("dict[int, StepFailed]", stored)
+        return StoredBatch(items=items, collects=found["collects"], errors=errors_by_index)
     if parts[:1] != [_COLLECTED]:
         return many_from_bytes(kind, data)
     _, errors, made = parts

@@ -134,12 +134,9 @@ def wants_upload(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any], set
         return False
     values = (*args, *kwargs.values())
     items = next((cast("Sequence[Message]", each) for each in values if isinstance(each, (list, tuple))), ())
-    weight = 0
-    for item in items:
-        weight += ENVELOPE_BYTES + item.ByteSize()
-        if weight > settings.max_list_bytes:
-            return task.graph.find_batch_store(task.plan(), settings) is not None
-    return False
+    if sum(ENVELOPE_BYTES + item.ByteSize() for item in items) <= settings.max_list_bytes:
+        return False
+    return task.graph.find_batch_store(task.plan(), settings) is not None
 
 
 def send(
@@ -340,9 +337,9 @@ def wrap(
         PayloadTooLarge: It is too large, and its run is in no store.
     """
     if isinstance(value, StoredBatch):
-        place = value.items.place
-        name, digest = type_name(place.kind), place.job_digest or b""
-        return Stored(RESULTS, place.graph, place.execution_id, name, place.total, digest)
+        items = value.items
+        name, digest = type_name(items.kind), items.job_digest or b""
+        return Stored(RESULTS, items.graph, items.execution_id, name, items.total, digest)
     if not _is_large(value, settings):
         return Result(value)
     if _store_for(task, settings) is None:

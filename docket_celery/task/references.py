@@ -164,11 +164,7 @@ def read_value(value: Any, app: Celery) -> Any:
     """
     if (fault := envelope.find_fault(value)) is not None:
         raise fault
-    if isinstance(value, Stored):
-        return value.read(app)
-    if isinstance(value, envelope.Result):
-        return value.value
-    return value
+    return value.read(app) if isinstance(value, Stored) else value
 
 
 def listed(value: object) -> Sequence[Any] | None:

@@ -89,7 +89,9 @@ class GraphResult(_TypedResult[R]):
         if isinstance(found, references.Stored):
             found = run_on_pool(functools.partial(found.find, self.app, settings), settings.threads)
             if isinstance(found, StoredBatch):
-                return _read_pages(found, settings.threads)
+                pages = range(0, found.items.total, PAGE)
+                read = functools.partial(run_on_pool, threads=settings.threads)
+                return (each for lo in pages for each in read(functools.partial(found.page, lo)))
         results = references.listed(references.read_value(found, self.app))
         if results is None:
             raise InvalidArguments(
@@ -153,9 +155,3 @@ class GraphResult(_TypedResult[R]):
             )
         name = execution_id or self.execution_id or self.id
         return run_on_pool(lambda: read(store, graph.name, name), settings.threads)
-
-
-def _read_pages(batch: StoredBatch, threads: int) -> Iterator[Message | None]:
-    """Yield the results of a batch, a page of them in memory; None for each that failed."""
-    for lo in range(0, batch.items.place.total, PAGE):
-        yield from run_on_pool(functools.partial(batch.page, lo), threads)

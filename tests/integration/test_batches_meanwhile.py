@@ -161,7 +161,7 @@ def test_a_slow_source_keeps_its_name(journals: Journals, urls: Urls, short_leas
         what = [
             refused(lambda: task.submit_batch(movies(run, 1), execution_id=run, queue=queue)),
             refused(lambda: task.submit_batch(movies("other", 2), execution_id=run, queue=queue)),
-            refused(lambda: task.apply_async((movies("other", 1000),), execution_id=run, queue=queue)),
+            refused(lambda: task.apply_async((movies("other", 3000),), execution_id=run, queue=queue)),
         ]
         assert what == ["submission under way"] * 3
         assert queue_length(urls.broker, queue) == 0

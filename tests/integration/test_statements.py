@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import event
 
 from docket_celery import Graph, Named, PayloadUnavailable, Scope
-from docket_celery.engine.stored_items import PAGE, ItemPlace, StoredItems
+from docket_celery.engine.stored_items import PAGE, StoredItems
 from docket_celery.store import SQLStore
 from docket_celery.store.records import Lease
 from tests.conformance.samples import GRAPH, RUN, ending, output, request
@@ -135,15 +135,21 @@ def test_a_page_of_a_batch_makes_one_statement(store: SQLStore) -> None:
     rows = [output("rate", b"\x08\x07", item=str(n), item_index=n, output_type=kind) for n in range(total)]
     store.save_many(lease, rows)
     store.end(lease, ending())
-    place = ItemPlace(
-        graph=GRAPH, execution_id=RUN, names=("rate",), kind=Money, total=total, job_digest=b"d" * 32
+    items = StoredItems(
+        store=store,
+        graph=GRAPH,
+        execution_id=RUN,
+        names=("rate",),
+        kind=Money,
+        total=total,
+        job_digest=b"d" * 32,
     )
     with counted(store) as statements:
-        found = list(StoredItems(store, place).numbered())
-    assert found == [(number, Money(cents=7)) for number in range(total)]
+        found = list(iter(items))
+    assert found == [Money(cents=7)] * total
     assert len(statements) == 3, statements
     with counted(store) as statements, pytest.raises(PayloadUnavailable, match="has another job now"):
-        StoredItems(store, replace(place, job_digest=b"e" * 32)).page(0)
+        replace(items, job_digest=b"e" * 32).page(0)
     assert len(statements) == 2, statements
 
 

@@ -24,7 +24,7 @@ from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
 from docket_celery.engine.run_context import Ending, RunOutcome, Submission
 from docket_celery.engine.run_row import digest_job, find_busy_s
-from docket_celery.engine.stored_items import ItemPlace, StoredBatch, StoredItems
+from docket_celery.engine.stored_items import StoredBatch, StoredItems
 from docket_celery.engine.waiting import run_here
 from docket_celery.errors import (
     CodecFailed,
@@ -384,8 +384,10 @@ def test_a_purged_result_is_no_empty_one(store: SQLStore) -> None:
     hands.open(ITEMS)
     for lo in (0, 2, 4):
         hands.work(1, lo)
-    place = ItemPlace(graph="changing", execution_id=RUN, names=("rate",), kind=EnrichedMovie, total=6)
-    batch = StoredBatch(items=StoredItems(store, place))
+    items = StoredItems(
+        store=store, graph="changing", execution_id=RUN, names=("rate",), kind=EnrichedMovie, total=6
+    )
+    batch = StoredBatch(items=items)
     assert len(batch.load()) == 6
     with store.engine.connect() as connection:
         connection.execute(text("DELETE FROM docket_cache"))
@@ -410,7 +412,7 @@ def test_a_stored_result_names_the_job_as_the_row_does(tmp_path: Path, codec: Co
         assert (row.job_digest == hands.submission.job_digest) is (codec is None)
         for batch in (made, again):
             assert isinstance(batch, StoredBatch)
-            assert batch.items.place.job_digest == row.job_digest
+            assert batch.items.job_digest == row.job_digest
             assert [each.original for each in cast("list[EnrichedMovie]", batch.load())] == ITEMS
 
 
@@ -419,7 +421,8 @@ def test_a_page_of_failed_items_is_not_read_from_another_run(store: SQLStore) ->
     hands = Hands(graph_with("rate", "total", "place"), store, EnrichedMovie)
     hands.open(ITEMS)
     failed = dict.fromkeys(range(6), StepFailed("rate", 1, False, ["builtins.ValueError"], "no"))
-    place = ItemPlace(
+    items = StoredItems(
+        store=store,
         graph="changing",
         execution_id=RUN,
         names=("rate",),
@@ -428,11 +431,9 @@ def test_a_page_of_failed_items_is_not_read_from_another_run(store: SQLStore) ->
         failed=failed.keys(),
         job_digest=hands.submission.job_digest,
     )
-    batch = StoredBatch(items=StoredItems(store, place), collects=True, errors=failed)
+    batch = StoredBatch(items=items, collects=True, errors=failed)
     assert batch.page(0) == [None] * 6
-    other = StoredBatch(
-        items=StoredItems(store, replace(place, job_digest=b"o" * 32)), collects=True, errors=failed
-    )
+    other = StoredBatch(items=replace(items, job_digest=b"o" * 32), collects=True, errors=failed)
     for read in (other.load, lambda: other.page(0)):
         with pytest.raises(PayloadUnavailable, match=r"rate of run 'batch-1'.*its name has another job now"):
             read()
