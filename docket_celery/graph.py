@@ -3,28 +3,54 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+import uuid
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, cast, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, overload
 
 from google.protobuf.message import Message
 
 from docket_celery.engine.checkpointing import find_entry, forget
 from docket_celery.engine.handles import StartedRun
+from docket_celery.engine.overrides import overrides
 from docket_celery.engine.process.loops import CallerLoop
+from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
-from docket_celery.engine.waiting import read_outcome, read_value, run_on_loop
+from docket_celery.engine.run import Run
+from docket_celery.engine.run_context import RunOutcome, Submission
+from docket_celery.engine.waiting import read_outcome, read_value, run_here, run_on_loop
+from docket_celery.errors import InvalidArguments, InvalidSettings, StoreMissing
+from docket_celery.observe.events import Listener
+from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.batch import BatchPolicy, BatchResult, OnError
 from docket_celery.plan.messages import Value
-from docket_celery.plan.options import Seconds
-from docket_celery.plan.registry import value_key
-from docket_celery.runner import Runner, make_submission
-from docket_celery.store.contract import Store
+from docket_celery.plan.mutation import checked
+from docket_celery.plan.options import Seconds, StepOptions, to_seconds
+from docket_celery.plan.override import overriding_of
+from docket_celery.plan.plan import Plan
+from docket_celery.plan.registry import Registry, value_key
+from docket_celery.store.contract import BatchStore, Store
+from docket_celery.store.identity import check_execution_id
 
 T = TypeVar("T", bound=Message)
 
 
-class Graph(Runner):
+class RefreshOptions(TypedDict, total=False):
+    """The options of `Graph.refresh`, as `Graph.execute` explains them."""
+
+    context: Mapping[str, Any] | None
+    timeout: Seconds | None
+    store: Store | None
+
+
+class RunOptions(RefreshOptions, total=False):
+    """The options of `Graph.execute`, which explains them."""
+
+    execution_id: str | None
+    max_concurrency: int | None
+
+
+class Graph(Registry):
     """A set of typed steps; their types are the graph.
 
     Args:
@@ -33,17 +59,12 @@ class Graph(Runner):
         defaults: Options of all steps that do not set their own, in a preset or at the step.
     """
 
-    def execute(
-        self,
-        target: type[T],
-        /,
-        *inputs: Value,
-        execution_id: str | None = None,
-        context: Mapping[str, Any] | None = None,
-        max_concurrency: int | None = None,
-        timeout: Seconds | None = None,
-        store: Store | None = None,
-    ) -> T:
+    def __init__(self, name: str, *, store: Store | None = None, defaults: StepOptions | None = None) -> None:
+        super().__init__(name, defaults)
+        self.store = store
+        self.listeners: list[Listener] = []
+
+    def execute(self, target: type[T], /, *inputs: Value, **options: Unpack[RunOptions]) -> T:
         """Run what *target* needs, here and now, and return it.
 
         Args:
@@ -64,27 +85,16 @@ class Graph(Runner):
             StoreMissing: A step persists and there is no store.
             RunTimedOut, RunConflict, RunCancelled, RunQuarantined, GraphChanged: As they say.
         """
-        submission = make_submission(
-            self.listeners, execution_id, context, max_concurrency, timeout, process.may_help()
-        )
-        return read_value(self.deliver(value_key(target, "execute"), inputs, submission, store=store), target)
+        plan = self.plan_for(value_key(target, "execute"), inputs)
+        submission = _submission(self, "execute", options, may_help=process.may_help())
+        return read_value(self.deliver(plan, inputs, submission, store=options.get("store")), target)
 
-    async def aexecute(
-        self,
-        target: type[T],
-        /,
-        *inputs: Value,
-        execution_id: str | None = None,
-        context: Mapping[str, Any] | None = None,
-        max_concurrency: int | None = None,
-        timeout: Seconds | None = None,  # noqa: ASYNC109 -- a deadline of the run, as in execute
-        store: Store | None = None,
-    ) -> T:
+    async def aexecute(self, target: type[T], /, *inputs: Value, **options: Unpack[RunOptions]) -> T:
         """Like `execute`, for a handler on an asyncio loop, which it never blocks.
 
         ``async def`` steps run on the running loop, so clients made there work in them; synchronous steps and SQL
         run on the pool. Cancelling the awaiting task cancels the run: what is saved is kept, and submitting it again
-        under the same execution id goes on.
+        under the same execution id resumes it.
 
         Arguments as for `execute`.
 
@@ -92,23 +102,13 @@ class Graph(Runner):
             asyncio.CancelledError: The awaiting task was cancelled; the lease was given back before.
             DocketError: As from `execute`.
         """
-        submission = make_submission(self.listeners, execution_id, context, max_concurrency, timeout)
-        loop = CallerLoop(asyncio.get_running_loop())
-        run = self.prepare(value_key(target, "aexecute"), inputs, submission, store=store, loop=loop)
+        plan = self.plan_for(value_key(target, "aexecute"), inputs)
+        submission, loop = _submission(self, "aexecute", options), CallerLoop(asyncio.get_running_loop())
+        run = self.prepare(plan, inputs, submission, store=options.get("store"), loop=loop)
         return read_value(await run_on_loop(run, loop), target)
 
-    def start(
-        self,
-        target: type[T],
-        /,
-        *inputs: Value,
-        execution_id: str | None = None,
-        context: Mapping[str, Any] | None = None,
-        max_concurrency: int | None = None,
-        timeout: Seconds | None = None,
-        store: Store | None = None,
-    ) -> StartedRun[T]:
-        """Like `execute`, but return at once; the run goes on in the background, in this process.
+    def start(self, target: type[T], /, *inputs: Value, **options: Unpack[RunOptions]) -> StartedRun[T]:
+        """Like `execute`, but return at once; the run is executed in the background, in this process.
 
         Arguments as for `execute`.
 
@@ -118,8 +118,9 @@ class Graph(Runner):
         Raises:
             InvalidArguments, GraphError, StoreMissing, TooManyAbandoned: Before anything ran.
         """
-        submission = make_submission(self.listeners, execution_id, context, max_concurrency, timeout)
-        return StartedRun(self.prepare(value_key(target, "start"), inputs, submission, store=store), target)
+        plan = self.plan_for(value_key(target, "start"), inputs)
+        submission = _submission(self, "start", options)
+        return StartedRun(self.prepare(plan, inputs, submission, store=options.get("store")), target)
 
     @overload
     def execute_batch(
@@ -129,11 +130,7 @@ class Graph(Runner):
         /,
         *inputs: Message,
         on_error: Literal["fail"] = "fail",
-        execution_id: str | None = None,
-        context: Mapping[str, Any] | None = None,
-        max_concurrency: int | None = None,
-        timeout: Seconds | None = None,
-        store: Store | None = None,
+        **options: Unpack[RunOptions],
     ) -> list[T]: ...
 
     @overload
@@ -145,11 +142,7 @@ class Graph(Runner):
         *inputs: Message,
         on_error: Literal["collect"],
         max_failed: float | None = None,
-        execution_id: str | None = None,
-        context: Mapping[str, Any] | None = None,
-        max_concurrency: int | None = None,
-        timeout: Seconds | None = None,
-        store: Store | None = None,
+        **options: Unpack[RunOptions],
     ) -> BatchResult[T]: ...
 
     def execute_batch(
@@ -160,11 +153,7 @@ class Graph(Runner):
         *inputs: Message,
         on_error: OnError = "fail",
         max_failed: float | None = None,
-        execution_id: str | None = None,
-        context: Mapping[str, Any] | None = None,
-        max_concurrency: int | None = None,
-        timeout: Seconds | None = None,
-        store: Store | None = None,
+        **options: Unpack[RunOptions],
     ) -> list[T] | BatchResult[T]:
         """Make *target* for each of *items*, here and now; aggregates see all of them.
 
@@ -172,14 +161,9 @@ class Graph(Runner):
             target: The message type to make for each item.
             items: Messages of one type; there may be none.
             *inputs: What all items share, at most one message of each type.
-            on_error: ``fail``: the first item that fails fails the batch. ``collect``: the others go on.
+            on_error: ``fail``: the first item that fails fails the batch. ``collect``: the others are made.
             max_failed: ``collect`` only: how many items may fail, as a count, or as a share (a float from 0 to 1).
-            execution_id: Names the run, so that submitting it again resumes or returns it; default: a new name.
-            context: Values for ``ctx.values``.
-            max_concurrency: Most items at once; steps of one item may run together. Default: as many as there
-                are threads.
-            timeout: Seconds or timedelta for the whole batch.
-            store: Where to persist; default: the graph's, then ``docket_database_url``.
+            **options: As for `execute`; ``max_concurrency`` counts items, of which several steps may run together.
 
         Returns:
             The results in the order of *items*; with ``on_error="collect"`` a `BatchResult`.
@@ -188,18 +172,17 @@ class Graph(Runner):
             BatchFailed: More items failed than *max_failed* allows.
             StepFailed, AbortError, GraphError, InvalidArguments: As from `execute`; an item is named by its index.
         """
-        submission = replace(
-            make_submission(self.listeners, execution_id, context, max_concurrency, timeout),
-            policy=BatchPolicy(on_error, max_failed),
-        )
-        key = value_key(target, "execute_batch")
-        outcome = self.deliver(key, [*inputs, list(items)], submission, store=store, collects=True)
+        job: list[Value] = [*inputs, list(items)]
+        plan = self.plan_for(value_key(target, "execute_batch"), job, collects=True)
+        policy = BatchPolicy(on_error, max_failed)
+        submission = _submission(self, "execute_batch", options, policy=policy)
+        outcome = self.deliver(plan, job, submission, store=options.get("store"))
         return cast("list[T] | BatchResult[T]", read_outcome(outcome))
 
     def forget(self, step: object, /, *inputs: Message, store: Store | None = None) -> bool:
         """Drop the entry of a GLOBAL step for these inputs: the next run that needs it computes it.
 
-        A computation that is under way goes on, and its result is stored; `refresh` computes after it.
+        A computation that is under way is not stopped, and its result is stored; `refresh` computes after it.
 
         Args:
             step: The step's name, its output's message type, or what was registered.
@@ -215,8 +198,7 @@ class Graph(Runner):
         """
         found, values = find_entry(self, step, inputs, "forget")
         plan = self.compiled(found.output, tuple(dict.fromkeys(found.inputs)))
-        settings = process.settings()
-        return forget(self.find_store(plan, settings, store), self.name, found, values)
+        return forget(self.find_store(plan, process.settings(), store), self.name, found, values)
 
     @overload
     def refresh(
@@ -224,46 +206,22 @@ class Graph(Runner):
         step: Callable[..., Coroutine[Any, Any, T]],
         /,
         *inputs: Message,
-        context: Mapping[str, Any] | None = None,
-        timeout: Seconds | None = None,
-        store: Store | None = None,
+        **options: Unpack[RefreshOptions],
     ) -> T: ...
 
     @overload
     def refresh(
-        self,
-        step: Callable[..., T],
-        /,
-        *inputs: Message,
-        context: Mapping[str, Any] | None = None,
-        timeout: Seconds | None = None,
-        store: Store | None = None,
+        self, step: Callable[..., T], /, *inputs: Message, **options: Unpack[RefreshOptions]
     ) -> T: ...
 
     @overload
-    def refresh(
-        self,
-        step: object,
-        /,
-        *inputs: Message,
-        context: Mapping[str, Any] | None = None,
-        timeout: Seconds | None = None,
-        store: Store | None = None,
-    ) -> Message: ...
+    def refresh(self, step: object, /, *inputs: Message, **options: Unpack[RefreshOptions]) -> Message: ...
 
-    def refresh(
-        self,
-        step: object,
-        /,
-        *inputs: Message,
-        context: Mapping[str, Any] | None = None,
-        timeout: Seconds | None = None,
-        store: Store | None = None,
-    ) -> Message:
-        """Compute the output of a GLOBAL step anew, under its policy, replace its entry, and return it.
+    def refresh(self, step: object, /, *inputs: Message, **options: Unpack[RefreshOptions]) -> Message:
+        """Compute the output of a GLOBAL step again, under its policy, replace its entry, and return it.
 
-        Others read the old entry until the new one is stored. One at a time computes: where another one does, this
-        waits, then computes itself, unless somebody has begun to after this was called. It is a run of its own.
+        Others read the old entry until the new one is stored. Where another run computes it, this waits, then
+        computes it itself. It is a run of its own.
 
         Args:
             step: The step's name, its output's message type, or what was registered.
@@ -277,12 +235,159 @@ class Graph(Runner):
             DocketError: As from `execute`; the old entry stays.
         """
         found, values = find_entry(self, step, inputs, "refresh")
-        submission = make_submission(self.listeners, None, context, None, timeout)
-        outcome = self.deliver(
-            found.output,
-            values,
-            replace(submission, refreshes=True),
-            given=tuple(dict.fromkeys(found.inputs)),
-            store=store,
-        )
+        plan = self.compiled(found.output, tuple(dict.fromkeys(found.inputs)))
+        submission = _submission(self, "refresh", options, refreshes=True)
+        outcome = self.deliver(plan, values, submission, store=options.get("store"))
         return read_value(outcome, found.output.kind)
+
+    # --- for hosts ---------------------------------------------------------------------------------------------
+
+    def plan_for(self, target: ValueKey, inputs: Sequence[Value], *, collects: bool = False) -> Plan:
+        """Return the plan that makes *target* of *inputs*: their types say what is given, and a list is a batch.
+
+        Raises:
+            InvalidArguments, GraphError: As they say.
+        """
+        shared = [_kind(value) for value in inputs if not isinstance(value, (list, tuple))]
+        if len(shared) == len(inputs):
+            return self.compiled(target, tuple(shared), collects=collects)
+        lists = [value for value in inputs if isinstance(value, (list, tuple))]
+        # Of an empty list there is nothing to read the type from: it is the one that is missing.
+        batch, given = _item_kind(lists) or _only(self.missing(target, shared)), iter(shared)
+        keys = tuple(batch if isinstance(value, (list, tuple)) else next(given) for value in inputs)
+        return self.compiled(target, keys, batch, collects=collects)
+
+    def deliver(
+        self,
+        plan: Plan,
+        inputs: Sequence[Value],
+        submission: Submission,
+        settings: Settings | None = None,
+        *,
+        store: Store | None = None,
+    ) -> RunOutcome:
+        """Run one delivery and return how it ended; arguments and errors as for `prepare`."""
+        return run_here(self.prepare(plan, inputs, submission, settings, store=store))
+
+    def prepare(
+        self,
+        plan: Plan,
+        inputs: Sequence[Value],
+        submission: Submission,
+        settings: Settings | None = None,
+        *,
+        store: Store | None = None,
+        loop: CallerLoop | None = None,
+    ) -> Run:
+        """Return the run of one delivery, not begun.
+
+        Args:
+            plan: What to do.
+            inputs: The job, in the order of ``plan.given``; a list is a batch.
+            submission: Who asks for it, and how.
+            settings: Those in force; None: the process's.
+            store: As for `find_store`.
+            loop: Runs ``async def`` steps; None: the loop thread of the process.
+
+        Raises:
+            StoreMissing, InvalidSettings: As they say.
+        """
+        self.freeze()
+        settings = process.settings() if settings is None else settings
+        around, clock = overrides(), None
+        if around is not None:
+            settings, clock = around.adjust(settings), around.clock
+            if around.listeners:
+                submission = replace(submission, listeners=(*submission.listeners, *around.listeners))
+        if settings.check_mutation:
+            plan = checked(plan)
+        chosen = self.find_store(plan, settings, store) if plan.persists else None
+        return Run(plan, inputs, submission, settings, chosen, loop, clock)
+
+    def find_batch_store(self, plan: Plan, settings: Settings) -> BatchStore | None:
+        """Return the store over which several workers can share a run of *plan*; None: one of them does it all.
+
+        Raises:
+            StoreMissing, InvalidSettings: As from `find_store`, if the plan persists.
+        """
+        if not plan.fans_out or overrides() is not None or overriding_of(self) is not None:
+            return None
+        found = self.find_store(plan, settings) if plan.persists else self.choose_store(settings)
+        return found if isinstance(found, BatchStore) and found.persistent else None
+
+    def find_store(self, plan: Plan, settings: Settings, store: Store | None = None) -> Store:
+        """Return the store in force: the call's, a test's, the graph's or that of ``docket_database_url``.
+
+        Raises:
+            StoreMissing: There is none.
+            InvalidSettings: ``docket_codec`` is set, and the store was given without a codec.
+        """
+        found = self.choose_store(settings, store)
+        if found is None:
+            first = next(p.step.name for p in plan.steps if p.step.persist is not None)
+            raise StoreMissing(self.name, first)
+        return found
+
+    def choose_store(self, settings: Settings, store: Store | None = None) -> Store | None:
+        """Like `find_store`, or None if there is none.
+
+        Raises:
+            InvalidSettings: ``docket_codec`` is set, and the store was given without a codec.
+        """
+        around = overrides()
+        stores = (store, None if around is None else around.store, self.store)
+        given = next((each for each in stores if each is not None), None)
+        if given is None:
+            return process.store(settings.database_url, settings.codec)
+        if settings.codec is not None and given.codec is None and given.persistent:
+            problem = f"graph {self.name!r} was given a store without a codec; pass SQLStore(..., codec=...)"
+            raise InvalidSettings("docket_codec", problem)
+        return given
+
+
+def _submission(
+    graph: Graph, where: str, options: RefreshOptions, *, may_help: bool = False, **more: Any
+) -> Submission:
+    """Return who asks for a run in process.
+
+    Raises:
+        TypeError: An option does not exist.
+        InvalidArguments: The name or the limit cannot be used.
+    """
+    if unknown := options.keys() - RunOptions.__annotations__.keys():
+        raise TypeError(f"{where}() got an unexpected keyword argument {min(unknown)!r}")
+    given = cast("RunOptions", options)
+    named, timeout, most = given.get("execution_id"), given.get("timeout"), given.get("max_concurrency")
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+        raise InvalidArguments("execute", f"max_concurrency must be at least 1, got {most!r}")
+    return Submission(
+        execution_id=str(uuid.uuid4()) if named is None else check_execution_id(named),
+        values=given.get("context") or {},
+        timeout_s=None if timeout is None else to_seconds(timeout, "timeout"),
+        max_concurrency=most,
+        may_help=may_help,
+        listeners=graph.listeners,
+        **more,
+    )
+
+
+def _item_kind(lists: Sequence[Sequence[object]]) -> ValueKey | None:
+    """Return what the items of the batch are values of; None: there are no items."""
+    if len(lists) > 1:
+        raise InvalidArguments("execute", f"a run has one batch, got {len(lists)} lists")
+    kinds = dict.fromkeys(map(_kind, lists[0]))
+    return _only(kinds) if kinds else None
+
+
+def _only(kinds: Collection[ValueKey]) -> ValueKey:
+    if len(kinds) != 1:
+        shown = ", ".join(sorted(map(str, kinds))) or "nothing that the graph needs"
+        raise InvalidArguments("execute", f"the items of a batch are of one type, got {shown}")
+    return next(iter(kinds))
+
+
+def _kind(value: object) -> ValueKey:
+    if not isinstance(value, Message):
+        shown = value.__name__ if isinstance(value, type) else type(value).__name__
+        raise InvalidArguments("execute", f"inputs are Protocol Buffers messages, got {shown}")
+    return ValueKey(type(value))

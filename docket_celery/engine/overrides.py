@@ -15,7 +15,6 @@ from typing import Any
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.timer import Clock
 from docket_celery.observe.events import Listener
-from docket_celery.plan.override import Overriding
 from docket_celery.store.contract import Store
 
 
@@ -24,14 +23,12 @@ class Overrides:
     """What surrounds the runs.
 
     Attributes:
-        replaced: The replaced steps, by graph.
         settings: Fields of `Settings` that win over all others.
         store: Wins over the graph's and over ``docket_database_url``; what a call names wins over this.
         clock: For runs on the calling thread.
         listeners: Hear of the runs beside the graphs' own.
     """
 
-    replaced: Mapping[object, Overriding] = field(default_factory=dict[object, Overriding])
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     store: Store | None = None
     clock: Clock | None = None
@@ -43,7 +40,7 @@ class Overrides:
 
 
 _NOTHING = Overrides()
-_current: ContextVar[Overrides | None] = ContextVar("docket_celery_ambient", default=None)
+_current: ContextVar[Overrides | None] = ContextVar("docket_celery_overrides", default=None)
 
 
 def overrides() -> Overrides | None:
@@ -59,9 +56,8 @@ def overridden(**changes: Any) -> Generator[Overrides]:
         **changes: Fields of `Overrides`; mappings and listeners are added to those of the blocks around.
     """
     outer = _current.get() or _NOTHING
-    for name in ("replaced", "settings"):
-        if name in changes:
-            changes[name] = {**getattr(outer, name), **changes[name]}
+    if "settings" in changes:
+        changes["settings"] = {**outer.settings, **changes["settings"]}
     if "listeners" in changes:
         changes["listeners"] = (*outer.listeners, *changes["listeners"])
     inner = replace(outer, **changes)

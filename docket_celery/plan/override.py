@@ -6,8 +6,11 @@ The graph itself stays as it is: a plan is compiled over a copy of its wiring in
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 from google.protobuf.message import Message
@@ -52,6 +55,28 @@ class Overriding:
             producers = {step.output: step for step in reversed(steps)}
             self._made = wiring, replace(wiring, steps=steps, producers=producers, plans={})
         return self._made[1]
+
+
+_overriding: ContextVar[Mapping[object, Overriding]] = ContextVar(
+    "docket_celery_overriding", default=MappingProxyType({})
+)
+
+
+def overriding_of(graph: object) -> Overriding | None:
+    """Return what stands in for steps of *graph* where this is called, or None."""
+    return _overriding.get().get(graph)
+
+
+@contextmanager
+def overriding(graph: object, steps: Mapping[str, Step]) -> Generator[None]:
+    """Put *steps* in the place of those of *graph* for what this thread or asyncio task does in the block."""
+    outer = overriding_of(graph)
+    inner = Overriding({**(outer.steps if outer else {}), **steps})
+    token = _overriding.set({**_overriding.get(), graph: inner})
+    try:
+        yield
+    finally:
+        _overriding.reset(token)
 
 
 def read_overrides(wiring: Wiring, given: Mapping[Any, Substitute]) -> dict[str, Step]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, Unpack, overload
 
 from google.protobuf.message import Message
@@ -12,7 +12,14 @@ from docket_celery.errors import GraphError, InvalidArguments
 from docket_celery.plan.annotation import SignatureFault, ValueKey, read_many
 from docket_celery.plan.messages import is_message_type
 from docket_celery.plan.options import StepOptionFields, StepOptions, is_name, nearest_option
-from docket_celery.plan.override import Computes, Overriding, Substitute, find_step, read_overrides
+from docket_celery.plan.override import (
+    Computes,
+    Substitute,
+    find_step,
+    overriding,
+    overriding_of,
+    read_overrides,
+)
 from docket_celery.plan.plan import Plan
 from docket_celery.plan.stages import Asked, compile_asked, find_faults
 from docket_celery.plan.step import Make, Registration, Step, default_name, locate
@@ -21,7 +28,6 @@ from docket_celery.plan.wiring import Wiring, read_wiring
 C = TypeVar("C", bound=Computes)
 Makes = Callable[[], C] | Callable[[], AbstractContextManager[C]]
 """Returns the instance, or a context manager to enter for it."""
-Guard = Callable[[], AbstractContextManager[Any]]
 F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=Message)
 
@@ -31,23 +37,17 @@ class Registry:
 
     Args:
         name: Names the graph in the store, in logs and in every identity; 1 to 200 printable characters.
-        guard: Returns what keeps other threads out while steps are registered and read.
         defaults: Options of all steps that do not set their own.
-
-    Attributes:
-        version: How often a step was registered.
     """
 
-    def __init__(self, name: str, guard: Guard, defaults: StepOptions | None = None) -> None:
+    def __init__(self, name: str, defaults: StepOptions | None = None) -> None:
         if not is_name(name):
             raise InvalidArguments("Graph", f"name must be 1 to 200 printable characters, got {name!r}")
         self.name = name
         self.defaults = _check_defaults(defaults)
-        self.version = 0
         self._registrations: list[Registration] = []
-        self._wiring: Wiring | None = None
+        self._read_last: tuple[int, Wiring] | None = None
         self._frozen = False
-        self._guard = guard
 
     def __repr__(self) -> str:
         return f"<Graph {self.name!r}: {len(self._registrations)} steps>"
@@ -179,25 +179,22 @@ class Registry:
             fault = f"DC110 no name: lambdas and partials have none of their own; give this one name=... ({where})"
         elif not is_name(name):
             fault = f"DC110 bad name: name= is 1 to 200 printable characters, got {name!r} ({where})"
-        with self._guard():
-            if fault is None and self._frozen:
-                late = f"step {name!r} ({where}) comes after the first run"
-                fault = f"DC116 frozen: {late}; register all steps before running"
-            if fault is not None:
-                raise GraphError(self.name, [fault])
-            self._registrations.append(
-                Registration(
-                    target=target,
-                    options=options,
-                    name=str(name),
-                    order=len(self._registrations),
-                    where=where,
-                    make=make,
-                    aggregates=aggregates,
-                )
+        elif self._frozen:
+            late = f"step {name!r} ({where}) comes after the first run"
+            fault = f"DC116 frozen: {late}; register all steps before running"
+        if fault is not None:
+            raise GraphError(self.name, [fault])
+        self._registrations.append(
+            Registration(
+                target=target,
+                options=options,
+                name=str(name),
+                order=len(self._registrations),
+                where=where,
+                make=make,
+                aggregates=aggregates,
             )
-            self.version += 1
-            self._wiring = None
+        )
 
     # --- checking and planning ---------------------------------------------------------------------------------
 
@@ -255,7 +252,7 @@ class Registry:
             batch: Which of *given* comes as a list, item by item.
             collects: The target is wanted for each item.
         """
-        replaced, wiring = self.replaced(), self._read()
+        wiring, replaced = self._read(), overriding_of(self)
         wiring = wiring if replaced is None else replaced.rewired(wiring)
         return compile_asked(wiring, Asked(target, given, batch, collects))
 
@@ -277,17 +274,23 @@ class Registry:
 
     # --- replacing ---------------------------------------------------------------------------------------------
 
-    def replaced(self) -> Overriding | None:
-        """Return what stands in for steps where this is called, or None."""
-        return None
+    @contextmanager
+    def override(self, steps: Mapping[Any, Substitute]) -> Generator[None]:
+        """Replace steps in a ``with`` block, for tests; the graph itself stays as it is.
 
-    def read_overrides(self, steps: Mapping[Any, Substitute]) -> dict[str, Step]:
-        """Return what stands in for which step.
+        Holds for what this thread or asyncio task executes in the block, however deep, and for no other. Blocks
+        inside each other add up.
+
+        Args:
+            steps: What stands in, by the step's name, its output's message type, or what was registered. A message
+                is the output at once: no inputs, no options. Anything to call is wired by its own signature and keeps
+                the step's options; without a single annotation (a lambda, a mock) it is called like the step itself.
 
         Raises:
             GraphError: With all faults: a key that is no step, something that cannot stand in for it.
         """
-        return read_overrides(self._read(), steps)
+        with overriding(self, read_overrides(self._read(), steps)):
+            yield
 
     def find_step(self, key: Any) -> Step:
         """Return the step that *key* means: a name, an output's message type, or what was registered.
@@ -299,14 +302,20 @@ class Registry:
             found = find_step(self._read(), key)
         except SignatureFault as fault:
             raise InvalidArguments(f"graph {self.name!r}", f"{key!r}: {fault}") from None
-        replaced = self.replaced()
+        replaced = overriding_of(self)
         return found if replaced is None else replaced.steps.get(found.name, found)
 
+    @property
+    def version(self) -> int:
+        """How many steps are registered; what was read of fewer is out of date."""
+        return len(self._registrations)
+
     def _read(self) -> Wiring:
-        with self._guard():
-            if self._wiring is None:
-                self._wiring = read_wiring(self.name, self._registrations)
-            return self._wiring
+        # No lock: where two threads come first at once, both read the same.
+        version, found = self.version, self._read_last
+        if found is None or found[0] != version:
+            found = self._read_last = version, read_wiring(self.name, self._registrations[:version])
+        return found[1]
 
     def freeze(self) -> None:
         """Refuse further steps: a run of these has begun."""

@@ -108,7 +108,7 @@ def _run(
     task: Task, values: tuple[Value, ...] | None, submission: Submission, settings: Settings
 ) -> RunOutcome:
     """Run the job in this process, or, where its plan fans out, as a batch over several workers."""
-    request, declared, graph, plan = task.request, task.declaration, task.graph, task.plan()
+    request, graph, plan = task.request, task.graph, task.plan()
     if plan.fans_out:
         batch = read_batch_options(task, _headers(request).get(BATCH), max(1, settings.threads))
         alone = request.called_directly or request.is_eager
@@ -119,15 +119,7 @@ def _run(
         submission = replace(submission, max_concurrency=batch.max_concurrency)
     if values is None:
         raise StoreMissing(graph.name, next(iter(plan)))
-    return graph.deliver(
-        declared.target,
-        values,
-        submission,
-        given=declared.given,
-        batch=declared.batch,
-        collects=declared.form != "one",
-        settings=settings,
-    )
+    return graph.deliver(plan, values, submission, settings)
 
 
 def _submission(task: Task, values: Sequence[Value]) -> Submission:

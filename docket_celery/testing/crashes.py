@@ -19,7 +19,7 @@ from docket_celery.engine.waiting import read_value
 from docket_celery.errors import InvalidArguments
 from docket_celery.graph import Graph
 from docket_celery.plan.annotation import ValueKey
-from docket_celery.plan.override import Overriding
+from docket_celery.plan.override import overriding
 from docket_celery.plan.registry import value_key
 from docket_celery.store.contract import Store
 from docket_celery.store.identity import check_execution_id
@@ -142,18 +142,14 @@ class _ForkedJob(Job):
             listeners=self.graph.listeners,
         )
         steps = watch.steps([planned.step for planned in self.plan.steps])
-        with overridden(
-            replaced={self.graph: Overriding(steps)},
-            settings={"max_deliveries": _MOST_DELIVERIES},
-            listeners=() if store is not None else (watch,),
+        heard = () if store is not None else (watch,)
+        with (
+            overriding(self.graph, steps),
+            overridden(settings={"max_deliveries": _MOST_DELIVERIES}, listeners=heard),
         ):
-            outcome = self.graph.deliver(
-                self.target,
-                self.inputs,
-                submission,
-                given=self.given,
-                store=None if store is None else watch.store(store),
-            )
+            plan = self.graph.compiled(self.target, self.given)
+            used = None if store is None else watch.store(store)
+            outcome = self.graph.deliver(plan, self.inputs, submission, store=used)
         return read_value(outcome, self.target.kind)
 
 

@@ -115,9 +115,8 @@ def run_step(
         may_help=process.may_help(),
         listeners=graph.listeners,
     )
-    return read_value(
-        graph.deliver(found.output, inputs, submission, given=given, store=store), found.output.kind
-    )
+    outcome = graph.deliver(graph.compiled(found.output, given), inputs, submission, store=store)
+    return read_value(outcome, found.output.kind)
 
 
 def _key_maker(graph: str, execution_id: str, step: str, item: str, chosen: str | None) -> Callable[[], str]:

@@ -46,7 +46,7 @@ def _watch(app: Any, watched: dict[str, str], database_url: str) -> None:
     from celery import signals
 
     from docket_celery.engine.overrides import overridden
-    from docket_celery.plan.override import Overriding
+    from docket_celery.plan.override import overriding
     from docket_celery.store import SQLStore
     from docket_celery.task.app_settings import settings
     from docket_celery.testing.watching import Orders, WorkerWatch
@@ -58,9 +58,9 @@ def _watch(app: Any, watched: dict[str, str], database_url: str) -> None:
     def surround(**_: Any) -> None:
         task = app.tasks[watched["task"]]
         watch = WorkerWatch(Orders(Path(watched["orders"])))
-        replaced = Overriding(watch.steps([planned.step for planned in task.plan().steps]))
-        store = watch.store(SQLStore(database_url))
-        stack.enter_context(overridden(replaced={task.graph: replaced}, store=store))
+        watched_steps = watch.steps([planned.step for planned in task.plan().steps])
+        stack.enter_context(overriding(task.graph, watched_steps))
+        stack.enter_context(overridden(store=watch.store(SQLStore(database_url))))
 
     signals.worker_process_init.connect(surround, weak=False)
 

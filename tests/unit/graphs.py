@@ -91,11 +91,10 @@ def deliver(
     submission = replace(Submission(execution_id="run", may_help=helps, listeners=graph.listeners), **facts)
     return within(
         lambda: graph.deliver(
-            key(target),
+            graph.compiled(key(target), tuple(key(name) for name in names)),
             [Money(cents=(given or {})[name]) for name in names],
             submission,
-            given=tuple(key(name) for name in names),
-            settings=Settings(threads=threads),
+            Settings(threads=threads),
             store=store,
         )
     )
@@ -112,10 +111,10 @@ def execute(
 ) -> M:
     """Like `Graph.execute` on *threads* threads, from the calling thread."""
     outcome = graph.deliver(
-        ValueKey(target),
+        graph.plan_for(ValueKey(target), inputs),
         inputs,
         replace(Submission(execution_id="run", may_help=helps, listeners=graph.listeners), **facts),
-        settings=Settings(threads=threads),
+        Settings(threads=threads),
         store=store,
     )
     if outcome.error is not None:

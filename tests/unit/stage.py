@@ -161,8 +161,8 @@ class Cast:
             execution_id=run, max_concurrency=limit, listeners=graph.listeners, may_help=threads != 2
         )
         settings = Settings(threads=threads)
-        target = self.scripts[-1].key
-        outcome = within(lambda: graph.deliver(target, [Order()], submission, settings=settings, store=store))
+        plan = graph.plan_for(self.scripts[-1].key, [Order()])
+        outcome = within(lambda: graph.deliver(plan, [Order()], submission, settings, store=store))
         self.settle(threads)
         return outcome
 

@@ -68,7 +68,8 @@ def test_the_caller_runs_only_steps_that_it_could_run_alone() -> None:
 
     def run(helps: bool) -> tuple[bool, ...]:
         submission = Submission(execution_id="run", may_help=helps)
-        assert graph.deliver(key("end"), [], submission, given=(), settings=Settings(threads=4)).error is None
+        plan = graph.compiled(key("end"), ())
+        assert graph.deliver(plan, [], submission, Settings(threads=4)).error is None
         return tuple(threads[name] == threading.get_ident() for name in ("plain", "timed"))
 
     assert within(lambda: run(helps=True)) == (True, False)

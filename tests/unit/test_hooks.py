@@ -111,11 +111,9 @@ def run(
     """Run *graph* for an order with these hooks and return the target, or raise what ended it."""
     submission = Submission(execution_id=execution_id, values=values or {}, listeners=graph.listeners)
     settings = Settings(threads=threads, step_hooks=hooks)
-    outcome = within(
-        lambda: graph.deliver(
-            ValueKey(target), [Order(order_id="1")], submission, settings=settings, store=store
-        )
-    )
+    job = [Order(order_id="1")]
+    plan = graph.plan_for(ValueKey(target), job)
+    outcome = within(lambda: graph.deliver(plan, job, submission, settings, store=store))
     if outcome.error is not None:
         raise outcome.error
     return outcome.value

@@ -511,7 +511,7 @@ def test_without_threads_steps_run_in_plan_order() -> None:
     for name, sources in edges.items():
         retry = RetryPolicy(max_attempts=2, backoff=FixedBackoff(0.01))
         add_step(graph, name, sources, note(name), retry=retry)
-    outcome = graph.deliver(key("f"), [], Submission(execution_id="o"), given=())
+    outcome = graph.deliver(graph.compiled(key("f"), ()), [], Submission(execution_id="o"))
     assert outcome.value == Money(cents=1)
     plan = [planned.step.name for planned in graph.compiled(key("f"), ()).steps]
     plan.insert(plan.index("b"), "b")

@@ -364,9 +364,7 @@ def test_a_replayed_result_is_referred_to_as_its_row_has_it(database: str, small
     assert isinstance(lease, Lease)
     store.end(lease, RunEnd(state=RunState.SUCCEEDED, result=as_written))
     store.close()
-    found = keeping.deliver(
-        task.declaration.target, [job], submission, given=task.declaration.given, settings=settings()
-    )
+    found = keeping.deliver(task.plan(), [job], submission, settings())
     assert (found.value, found.replayed) == (made, True)
     reference = loads(dumps(wrap(task, found.value, "o-1", found.stored, settings())))
     assert reference.read(app) == made

@@ -174,13 +174,10 @@ def run(graph: Graph, model: Model, target: str, threads: int, limit: int | None
     keys = (ValueKey(Money, "items"), ValueKey(Money, "shared"))
     collects = bool(model.paths[target])
     outcome = graph.deliver(
-        ValueKey(Money, target),
+        graph.compiled(ValueKey(Money, target), keys, keys[0], collects=collects),
         [[Money(cents=cents) for cents in model.batch], Money(cents=5)],
         Submission(execution_id="run", max_concurrency=limit, policy=BatchPolicy()),
-        given=keys,
-        batch=keys[0],
-        collects=collects,
-        settings=Settings(threads=threads),
+        Settings(threads=threads),
         store=store,
     )
     if outcome.error is not None:

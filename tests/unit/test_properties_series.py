@@ -22,13 +22,10 @@ MORE = float(os.environ.get("PROPERTY_EXAMPLES", "1"))
 def run(graph: Graph, series: Series, batch: list[int], threads: int, store: MemoryStore) -> list[int] | int:
     """Run the graph in process and return the numbers it makes."""
     outcome = graph.deliver(
-        key(series.target),
+        graph.compiled(key(series.target), (key(ITEMS),), key(ITEMS), collects=not series.single),
         [money(batch)],
         Submission(execution_id="run", policy=BatchPolicy()),
-        given=(key(ITEMS),),
-        batch=key(ITEMS),
-        collects=not series.single,
-        settings=Settings(threads=threads),
+        Settings(threads=threads),
         store=store,
     )
     if outcome.error is not None:

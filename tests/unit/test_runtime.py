@@ -476,26 +476,6 @@ def test_a_forked_child_runs_graphs_after_its_parent_did() -> None:
     assert within(lambda: graph.execute(Shipment, Order())).tracking_id == str(os.getpid())
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_child_that_is_forked_while_a_graph_is_read_can_read_it() -> None:
-    """The lock that another thread of the parent holds stays behind with that thread."""
-    graph = Graph("shop")
-
-    @graph.step
-    def charge(order: Order) -> Charge:
-        return Charge()
-
-    with graph._guard():
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                status = 0 if start(lambda: graph.execute(Charge, Order())).result(5) == Charge() else 2
-            finally:
-                os._exit(status)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
 @pytest.mark.parametrize("helps", [True, False])
 def test_an_ended_run_is_freed_without_the_collector(helps: bool) -> None:
     """Messages of thousands of runs a second do not wait for a collection of cycles."""

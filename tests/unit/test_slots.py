@@ -596,10 +596,9 @@ def _one(graph: Graph, number: int, kind: str, threads: int) -> None:
 
     timeout_s = 0.0 if kind == "cancel" else None
     outcome = graph.deliver(
-        key("after"),
+        graph.compiled(key("after"), (key("in"),)),
         [Money(cents=number)],
         Submission(execution_id=str(number), timeout_s=timeout_s, may_help=False),
-        given=(key("in"),),
-        settings=Settings(threads=threads),
+        Settings(threads=threads),
     )
     assert outcome.value is not None or outcome.error is not None

@@ -227,10 +227,10 @@ def test_scopes_surround_hooks() -> None:
         return Label(text=",".join(inside))
 
     outcome = graph.deliver(
-        ValueKey(Label),
+        graph.compiled(ValueKey(Label), (ValueKey(Order),)),
         [Order()],
         Submission(execution_id="s", scopes=(named("task"),)),
-        settings=Settings(threads=2, step_hooks=(hook,)),
+        Settings(threads=2, step_hooks=(hook,)),
     )
     assert outcome.value == Label(text="task")
     assert seen == [("enter", ["task"]), ("exit", ["task"])]
