@@ -199,10 +199,10 @@ def open_stage(
     row = Fenced([opened], tells=told.where(_IS_RUN)).run(connection, values, rows)
     if row is None:
         is_ours = and_(_IS_RUN, _same(_RUNS.owner, _RUNS.epoch), _RUNS.state == RunState.WAITING)
-        row = connection.execute(told.where(is_ours), values).first()
-        if row is None:
-            raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
-    return read_lanes(row.lanes)
+        row = connection.execute(told.where(is_ours), values).mappings().first()
+    if row is None:
+        raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+    return read_lanes(row["lanes"])
 
 
 def find_chunks(connection: Connection, graph: str, execution_id: str) -> list[ChunkRow]:
@@ -281,8 +281,8 @@ def lease_chunk(connection: Connection, request: ChunkRequest) -> Lease | ChunkR
     """See `BatchStore.lease_chunk`."""
     values = _bind(chunk_values(request))
     taken = _TAKE_CHUNK.run(connection, values)
-    if taken is not None and taken.state == RunState.RUNNING:
-        return chunk_lease(request, taken._mapping)
+    if taken is not None and taken["state"] == RunState.RUNNING:
+        return chunk_lease(request, taken)
     row = connection.execute(_LOOK_AT_CHUNK, values).mappings().first()
     if row is None:
         return refusal(None, is_open=None, failing=None, lease_left_s=None)
@@ -345,7 +345,7 @@ def end_chunk(connection: Connection, lease: Lease, ending: ChunkEnd) -> Progres
     }
     row = _END_CHUNK.run(connection, _bind(values), rows)
     if row is not None:
-        return read_progress(row.progress)
+        return read_progress(row["progress"])
     ours = select(_CHUNKS.lo).where(_IS_CHUNK, _same(_CHUNKS.owner, _CHUNKS.epoch, _CHUNKS.state))
     if connection.execute(ours, _bind(values)).first() is None:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)

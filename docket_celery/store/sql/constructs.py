@@ -39,6 +39,8 @@ def construct(
     return made
 
 
+as_array = construct("as_array", "CAST({0} AS {1}[])", "")
+"""A list as an array of a type, on Postgres; SQLAlchemy's own type looks at each of its values."""
 as_json = construct("as_json", "CAST({0} AS jsonb)", "{0}")
 """Text as a JSON column takes it."""
 add_done = construct(

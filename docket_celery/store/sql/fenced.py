@@ -17,7 +17,6 @@ from functools import cached_property
 from typing import Any
 
 from sqlalchemy import (
-    ARRAY,
     CTE,
     ColumnElement,
     Connection,
@@ -38,15 +37,17 @@ from docket_celery.store.records import Checkpoint, StepExecution
 from docket_celery.store.rows import (
     CHECKPOINT_COLUMNS,
     EXECUTION_COLUMNS,
+    Row,
     checkpoint_values,
     clean_checkpoint,
     execution_values,
 )
 from docket_celery.store.sql.clock import now, writing
-from docket_celery.store.sql.constructs import as_json
+from docket_celery.store.sql.constructs import as_array, as_json
 from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_executions
 
 Values = Mapping[str, Any]
+_POSTGRES: Any = postgresql.dialect  # names types
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,7 @@ class Rows:
 
     def after(self, gate: CTE) -> Any:
         """Return the insert of all rows if *gate* has one, for Postgres."""
-        arrays = [bindparam(self._bind(name), type_=ARRAY(self._type(name))) for name in self.columns]
+        arrays = [self._array(name) for name in self.columns]
         new = func.unnest(*arrays).table_valued(*self.columns, name=f"new_{self.table.name}").render_derived()
         given = [self._as_stored(name, new.c[name]) for name in self.columns]
         rows = select(*given, *self.others.values()).select_from(new.join(gate, true()))
@@ -88,6 +89,10 @@ class Rows:
 
     def _bind(self, name: str) -> str:
         return f"{self.table.name}_{name}"
+
+    def _array(self, name: str) -> ColumnElement[Any]:
+        kind: str = self._type(name).compile(_POSTGRES())
+        return as_array(bindparam(self._bind(name)), literal_column(kind))
 
     def _type(self, name: str) -> Any:
         return Text() if name == "output_json" else self.table.c[name].type
@@ -138,8 +143,8 @@ class Fenced:
         connection: Connection,
         values: Values | None = None,
         rows: Mapping[Rows, Sequence[Values]] | None = None,
-    ) -> Any:
-        """Run it; return what it tells, or None: a gate had no row and nothing was written.
+    ) -> Row | None:
+        """Run it; return what it tells by name, or None: a gate had no row and nothing was written.
 
         Args:
             connection: In autocommit.
@@ -155,9 +160,11 @@ class Fenced:
             self._joined[tables] = self._join(tables)
         for table, given in filled.items():
             values |= table.arrays(given)
-        return connection.execute(self._joined[tables], values).first()
+        return connection.execute(self._joined[tables], values).mappings().first()
 
-    def _run_each(self, connection: Connection, values: Values, rows: Mapping[Rows, Sequence[Values]]) -> Any:
+    def _run_each(
+        self, connection: Connection, values: Values, rows: Mapping[Rows, Sequence[Values]]
+    ) -> Row | None:
         with writing(connection):
             for gate in self.gates:
                 result = connection.execute(gate, values)
@@ -167,7 +174,7 @@ class Fenced:
                 connection.execute(write, values)
             for table, given in rows.items():
                 connection.execute(table.one, list(given))
-            return () if self.tells is None else connection.execute(self.tells, values).first()
+            return {} if self.tells is None else connection.execute(self.tells, values).mappings().first()
 
     def _join(self, tables: Sequence[Rows]) -> Any:
         told = () if self.tells is None else tuple(self.tells.selected_columns)
