@@ -26,11 +26,9 @@ from docket_celery.errors import (
 )
 from docket_celery.observe.events import EventKind
 from docket_celery.plan.annotation import ValueKey
-from docket_celery.plan.messages import Value
 from docket_celery.plan.plan import Plan, Stage
 from docket_celery.store.contract import BatchStore
 from docket_celery.store.records import (
-    Checkpoint,
     Chunk,
     ChunkEnd,
     ChunkRefusal,
@@ -44,17 +42,9 @@ from docket_celery.store.records import (
 
 
 class ChunkRun(Run):
-    """Drives one delivery of a chunk.
+    """Drives one delivery of a chunk: of the stage *number* of *plan*, from 1, the items from index *lo*.
 
-    Args:
-        plan: The whole run's.
-        submission: Who asks for it.
-        settings: Those in force.
-        store: Where everything is kept.
-        options: How the batch is worked on.
-        number: Of the stage, from 1.
-        lo: Index of the chunk's first item.
-        limit: Most items at once; None: as many as there are threads.
+    At most *limit* items run at once; None: as many as there are threads.
     """
 
     def __init__(
@@ -130,10 +120,11 @@ class ChunkRun(Run):
         values: dict[ValueKey, Any] = layout.read_shared(shared, rows, self.context)
         if missing := [key for key in shared if key not in values]:
             raise GraphChanged(*run, [f"{missing[0]} of the batch"])
+        own = [row for row in rows if row.item == str(row.item_index)]
         for key, names_of in each.items():
-            values[key] = own = _by_index(key, rows, names_of)
-            items = layout.items(self._batches, key, chunk.hi, skips)
-            items.check_complete(range(chunk.lo, chunk.hi), own)
+            made = {int(row.item): read_item(key.kind, row) for row in own if row.step_name in names_of}
+            values[key] = made
+            layout.items(self._batches, key, chunk.hi, skips).check_complete(range(chunk.lo, chunk.hi), made)
         self._skips = frozenset(skips & set(range(chunk.lo, chunk.hi)))
         self.context.stored = {
             (steps[row.step_name].name, row.item): row for row in rows if row.step_name in steps
@@ -185,7 +176,9 @@ class ChunkRun(Run):
         elif error is not None:
             state = RunState.FAILED
             if error is not self._stopped:
-                errors["fatal"] = self._fatal_record(error)
+                if not isinstance(error, DocketError):
+                    error = RunCancelled(context.execution_id, repr(error))
+                errors["fatal"] = to_record(error)
         elif (failures and self._policy.on_error == "fail") or work is None or not work.complete:
             state = RunState.FAILED
         self._ending = ChunkEnd(
@@ -215,11 +208,6 @@ class ChunkRun(Run):
             return RunOutcome(error=error)
         return None
 
-    def _fatal_record(self, error: BaseException) -> dict[str, object]:
-        if not isinstance(error, DocketError):
-            error = RunCancelled(self.context.execution_id, repr(error))
-        return to_record(error)
-
     def _write(self, result: RunOutcome, lease: Lease) -> None:
         ending = self._ending
         if isinstance(result.error, CodecFailed):
@@ -234,12 +222,3 @@ class ChunkRun(Run):
         if progress is not None:
             self.context.tell(EventKind.BATCH_PROGRESS, done=progress.done, total=progress.total)
         super()._conclude(outcome)
-
-
-def _by_index(key: ValueKey, rows: Sequence[Checkpoint], names: Sequence[str]) -> dict[int, Value]:
-    """Return the items' own values of one type."""
-    return {
-        int(row.item): read_item(key.kind, row)
-        for row in rows
-        if row.step_name in names and row.item == str(row.item_index)
-    }

@@ -141,12 +141,7 @@ class Layout:
 
 
 def paged(rows: Iterable[Checkpoint], every_s: float = math.inf) -> Iterator[list[Checkpoint]]:
-    """Yield *rows* in pages that one statement can take, however large they are.
-
-    Args:
-        rows: From any source.
-        every_s: Seconds after which a page ends with the next row.
-    """
+    """Yield *rows* in pages that one statement can take, however large they are; *every_s* seconds at the latest."""
     page: list[Checkpoint] = []
     size, since = 0, time.monotonic()
     for row in rows:

@@ -1,4 +1,4 @@
-"""How a batch is to be worked on."""
+"""How a batch is worked on."""
 
 from __future__ import annotations
 
@@ -10,26 +10,22 @@ from docket_celery.store.records import Chunk, Lanes
 
 CHUNKS = 64
 """About the number of chunks of a stage without ``chunk_size``: enough to spread, few enough to be cheap to join."""
-
-
 CHUNKS_OF_A_SLOT = 4
 """Least number of chunks for each task that a worker runs at once, so that the last ones end together."""
-
-
 MOST_ITEMS = 500
 """Without ``chunk_size``, most items of a chunk: what one statement reads and one task holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchOptions:
-    """How a batch is to be worked on.
+    """How a batch is worked on.
 
     Attributes:
         policy: How items are treated.
         chunk_size: Items of a chunk; None: chosen from their number and *slots*.
         max_concurrency: Most items at once over all workers; None: as many as there are threads.
-        slots: How many tasks the worker that began runs at once.
-        threads: How many items each of them has under way at once.
+        slots: How many tasks the worker that began the batch runs at once.
+        threads: How many items each of these tasks runs at once.
     """
 
     policy: BatchPolicy = field(default_factory=BatchPolicy)
@@ -54,10 +50,7 @@ class BatchOptions:
         """Return the lanes of a stage; None: there is no limit over all workers.
 
         There are as many as this worker runs tasks at once, or as it takes to reach the limit with *threads* items
-        in each.
-
-        Args:
-            chunks: Of the stage.
+        in each, and at most one for each of the stage's *chunks*.
         """
         most = self.max_concurrency
         if most is None:

@@ -42,16 +42,9 @@ from docket_celery.store.records import Checkpoint, ChunkRow, Lease, RunRequest,
 
 
 class BatchRun(Run):
-    """Drives one delivery of a run whose stages other tasks work on.
+    """Drives one delivery of a run whose stages other tasks work on; without *inputs* they are in the store.
 
-    Args:
-        plan: What to do; a stage of it runs for each item.
-        inputs: The given values, in the order of ``plan.given``; None: they are in the store.
-        submission: Who asks for it.
-        settings: Those in force.
-        store: Where everything is kept.
-        options: How the batch is to be worked on.
-        message: With which a run that was lost is continued.
+    A run that was lost is continued with *message*.
     """
 
     def __init__(

@@ -44,14 +44,8 @@ class Attempt:
     Its return, its deadline or the end of the execution closes it, whichever comes first; everything later is
     discarded.
 
-    Args:
-        step: The step.
-        number: Which attempt of this delivery it is, from 1.
-        values: The step's inputs.
-        run: What the steps share.
-        gate: The execution that it belongs to: nothing begins and nothing counts once that is closed.
-        slot: Given back when the code has really ended; None: the step has no limit.
-        began: When the step's first attempt began, in seconds of the run's clock.
+    It is the attempt *number* of a step whose first one *began* at that time of the run's clock. Nothing begins and
+    nothing counts once its *gate*, the execution, is closed. The *slot* is given back when the code has really ended.
 
     Attributes:
         in_flight: Whether user code runs now and its end would count. Written under the gate's lock.
@@ -116,12 +110,8 @@ class Attempt:
     def context(self) -> StepContext:
         """Return what the step may ask about this attempt; a timed one can be cancelled alone."""
         if self._context is None:
-            run, step, cancelled, timeout_s = (
-                self._run,
-                self._step,
-                self._run.cancellation,
-                self._step.timeout_s,
-            )
+            run, step = self._run, self._step
+            cancelled, timeout_s = run.cancellation, step.timeout_s
             make_key = functools.partial(
                 idempotency_key, run.graph, run.execution_id, step.identity, run.item
             )

@@ -146,12 +146,7 @@ class StagedScheduler(Ending):
     one failed item of any other fan-out fails what it is a part of. The run's limit bounds items; within an item they
     are then made one after the other.
 
-    Args:
-        plan: What to do.
-        inputs: The given values, in the order of ``plan.given``; a batch as a list.
-        context: What the steps share.
-        on_end: Called once with the values of *outputs* or an error.
-        outputs: Which values are wanted; None: the target.
+    Of its *inputs*, in the order of ``plan.given``, the batch is a list. *outputs* are wanted; None: the target.
     """
 
     def __init__(

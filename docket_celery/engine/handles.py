@@ -23,13 +23,6 @@ class RunHandle:
     Attributes:
         graph: Name of the graph.
         execution_id: Name of the run.
-
-    Args:
-        store: Where the run is.
-        graph: Name of the graph.
-        execution_id: Name of the run.
-        retention_s: Seconds that an ended run is kept.
-        threads: `Settings.threads`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a block of code has put around the runs that begin inside it, in place of what the process has.
+"""What a block of code sets for the runs that begin inside it, in place of what the process has.
 
 Context-local: other threads and asyncio tasks see nothing of it; steps, and what they execute, do. The test kit
 fills it in; in production it is empty, and asking for it costs one lookup a run.

@@ -46,14 +46,8 @@ _MOST_SHOWN, _MOST_CHARS = 3, 300
 class Run:
     """Drives one delivery and never waits for it: `waiting` has the ways to wait.
 
-    Args:
-        plan: What to do.
-        inputs: The given values, in the order of ``plan.given``.
-        submission: Who asks for it.
-        settings: Those in force.
-        store: Where to persist, if the plan does.
-        loop: Runs ``async def`` steps; None: the loop thread of the process.
-        clock: The time of a run on the calling thread; None: the machine's.
+    *inputs* are the given values, in the order of ``plan.given``. Without *loop*, ``async def`` steps run on the loop
+    thread of the process; *clock* is the time of a run on the calling thread.
 
     Attributes:
         context: What everything in this delivery shares.
@@ -182,9 +176,8 @@ class Run:
         return HeldLease(lease, asked_at, context.settings.trust_margin_s, context.cancellation.now)
 
     def _request(self, store: Store) -> RunRequest:
-        return run_request(
-            self._plan, self._inputs, self.context, store, waits_for_other=self._waits_for_other
-        )
+        waits = self._waits_for_other
+        return run_request(self._plan, self._inputs, self.context, store, waits_for_other=waits)
 
     def _advance(self, lease: Lease) -> None:
         """Restore and begin; the lease is held, and what is raised here ends the run in order."""

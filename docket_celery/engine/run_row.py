@@ -37,24 +37,13 @@ from docket_celery.plan.messages import (
 from docket_celery.plan.plan import Plan
 from docket_celery.store.contract import BatchStore, Store
 from docket_celery.store.identity import job_digest
-from docket_celery.store.records import (
-    RunEnd,
-    RunRequest,
-    RunRow,
-    RunState,
-)
+from docket_celery.store.records import RunEnd, RunRequest, RunRow, RunState
 
 _PLACE = b"stored"
-"""Leads the stored result of a batch whose results lie in rows of their own; no message type is called that."""
-
-
+"""Leads the stored result of a batch whose results are in rows of their own; no message type is called that."""
 _COLLECTED = b"collected"
 """Leads the stored result of a batch whose items may fail; no message type is called that."""
-
-
 _STORED = "docket_max_stored_bytes"
-
-
 _MOST_DOUBLINGS = 4
 
 
