@@ -141,7 +141,7 @@ class Attempt:
             self._run.runtime.pool.abandon(self.worker, self._step.name)
 
     def interrupt(self) -> None:
-        """Let go of an attempt whose result will not count: no alarm any more, and a coroutine is cancelled."""
+        """Give up an attempt whose result will not count: no alarm any more, and a coroutine is cancelled."""
         alarm, self._alarm = self._alarm, None
         if alarm is not None:
             alarm.cancel()
@@ -260,7 +260,7 @@ class Attempt:
         if worker is not None:
             self._run.tell(EventKind.STEP_ABANDONED, step.name, self._number, detail=error.describe())
             _logger.warning(
-                "run %r: %s; its thread goes on until the step returns", self._run.execution_id, error
+                "run %r: %s; its thread continues until the step returns", self._run.execution_id, error
             )
         self.go_on(lambda: (None, error))
 

@@ -69,7 +69,7 @@ T = TypeVar("T", bound=Message)
 
 
 class StartedRun(Generic[T]):
-    """A run that goes on in the background; made by `Graph.start`. Safe to share between threads.
+    """A run in the background; made by `Graph.start`. Safe to share between threads.
 
     Attributes:
         execution_id: The name of the run.
@@ -97,7 +97,7 @@ class StartedRun(Generic[T]):
         """Wait for the end and return the target's message; may be called again.
 
         Args:
-            timeout: Most seconds to wait; the run itself goes on. None: as long as it takes.
+            timeout: Most seconds to wait; the run itself continues. None: as long as it takes.
 
         Raises:
             TimeoutError: The run has not ended yet.
@@ -111,7 +111,7 @@ class StartedRun(Generic[T]):
                 return read_value(self._wait(timeout), self._target)
         return read_value(self._wait(timeout), self._target)
 
-    def cancel(self, reason: str = "cancelled by whoever started it") -> bool:
+    def cancel(self, reason: str = "cancelled by its caller") -> bool:
         """End the run with `RunCancelled`: nothing new starts, contexts are cancelled, late results are discarded.
 
         A run that persists ends in the state CANCELLED, its finished steps are kept. Does not wait for that.

@@ -50,7 +50,7 @@ _MOST_DOUBLINGS = 4
 def job_parts(given: Iterable[ValueKey], values: Iterable[Value]) -> list[tuple[str, bytes]]:
     """Return the name and the bytes of each value of a job: of its type, and of `Named` where types do not tell.
 
-    Nothing of a job that lies in the store, whose *values* are none.
+    Nothing of a job that is in the store, whose *values* are none.
     """
     return [
         (key.label(value_name(value)), value_bytes(value)) for key, value in zip(given, values, strict=False)
@@ -137,7 +137,7 @@ def find_holder(store: Store, graph: str, submission: Submission) -> RunRow | No
 
 
 def find_busy_s(row: RunRow, requeues: int) -> float:
-    """Return in how many seconds to ask again for a run that stands so, having asked *requeues* times before."""
+    """Return in how many seconds to ask again for a run in this state, having asked *requeues* times before."""
     if row.state is RunState.WAITING:
         # What keeps an open stage to its task tells nothing of when that ends: ask less and less often.
         return 2.0 ** min(requeues, _MOST_DOUBLINGS)

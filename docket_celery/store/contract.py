@@ -392,7 +392,7 @@ class BatchStore(Store, Protocol):
         run is found for it once, however long its messages wait in a queue then.
 
         Lost is, by the database's clock: a run, or a chunk of the stage, whose lease is over; a stage of which
-        nothing more will be worked on, for *lease_s* without anybody having gone on; and one with no chunk at work,
+        nothing more will be worked on, for *lease_s* without being continued; and one with no chunk at work,
         where none has ended for ten times that long and none is due to be tried again: messages may well wait so
         long in a queue. The next look is as
         far away as the last sign of life, an hour at most, so that a long queue is not filled with copies. Any number

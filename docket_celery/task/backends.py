@@ -73,7 +73,7 @@ def is_stored(backend: Any, request: Any, result: object = None) -> bool:
         return False
     try:
         stored = backend.get_state(request.id)
-    except Exception as error:  # noqa: BLE001 -- without an answer the copy goes on, as Celery's own would
+    except Exception as error:  # noqa: BLE001 -- without an answer the copy runs, as Celery's own would
         _logger.warning("cannot tell whether task %s is stored: %s", request.id, error)
         return False
     if stored != states.SUCCESS:

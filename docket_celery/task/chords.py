@@ -124,7 +124,7 @@ class BatchDelivery:
         again: Any = task.signature_from_request(
             request, *task.declaration.blank(), headers={**headers, PART: {"stage": 0}}, expires=None
         )
-        # With this message the run goes on should its chord be lost, links and all.
+        # With this message the run continues if its chord is lost, links and all.
         message = dumps(again).encode()
         outcome = run_here(
             BatchRun(self._plan, values, self._submission, self._settings, self._store, self._batch, message)
@@ -226,7 +226,7 @@ def show_progress(task: Task, progress: Progress) -> None:
         return
     try:
         task.update_state(state="PROGRESS", meta=asdict(progress))
-    except Exception as error:  # noqa: BLE001 -- the batch goes on whether or not anybody looks at it
+    except Exception as error:  # noqa: BLE001 -- the batch continues without it
         _logger.warning("the progress of task %s could not be stored: %s", task.request.id, error)
 
 

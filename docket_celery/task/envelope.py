@@ -106,7 +106,7 @@ class Types:
         self.limits = {Settings().max_message_bytes}
 
     def allow(self, kind: type[Message]) -> None:
-        """Have messages of *kind* encoded and decoded in this process; others stay as kombu has them."""
+        """Encode and decode messages of *kind* in this process; others stay as kombu has them."""
         if self._kinds.get(type_name(kind)) is not kind:
             self._kinds[type_name(kind)] = kind
             # kombu's annotation wants the decoder to return a message; ours must not raise, hence the placeholder.

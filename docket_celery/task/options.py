@@ -72,7 +72,7 @@ def check_options(task: str, options: Mapping[str, Any], known: Collection[str] 
         elif nearest := nearest_option(name):
             hint = f"if it is meant for a step, write {nearest} in graph.step(...)"
         else:
-            hint = "see Celery's task options; attributes of your own go on a class GraphTask[[...], ...]"
+            hint = "see Celery's task options; attributes of your own belong on a class GraphTask[[...], ...]"
         raise InvalidDeclaration(task, f"{name}= is no option of a task; {hint}")
 
 

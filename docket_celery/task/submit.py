@@ -194,7 +194,7 @@ class _Call:
         return run, large_jobs.keep_s(self._options, self.settings)
 
     def publish(self, publish: Publish, args: Sequence[Any], kwargs: Mapping[str, Any]) -> GraphResult[Any]:
-        """Have Celery send the task."""
+        """Send the task through Celery."""
         options: Mapping[str, Any] = self._options
         if self._task.routing:
             options = add_routing(self._task.routing, options)

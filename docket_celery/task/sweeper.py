@@ -204,7 +204,7 @@ _this_process = _ThisProcess()
 
 
 def connect(app: Celery) -> None:
-    """Have the workers of *app* sweep."""
+    """Make the workers of *app* sweep."""
     app.steps["worker"].add(SweeperStep)
     signals.worker_process_init.connect(_on_process_init, weak=False)
     signals.worker_process_shutdown.connect(_end, weak=False)

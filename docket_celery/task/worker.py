@@ -48,7 +48,7 @@ def _on_after_finalize(sender: Any = None, **_: Any) -> None:
 
 
 def _leave_retries_to_row(task: GraphTask[Any, Any], plan: Plan) -> None:
-    """Have the run's row bound the retries of tasks that persist, not Celery: both then end alike."""
+    """Leave the bound on retries of tasks that persist to the run's row, not to Celery: both then end alike."""
     if plan.persists:
         type(task).max_retries = None
 

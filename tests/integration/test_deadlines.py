@@ -62,7 +62,7 @@ def test_an_attempt_ends_at_its_timeout_on_any_pool(start_worker: StartWorker, b
     assert rows == [("pay", 1, "SUCCEEDED"), ("send", 2, "SUCCEEDED"), ("stock", 2, "SUCCEEDED")]
     saved = book.rows("SELECT output_json->>'reservation_id' FROM docket_cache WHERE step_name = 'stock'")
     assert saved == [("attempt 2",)]
-    assert "its thread goes on until the step returns" in worker.read_log()
+    assert "its thread continues until the step returns" in worker.read_log()
 
 
 @pytest.mark.parametrize("pool", POOLS)

@@ -172,7 +172,7 @@ def test_steps_that_never_stop_hold_a_bounded_number_of_threads(caplog: pytest.L
     told = [(e.step, e.attempt, e.detail) for e in heard if e.kind is EventKind.STEP_ABANDONED]
     texts = [StepTimedOut("charge", attempt, 0.01).describe() for attempt in (1, 2, 3, 4)]
     assert told == [("charge", attempt, text) for attempt, text in enumerate(texts, 1)]
-    logged = [f"run 'run': [DC202] {text}; its thread goes on until the step returns" for text in texts]
+    logged = [f"run 'run': [DC202] {text}; its thread continues until the step returns" for text in texts]
     assert [record.getMessage() for record in caplog.records if record.name.endswith("attempt")] == logged
     go.set()
     poll(lambda: pool.abandoned() == [])

@@ -1,6 +1,6 @@
 """Keeps the leases and claims of this process alive: one thread, one statement for all of a store's runs.
 
-The thread only writes plain attributes; whoever waits for a run looks at them. So it may be a native thread even
+The thread only writes plain attributes, which the waiting thread of a run reads. So it may be a native thread even
 where gevent has patched `threading`: a step that hogs the CPU then costs no lease.
 """
 
@@ -26,7 +26,7 @@ class HeldLease:
     """A lease that this process holds, and until when it may be trusted without asking the database.
 
     Attributes:
-        halt: Of a chunk: what has become of the rest of its stage, as of the last heartbeat.
+        halt: Of a chunk: the state of the rest of its stage, as of the last heartbeat.
     """
 
     __slots__ = ("_margin_s", "_now", "halt", "lease", "lost", "trusted_until")
@@ -76,7 +76,7 @@ class Heartbeat:
     def __init__(self, store: Store, clock: Clock | None = None) -> None:
         self._clock, self._threaded = clock or system_clock, clock is None
         used = store.clone() if self._threaded else store
-        # Weakly, where it is *store* itself: the process keeps this for as long as somebody else keeps the store.
+        # Weakly, where it is *store* itself: the process keeps this for as long as the store is kept elsewhere.
         self._store, self._own = weakref.ref(used), None if used is store else used
         self._lock = _native("_thread", "allocate_lock")()
         self._held: dict[int, HeldLease] = {}

@@ -131,7 +131,7 @@ class LoopThread:
                 self._loop.run_forever()
             except BaseException:
                 # asyncio lets SystemExit and KeyboardInterrupt of any task through; other runs need the loop.
-                _logger.exception("a task ended the loop of async steps; it goes on")
+                _logger.exception("a task ended the loop of async steps; the loop continues")
             if self._closing:
                 return
 

@@ -48,7 +48,7 @@ class Pool:
     executes a graph itself is the exception, declared by `blocking`.
 
     Args:
-        size: Most threads; 0: none, whoever has the pool calls `work_off`.
+        size: Most threads; 0: none, the owner of the pool calls `work_off`.
         idle_s: Seconds without work after which a thread ends; default: `IDLE_S`.
     """
 
@@ -77,7 +77,7 @@ class Pool:
                 if not self._workers:
                     self._outstanding -= 1
                     raise
-                _logger.warning("no further step thread can be started; %d go on", len(self._workers))
+                _logger.warning("no further step thread can be started; %d continue", len(self._workers))
         self._queue.put(work)
 
     def work_off(self) -> bool:
@@ -92,7 +92,7 @@ class Pool:
 
     @contextmanager
     def blocking(self) -> Generator[None]:
-        """Let another thread take the place of the calling one, if it is of this pool, while it waits for its work.
+        """Put another thread in the place of the calling one, if it is of this pool, while it waits for its work.
 
         Raises:
             RuntimeError: No other thread can be started; the caller must not wait.

@@ -32,7 +32,7 @@ class Clock:
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        """Let *seconds* pass."""
+        """Wait *seconds*."""
         time.sleep(seconds)
 
     def new_loop(self) -> asyncio.AbstractEventLoop:
