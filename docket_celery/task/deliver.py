@@ -23,7 +23,6 @@ from docket_celery.errors import DocketError, RunTimedOut, StoreMissing, StoreUn
 from docket_celery.plan.messages import Value
 from docket_celery.store.identity import check_execution_id
 from docket_celery.task import app_settings, backends, chords, large_jobs
-from docket_celery.task.context import read_context
 from docket_celery.task.envelope import Result
 from docket_celery.task.headers import (
     BATCH,
@@ -36,6 +35,7 @@ from docket_celery.task.headers import (
     PART,
     PREPARED,
     WAITS_FOR_OTHER,
+    read_context,
 )
 from docket_celery.task.options import read_batch_options
 from docket_celery.task.references import Stored

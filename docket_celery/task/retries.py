@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from celery import Celery
 from celery.exceptions import Reject, SoftTimeLimitExceeded, TaskPredicate
+from celery.utils import time as celery_time
+from celery.utils.quorum_queues import detect_quorum_queues
 from celery.utils.time import get_exponential_backoff_interval
 
 from docket_celery.errors import AbortError, RunTimedOut, StepFailed, StoreUnavailable
@@ -26,6 +29,8 @@ _logger = logging.getLogger("docket_celery.retries")
 Kinds = tuple[type[BaseException], ...]
 OUTAGE_MOST_S = 15.0
 """Most seconds between two deliveries of a task that do not reach the database."""
+_MARGIN_S = 2.0
+"""An ``eta`` nearer than this may be less than a second away when Celery looks at it."""
 
 
 class _CausedBy(type):
@@ -140,3 +145,28 @@ def visibility_s(app: Celery) -> float:
     """Return for how long Redis leaves a waiting copy alone; a longer countdown would multiply it."""
     options = cast("dict[str, Any]", app.conf.broker_transport_options or {})
     return float(options.get("visibility_timeout", 3600))
+
+
+def whole_seconds(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a submission with a wait that the broker of *app* can take.
+
+    On quorum queues Celery has RabbitMQ delay a message by whole seconds, cuts off the fraction, and fails to publish
+    where nothing is left. The wait is rounded up there; elsewhere nothing changes.
+
+    Args:
+        app: Whose broker and queues they are.
+        options: Celery's, with ``countdown`` in seconds or ``eta``.
+    """
+    found = dict(options)
+    times: Any = celery_time  # the stubs leave a function out
+    countdown, eta = found.get("countdown"), times.maybe_iso8601(found.get("eta"))
+    pool: Any = app.producer_pool
+    if (
+        not (countdown or eta)
+        or not detect_quorum_queues(app, pool.connections.connection.transport.driver_type)[0]
+    ):
+        return found
+    if eta is None:
+        return found | {"countdown": math.ceil(float(countdown or 0))}
+    left_s = float(times.subtract_datetimes(eta, app.now()).total_seconds())
+    return found | {"countdown": math.ceil(left_s), "eta": None} if 0 < left_s < _MARGIN_S else found

@@ -18,8 +18,7 @@ from docket_celery.errors import InvalidArguments
 from docket_celery.plan.batch import BatchResult
 from docket_celery.store.identity import check_execution_id
 from docket_celery.store.records import RunRequest
-from docket_celery.task import app_settings, chords, delays, large_jobs, upload
-from docket_celery.task.context import read_context, write_context
+from docket_celery.task import app_settings, chords, large_jobs, upload
 from docket_celery.task.envelope import Result, wrap
 from docket_celery.task.headers import (
     BATCH,
@@ -30,10 +29,13 @@ from docket_celery.task.headers import (
     PART,
     PREPARED,
     WAITS_FOR_OTHER,
+    read_context,
+    write_context,
 )
 from docket_celery.task.options import add_routing, read_batch_options, take_batch_options
 from docket_celery.task.references import Stored, read_arguments
 from docket_celery.task.result import GraphResult
+from docket_celery.task.retries import whole_seconds
 
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
@@ -199,7 +201,7 @@ class _Call:
         if self._task.routing:
             options = add_routing(self._task.routing, options)
         if options.get("countdown") is not None or options.get("eta") is not None:
-            options = delays.whole_seconds(self._task.app, options)
+            options = whole_seconds(self._task.app, options)
         wrapped = tuple(map(wrap, args)), {name: wrap(value) for name, value in kwargs.items()}
         promise = publish(*wrapped, self.task_id, headers=self.headers, **options)
         promise.execution_id = self.headers.get(EXECUTION_ID) or promise.id

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from docket_celery import DecodeFailed, InvalidArguments
-from docket_celery.task.context import MAX_CONTEXT_BYTES, MAX_DEPTH, read_context, write_context
+from docket_celery.task.headers import MAX_CONTEXT_BYTES, MAX_DEPTH, read_context, write_context
 
 SCALARS = (
     st.none()

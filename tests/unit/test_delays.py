@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from docket_celery.task.delays import whole_seconds
+from docket_celery.task.retries import whole_seconds
 
 
 def app_on(broker: str, queue_type: str) -> Celery:
