@@ -45,12 +45,12 @@ class Registry:
             raise InvalidArguments("Graph", f"name must be 1 to 200 printable characters, got {name!r}")
         self.name = name
         self.defaults = _check_defaults(defaults)
-        self._registrations: list[Registration] = []
+        self.registrations: list[Registration] = []
         self._read_last: tuple[int, Wiring] | None = None
         self._frozen = False
 
     def __repr__(self) -> str:
-        return f"<Graph {self.name!r}: {len(self._registrations)} steps>"
+        return f"<Graph {self.name!r}: {len(self.registrations)} steps>"
 
     # --- registering -------------------------------------------------------------------------------------------
 
@@ -184,12 +184,12 @@ class Registry:
             fault = f"DC116 frozen: {late}; register all steps before running"
         if fault is not None:
             raise GraphError(self.name, [fault])
-        self._registrations.append(
+        self.registrations.append(
             Registration(
                 target=target,
                 options=options,
                 name=str(name),
-                order=len(self._registrations),
+                order=len(self.registrations),
                 where=where,
                 make=make,
                 aggregates=aggregates,
@@ -305,16 +305,11 @@ class Registry:
         replaced = overriding_of(self)
         return found if replaced is None else replaced.steps.get(found.name, found)
 
-    @property
-    def version(self) -> int:
-        """How many steps are registered; what was read of fewer is out of date."""
-        return len(self._registrations)
-
     def _read(self) -> Wiring:
         # No lock: where two threads come first at once, both read the same.
-        version, found = self.version, self._read_last
-        if found is None or found[0] != version:
-            found = self._read_last = version, read_wiring(self.name, self._registrations[:version])
+        count, found = len(self.registrations), self._read_last
+        if found is None or found[0] != count:
+            found = self._read_last = count, read_wiring(self.name, self.registrations[:count])
         return found[1]
 
     def freeze(self) -> None:

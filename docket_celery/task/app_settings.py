@@ -13,7 +13,7 @@ from celery import Celery, _state
 from celery.utils.collections import ConfigurationView
 
 from docket_celery.engine.process.pool import Worker
-from docket_celery.engine.process.settings import PREFIX, Settings, check_environment
+from docket_celery.engine.process.settings import ENVIRONMENT, PREFIX, Settings, check_environment
 from docket_celery.engine.process.state import process
 from docket_celery.task import envelope
 
@@ -91,7 +91,7 @@ class _LastRead:
                     value: Any = layer[name]
                     # A list may be changed where it is.
                     found += (name, value.copy() if type(value) is list else value)
-        return found + process.sources()
+        return [*found, process.own, *map(os.environ.get, ENVIRONMENT)]
 
 
 _last_read: WeakKeyDictionary[Celery, _LastRead] = WeakKeyDictionary()

@@ -140,10 +140,11 @@ class _Call:
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, leaves: bool = True) -> Arguments:
         """Check a job, write what names it into the headers, and return its arguments; not *leaves*: it runs here."""
         task, declared = self._task, self._task.declaration
-        if task.checked_version != task.graph.version:
+        steps = len(task.graph.registrations)
+        if task.checked_steps != steps:
             # A wiring fault is the caller's to see, not first the worker's.
             task.plan()
-            type(task).checked_version = task.graph.version
+            type(task).checked_steps = steps
         refers = any(isinstance(value, Stored) for value in (*args, *kwargs.values()))
         messages = declared.bind(*(read_arguments(args, kwargs, task.app) if refers else (args, kwargs)))
         self.headers[DIGEST] = base64.b64encode(declared.digest(messages)).decode("ascii")

@@ -92,11 +92,6 @@ class Settings:
         return cls(**found)
 
 
-def environment() -> list[str | None]:
-    """Return what the environment sets, to be compared with what it was earlier."""
-    return [os.environ.get(twin) for _, twin in _TWINS.values()]
-
-
 def check_environment(environ: Mapping[str, str] | None = None) -> None:
     """Refuse ``DOCKET_CELERY_*`` variables that no setting reads: a slip of the keyboard must not go unnoticed.
 
@@ -123,6 +118,8 @@ def _unknown(key: str, prefix: str, known: list[str]) -> str:
 _TWINS: Final = {
     PREFIX + field.name: (field.name, ENV_PREFIX + field.name.upper()) for field in fields(Settings)
 }
+ENVIRONMENT: Final = tuple(twin for _, twin in _TWINS.values())
+"""The variables that settings are read from."""
 
 
 def _text(key: str, value: Any) -> str:

@@ -13,7 +13,7 @@ from docket_celery.engine.process.heartbeat import Heartbeat
 from docket_celery.engine.process.instances import Factory
 from docket_celery.engine.process.limits import Slots
 from docket_celery.engine.process.runtime import Runtime
-from docket_celery.engine.process.settings import Settings, check_environment, environment
+from docket_celery.engine.process.settings import Settings, check_environment
 from docket_celery.plan.step import Mark, Step
 from docket_celery.store.codec import Codec
 from docket_celery.store.contract import Store
@@ -26,13 +26,14 @@ class Process:
     was told: the host, and the values of `docket_celery.settings`.
 
     Attributes:
+        own: The ``docket_*`` values of this process, which win over the host's.
         lock: Guards what is made once; a child has its own.
     """
 
     def __init__(self) -> None:
         self._host: Callable[[], Settings | None] = lambda: None
         self._in_task: Callable[[], bool] = bool
-        self._own: dict[str, Any] = {}
+        self.own: dict[str, Any] = {}
         self._parents: list[dict[str, Any]] = []
         self._closes_at_exit = False
         self._begin()
@@ -71,9 +72,9 @@ class Process:
             InvalidSettings: A key is unknown or a value cannot be used; nothing was changed.
         """
         with self.lock:
-            merged = {key: value for key, value in {**self._own, **values}.items() if value is not None}
+            merged = {key: value for key, value in {**self.own, **values}.items() if value is not None}
             settings = Settings.read(merged)
-            self._own = merged
+            self.own = merged
         return settings
 
     def settings(self, values: Mapping[str, Any] | None = None) -> Settings:
@@ -90,11 +91,7 @@ class Process:
             self._environment_checked = True
         if values is None and (found := self._host()) is not None:
             return found
-        return Settings.read({**(values or {}), **self._own})
-
-    def sources(self) -> list[Any]:
-        """Return what settings are read from beside an app's values, to be compared with what it was earlier."""
-        return [self._own, *environment()]
+        return Settings.read({**(values or {}), **self.own})
 
     def store(self, url: str | None, codec: Codec | None = None) -> Store | None:
         """Return the process's store for *url* and *codec*, opened on first use; None without a URL."""
