@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from docket_celery.errors import InvalidArguments
 
@@ -35,26 +35,26 @@ def item_key(graph: str, execution_id: str, fan_out: str, item: str) -> bytes:
 
 def global_key(graph: str, step: str, version: str, inputs: Iterable[tuple[str, bytes]]) -> bytes:
     """Name the checkpoint of *step* for these inputs, each a type name with its deterministic bytes."""
-    parts = [part for name, data in inputs for part in (name.encode(), data)]
-    return digest(b"docket.global.1", graph.encode(), step.encode(), version.encode(), *parts)
+    return digest(b"docket.global.1", graph.encode(), step.encode(), version.encode(), *_parts(inputs))
 
 
 def cache_key(cache: str, version: str, inputs: Iterable[tuple[str, bytes]]) -> bytes:
     """Name an entry of the cache called *cache*, which steps of several graphs may share; else as `global_key`."""
-    parts = [part for name, data in inputs for part in (name.encode(), data)]
-    return digest(b"docket.cache.1", cache.encode(), version.encode(), *parts)
+    return digest(b"docket.cache.1", cache.encode(), version.encode(), *_parts(inputs))
 
 
 def input_digest(inputs: Iterable[tuple[str, bytes]]) -> str:
     """Return the hex digest of a step's inputs, kept beside its checkpoint as a check."""
-    return digest(
-        b"docket.inputs.1", *(part for name, data in inputs for part in (name.encode(), data))
-    ).hex()
+    return digest(b"docket.inputs.1", *_parts(inputs)).hex()
 
 
 def job_digest(inputs: Iterable[tuple[str, bytes]]) -> bytes:
     """Return the digest of a run's job, taken once over the submitted bytes; inputs in any order, `Named` in name."""
-    return digest(b"docket.job.1", *(part for name, data in sorted(inputs) for part in (name.encode(), data)))
+    return digest(b"docket.job.1", *_parts(sorted(inputs)))
+
+
+def _parts(inputs: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
+    return (part for name, data in inputs for part in (name.encode(), data))
 
 
 def idempotency_key(graph: str, execution_id: str, step: str, item: str = "") -> str:

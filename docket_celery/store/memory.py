@@ -40,6 +40,10 @@ class _Stored:
     checksum: bytes
     expires_at: float | None
 
+    @property
+    def run(self) -> tuple[str, str | None]:
+        return self.checkpoint.graph, self.checkpoint.execution_id
+
     def read(self) -> Checkpoint:
         return self.checkpoint.verify(self.checksum)
 
@@ -99,7 +103,7 @@ class MemoryStore:
         self._clock = clock
         self._lock = threading.Lock()
         self._cache: dict[bytes, _Stored] = {}
-        self._runs: dict[tuple[str, str], _Run] = {}
+        self._runs: dict[tuple[str, str | None], _Run] = {}
         self._claims: dict[bytes, _Claim] = {}
         self._executions: list[StepExecution] = []
 
@@ -140,16 +144,11 @@ class MemoryStore:
             found = [
                 stored
                 for key, stored in self._cache.items()
-                if key in wanted
-                or (
-                    (items or stored.checkpoint.item == "")
-                    and stored.checkpoint.graph == lease.graph
-                    and stored.checkpoint.execution_id == lease.execution_id
-                )
+                if key in wanted or (stored.run == lease.name and (items or stored.checkpoint.item == ""))
             ]
             checkpoints = [check_owner(stored.read(), lease.graph, lease.execution_id) for stored in found]
             if self._held(lease) is not None:
-                self._date_checkpoints(lease, None)
+                self._date_checkpoints(lease.name, None)
         return checkpoints
 
     def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:
@@ -160,7 +159,9 @@ class MemoryStore:
             stored = self._cache.get(checkpoint.key)
             if stored is not None:
                 return check_owner(stored.read(), lease.graph, lease.execution_id)
-            return self._store(checkpoint, None, execution)
+            if execution is not None:
+                self._executions.append(execution)
+            return self._store(checkpoint)
 
     def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
         """See `Store.lookup`."""
@@ -192,16 +193,16 @@ class MemoryStore:
             stored = self._live(checkpoint.key, now)
             if stored is not None and not replace:
                 return check_owner(stored.read(), "", None)
-            return self._store(checkpoint, None if checkpoint.ttl_s is None else now + checkpoint.ttl_s, None)
+            return self._store(checkpoint, None if checkpoint.ttl_s is None else now + checkpoint.ttl_s)
 
     def forget(self, key: bytes) -> bool:
         """See `Store.forget`."""
         with self._lock:
-            live = self._live(key, self._clock()) is not None
-            stored = self._cache.get(key)
-            if stored is not None and stored.checkpoint.execution_id is None:
-                del self._cache[key]
-            return live and stored is not None and stored.checkpoint.execution_id is None
+            live, stored = self._live(key, self._clock()), self._cache.get(key)
+            if stored is None or stored.checkpoint.execution_id is not None:
+                return False
+            del self._cache[key]
+            return live is not None
 
     def release_claim(self, key: bytes, owner: str) -> None:
         """See `Store.release_claim`."""
@@ -216,8 +217,7 @@ class MemoryStore:
         with self._lock:
             now = self._clock()
             for lease in leases:
-                run = self._held(lease)
-                if run is not None:
+                if (run := self._held(lease)) is not None:
                     run.lease_until = now + lease.lease_s
                     held[lease.name] = None
             for key, owner, lease_s in claims:
@@ -232,7 +232,7 @@ class MemoryStore:
             now = self._clock()
             run = self._held(lease)
             if run is None:
-                if not self._ended_by(lease, end):
+                if self._held(lease, end.state) is None:
                     raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
                 return
             values = end_values(lease, end)
@@ -244,7 +244,7 @@ class MemoryStore:
             self._executions.extend(end.executions)
             if end.state.ended:
                 run.expires_at = None if end.retention_s is None else now + end.retention_s
-                self._date_checkpoints(lease, now)
+                self._date_checkpoints(lease.name, now)
 
     def cancel(
         self, graph: str, execution_id: str, error: dict[str, Any], retention_s: float
@@ -257,7 +257,7 @@ class MemoryStore:
             if not run.state.ended:
                 run.state, run.lease_until = RunState.CANCELLED, None
                 run.error, run.expires_at = dump_json(error), now + retention_s
-                self._date_checkpoints(run.request, now)
+                self._date_checkpoints((graph, execution_id), now)
             return read_run(run.columns(now))
 
     def find_run(self, graph: str, execution_id: str) -> RunRow | None:
@@ -314,15 +314,10 @@ class MemoryStore:
         with self._lock:
             return list(self._executions)
 
-    def _held(self, lease: Lease) -> _Run | None:
+    def _held(self, lease: Lease, state: RunState = RunState.RUNNING) -> _Run | None:
         run = self._runs.get((lease.graph, lease.execution_id))
-        if run is None or run.state is not RunState.RUNNING:
-            return None
-        return run if (run.owner, run.epoch) == (lease.owner, lease.epoch) else None
-
-    def _ended_by(self, lease: Lease, end: RunEnd) -> bool:
-        run = self._runs.get((lease.graph, lease.execution_id))
-        return run is not None and (run.owner, run.epoch, run.state) == (lease.owner, lease.epoch, end.state)
+        held = run is not None and (run.state, run.owner, run.epoch) == (state, lease.owner, lease.epoch)
+        return run if held else None
 
     def _live(self, key: bytes, now: float) -> _Stored | None:
         stored = self._cache.get(key)
@@ -330,36 +325,23 @@ class MemoryStore:
             return None
         return stored
 
-    def _store(
-        self,
-        checkpoint: Checkpoint,
-        expires_at: float | None,
-        execution: StepExecution | None,
-    ) -> Checkpoint:
+    def _store(self, checkpoint: Checkpoint, expires_at: float | None = None) -> Checkpoint:
         kept = without_view(checkpoint)
         self._cache[kept.key] = _Stored(kept, kept.checksum(), expires_at)
-        if execution is not None:
-            self._executions.append(execution)
         return kept
 
-    def _may_go(self, stored: _Stored, now: float, purged: Collection[tuple[str, str]]) -> bool:
+    def _may_go(self, stored: _Stored, now: float, purged: Collection[tuple[str, str | None]]) -> bool:
         """Tell whether a checkpoint is of a purged run, or past its date and of no run that may still need it."""
-        checkpoint = stored.checkpoint
-        if checkpoint.execution_id is not None:
-            if (checkpoint.graph, checkpoint.execution_id) in purged:
-                return True
-            run = self._runs.get((checkpoint.graph, checkpoint.execution_id))
-            if run is not None and not run.state.ended:
-                return False
-        return stored.expires_at is not None and stored.expires_at <= now
+        if stored.run in purged:
+            return True
+        run = self._runs.get(stored.run)
+        over = stored.expires_at is not None and stored.expires_at <= now
+        return over and (run is None or run.state.ended)
 
-    def _date_checkpoints(self, lease: Lease | RunRequest, ended_at: float | None) -> None:
+    def _date_checkpoints(self, name: tuple[str | int | None, ...], ended_at: float | None) -> None:
         for stored in self._cache.values():
-            checkpoint = stored.checkpoint
-            if checkpoint.ttl_s is None:
-                continue
-            if (checkpoint.graph, checkpoint.execution_id) == (lease.graph, lease.execution_id):
-                stored.expires_at = None if ended_at is None else ended_at + checkpoint.ttl_s
+            if stored.run == name and (ttl_s := stored.checkpoint.ttl_s) is not None:
+                stored.expires_at = None if ended_at is None else ended_at + ttl_s
 
     def _drop_claim(self, key: bytes, owner: str) -> None:
         claim = self._claims.get(key)

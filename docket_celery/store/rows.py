@@ -117,8 +117,10 @@ def checkpoint_values(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def cleaned_values(record: object, names: Iterable[str]) -> dict[str, Any]:
     """Return these fields of *record* with every text cleaned."""
-    values = {name: getattr(record, name) for name in names}
-    return {name: clean_text(value) if isinstance(value, str) else value for name, value in values.items()}
+    return {
+        name: clean_text(value) if isinstance(value := getattr(record, name), str) else value
+        for name in names
+    }
 
 
 def execution_values(execution: StepExecution) -> dict[str, Any]:
@@ -126,9 +128,8 @@ def execution_values(execution: StepExecution) -> dict[str, Any]:
     return cleaned_values(execution, EXECUTION_COLUMNS)
 
 
-_REQUEST_COLUMNS = (
-    *("graph", "execution_id", "task_name", "task_id", "retries", "target", "job", "job_digest", "owner"),
-)
+_NAMES = "graph execution_id task_name task_id retries target job job_digest owner"
+_REQUEST_COLUMNS = tuple(_NAMES.split())
 
 
 def request_values(request: RunRequest) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from tests.infra import servers
 
 pytestmark = pytest.mark.leaves_lease
 
-VERSIONS = range(1, schema.VERSION + 1)
+VERSIONS = range(schema.OLDEST, schema.VERSION + 1)
 
 
 class Databases:
@@ -158,32 +158,43 @@ def test_every_version_is_frozen_for_both_databases() -> None:
 
 def test_a_process_that_checked_nothing_is_told_of_older_tables(databases: Databases) -> None:
     """In process nobody checks the version first; the statement that misses a column says what to run."""
-    store = databases.open_frozen(1)
+    store = databases.open_frozen(schema.OLDEST)
     calls: list[Callable[[], object]] = [
         lambda: store.lookup(shared().key, "later", 30.0),
         lambda: store.publish(shared(), "later", None),
     ]
     for call in calls:
-        with pytest.raises(SchemaMismatch, match=r"version 1, .*docket migrate") as told:
+        with pytest.raises(SchemaMismatch, match=r"version 4, .*docket migrate") as told:
             call()
-        assert (told.value.found, told.value.expected) == (1, schema.VERSION)
+        assert (told.value.found, told.value.expected) == (4, schema.VERSION)
     with store.engine.connect() as connection:
         connection.execute(schema.docket_schema.update().values(version=schema.VERSION))
     with pytest.raises(StoreRefused, match="output_shape"):
         store.lookup(shared().key, "later", 30.0)
 
 
+def test_tables_from_before_the_first_release_are_refused(databases: Databases) -> None:
+    """They are left as they are; nothing says how they were changed."""
+    store = databases.open_frozen(schema.OLDEST)
+    with store.engine.connect() as connection:
+        connection.execute(schema.docket_schema.update().values(version=schema.OLDEST - 1))
+    with pytest.raises(StoreRefused, match="version 3, from before the first release"):
+        store.migrate()
+    with pytest.raises(SchemaMismatch, match="version 3"):
+        store.check_schema()
+
+
 @pytest.mark.parametrize("databases", ["postgresql"], indirect=True)
 def test_a_migration_gives_way_where_a_table_is_in_use(databases: Databases) -> None:
     """It fails after some seconds, as one that may be repeated, instead of holding up all who come behind it."""
-    store = databases.open_frozen(1)
+    store = databases.open_frozen(schema.OLDEST)
     with store.engine.connect() as rival:
         rival.exec_driver_sql("BEGIN")
         rival.exec_driver_sql("SELECT * FROM docket_cache")
         with pytest.raises(StoreUnavailable, match="lock timeout"):
             store.migrate()
         rival.exec_driver_sql("ROLLBACK")
-    with pytest.raises(SchemaMismatch, match="version 1"):
+    with pytest.raises(SchemaMismatch, match="version 4"):
         store.check_schema()
     assert store.migrate() == schema.VERSION
 

@@ -85,6 +85,9 @@ def _add_execution(source: CTE | None = None, *where: ColumnElement[bool]) -> In
     return insert(docket_executions).from_select(EXECUTION_COLUMNS, chosen)
 
 
+_ADD_EXECUTION = _add_execution()
+
+
 # --- a run's own ---------------------------------------------------------------------------------------------------
 
 _OF_RUN = matches(docket_cache, "graph", "execution_id")
@@ -197,7 +200,7 @@ def save(
                 fenced = connection.execute(_HELD[chunk], values).first()
                 saved = fenced and connection.execute(_INSERT, values).rowcount
                 if saved and execution is not None:
-                    connection.execute(_add_execution(), values)
+                    connection.execute(_ADD_EXECUTION, values)
         if not fenced:
             raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
         if saved:

@@ -7,10 +7,11 @@ process their leases. Then each is waited for, for a limited time.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, select, text, update
+from sqlalchemy import Connection, TextClause, bindparam, select, text, update
 from sqlalchemy.exc import DBAPIError
 
 from docket_celery.store.records import Halt, Lease
@@ -24,104 +25,87 @@ from docket_celery.store.sql.schema import docket_chunks, docket_claims, docket_
 Name = tuple[str | int, ...]
 _LOCKED_S = 1.0  # of a heartbeat, for all locked rows together
 _LOCK_TIMEOUT = "55P03"
-_SECOND = "interval '1 second'"
-_UNTIL_S = f"clock_timestamp() + CAST(:lease_s AS double precision) * {_SECOND}"
-
-_RUN_LEASES = """
-    docket_runs AS r JOIN unnest(CAST(:graphs AS text[]), CAST(:execution_ids AS text[]), CAST(:owners AS text[]),
-        CAST(:epochs AS bigint[]), CAST(:leases_s AS double precision[]))
-        AS u (graph, execution_id, owner, epoch, lease_s)
-    ON r.graph = u.graph AND r.execution_id = u.execution_id AND r.owner = u.owner AND r.epoch = u.epoch
-        AND r.state = 'RUNNING'"""
-_CHUNK_LEASES = """
-    docket_chunks AS c JOIN unnest(CAST(:c_graphs AS text[]), CAST(:c_execution_ids AS text[]),
-        CAST(:c_owners AS text[]), CAST(:c_epochs AS bigint[]), CAST(:c_leases_s AS double precision[]),
-        CAST(:c_stages AS integer[]), CAST(:c_los AS bigint[]))
-        AS u (graph, execution_id, owner, epoch, lease_s, stage, lo)
-    ON c.graph = u.graph AND c.execution_id = u.execution_id AND c.owner = u.owner AND c.epoch = u.epoch
-        AND c.stage = u.stage AND c.lo = u.lo AND c.state = 'RUNNING'"""
-
-
-_EXTEND = f"""
-WITH free AS (
-    SELECT r.graph, r.execution_id, u.lease_s FROM {_RUN_LEASES} FOR NO KEY UPDATE OF r SKIP LOCKED),
-l AS (
-    UPDATE docket_runs AS r SET lease_until = clock_timestamp() + free.lease_s * {_SECOND} FROM free
-    WHERE r.graph = free.graph AND r.execution_id = free.execution_id
-    RETURNING r.graph, r.execution_id)"""
-_HELD = f"""
-SELECT r.graph, r.execution_id, NULL AS stage, NULL AS lo, NULL AS failing, NULL AS stopped,
-    l.graph IS NOT NULL AS extended
-FROM {_RUN_LEASES} LEFT JOIN l ON l.graph = r.graph AND l.execution_id = r.execution_id"""
-_HELD_CHUNKS = f"""
-UNION ALL
-SELECT c.graph, c.execution_id, c.stage, c.lo, r.items_failed > r.items_allowed, r.items_allowed < 0,
-    h.graph IS NOT NULL
-FROM {_CHUNK_LEASES} JOIN docket_runs AS r ON r.graph = c.graph AND r.execution_id = c.execution_id
-    LEFT JOIN h ON h.graph = c.graph AND h.execution_id = c.execution_id AND h.stage = c.stage AND h.lo = c.lo"""
-# A spent claim stays spent: only one that is alive is extended.
-_EXTEND_CLAIMS = f""",
-free_claims AS (
-    SELECT c.cache_key, u.lease_s FROM docket_claims AS c
-    JOIN unnest(CAST(:keys AS bytea[]), CAST(:claimants AS text[]), CAST(:claims_s AS double precision[]))
-        AS u (cache_key, owner, lease_s)
-    ON c.cache_key = u.cache_key AND c.owner = u.owner AND c.lease_until > clock_timestamp()
-    FOR NO KEY UPDATE OF c SKIP LOCKED),
-k AS (
-    UPDATE docket_claims AS c SET lease_until = clock_timestamp() + free_claims.lease_s * {_SECOND}
-    FROM free_claims WHERE c.cache_key = free_claims.cache_key)"""
-_EXTEND_CHUNKS = f""",
-free_chunks AS (
-    SELECT c.graph, c.execution_id, c.stage, c.lo, u.lease_s FROM {_CHUNK_LEASES}
-    FOR NO KEY UPDATE OF c SKIP LOCKED),
-h AS (
-    UPDATE docket_chunks AS c SET lease_until = clock_timestamp() + free_chunks.lease_s * {_SECOND}
-    FROM free_chunks WHERE c.graph = free_chunks.graph AND c.execution_id = free_chunks.execution_id
-        AND c.stage = free_chunks.stage AND c.lo = free_chunks.lo
-    RETURNING c.graph, c.execution_id, c.stage, c.lo)"""
-_EXTEND_ALL = {
-    (claims, chunks): text(
-        _EXTEND
-        + (_EXTEND_CLAIMS if claims else "")
-        + (_EXTEND_CHUNKS if chunks else "")
-        + _HELD
-        + (_HELD_CHUNKS if chunks else "")
-    )
-    for claims in (False, True)
-    for chunks in (False, True)
+_TYPES = {
+    "cache_key": "bytea",
+    "epoch": "bigint",
+    "lease_s": "double precision",
+    "stage": "integer",
+    "lo": "bigint",
 }
-"""By whether claims are extended, and whether chunks are."""
-_WAIT = "WITH wait AS (SELECT set_config('lock_timeout', CAST(:wait_ms AS text), true) AS ms)"
-_EXTEND_RUN = text(f"""
-{_WAIT}
-UPDATE docket_runs SET lease_until = {_UNTIL_S} FROM wait
-WHERE graph = :graph AND execution_id = :execution_id AND epoch = :epoch AND owner = :owner AND state = 'RUNNING'
-    AND wait.ms IS NOT NULL
-""")
-_EXTEND_CHUNK = text(f"""
-{_WAIT}
-UPDATE docket_chunks AS c SET lease_until = {_UNTIL_S} FROM wait
-WHERE c.graph = :graph AND c.execution_id = :execution_id AND c.stage = :stage AND c.lo = :lo
-    AND c.epoch = :epoch AND c.owner = :owner AND c.state = 'RUNNING' AND wait.ms IS NOT NULL
-""")
-"""Wait for a locked row, for a limited time that holds in this statement alone."""
+_RUN, _CHUNK = ("graph", "execution_id"), ("graph", "execution_id", "stage", "lo")
+
+
+def _joined(left: str, right: str, names: Sequence[str]) -> str:
+    return " AND ".join(f"{left}.{name} = {right}.{name}" for name in names)
+
+
+def _given(table: str, names: Sequence[str], condition: str) -> str:
+    """Return the rows of *table*, called t, that match bound arrays, called u."""
+    arrays = ", ".join(
+        f"CAST(:{table}_{name} AS {_TYPES.get(name, 'text')}[])" for name in (*names, "lease_s")
+    )
+    bound_rows = f"unnest({arrays}) AS u ({', '.join(names)}, lease_s)"
+    return f"{table} AS t JOIN {bound_rows} ON {_joined('t', 'u', names)} AND t.{condition}"
+
+
+def _extended(table: str, names: Sequence[str], condition: str, key: Sequence[str]) -> str:
+    """Return the expressions that extend those rows of *table* that no other transaction has locked."""
+    keys = ", ".join(f"t.{name}" for name in key)
+    return f"""
+free_{table} AS (
+    SELECT {keys}, u.lease_s FROM {_given(table, names, condition)} FOR NO KEY UPDATE OF t SKIP LOCKED),
+done_{table} AS (
+    UPDATE {table} AS t SET lease_until = clock_timestamp() + free.lease_s * interval '1 second'
+    FROM free_{table} AS free WHERE {_joined("t", "free", key)} RETURNING {keys})"""
+
+
+_HELD_RUN, _HELD_CHUNK = (*_RUN, "owner", "epoch"), (*_CHUNK, "owner", "epoch")
+_RUNNING, _LIVE = "state = 'RUNNING'", "lease_until > clock_timestamp()"
+_RUNS = f"""
+SELECT t.graph, t.execution_id, NULL AS stage, NULL AS lo, NULL AS failing, NULL AS stopped, done.graph IS NOT NULL
+FROM {_given("docket_runs", _HELD_RUN, _RUNNING)}
+    LEFT JOIN done_docket_runs AS done ON {_joined("t", "done", _RUN)}"""
+_CHUNKS = f"""
+UNION ALL
+SELECT t.graph, t.execution_id, t.stage, t.lo, r.items_failed > r.items_allowed, r.items_allowed < 0,
+    done.graph IS NOT NULL
+FROM {_given("docket_chunks", _HELD_CHUNK, _RUNNING)} JOIN docket_runs AS r ON {_joined("t", "r", _RUN)}
+    LEFT JOIN done_docket_chunks AS done ON {_joined("t", "done", _CHUNK)}"""
+
+
+@cache
+def _extend_all(*, claims: bool, chunks: bool) -> TextClause:
+    """Return the statement of Postgres that extends all; a spent claim stays spent."""
+    parts = [_extended("docket_runs", _HELD_RUN, _RUNNING, _RUN)]
+    if claims:
+        parts.append(_extended("docket_claims", ("cache_key", "owner"), _LIVE, ("cache_key",)))
+    if chunks:
+        parts.append(_extended("docket_chunks", _HELD_CHUNK, _RUNNING, _CHUNK))
+    return text(f"WITH {','.join(parts)}{_RUNS}{_CHUNKS if chunks else ''}")
+
+
+def _arrays(table: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"{table}_{name}": [row[name] for row in rows] for name in (*names, "lease_s")}
+
+
+_WAIT = text("SELECT set_config('lock_timeout', :wait, true)")
 
 _UNTIL = after(bindparam("p_lease_s"))
-_IS_RUN = matches(docket_runs, "graph", "execution_id")
-_HELD_CHUNK = matches(docket_chunks, "graph", "execution_id", "epoch", "owner", "stage", "lo")
-_LITE_RUN = update(docket_runs).where(HOLDS_RUN).values(lease_until=_UNTIL)
-_LITE_CHUNK = (
-    update(docket_chunks).where(_HELD_CHUNK, is_state(docket_chunks, "RUNNING")).values(lease_until=_UNTIL)
+_ONE_RUN = update(docket_runs).where(HOLDS_RUN).values(lease_until=_UNTIL)
+_ONE_CHUNK = (
+    update(docket_chunks)
+    .where(matches(docket_chunks, *_HELD_CHUNK), is_state(docket_chunks, "RUNNING"))
+    .values(lease_until=_UNTIL)
 )
-_LITE_CLAIM = (
+_ONE_CLAIM = (
     update(docket_claims)
     .where(matches(docket_claims, "cache_key", "owner"), docket_claims.c.lease_until > now())
     .values(lease_until=_UNTIL)
 )
-_LITE_HALT = select(
+_FIND_HALT = select(
     (docket_runs.c.items_failed > docket_runs.c.items_allowed).label("failing"),
     (docket_runs.c.items_allowed < 0).label("stopped"),
-).where(_IS_RUN)
+).where(matches(docket_runs, *_RUN))
 
 
 def extend(
@@ -135,35 +119,32 @@ def extend(
     held: dict[Name, Halt | None] = {}
     with writing(connection):
         for lease in leases:
-            values = bound(fence_values(lease)) | {"p_lease_s": lease.lease_s}
-            if lease.chunk is None and connection.execute(_LITE_RUN, values).rowcount:
-                held[lease.name] = None
-            elif lease.chunk is not None and connection.execute(_LITE_CHUNK, values).rowcount:
-                held[lease.name] = halt(**connection.execute(_LITE_HALT, values).mappings().one())
+            if _extend_one(connection, lease):
+                held[lease.name] = None if lease.chunk is None else _find_halt(connection, lease)
         for key, owner, lease_s in claims:
             values = {"p_cache_key": key, "p_owner": clean_text(owner), "p_lease_s": lease_s}
-            connection.execute(_LITE_CLAIM, values)
+            connection.execute(_ONE_CLAIM, values)
     return held
 
 
 def _extend_at_once(
     connection: Connection, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]]
 ) -> dict[Name, Halt | None]:
-    chunks = [(lease, lease.chunk) for lease in leases if lease.chunk is not None]
-    values = _lease_arrays("", [lease for lease in leases if lease.chunk is None])
+    rows = [fence_values(lease) | {"lease_s": float(lease.lease_s)} for lease in leases]
+    runs, chunks = [row for row in rows if "lo" not in row], [row for row in rows if "lo" in row]
+    values = _arrays("docket_runs", _HELD_RUN, runs)
     if chunks:
-        values |= _lease_arrays("c_", [lease for lease, _ in chunks])
-        values["c_stages"] = [chunk.stage for _, chunk in chunks]
-        values["c_los"] = [chunk.lo for _, chunk in chunks]
+        values |= _arrays("docket_chunks", _HELD_CHUNK, chunks)
     if claims:
-        values["keys"] = [key for key, _, _ in claims]
-        values["claimants"] = [clean_text(owner) for _, owner, _ in claims]
-        values["claims_s"] = [float(lease_s) for _, _, lease_s in claims]
-    rows = connection.execute(_EXTEND_ALL[bool(claims), bool(chunks)], values).all()
+        named = [
+            {"cache_key": key, "owner": clean_text(owner), "lease_s": float(s)} for key, owner, s in claims
+        ]
+        values |= _arrays("docket_claims", ("cache_key", "owner"), named)
+    found = connection.execute(_extend_all(claims=bool(claims), chunks=bool(chunks)), values).all()
     held: dict[Name, Halt | None] = {}
     by_name = {lease.name: lease for lease in leases}
     give_up_at = time.monotonic() + _LOCKED_S
-    for *parts, failing, stopped, extended in rows:
+    for *parts, failing, stopped, extended in found:
         name = tuple(part for part in parts if part is not None)
         if extended:
             held[name] = halt(failing=failing, stopped=stopped)
@@ -174,26 +155,25 @@ def _extend_at_once(
     return held
 
 
+def _extend_one(connection: Connection, lease: Lease) -> bool:
+    values = bound(fence_values(lease)) | {"p_lease_s": lease.lease_s}
+    return connection.execute(_ONE_RUN if lease.chunk is None else _ONE_CHUNK, values).rowcount > 0
+
+
+def _find_halt(connection: Connection, lease: Lease) -> Halt | None:
+    return halt(**connection.execute(_FIND_HALT, bound(fence_values(lease))).mappings().one())
+
+
 def _extend_locked(connection: Connection, lease: Lease, give_up_at: float) -> bool | None:
     """Extend *lease*, whose row another transaction has locked; None: it stayed locked, False: it is gone."""
     left_ms = int((give_up_at - time.monotonic()) * 1000)
     if left_ms <= 0:
         return None
-    values = fence_values(lease) | {"lease_s": lease.lease_s, "wait_ms": str(left_ms)}
-    statement = _EXTEND_RUN if lease.chunk is None else _EXTEND_CHUNK
     try:
-        return bool(connection.execute(statement, values).rowcount)
+        with writing(connection):
+            connection.execute(_WAIT, {"wait": f"{left_ms}ms"})
+            return _extend_one(connection, lease)
     except DBAPIError as error:
         if sqlstate(error) != _LOCK_TIMEOUT:
             raise
         return None
-
-
-def _lease_arrays(prefix: str, leases: Sequence[Lease]) -> dict[str, Any]:
-    return {
-        f"{prefix}graphs": [clean_text(lease.graph) for lease in leases],
-        f"{prefix}execution_ids": [clean_text(lease.execution_id) for lease in leases],
-        f"{prefix}owners": [clean_text(lease.owner) for lease in leases],
-        f"{prefix}epochs": [lease.epoch for lease in leases],
-        f"{prefix}leases_s": [float(lease.lease_s) for lease in leases],
-    }

@@ -37,7 +37,7 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from docket_celery.errors import SchemaMismatch, StoreRefused
 from docket_celery.store.records import RunState
 from docket_celery.store.rows import SCHEMA_VERSION
-from docket_celery.store.sql.clock import writing
+from docket_celery.store.sql.clock import now, writing
 
 VERSION = SCHEMA_VERSION
 """The version of the tables that this release reads and writes."""
@@ -222,64 +222,6 @@ docket_schema = Table(
 Migration = Callable[[Connection], None]
 
 
-def _to_2(connection: Connection) -> None:
-    """Keep when a GLOBAL step began: a refresh asks for an entry that began after it was asked for."""
-    kind = "timestamptz" if connection.dialect.name == "postgresql" else "DATETIME"
-    connection.exec_driver_sql(f"ALTER TABLE docket_cache ADD COLUMN claimed_at {kind}")
-    connection.exec_driver_sql(f"ALTER TABLE docket_claims ADD COLUMN claimed_at {kind}")
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql(
-            "COMMENT ON COLUMN docket_cache.claimed_at IS 'GLOBAL: when the step that made it began'"
-        )
-
-
-_CHUNKS_3 = """
-CREATE TABLE docket_chunks (
-    graph TEXT NOT NULL, execution_id TEXT NOT NULL, stage INTEGER NOT NULL, lo {big} NOT NULL, hi {big} NOT NULL,
-    state TEXT NOT NULL, owner TEXT, epoch {big} NOT NULL, lease_until {time}, task_id TEXT, retries INTEGER NOT NULL,
-    lost INTEGER NOT NULL, failed {big} NOT NULL, errors {json},
-    CONSTRAINT pk_docket_chunks PRIMARY KEY (graph, execution_id, stage, lo),
-    CONSTRAINT ck_docket_chunks_state CHECK (state IN ({states})),
-    CONSTRAINT ck_docket_chunks_bounds CHECK (lo >= 0 AND hi >= lo))"""
-_STATES_3 = "'QUEUED', 'RUNNING', 'WAITING', 'SUCCEEDED', 'FAILED', 'CANCELLED', 'QUARANTINED'"
-_COMMENTS_3 = {
-    "docket_chunks.lo": "first index",
-    "docket_chunks.hi": "last index + 1",
-    "docket_chunks.lost": "takeovers of leases that were never released",
-    "docket_chunks.failed": "items that failed",
-    "docket_chunks.errors": "of failed items by index, and what stopped it as fatal",
-    "docket_runs.items_failed": "of the open stage",
-    "docket_runs.items_allowed": "how many may fail; -1: nothing of it starts any more",
-}
-
-
-def _to_3(connection: Connection) -> None:
-    """Batches over several workers: chunks, which no release has written before, and items found by their index."""
-    lite = connection.dialect.name != "postgresql"
-    big, time, json = ("INTEGER", "DATETIME", "JSON") if lite else ("bigint", "timestamptz", "jsonb")
-    run = connection.exec_driver_sql
-    for column in ("items_failed", "items_allowed"):
-        run(f"ALTER TABLE docket_runs ADD COLUMN {column} {big}")
-    run("DROP TABLE docket_chunks")
-    run(_CHUNKS_3.format(big=big, time=time, json=json, states=_STATES_3))
-    run("CREATE INDEX ix_docket_chunks_lease ON docket_chunks (state, lease_until)")
-    run("DROP INDEX ix_docket_cache_run")
-    run(
-        "CREATE INDEX ix_docket_cache_run ON docket_cache (execution_id, graph, step_name, item_index) "
-        "WHERE execution_id IS NOT NULL"
-    )
-    if lite:
-        return
-    for column, comment in _COMMENTS_3.items():
-        run(f"COMMENT ON COLUMN {column} IS '{comment}'")
-
-
-def _to_4(connection: Connection) -> None:
-    """Keep what continues a batch that was lost."""
-    lite = connection.dialect.name != "postgresql"
-    connection.exec_driver_sql(f"ALTER TABLE docket_runs ADD COLUMN message {'BLOB' if lite else 'bytea'}")
-
-
 def _to_5(connection: Connection) -> None:
     """Tell an incompatible change of a message type from a compatible one."""
     connection.exec_driver_sql("ALTER TABLE docket_cache ADD COLUMN output_shape TEXT")
@@ -315,8 +257,10 @@ def _to_6(connection: Connection) -> None:
 
 
 # A migration is written in plain SQL and never changed: it starts from the tables as they were then.
-MIGRATIONS: Mapping[int, Migration] = {2: _to_2, 3: _to_3, 4: _to_4, 5: _to_5, 6: _to_6}
-"""How to reach a version from the one before, from 2 on; an empty database gets the newest tables at once."""
+MIGRATIONS: Mapping[int, Migration] = {5: _to_5, 6: _to_6}
+"""How to reach a version from the one before; an empty database gets the newest tables at once."""
+OLDEST = min(MIGRATIONS) - 1
+"""The version of the first release."""
 
 _WAL_WITHIN_S, _WAL_AGAIN_S = 5.0, 0.02
 _LOCK_ID = 0x646F636B6574  # "docket": one advisory lock for all who migrate
@@ -414,7 +358,7 @@ def upgrade(
 
     Raises:
         SchemaMismatch: They are of a newer version.
-        StoreRefused: The encoding of the database is not UTF8.
+        StoreRefused: They are older than the first release, or the encoding of the database is not UTF8.
     """
     if connection.dialect.name == "postgresql":
         check_encoding(connection)
@@ -430,6 +374,9 @@ def upgrade(
         return version
     if found > version:
         raise SchemaMismatch(found, version)
+    if found < OLDEST:
+        problem = f"its tables have version {found}, from before the first release; use an empty database"
+        raise StoreRefused("the database", problem)
     for step in range(found + 1, version + 1):
         migrations[step](connection)
         _stamp(connection, step)
@@ -437,10 +384,4 @@ def upgrade(
 
 
 def _stamp(connection: Connection, version: int) -> None:
-    connection.execute(insert(docket_schema).values(version=version, applied_at=_now(connection)))
-
-
-def _now(connection: Connection) -> object:
-    if connection.dialect.name == "postgresql":
-        return func.clock_timestamp()
-    return text("strftime('%Y-%m-%d %H:%M:%f', 'now') || '000'")
+    connection.execute(insert(docket_schema).values(version=version, applied_at=now()))
