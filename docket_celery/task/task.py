@@ -63,6 +63,7 @@ class GraphTask(Task[P, R]):
     retry_kwargs: Mapping[str, Any] = {}
     # Celery wraps `run` for autoretry unless this exists; failures are matched with their causes here instead.
     _orig_run = None
+    Request = "docket_celery.task.request:GraphRequest"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

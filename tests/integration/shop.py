@@ -117,3 +117,20 @@ def wait_for_file(label: Label, ctx: StepContext) -> Nest:
 def wait(label: Label) -> Nest:
     """Hold the worker."""
     raise NotImplementedError
+
+
+holding = Graph("tests.holding")
+
+
+@holding.step
+def hold_payment(payment: Payment, ctx: StepContext) -> Charge:
+    """Wait for the file that the payment's note names."""
+    while not Path(payment.note).exists():
+        ctx.sleep(0.05)
+    return Charge(charge_id=ctx.execution_id)
+
+
+@graph_task(app, holding, name="shop.hold")
+def hold(payment: Payment) -> Charge:
+    """Take a secret and keep the worker."""
+    raise NotImplementedError

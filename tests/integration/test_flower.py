@@ -34,6 +34,11 @@ def task_in(flower: FlowerProcess, task_id: str, state: str) -> dict[str, Any]:
     return info
 
 
+def told(reply: Any) -> list[dict[str, Any]]:
+    """Return what the one worker said, or nothing if it did not answer in time."""
+    return next(iter((reply or {}).values()), [])
+
+
 @pytest.fixture
 def served(request: pytest.FixtureRequest) -> Celery:
     """The app that the worker serves; a test may name another one."""
@@ -84,6 +89,30 @@ def test_arguments_and_results_are_readable_bounded_and_without_secrets(flower: 
         assert shop.PHONE not in str(shown)
         for field in ("args", "kwargs", "result"):
             assert len(shown[field]) <= _MOST_CHARS
+
+
+def test_waiting_and_running_tasks_are_shown_without_secrets(flower: FlowerProcess, tmp_path: Path) -> None:
+    """As `celery inspect` tells it, which Flower asks for its page of a worker."""
+    gate = tmp_path / "gate"
+    payment = Payment(card_number=shop.SECRET, note=str(gate))
+    inspect = shop.app.control.inspect()
+    later = shop.hold.apply_async(kwargs={"payment": payment}, countdown=600)
+    wait_until(lambda: bool(told(inspect.scheduled())), within_s=_WITHIN_S, what="the task is scheduled")
+    running = shop.hold.delay(payment)
+    wait_until(lambda: bool(told(inspect.active())), within_s=_WITHIN_S, what="the task is active")
+    shown = "Payment(card_number=***, note='"
+    (info,) = told(inspect.active())
+    assert (info["id"], info["kwargs"]) == (running.id, "{}")
+    assert info["args"].startswith(f"({shown}")
+    (entry,) = told(inspect.scheduled())
+    assert entry["request"]["id"] == later.id
+    assert entry["request"]["kwargs"].startswith(f"{{payment={shown}")
+    for each in (inspect.active(), inspect.reserved(), inspect.query_task(running.id)):
+        assert running.id in str(each)
+        assert shop.SECRET not in str(each)
+    shop.app.control.revoke(later.id)
+    gate.touch()
+    assert running.get(timeout=30).charge_id == running.id
 
 
 def test_retries_and_failures_show_their_states_and_the_typed_error(

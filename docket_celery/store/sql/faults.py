@@ -41,6 +41,8 @@ _CONNECTING = (
     (re.compile(r"invalid (connection option|port number|integer value|.*sslmode)"), "correct the URL"),
 )
 """A refused connection has no SQLSTATE in psycopg; the server's words are matched instead."""
+_SHORTEST_TOKEN = 6
+"""From this length on a password is hidden wherever it stands as a word."""
 _MOST_CHARS = 300
 
 
@@ -100,7 +102,13 @@ def describe(error: DBAPIError, url: URL) -> str:
     text = " ".join(words.split())
     for secret in (url.password, url.query.get("password")):
         if secret:
-            text = re.sub(rf"(?<!\w){re.escape(str(secret))}(?!\w)", "***", text)
+            text = _mask(text, str(secret))
     shown = text if len(text) <= _MOST_CHARS else text[: _MOST_CHARS - 1] + "…"
     state = sqlstate(error)
     return shown if state is None else f"{shown} (SQLSTATE {state})"
+
+
+def _mask(text: str, secret: str) -> str:
+    """Hide a password in *text*; a short one, which may be a word of it, only where a password is written."""
+    before = r"(?<!\w)" if len(secret) >= _SHORTEST_TOKEN else "(?<=[:=\"'])"
+    return re.sub(rf"{before}{re.escape(secret)}(?!\w)", "***", text)
