@@ -367,7 +367,7 @@ class MortalStore:
             self._events += 1
             self.dead |= self._crash.on_event and self._events == self._crash.at
 
-    def twin(self) -> MortalStore:
+    def clone(self) -> MortalStore:
         return self
 
     def find_run(self, graph: str, execution_id: str) -> RunRow | None:
