@@ -159,11 +159,6 @@ def step_names(step: Step) -> tuple[str, ...]:
     return tuple(dict.fromkeys((step.name, *step.options.renamed_from)))
 
 
-def is_undone(row: ChunkRow) -> bool:
-    """Tell whether a chunk has to be worked on."""
-    return row.state in {RunState.QUEUED, RunState.RUNNING}
-
-
 def stage_rows(rows: Iterable[ChunkRow], stage: int) -> list[ChunkRow]:
     """Return the chunks of one stage."""
     return [row for row in rows if row.chunk.stage == stage]

@@ -19,7 +19,6 @@ from docket_celery.batch.layout import (
     failures_of,
     fatal_of,
     find_progress,
-    is_undone,
     paged,
     stage_rows,
     step_names,
@@ -221,7 +220,11 @@ class BatchRun(Run):
     ) -> bool:
         """Open a stage for other tasks and conclude; False: nothing of it is to be done."""
         chunks = [row.chunk for row in rows] or self._options.cut(number, total)
-        undone = [row.chunk for row in rows if is_undone(row)] if rows else chunks
+        undone = (
+            [row.chunk for row in rows if row.state in {RunState.QUEUED, RunState.RUNNING}]
+            if rows
+            else chunks
+        )
         if not undone:
             return False
         progress = find_progress(self._plan, number, rows, total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cached_property
 
 from google.protobuf.message import Message
 
@@ -33,26 +34,22 @@ _MOST_CHARS = 2000
 
 
 class StepRecord:
-    """The stored side of a step in a delivery that has a store; *began* is a time of the run's clock."""
+    """The stored side of a step in a delivery that has a store; *began* is a time of the run's clock.
 
-    __slots__ = ("_began", "_claimed", "_context", "_looked_up", "_started_at", "_step", "_store", "_values")
+    Attributes:
+        claims: Others wait for this step to compute a GLOBAL checkpoint.
+    """
 
     def __init__(
         self, step: Step, values: Sequence[Value], context: RunContext, store: Store, began: float
     ) -> None:
         self._step, self._values, self._context, self._store = step, values, context, store
-        self._claimed: bytes | None = None
-        self._looked_up: bytes | None = None
         self._began, self._started_at = began, datetime.now(UTC)
+        self.claims = False
 
-    @property
-    def _elapsed_s(self) -> float:
-        return self._context.cancellation.now() - self._began
-
-    @property
-    def claims(self) -> bool:
-        """Whether others wait for this step to compute a GLOBAL checkpoint."""
-        return self._claimed is not None
+    @cached_property
+    def _shared_key(self) -> bytes:
+        return shared_key(self._context.graph, self._step, self._values, self._store)
 
     @property
     def _claimant(self) -> str:
@@ -67,39 +64,33 @@ class StepRecord:
         A refresh neither looks nor claims: it always computes.
         """
         context, lease_s = self._context, self._context.settings.lease_seconds
-        self._looked_up = key = self._looked_up or self._key()
         if context.submission.refreshes:
             return True
-        found = self._store.lookup(key, self._claimant, lease_s)
+        found = self._store.lookup(self._shared_key, self._claimant, lease_s)
         if found is True:
             # Watched before it is known: an abort drops the claims that it finds, watch included.
-            context.heartbeat().watch_claim(key, self._claimant, lease_s)
-            self._claimed = key
+            context.heartbeat().watch_claim(self._shared_key, self._claimant, lease_s)
+            self.claims = True
         return found
 
-    def checkpoint(self, value: Value) -> Checkpoint:
-        """Return the checkpoint to save for *value*.
+    def keep(self, value: Value) -> None:
+        """Note *value* for the delivery's next save, if others need it and it is not saved in this run by itself."""
+        if self._step.name in self._context.keeps and self._step.persist is not Scope.WORKFLOW:
+            self._context.kept.append(self.checkpoint(value, shared=False))
+
+    def checkpoint(self, value: Value, *, shared: bool) -> Checkpoint:
+        """Return the checkpoint to save for *value*: for all runs, or for this one.
 
         Raises:
             PayloadTooLarge: It is too large to be stored.
         """
-        shared = self._step.persist is Scope.GLOBAL
-        return self._checkpoint(value, self._looked_up or self._key(), shared=shared)
-
-    def keep(self, value: Value) -> None:
-        """Note *value* for the delivery's next save, if others need it and it is not saved in this run by itself."""
         step, context = self._step, self._context
-        if step.name in context.keeps and step.persist is not Scope.WORKFLOW:
-            key = workflow_key(context.graph, context.execution_id, step.identity, context.item)
-            context.kept.append(self._checkpoint(value, key, shared=False))
-
-    def _checkpoint(self, value: Value, key: bytes, *, shared: bool) -> Checkpoint:
-        step, context = self._step, self._context
+        own_key = workflow_key(context.graph, context.execution_id, step.identity, context.item)
         data = value_bytes(value)
         what = f"the output of step {step.name!r} of run {context.execution_id!r}"
         check_size(what, len(data), context.settings.max_stored_bytes, "docket_max_stored_bytes")
         return Checkpoint(
-            key=key,
+            key=self._shared_key if shared else own_key,
             graph=context.graph,
             execution_id=None if shared else context.execution_id,
             step_name=step.name,
@@ -134,24 +125,17 @@ class StepRecord:
 
     def drop_claim(self) -> None:
         """Leave the GLOBAL checkpoint for another run to compute, if this step claimed to."""
-        key = self._claimed
-        self._release_claim()
-        if key is not None:
+        if self._release_claim():
             try:
-                self._store.release_claim(key, self._claimant)
+                self._store.release_claim(self._shared_key, self._claimant)
             except DocketError as error:
                 _logger.warning("a claim stays until it expires: %s", error)
 
-    def _release_claim(self) -> None:
-        key, self._claimed = self._claimed, None
-        if key is not None:
-            self._context.heartbeat().unwatch_claim(key, self._claimant)
-
-    def _key(self) -> bytes:
-        step, context = self._step, self._context
-        if step.persist is Scope.WORKFLOW:
-            return workflow_key(context.graph, context.execution_id, step.identity, context.item)
-        return shared_key(context.graph, step, self._values, self._store)
+    def _release_claim(self) -> bool:
+        claims, self.claims = self.claims, False
+        if claims:
+            self._context.heartbeat().unwatch_claim(self._shared_key, self._claimant)
+        return claims
 
     def row(
         self, status: str, *, attempts: int, cached: bool = False, error: DocketError | None = None
@@ -168,7 +152,7 @@ class StepRecord:
             cached=cached,
             status=status,
             started_at=self._started_at,
-            duration_ms=self._elapsed_s * 1000,
+            duration_ms=(context.cancellation.now() - self._began) * 1000,
             error_code=None if error is None else error.code,
             error_message=None if error is None else str(error)[:_MOST_CHARS],
             worker=context.submission.worker,

@@ -14,7 +14,7 @@ import functools
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 
 from docket_celery.engine.attempt import Attempt, Result
@@ -27,7 +27,6 @@ from docket_celery.engine.step_run import End, GivenUp, Sleep, StepRun, Stop
 from docket_celery.errors import DocketError, StepFailed
 from docket_celery.plan.messages import Value
 from docket_celery.plan.plan import Plan, PlannedStep, count_pending, find_needed
-from docket_celery.store.records import Checkpoint
 
 _logger = logging.getLogger("docket_celery.engine")
 
@@ -56,7 +55,10 @@ class Scheduler(Ending):
     ) -> None:
         super().__init__(context.cancellation, on_end)
         self._plan, self._context, self._may_help = plan, context, may_help
-        self._checkpoints = _by_index(plan, context)
+        named = {
+            p.index: context.stored.get((p.step.name, context.item)) for p in plan.steps if context.stored
+        }
+        self._checkpoints = {index: found for index, found in named.items() if found is not None}
         # The caller's limit is one of items where there are items.
         limit = context.max_concurrency if not context.item or context.runtime.inline else None
         self._limit = len(plan.steps) if limit is None else limit
@@ -148,7 +150,7 @@ class Scheduler(Ending):
 
     def _drive(self, run: StepRun, given: Result | GivenUp | None = None) -> None:
         """Resume a step until it waits or ends. Nothing that it raises can leave the run hanging."""
-        life = run.life
+        life, end = run.life, None
         try:
             try:
                 while True:
@@ -161,7 +163,8 @@ class Scheduler(Ending):
                     else:
                         given = None if isinstance(effect, Slot) and effect.held else GivenUp()
             except StopIteration as stop:
-                self._finish(run, stop.value)
+                end = stop.value
+            self._finish(run, end)
         except DocketError as error:
             self.abort(error)
         except Exception as error:
@@ -330,15 +333,6 @@ def join_failures(failures: Sequence[StepFailed]) -> StepFailed | None:
     if others:
         first.add_others(others)
     return first
-
-
-def _by_index(plan: Plan, context: RunContext) -> Mapping[int, Checkpoint]:
-    """Return the checkpoints of one item, or of steps that run once, by plan index."""
-    stored, item = context.stored, context.item
-    if not stored:
-        return {}
-    pairs = ((planned.index, stored.get((planned.step.name, item))) for planned in plan.steps)
-    return {index: checkpoint for index, checkpoint in pairs if checkpoint is not None}
 
 
 def _drop_claims(runs: Sequence[StepRun]) -> None:

@@ -11,10 +11,10 @@ from google.protobuf.message import Message
 
 from docket_celery.engine.run import Run
 from docket_celery.engine.run_context import RunOutcome
-from docket_celery.engine.waiting import LOOK_S, read_value, refuse_on_loop, require_threads, run_on_pool
+from docket_celery.engine.waiting import LOOK_S, check_threads, read_value, refuse_on_loop, run_on_pool
 from docket_celery.errors import RunCancelled, RunNotFound, to_record
 from docket_celery.store.contract import Store
-from docket_celery.store.records import RunRow, RunState
+from docket_celery.store.records import RunState
 
 
 class RunHandle:
@@ -51,11 +51,8 @@ class RunHandle:
             StoreUnavailable: The database does not answer; trying again is safe.
         """
         error = to_record(RunCancelled(self.execution_id, reason))
-
-        def cancel() -> RunRow | None:
-            return self._store.cancel(self.graph, self.execution_id, error, self._retention_s)
-
-        row = run_on_pool(cancel, self._threads)
+        name = self.graph, self.execution_id
+        row = run_on_pool(lambda: self._store.cancel(*name, error, self._retention_s), self._threads)
         if row is None:
             missing = RunNotFound(self.graph, self.execution_id)
             missing.add_note(
@@ -81,8 +78,7 @@ class StartedRun(Generic[T]):
         self._outcome: RunOutcome | None = None
         self._trace: TracebackType | None = None
         self._outcomes: queue.SimpleQueue[RunOutcome] = queue.SimpleQueue()
-        require_threads(run)
-        run.pool.check_abandoned()
+        check_threads(run)
         run.start(self._end)
         run.watch()
 

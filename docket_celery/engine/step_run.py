@@ -93,8 +93,7 @@ class StepRun:
     @property
     def in_flight(self) -> Attempt | None:
         """The attempt whose user code runs now."""
-        attempt = self.attempt
-        return attempt if attempt is not None and attempt.in_flight else None
+        return self.attempt if self.attempt is not None and self.attempt.in_flight else None
 
     @property
     def claims(self) -> bool:
@@ -167,8 +166,9 @@ class StepRun:
         kept: Value = value
         if record is not None:
             kept = yield from self._keep(record, value)
-        if self._context.listeners:
-            self._tell_succeeded()
+        if (context := self._context).listeners:
+            elapsed_s = context.cancellation.now() - self._began
+            context.tell(EventKind.STEP_SUCCEEDED, step.name, self.attempts, elapsed_s=elapsed_s)
         return kept
 
     def _look_up(self, record: StepRecord) -> Generator[Effect, Any, Value | None]:
@@ -256,7 +256,7 @@ class StepRun:
     def _save(self, record: StepRecord, value: Value) -> Generator[Effect, Any, Value]:
         context, tries = self._context, 1
         row = record.row("SUCCEEDED", attempts=self.attempts)
-        checkpoint = record.checkpoint(value)
+        checkpoint = record.checkpoint(value, shared=self.step.persist is Scope.GLOBAL)
         while True:
             try:
                 winner = record.save(checkpoint, row)
@@ -287,10 +287,6 @@ class StepRun:
     def _report_failed(self, status: str, error: DocketError) -> None:
         self._report(status, error=error)
         self._context.tell(EventKind.STEP_FAILED, self.step.name, self.attempts, detail=str(error))
-
-    def _tell_succeeded(self) -> None:
-        elapsed_s = self._context.cancellation.now() - self._began
-        self._context.tell(EventKind.STEP_SUCCEEDED, self.step.name, self.attempts, elapsed_s=elapsed_s)
 
 
 def _is_hosts(error: BaseException, on_host: bool) -> bool:

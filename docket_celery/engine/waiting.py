@@ -75,8 +75,7 @@ async def run_on_loop(run: Run, loop: CallerLoop) -> RunOutcome:
         asyncio.CancelledError: The waiting task was cancelled; the run was cancelled and its lease given up before.
         TooManyAbandoned: Too many threads are held by timed-out steps.
     """
-    require_threads(run)
-    run.pool.check_abandoned()
+    check_threads(run)
     ended: asyncio.Future[RunOutcome] = asyncio.get_running_loop().create_future()
 
     def report(outcome: RunOutcome) -> None:
@@ -172,12 +171,13 @@ def _leave(
     return outcome if parks and outcome.park_s is not None else None
 
 
-def require_threads(run: Run) -> None:
-    """Refuse a run whose steps all run on the calling thread, which is not to wait for them here."""
+def check_threads(run: Run) -> None:
+    """Refuse a run that has no thread of the pool for its steps: the calling one does not wait for them here."""
     if run.inline is not None:
         raise InvalidSettings(
             "docket_threads", "0 runs everything on the calling thread; aexecute and start need at least 1"
         )
+    run.pool.check_abandoned()
 
 
 def refuse_on_loop(what: str) -> None:
