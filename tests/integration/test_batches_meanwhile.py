@@ -238,7 +238,7 @@ def test_a_result_is_read_one_page_at_a_time(urls: Urls) -> None:
 
     def note(_connection: Any, _cursor: Any, statement: str, values: Any, *_: Any) -> None:
         if "docket_cache" in statement:
-            pages.append((values["the_first"], values["the_before"]))
+            pages.append((values["p_first"], values["p_before"]))
 
     event.listen(store.engine, "before_cursor_execute", note)
     try:

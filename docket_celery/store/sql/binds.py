@@ -30,12 +30,13 @@ from docket_celery.store.sql.schema import docket_chunks, docket_runs
 
 ONE: Label[int] = literal_column("1", Integer).label("one")
 """What a statement selects that tells of a row."""
-_JSON = ("output_json", "error")
+JSON = frozenset({"output_json", "error", "errors", "progress", "lanes"})
+"""Columns that are bound as text."""
 
 
 def given(table: Table, name: str, prefix: str = "p_") -> ColumnElement[Any]:
     """Return the bound value for a column of *table*; JSON is bound as text."""
-    if name in _JSON:
+    if name in JSON:
         return as_json(bindparam(prefix + name, type_=Text()))
     return bindparam(prefix + name, type_=table.c[name].type)
 
@@ -43,7 +44,7 @@ def given(table: Table, name: str, prefix: str = "p_") -> ColumnElement[Any]:
 def typed(table: Table, name: str, prefix: str = "p_") -> ColumnElement[Any]:
     """Return the bound value as a column of a SELECT; of texts, numbers and times the driver tells the type."""
     value, kind = given(table, name, prefix), table.c[name].type
-    is_told = name in _JSON or isinstance(kind, (Text, Integer, DateTime))
+    is_told = name in JSON or isinstance(kind, (Text, Integer, DateTime))
     return value if is_told else cast(value, kind)
 
 

@@ -5,7 +5,7 @@ What each chunk calls is one statement on Postgres, built once: `read_items`, `l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -41,6 +41,7 @@ from docket_celery.store.rows import (
     read_progress,
 )
 from docket_celery.store.rules import STAGE_PATIENCE, refusal
+from docket_celery.store.sql.binds import HOLDS_CHUNK, HOLDS_RUN, bound, given, is_state, matches
 from docket_celery.store.sql.clock import after, now, seconds_left
 from docket_celery.store.sql.constructs import add_done, as_json
 from docket_celery.store.sql.fenced import (
@@ -54,35 +55,17 @@ from docket_celery.store.sql.fenced import (
 from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_runs
 
 _CHUNKS, _RUNS, _CACHE = docket_chunks.c, docket_runs.c, docket_cache.c
-
-
-def _the(name: str, kind: Any = None, *, many: bool = False) -> Any:
-    """Return the parameter that `_bind` names so."""
-    return sa.bindparam(f"the_{name}", type_=kind, expanding=many)
-
-
-def _bind(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"the_{name}": value for name, value in values.items()}
-
-
-def _same(*columns: ColumnElement[Any]) -> ColumnElement[bool]:
-    return and_(*(column == _the(column.key or "", column.type) for column in columns))
-
-
-_IS_RUN = _same(_RUNS.graph, _RUNS.execution_id)
-_IS_CHUNK = _same(_CHUNKS.graph, _CHUNKS.execution_id, _CHUNKS.stage, _CHUNKS.lo)
-_IS_OPEN = and_(_same(_RUNS.stage), or_(_RUNS.state == RunState.RUNNING, _RUNS.state == RunState.WAITING))
-_HOLDS_RUN = and_(_IS_RUN, _same(_RUNS.epoch, _RUNS.owner), _RUNS.state == RunState.RUNNING)
-_HOLDS_CHUNK = and_(_IS_CHUNK, _same(_CHUNKS.epoch, _CHUNKS.owner), _CHUNKS.state == RunState.RUNNING)
+_NAME = ("graph", "execution_id")
+_IS_RUN = matches(docket_runs, *_NAME)
+_IS_OPEN = and_(matches(docket_runs, "stage"), is_state(docket_runs, "RUNNING", "WAITING"))
+_IS_CHUNK = matches(docket_chunks, *_NAME, "stage", "lo")
 
 
 # --- items ----------------------------------------------------------------------------------------------------------
 
-_HELD_RUN = select(_RUNS.graph).where(_HOLDS_RUN)
-_HELD_CHUNK = select(_CHUNKS.graph).where(_HOLDS_CHUNK, sa.exists().where(_IS_RUN, _IS_OPEN))
 _SAVE_MANY = {
-    False: Fenced([_HELD_RUN.with_for_update(read=True)]),
-    True: Fenced([_HELD_CHUNK.with_for_update(read=True)]),
+    False: Fenced([select(_RUNS.graph).where(HOLDS_RUN).with_for_update(read=True)]),
+    True: Fenced([select(_CHUNKS.graph).where(HOLDS_CHUNK).with_for_update(read=True)]),
 }
 """By whether a chunk saves."""
 
@@ -90,7 +73,7 @@ _SAVE_MANY = {
 def save_many(connection: Connection, lease: Lease, checkpoints: Sequence[Checkpoint]) -> None:
     """See `BatchStore.save_many`."""
     save, rows = _SAVE_MANY[lease.chunk is not None], {ADD_CHECKPOINTS: checkpoint_rows(checkpoints)}
-    if save.run(connection, _bind(fence_values(lease)), rows) is None:
+    if save.run(connection, bound(fence_values(lease)), rows) is None:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
 
 
@@ -98,18 +81,16 @@ def save_many(connection: Connection, lease: Lease, checkpoints: Sequence[Checkp
 def _read_items(*, by_key: bool, of_job: bool) -> Any:
     wanted: list[ColumnElement[bool]] = [
         and_(
-            _CACHE.step_name.in_(_the("names", many=True)),
-            _CACHE.item_index >= _the("first"),
-            _CACHE.item_index < _the("before"),
+            _CACHE.step_name.in_(sa.bindparam("p_names", expanding=True)),
+            _CACHE.item_index >= sa.bindparam("p_first"),
+            _CACHE.item_index < sa.bindparam("p_before"),
         )
     ]
     if by_key:
-        wanted.append(_CACHE.cache_key.in_(_the("keys", many=True)))
+        wanted.append(_CACHE.cache_key.in_(sa.bindparam("p_keys", expanding=True)))
     # In the statement that reads: no other run can come between.
-    is_its_job = [sa.exists().where(_IS_RUN, _same(_RUNS.job_digest))] if of_job else []
-    rows = select(*(_CACHE[name] for name in CHECKPOINT_COLUMNS)).where(
-        _same(_CACHE.graph, _CACHE.execution_id)
-    )
+    is_its_job = [sa.exists().where(_IS_RUN, matches(docket_runs, "job_digest"))] if of_job else []
+    rows = select(*(_CACHE[name] for name in CHECKPOINT_COLUMNS)).where(matches(docket_cache, *_NAME))
     return sa.union_all(*(rows.where(which, *is_its_job) for which in wanted))
 
 
@@ -127,7 +108,7 @@ def read_items(
     run = {"graph": clean_text(graph), "execution_id": clean_text(execution_id)}
     wanted = {"names": list(map(clean_text, names)), "first": lo, "before": hi, "keys": keys}
     statement = _read_items(by_key=bool(keys), of_job=job_digest is not None)
-    rows = connection.execute(statement, _bind(run | wanted | {"job_digest": job_digest}))
+    rows = connection.execute(statement, bound(run | wanted | {"job_digest": job_digest}))
     return read_in_order(rows.mappings().all(), **run)
 
 
@@ -166,7 +147,7 @@ def open_stage(
 ) -> Lanes | None:
     """See `BatchStore.open_stage`."""
     run = {"graph": clean_text(lease.graph), "execution_id": clean_text(lease.execution_id), "stage": stage}
-    of_stage = _same(_CHUNKS.graph, _CHUNKS.execution_id, _CHUNKS.stage)
+    of_stage = matches(docket_chunks, *_NAME, "stage")
     failed = select(sa.func.coalesce(sa.func.sum(_CHUNKS.failed), 0)).where(of_stage).scalar_subquery()
     new = {
         _RUNS.progress: as_json(progress_values(progress)),
@@ -175,12 +156,12 @@ def open_stage(
         _RUNS.items_failed: failed,
     }
     # Opened again by a copy: its chunks have counted meanwhile, and one may have stopped the rest.
-    is_open = and_(_same(_RUNS.stage), _RUNS.items_allowed.is_not(None))
+    is_open = and_(matches(docket_runs, "stage"), _RUNS.items_allowed.is_not(None))
     kept = {column.key: case((is_open, column), else_=value) for column, value in new.items()}
     keeps_s = None if message is None else lease.lease_s
     opened = (
         update(docket_runs)
-        .where(_HOLDS_RUN)
+        .where(HOLDS_RUN)
         .values(
             state=RunState.WAITING,
             stage=stage,
@@ -195,10 +176,10 @@ def open_stage(
         ADD_CHUNKS: [run | {"lo": chunk.lo, "hi": chunk.hi} for chunk in chunks],
         ADD_EXECUTIONS: execution_rows(executions),
     }
-    told, values = select(cast(_RUNS.lanes, sa.Text).label("lanes")), _bind(fence_values(lease) | run)
+    told, values = select(cast(_RUNS.lanes, sa.Text).label("lanes")), bound(fence_values(lease) | run)
     row = Fenced([opened], tells=told.where(_IS_RUN)).run(connection, values, rows)
     if row is None:
-        is_ours = and_(_IS_RUN, _same(_RUNS.owner, _RUNS.epoch), _RUNS.state == RunState.WAITING)
+        is_ours = and_(_IS_RUN, matches(docket_runs, "owner", "epoch"), _RUNS.state == RunState.WAITING)
         row = connection.execute(told.where(is_ours), values).mappings().first()
     if row is None:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
@@ -232,13 +213,13 @@ def _of(columns: Any, graph: str, execution_id: str) -> tuple[ColumnElement[bool
 
 def _take_chunk() -> Fenced:
     """Return the statement that takes a chunk's lease if its request may have it."""
-    owner, task_id, retries = (_the(c.key, c.type) for c in (_CHUNKS.owner, _CHUNKS.task_id, _CHUNKS.retries))
+    owner, task_id, retries = (given(docket_chunks, name) for name in ("owner", "task_id", "retries"))
     running, ours = _CHUNKS.state == RunState.RUNNING, _CHUNKS.owner == owner
-    same, ended_cleanly = _CHUNKS.task_id == task_id, _the("ended_cleanly", sa.Boolean())
+    same, ended_cleanly = _CHUNKS.task_id == task_id, sa.bindparam("p_ended_cleanly", type_=sa.Boolean())
     newer = and_(same, retries > _CHUNKS.retries)
     # A delivery that comes again after it took the lease itself died with it.
     crash = and_(running, sa.not_(ours), sa.not_(and_(ended_cleanly, sa.func.coalesce(newer, sa.false()))))
-    poison = and_(crash, _CHUNKS.lost + 1 >= _the("max_deliveries", sa.Integer()))
+    poison = and_(crash, _CHUNKS.lost + 1 >= sa.bindparam("p_max_deliveries", type_=sa.Integer()))
     is_over = or_(_CHUNKS.lease_until <= now(), ours, newer)
     is_free = or_(_CHUNKS.state == RunState.QUEUED, and_(running, is_over))
     may_start = sa.exists().where(_IS_RUN, _IS_OPEN, _RUNS.items_failed <= _RUNS.items_allowed)
@@ -247,7 +228,7 @@ def _take_chunk() -> Fenced:
         .where(_IS_CHUNK, is_free, may_start)
         .values(
             state=case((poison, RunState.QUARANTINED), else_=RunState.RUNNING),
-            lease_until=case((sa.not_(poison), after(_the("lease_s", sa.Double())))),
+            lease_until=case((sa.not_(poison), after(sa.bindparam("p_lease_s", type_=sa.Double())))),
             lost=_CHUNKS.lost + case((crash, 1), else_=0),
             epoch=_CHUNKS.epoch + case((and_(running, ours), 0), else_=1),
             owner=owner,
@@ -273,13 +254,15 @@ _LOOK_AT_CHUNK = (
     .where(_IS_CHUNK)
 )
 _STOP = (
-    update(docket_runs).where(_IS_RUN, _same(_RUNS.stage), _RUNS.items_allowed >= 0).values(items_allowed=-1)
+    update(docket_runs)
+    .where(_IS_RUN, matches(docket_runs, "stage"), _RUNS.items_allowed >= 0)
+    .values(items_allowed=-1)
 )
 
 
 def lease_chunk(connection: Connection, request: ChunkRequest) -> Lease | ChunkRefusal:
     """See `BatchStore.lease_chunk`."""
-    values = _bind(chunk_values(request))
+    values = bound(chunk_values(request))
     taken = _TAKE_CHUNK.run(connection, values)
     if taken is not None and taken["state"] == RunState.RUNNING:
         return chunk_lease(request, taken)
@@ -293,17 +276,18 @@ def lease_chunk(connection: Connection, request: ChunkRequest) -> Lease | ChunkR
 
 
 def _end_chunk() -> Fenced:
-    state, failed = _the("state", sa.Text()), _the("failed", _CHUNKS.failed.type)
-    wake_in_s, lease_s = _the("wake_in_s", sa.Double()), _the("lease_s", sa.Double())
+    state, failed = given(docket_chunks, "state"), given(docket_chunks, "failed")
+    wake_in_s: ColumnElement[float] = sa.bindparam("p_wake_in_s", type_=sa.Double())
+    lease_s: ColumnElement[float] = sa.bindparam("p_lease_s", type_=sa.Double())
     # The run is locked before its chunk, as by all statements that lock both.
     lock = select(_RUNS.graph).where(_IS_RUN, _IS_OPEN).with_for_update()
     ended = (
         update(docket_chunks)
-        .where(_HOLDS_CHUNK)
+        .where(HOLDS_CHUNK)
         .values(
             state=state,
             failed=failed,
-            errors=as_json(_the("errors", sa.Text())),
+            errors=given(docket_chunks, "errors"),
             lease_until=case((wake_in_s > 0, after(wake_in_s))),
         )
     )
@@ -318,7 +302,7 @@ def _end_chunk() -> Fenced:
             updated_at=now(),
             lease_until=case((is_kept, kept_until), else_=_RUNS.lease_until),
             items_failed=_RUNS.items_failed + failed,
-            items_allowed=case((_the("stops", sa.Boolean()), -1), else_=_RUNS.items_allowed),
+            items_allowed=case((sa.bindparam("p_stops", type_=sa.Boolean()), -1), else_=_RUNS.items_allowed),
             progress=case((done, add_done(_RUNS.progress, items)), else_=_RUNS.progress),
         )
     )
@@ -343,10 +327,10 @@ def end_chunk(connection: Connection, lease: Lease, ending: ChunkEnd) -> Progres
         ADD_CHECKPOINTS: checkpoint_rows(ending.checkpoints),
         ADD_EXECUTIONS: execution_rows(ending.executions),
     }
-    row = _END_CHUNK.run(connection, _bind(values), rows)
+    row = _END_CHUNK.run(connection, bound(values), rows)
     if row is not None:
         return read_progress(row["progress"])
-    ours = select(_CHUNKS.lo).where(_IS_CHUNK, _same(_CHUNKS.owner, _CHUNKS.epoch, _CHUNKS.state))
-    if connection.execute(ours, _bind(values)).first() is None:
+    ours = select(_CHUNKS.lo).where(_IS_CHUNK, matches(docket_chunks, "owner", "epoch", "state"))
+    if connection.execute(ours, bound(values)).first() is None:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
     return None

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Table, literal_column
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import ColumnElement, literal_column
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
@@ -61,9 +60,3 @@ def row_id(table: Any) -> ColumnElement[Any]:
 
 
 _row_id = construct("row_id", "{0}.ctid", "{0}.rowid")
-
-
-def insert_into(connection: Connection, table: Table) -> Any:
-    """Return an insert with the ``on_conflict_do_*`` methods of the database."""
-    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    return insert(table)

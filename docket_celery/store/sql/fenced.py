@@ -5,12 +5,12 @@ to the last one, so nothing is written where a gate has no row. On Postgres they
 statement: one round trip, and rows are locked in the order of the gates; none sees what another has changed. On
 SQLite they run one after the other under the write lock.
 
-A parameter must not have the name of a column: SQLAlchemy would set the column.
+Parameters are named as in `binds`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC
 from functools import cached_property
@@ -23,7 +23,6 @@ from sqlalchemy import (
     Delete,
     Select,
     Table,
-    Text,
     Update,
     bindparam,
     func,
@@ -31,7 +30,8 @@ from sqlalchemy import (
     select,
     true,
 )
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import insert as upsert  # SQLite's compiler takes it too
 
 from docket_celery.store.records import Checkpoint, StepExecution
 from docket_celery.store.rows import (
@@ -42,12 +42,24 @@ from docket_celery.store.rows import (
     clean_checkpoint,
     execution_values,
 )
+from docket_celery.store.sql.binds import JSON, given
 from docket_celery.store.sql.clock import now, writing
 from docket_celery.store.sql.constructs import as_array, as_json
 from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_executions
 
 Values = Mapping[str, Any]
 _POSTGRES: Any = postgresql.dialect  # names types
+
+
+def _keep(insert: Any) -> Any:
+    return insert.on_conflict_do_nothing()
+
+
+def _replace(insert: Any) -> Any:
+    names = ("output_type", "output_data", "checksum", "output_shape", "output_json", "created_at")
+    new = {name: insert.excluded[name] for name in names}
+    differs = docket_cache.c.checksum != insert.excluded.checksum
+    return insert.on_conflict_do_update(index_elements=["cache_key"], set_=new, where=differs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,69 +69,45 @@ class Rows:
     Attributes:
         columns: The columns that each row gives.
         others: The same for all rows.
-        key: What is unique, if a row may be there already.
-        replaced: The columns to replace then, with the checksum; none: the row that is there stays.
+        resolve: Says in an insert what happens to a row that is there already; default: it stays.
     """
 
     table: Table
     columns: Sequence[str]
     others: Mapping[str, ColumnElement[Any]] = field(default_factory=dict[str, ColumnElement[Any]])
-    key: Sequence[str] = ()
-    replaced: Sequence[str] = ()
+    resolve: Callable[[Any], Any] = _keep
 
     @cached_property
     def one(self) -> Any:
         """The insert of one row, for SQLite."""
-        given = {
-            name: self._as_stored(name, bindparam(name, type_=self._type(name))) for name in self.columns
-        }
-        return self._resolve(sqlite.insert(self.table).values(given | dict(self.others)))
+        values = {name: given(self.table, name, "") for name in self.columns}
+        return self.resolve(upsert(self.table).values(values | dict(self.others)))
 
     def after(self, gate: CTE) -> Any:
         """Return the insert of all rows if *gate* has one, for Postgres."""
-        arrays = [self._array(name) for name in self.columns]
+        arrays = (self._array(name) for name in self.columns)
         new = func.unnest(*arrays).table_valued(*self.columns, name=f"new_{self.table.name}").render_derived()
-        given = [self._as_stored(name, new.c[name]) for name in self.columns]
-        rows = select(*given, *self.others.values()).select_from(new.join(gate, true()))
-        return self._resolve(postgresql.insert(self.table).from_select([*self.columns, *self.others], rows))
+        values = [as_json(new.c[name]) if name in JSON else new.c[name] for name in self.columns]
+        rows = select(*values, *self.others.values()).select_from(new.join(gate, true()))
+        return self.resolve(upsert(self.table).from_select([*self.columns, *self.others], rows))
 
     def arrays(self, rows: Sequence[Values]) -> dict[str, Any]:
         """Return the parameters of `after`."""
-        return {self._bind(name): [row[name] for row in rows] for name in self.columns}
-
-    def _bind(self, name: str) -> str:
-        return f"{self.table.name}_{name}"
+        return {f"{self.table.name}_{name}": [row[name] for row in rows] for name in self.columns}
 
     def _array(self, name: str) -> ColumnElement[Any]:
-        kind: str = self._type(name).compile(_POSTGRES())
-        return as_array(bindparam(self._bind(name)), literal_column(kind))
-
-    def _type(self, name: str) -> Any:
-        return Text() if name == "output_json" else self.table.c[name].type
-
-    def _as_stored(self, name: str, value: ColumnElement[Any]) -> ColumnElement[Any]:
-        return as_json(value) if name == "output_json" else value
-
-    def _resolve(self, insert: Any) -> Any:
-        if self.replaced:
-            new = {name: insert.excluded[name] for name in self.replaced}
-            differs = self.table.c.checksum != insert.excluded.checksum
-            return insert.on_conflict_do_update(index_elements=self.key, set_=new, where=differs)
-        return insert.on_conflict_do_nothing(index_elements=self.key) if self.key else insert
+        kind: str = "TEXT" if name in JSON else self.table.c[name].type.compile(_POSTGRES())
+        return as_array(bindparam(f"{self.table.name}_{name}"), literal_column(kind))
 
 
-_STORED = (docket_cache, (*CHECKPOINT_COLUMNS, "output_json"), {"created_at": now()}, ["cache_key"])
-_OUTPUT = ["output_type", "output_data", "checksum", "output_shape", "output_json", "created_at"]
-_NEW_CHUNK = {"state": "'QUEUED'"} | dict.fromkeys(("epoch", "retries", "lost", "failed"), "0")
-_CHUNK_KEY = ["graph", "execution_id", "stage", "lo"]
-
-ADD_CHECKPOINTS, PUT_CHECKPOINTS = Rows(*_STORED), Rows(*_STORED, _OUTPUT)
+_STORED = (docket_cache, (*CHECKPOINT_COLUMNS, "output_json"), {"created_at": now()})
+ADD_CHECKPOINTS, PUT_CHECKPOINTS = Rows(*_STORED), Rows(*_STORED, _replace)
 ADD_EXECUTIONS = Rows(docket_executions, EXECUTION_COLUMNS)
+_NEW_CHUNK = {"state": "'QUEUED'"} | dict.fromkeys(("epoch", "retries", "lost", "failed"), "0")
 ADD_CHUNKS = Rows(
     docket_chunks,
-    [*_CHUNK_KEY, "hi"],
+    ("graph", "execution_id", "stage", "lo", "hi"),
     {name: literal_column(value) for name, value in _NEW_CHUNK.items()},
-    _CHUNK_KEY,
 )
 
 
@@ -152,14 +140,14 @@ class Fenced:
             rows: What is inserted then.
         """
         values = dict(values or {})
-        filled = {table: given for table, given in (rows or {}).items() if given}
+        filled = {table: each for table, each in (rows or {}).items() if each}
         if connection.dialect.name == "sqlite":
             return self._run_each(connection, values, filled)
         tables = tuple(filled)
         if tables not in self._joined:
             self._joined[tables] = self._join(tables)
-        for table, given in filled.items():
-            values |= table.arrays(given)
+        for table, each in filled.items():
+            values |= table.arrays(each)
         return connection.execute(self._joined[tables], values).mappings().first()
 
     def _run_each(
@@ -172,8 +160,8 @@ class Fenced:
                     return None
             for write in self.writes:
                 connection.execute(write, values)
-            for table, given in rows.items():
-                connection.execute(table.one, list(given))
+            for table, each in rows.items():
+                connection.execute(table.one, list(each))
             return {} if self.tells is None else connection.execute(self.tells, values).mappings().first()
 
     def _join(self, tables: Sequence[Rows]) -> Any:

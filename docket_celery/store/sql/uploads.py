@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Update, and_, case, delete, exists, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Double,
+    and_,
+    bindparam,
+    case,
+    delete,
+    exists,
+    or_,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert as upsert  # SQLite's compiler takes it too
 
 from docket_celery.errors import LeaseLost, StoreUnavailable
 from docket_celery.store.records import UNFINISHED, Checkpoint, Lease, RunRequest, RunRow, RunState
 from docket_celery.store.rows import clean_text, fence_values, lease_from, request_values
+from docket_celery.store.sql.binds import bound, is_state, matches
 from docket_celery.store.sql.clock import after, now
-from docket_celery.store.sql.constructs import insert_into
 from docket_celery.store.sql.fenced import PUT_CHECKPOINTS, Fenced, checkpoint_rows
 from docket_celery.store.sql.runs import find_run
 from docket_celery.store.sql.schema import docket_cache, docket_runs
 
 _RUNS, _CACHE = docket_runs.c, docket_cache.c
 _TRIES = 3  # for a run that is deleted between two statements: twice in a row is no accident
+_NAME = ("graph", "execution_id")
+_OF_RUN = matches(docket_cache, *_NAME)
+# Once an upload is finished, no lease holds its run.
+_HOLDS = and_(
+    matches(docket_runs, *_NAME, "epoch", "owner"),
+    is_state(docket_runs, "RUNNING", "QUEUED"),
+    _RUNS.lease_until.is_not(None),
+)
+_LEASE_S: ColumnElement[float] = bindparam("p_lease_s", type_=Double())
+_EXTEND = update(docket_runs).where(_HOLDS).values(lease_until=after(_LEASE_S))
+_SURPLUS = and_(_OF_RUN, matches(docket_cache, "step_name"), _CACHE.item_index >= bindparam("p_count"))
+_PUT = Fenced([_EXTEND])
+_CLOSE = Fenced([_EXTEND], [delete(docket_cache).where(_SURPLUS)])
 
 
 def begin_upload(connection: Connection, request: RunRequest, keep_s: float) -> Lease | RunRow:
@@ -24,73 +51,64 @@ def begin_upload(connection: Connection, request: RunRequest, keep_s: float) -> 
     run = request_values(request) | {"job_digest": UNFINISHED, "updated_at": now()}
     run |= {"lease_until": after(request.lease_s), "expires_at": after(keep_s)}
     new = {"state": RunState.QUEUED, "epoch": 1, "created_at": now(), "stage": 0, "lost": 0, "failures": 0}
-    insert = insert_into(connection, docket_runs).values(run | new)
+    insert: Any = upsert(docket_runs).values(run | new)
     is_ours = _RUNS.owner == insert.excluded.owner
     is_free = or_(_RUNS.lease_until <= now(), is_ours)
+    changed = {name: insert.excluded[name] for name in run}
     begun = insert.on_conflict_do_update(
-        index_elements=["graph", "execution_id"],
-        set_={name: insert.excluded[name] for name in run}
-        | {"epoch": case((is_ours, _RUNS.epoch), else_=_RUNS.epoch + 1)},
+        index_elements=_NAME,
+        set_=changed | {"epoch": case((is_ours, _RUNS.epoch), else_=_RUNS.epoch + 1)},
         where=and_(_RUNS.state == RunState.QUEUED, _RUNS.job_digest == UNFINISHED, is_free),
-    )
-    which = [_RUNS[name] == run[name] for name in ("graph", "execution_id", "owner")]
+    ).execution_options(preserve_rowcount=True)
+    values = bound(run)
     for _ in range(_TRIES):
         if connection.execute(begun).rowcount:
-            epoch = connection.execute(select(_RUNS.epoch).where(*which)).scalar()
+            found = select(_RUNS.epoch).where(matches(docket_runs, *_NAME, "owner"))
+            epoch = connection.execute(found, values).scalar()
             if epoch is not None:
-                lease = lease_from(request, epoch=epoch, lost=0, failures=0)
                 if epoch > 1:
-                    rest = delete(docket_cache).where(_of_run(lease), exists().where(_holds(lease)))
-                    connection.execute(rest)
-                return lease
-        found = find_run(connection, request.graph, request.execution_id)
-        if found is not None:
-            return found
+                    rest = delete(docket_cache).where(_OF_RUN, exists().where(_HOLDS))
+                    connection.execute(rest, values | {"p_epoch": epoch})
+                return lease_from(request, epoch=epoch, lost=0, failures=0)
+        row = find_run(connection, request.graph, request.execution_id)
+        if row is not None:
+            return row
     raise StoreUnavailable("reserve the run", "the run is being deleted")
 
 
 def put_items(connection: Connection, lease: Lease, items: Sequence[Checkpoint]) -> None:
     """See `BatchStore.put_items`."""
-    if Fenced([_extend(lease)]).run(connection, rows={PUT_CHECKPOINTS: checkpoint_rows(items)}) is None:
-        raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
+    _write(connection, lease, _PUT, items)
 
 
 def close_items(
     connection: Connection, lease: Lease, name: str, count: int, rows: Sequence[Checkpoint]
 ) -> None:
     """See `BatchStore.close_items`."""
-    is_surplus = and_(_of_run(lease), _CACHE.step_name == clean_text(name), _CACHE.item_index >= count)
-    close = Fenced([_extend(lease)], [delete(docket_cache).where(is_surplus)])
-    if close.run(connection, rows={PUT_CHECKPOINTS: checkpoint_rows(rows)}) is None:
+    _write(connection, lease, _CLOSE, rows, step_name=clean_text(name), count=count)
+
+
+def _write(
+    connection: Connection, lease: Lease, statement: Fenced, rows: Sequence[Checkpoint], **values: Any
+) -> None:
+    values |= fence_values(lease) | {"lease_s": lease.lease_s}
+    if statement.run(connection, bound(values), {PUT_CHECKPOINTS: checkpoint_rows(rows)}) is None:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
 
 
 def finish_upload(connection: Connection, lease: Lease, digest: bytes, keep_s: float) -> None:
     """See `BatchStore.finish_upload`."""
-    finished = (
-        update(docket_runs)
-        .where(_holds(lease), _RUNS.state == RunState.QUEUED)
-        .values(job_digest=digest, lease_until=None, epoch=0, updated_at=now(), expires_at=after(keep_s))
-    )
-    if connection.execute(finished).rowcount:
+    changes = {
+        "job_digest": digest,
+        "lease_until": None,
+        "epoch": 0,
+        "updated_at": now(),
+        "expires_at": after(keep_s),
+    }
+    finished = update(docket_runs).where(_HOLDS, is_state(docket_runs, "QUEUED")).values(changes)
+    values = bound(fence_values(lease))
+    if connection.execute(finished, values).rowcount:
         return
-    fence = fence_values(lease)
-    ours = [_RUNS[name] == fence[name] for name in ("graph", "execution_id", "owner")]
-    if connection.execute(select(1).where(*ours, _RUNS.job_digest == digest)).first() is None:
+    is_finished = and_(matches(docket_runs, *_NAME, "owner"), _RUNS.job_digest == digest)
+    if connection.execute(select(1).where(is_finished), values).first() is None:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
-
-
-def _extend(lease: Lease) -> Update:
-    return update(docket_runs).where(_holds(lease)).values(lease_until=after(lease.lease_s))
-
-
-def _holds(lease: Lease) -> ColumnElement[bool]:
-    """Return whether *lease* holds its run; once the upload is finished, none does."""
-    same = (_RUNS[name] == value for name, value in fence_values(lease).items())
-    states = [RunState.RUNNING, RunState.QUEUED]
-    return and_(*same, _RUNS.state.in_(states), _RUNS.lease_until.is_not(None))
-
-
-def _of_run(lease: Lease) -> ColumnElement[bool]:
-    fence = fence_values(lease)
-    return and_(_CACHE.graph == fence["graph"], _CACHE.execution_id == fence["execution_id"])
