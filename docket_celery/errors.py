@@ -27,7 +27,7 @@ from __future__ import annotations
 import contextlib
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, TypeVar, cast, dataclass_transform
 
@@ -37,6 +37,8 @@ MAX_CAUSE_CHARS = 4000
 """Most characters of a cause's text or traceback that a `StepFailed` or `AbortError` carries."""
 MAX_OTHER_TRACES = 5
 """Most tracebacks of further steps that failed in the same run which a `StepFailed` shows."""
+_KINDS: Final[dict[str, type[DocketError]]] = {}
+"""The classes of this module by their codes."""
 _PACKAGE: Final = os.path.dirname(__file__) + os.sep
 
 
@@ -50,7 +52,10 @@ class DocketError(Exception):
     code: ClassVar[str] = "DC000"
 
     def __init_subclass__(cls, code: str | None = None) -> None:
-        cls.code = cls.code if code is None else code
+        if code is not None:
+            cls.code = code
+            if cls.__module__ == __name__:
+                _KINDS[code] = cls
 
     def describe(self) -> str:
         """Return what happened, which thing it concerns and what to do, without the code."""
@@ -62,6 +67,9 @@ class DocketError(Exception):
     def __repr__(self) -> str:
         # Celery's log, its events and so Flower show an error's repr, not its text.
         return f"<{type(self).__name__} {self}>"
+
+
+_KINDS[DocketError.code] = DocketError
 
 
 @dataclass_transform(eq_default=False)
@@ -537,20 +545,11 @@ def to_record(error: DocketError) -> dict[str, Any]:
 
 def from_record(record: dict[str, Any]) -> DocketError:
     """Build the error that `to_record` described; an unknown code gives a plain `DocketError`."""
-    code, args = record.get("code"), record.get("args", [])
-    for kind in _family(DocketError):
-        if kind.code == code and kind.__module__ == __name__:
-            # A user's subclass may have fields of its own, and so may another release.
-            with contextlib.suppress(TypeError):
-                return kind(*args)
-            break
-    return DocketError(str(code), *args)
-
-
-def _family(kind: type[DocketError]) -> Iterator[type[DocketError]]:
-    yield kind
-    for child in kind.__subclasses__():
-        yield from _family(child)
+    code, args = str(record.get("code")), record.get("args", [])
+    # A user's subclass may have its code or other fields, and so may another release.
+    with contextlib.suppress(KeyError, TypeError):
+        return _KINDS[code](*args)
+    return DocketError(code, *args)
 
 
 def type_path(kind: type) -> str:

@@ -231,8 +231,7 @@ class Registry:
         keys, batch = given_keys(given, "plan")
         if not given:
             wiring = self._read()
-            sources = dict.fromkeys(key for step in wiring.steps for key in step.inputs)
-            keys = tuple(key for key in sources if key not in wiring.producers)
+            keys = tuple(dict.fromkeys(key for _, key in wiring.missing(wiring.steps, ())))
             batch = next((key for key in keys if key in wiring.gathered()), None)
         return self.compiled(wanted, keys, batch, collects=collected is not None)
 
