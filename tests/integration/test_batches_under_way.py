@@ -6,6 +6,7 @@ import json
 import pickle
 import time
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from tests.integration.apps.paced import let_go, movies
 from tests.integration.apps.serving import Urls, connected, drop_queue, query, serving, unique
 
 pytestmark = pytest.mark.integration
+ROOT = Path(__file__).parents[2]
 WAIT_S = 30
 # Short, so that what hangs on heartbeats and sweeps takes seconds.
 ENV = {"DOCKET_CELERY_LEASE_SECONDS": "2", "DOCKET_CELERY_THREADS": "4"}
@@ -194,6 +196,12 @@ def test_running_chunks_begin_nothing_more_when_another_one_fails(journals: Jour
     assert sorted(map(int, journals.read(f"{run}/began"))) == sorted([*range(60), 0])
 
 
+def documented_query() -> str:
+    """Return the query that the page about batches shows."""
+    page = (ROOT / "docs" / "batches.md").read_text(encoding="utf-8")
+    return page.split("```sql\n")[1].split("```")[0]
+
+
 # --- progress ----------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +221,7 @@ def test_the_promise_tells_how_far_the_batch_is(journals: Journals, urls: Urls) 
     elsewhere = paced.look_at_all.AsyncResult(sent.id)
     assert elsewhere.progress(run) == Progress(done=2, total=6)
     assert elsewhere.progress() is None
+    assert (run, "2", "6") in query(urls, documented_query())
     let_go(urls, run, 4)
     assert len(sent.get(timeout=WAIT_S)) == 6
     assert sent.state == "SUCCESS"

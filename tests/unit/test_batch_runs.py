@@ -37,7 +37,7 @@ from docket_celery.errors import (
 )
 from docket_celery.observe.events import Event, EventKind
 from docket_celery.plan.annotation import ValueKey
-from docket_celery.plan.batch import BatchPolicy
+from docket_celery.plan.batch import BatchPolicy, BatchResult
 from docket_celery.store.records import Checkpoint, Progress, RunRow, RunState
 from examples.documents.documents_pb2 import Document, DocumentSummary
 from examples.documents.graph import document_graph
@@ -414,6 +414,23 @@ def test_a_stored_result_names_the_job_as_the_row_does(tmp_path: Path, codec: Co
             assert isinstance(batch, StoredBatch)
             assert batch.items.job_digest == row.job_digest
             assert [each.original for each in cast("list[EnrichedMovie]", batch.load())] == ITEMS
+
+
+def test_a_page_leaves_out_what_failed_as_the_whole_result_does(store: SQLStore) -> None:
+    """An item may have failed in a step beside the one that made its result, which is stored."""
+    hands = Hands(graph_with("rate", "total", "place"), store, EnrichedMovie)
+    hands.open(ITEMS)
+    for lo in (0, 2, 4):
+        hands.work(1, lo)
+    errors = {1: StepFailed("check", 1, False, ["builtins.ValueError"], "no")}
+    items = StoredItems(
+        store=store, graph="changing", execution_id=RUN, names=("rate",), kind=EnrichedMovie, total=6
+    )
+    batch = StoredBatch(items=items, collects=True, errors=errors)
+    whole = batch.load()
+    assert isinstance(whole, BatchResult)
+    for results in (batch.page(0), whole.results):
+        assert [each is None for each in results] == [False, True, False, False, False, False]
 
 
 def test_a_page_of_failed_items_is_not_read_from_another_run(store: SQLStore) -> None:

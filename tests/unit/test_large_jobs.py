@@ -45,7 +45,7 @@ from docket_celery.store.records import Lease, Purged, RunEnd, RunRequest, RunSt
 from docket_celery.task.envelope import Undecodable
 from docket_celery.task.large_jobs import ask, give_up, receive, refer, send, wait_s, wrap
 from docket_celery.task.references import RESULT, Stored
-from tests.unit.protos.shop_pb2 import Label, Money, Order
+from tests.unit.protos.shop_pb2 import Label, Money, Order, Payment
 
 SIZE = 2 * 1024 * 1024
 BIG = Label(text="x" * SIZE)
@@ -438,6 +438,10 @@ def test_a_reference_shows_no_content_where_it_arrives() -> None:
     made = refer(asked(repeat_label, "o-1", b"d" * 32), Label(text="abc"))
     assert repr(made) == "Label(text='abc')"
     assert repr(loads(dumps(made))) == "<Stored job docket.tests.unit.Label of run 'o-1', 5 bytes>"
+    secret = refer(asked(repeat_label, "o-1", b"d" * 32), Payment(card_number="4111", note="n" * 5000))
+    for text in (repr(secret), dumps(secret), repr(loads(dumps(secret)))):
+        assert "4111" not in text
+        assert len(text) < 300
 
 
 def test_a_delay_is_known_from_the_options() -> None:
