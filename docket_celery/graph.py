@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from docket_celery.engine.checkpointing import find_entry, forget
 from docket_celery.engine.handles import StartedRun
 from docket_celery.engine.overrides import overrides
-from docket_celery.engine.process.loops import CallerLoop
+from docket_celery.engine.process.loops import StepLoop
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
 from docket_celery.engine.run import Run
@@ -103,7 +103,7 @@ class Graph(Registry):
             DocketError: As from `execute`.
         """
         plan = self.plan_for(value_key(target, "aexecute"), inputs)
-        submission, loop = _submission(self, "aexecute", options), CallerLoop(asyncio.get_running_loop())
+        submission, loop = _submission(self, "aexecute", options), StepLoop(asyncio.get_running_loop())
         run = self.prepare(plan, inputs, submission, store=options.get("store"), loop=loop)
         return read_value(await run_on_loop(run, loop), target)
 
@@ -277,7 +277,7 @@ class Graph(Registry):
         settings: Settings | None = None,
         *,
         store: Store | None = None,
-        loop: CallerLoop | None = None,
+        loop: StepLoop | None = None,
     ) -> Run:
         """Return the run of one delivery, not begun.
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.process.loops import CallerLoop, is_loop_thread
+from docket_celery.engine.process.loops import StepLoop, is_loop_thread
 from docket_celery.engine.process.state import process
 from docket_celery.engine.run import Run
 from docket_celery.engine.run_context import RunOutcome
@@ -68,7 +68,7 @@ def run_here(run: Run) -> RunOutcome:
             run.inline.close()
 
 
-async def run_on_loop(run: Run, loop: CallerLoop) -> RunOutcome:
+async def run_on_loop(run: Run, loop: StepLoop) -> RunOutcome:
     """Start *run* and wait for its end without blocking the running loop.
 
     Raises:

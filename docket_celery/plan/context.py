@@ -45,7 +45,7 @@ class Cancellation:
 
     def is_set(self) -> bool:
         """Tell whether it was cancelled."""
-        return self._error is not None
+        return self.error is not None
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait up to *timeout* seconds (None: for ever) and return `is_set`."""

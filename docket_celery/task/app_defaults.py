@@ -69,7 +69,8 @@ def configure(app: Celery) -> tuple[Change, ...]:
         InvalidSettings: A ``docket_*`` setting of the app cannot be used.
     """
     app_settings.check_settings(app)
-    changes = [change for change in _WANTED if not _is_set(app, change.key)]
+    conf: Any = app.conf
+    changes = [change for change in _WANTED if not conf.value_set_for(change.key)]
     options = dict(app.conf.broker_transport_options or {})
     missing = {key: value for key, value in _REDIS.items() if key not in options}
     if missing and _uses_redis(app):
@@ -79,13 +80,6 @@ def configure(app: Celery) -> tuple[Change, ...]:
     defaults = {change.key: change.value for change in changes if change.key != "broker_transport_options"}
     app.add_defaults(lambda: defaults)
     return tuple(changes)
-
-
-def _is_set(app: Celery, key: str) -> bool:
-    """Tell whether the user set *key*, be it to Celery's own default, under a namespace or by its old name."""
-    conf: Any = app.conf
-    # The last layer holds Celery's own defaults.
-    return key in type(conf)({}, conf.maps[:-1], keys=conf._keys, prefix=conf.prefix)
 
 
 def _uses_redis(app: Celery) -> bool:

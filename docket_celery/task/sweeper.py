@@ -12,7 +12,7 @@ import random
 import struct
 import threading
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from celery import Celery, _state, bootsteps, signals
 from celery.exceptions import OperationalError
@@ -171,18 +171,25 @@ class SweeperStep(bootsteps.StartStopStep):
     """Begins and ends the sweeper of a worker; Celery's signal tells of a warm shutdown only.
 
     Under prefork the children sweep, with the schedule that is made here before any of them is forked.
+
+    Attributes:
+        schedule: That of the worker of this process.
+        sweeper: That of this process, if it sweeps now.
     """
+
+    schedule: ClassVar[Schedule | None] = None
+    sweeper: ClassVar[Sweeper | None] = None
 
     requires = ("celery.worker.components:Pool",)
 
     def __init__(self, parent: Any, **kwargs: Any) -> None:
         super().__init__(parent, **kwargs)
         _end()  # that of an earlier worker in this process
-        _this_process.schedule = Schedule()
+        SweeperStep.schedule = Schedule()
 
     def start(self, parent: Any) -> None:
         """Begin where tasks run in the main process; that of a prefork pool runs no SQL."""
-        if not this_worker.forks and _this_process.sweeper is None:
+        if not this_worker.forks and SweeperStep.sweeper is None:
             _begin(parent.app)
 
     def stop(self, parent: Any) -> None:  # noqa: ARG002 -- Celery's signature
@@ -190,17 +197,6 @@ class SweeperStep(bootsteps.StartStopStep):
         _end()
 
     terminate = stop
-
-
-class _ThisProcess:
-    """The sweeper of this process, and the schedule that it shares with its worker's other processes."""
-
-    def __init__(self) -> None:
-        self.sweeper: Sweeper | None = None
-        self.schedule: Schedule | None = None
-
-
-_this_process = _ThisProcess()
 
 
 def connect(app: Celery) -> None:
@@ -218,11 +214,11 @@ def _on_process_init(**_: Any) -> None:
 
 def _begin(app: Celery) -> None:
     _end()
-    _this_process.sweeper = Sweeper(app, _this_process.schedule or Schedule())
-    _this_process.sweeper.start()
+    SweeperStep.sweeper = Sweeper(app, SweeperStep.schedule or Schedule())
+    SweeperStep.sweeper.start()
 
 
 def _end(**_: Any) -> None:
-    if _this_process.sweeper is not None:
-        _this_process.sweeper.stop()
-        _this_process.sweeper = None
+    if SweeperStep.sweeper is not None:
+        SweeperStep.sweeper.stop()
+        SweeperStep.sweeper = None

@@ -30,8 +30,8 @@ def connect(app: Celery) -> None:
     app.on_after_finalize.connect(_on_after_finalize, weak=False)
     # Celery connects a receiver once, however many apps there are.
     signals.worker_init.connect(_on_worker_init, weak=False)
-    signals.worker_process_shutdown.connect(_on_process_shutdown, weak=False)
-    signals.worker_shutdown.connect(_on_worker_shutdown, weak=False)
+    signals.worker_process_shutdown.connect(_on_shutdown, weak=False)
+    signals.worker_shutdown.connect(_on_shutdown, weak=False)
     sweeper.connect(app)
 
 
@@ -80,11 +80,7 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
         )
 
 
-def _on_process_shutdown(**_: Any) -> None:
-    """Close what factories have built in this process: a prefork child leaves without Python's own exit."""
-    process.close_instances()
-
-
-def _on_worker_shutdown(**_: Any) -> None:
+def _on_shutdown(**_: Any) -> None:
+    """Close what is open in this process: a prefork child leaves without Python's own exit."""
     process.close_instances()
     process.close_stores()

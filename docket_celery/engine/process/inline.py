@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
-from docket_celery.engine.process import loops
+from docket_celery.engine.process.loops import OnEnd, StepLoop
 from docket_celery.engine.process.pool import Pool
 from docket_celery.engine.process.runtime import Runtime
 from docket_celery.engine.process.timer import Clock, Timer, system_clock
@@ -29,15 +29,15 @@ _LOOP_FAULT = (
 )
 
 
-class InlineLoop:
+class InlineLoop(StepLoop):
     """A private asyncio loop that runs one ``async def`` step at a time, to its end."""
 
     def __init__(self, runtime: InlineRuntime) -> None:
+        super().__init__(runtime.clock.new_loop())
         self._runtime = runtime
-        self._loop: asyncio.AbstractEventLoop | None = None
 
-    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: loops.OnEnd) -> Future[Any]:
-        """Keep *coroutine* for the calling thread; cancelling the future cancels it. *on_end* as for `loops.submit`.
+    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd = lambda: None) -> Future[Any]:
+        """Keep *coroutine* for the calling thread; otherwise as for `StepLoop`.
 
         Raises:
             InvalidSettings: A loop runs on this thread already, which cannot run another one.
@@ -45,34 +45,29 @@ class InlineLoop:
         if asyncio._get_running_loop() is not None:
             coroutine.close()
             raise InvalidSettings("docket_threads", _LOOP_FAULT)
-        if self._loop is None:
-            self._loop = self._runtime.clock.new_loop()
         ended = self._loop.create_future()
 
         def end() -> None:
             ended.set_result(None)
             on_end()
 
-        future = loops.submit(self._loop, coroutine, end)
-        self._runtime.pool.submit(functools.partial(self._drive, self._loop, future, ended))
+        future = super().submit(coroutine, end)
+        self._runtime.pool.submit(functools.partial(self._drive, future, ended))
         return future
 
     def close(self) -> None:
-        """Close the loop, if a step needed one."""
-        if self._loop is not None:
+        """Close the loop."""
+        if asyncio._get_running_loop() is None:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-            self._loop.close()
-            self._loop = None
+        self._loop.close()
 
-    def _drive(
-        self, loop: asyncio.AbstractEventLoop, future: Future[Any], ended: asyncio.Future[None]
-    ) -> None:
+    def _drive(self, future: Future[Any], ended: asyncio.Future[None]) -> None:
         try:
-            loop.run_until_complete(self._watch(ended))
+            self._loop.run_until_complete(self._watch(ended))
         except BaseException:
             # Ctrl-C came while the loop waited: the step sees its cancellation before the run ends.
             future.cancel()
-            loop.run_until_complete(asyncio.wait([ended]))
+            self._loop.run_until_complete(asyncio.wait([ended]))
             raise
 
     async def _watch(self, ended: asyncio.Future[None]) -> None:
@@ -89,15 +84,9 @@ class InlineRuntime(Runtime):
 
     def __init__(self, clock: Clock = system_clock) -> None:
         self.clock = clock
-        self.pool, self.timer = Pool(0), Timer(clock, threaded=False)
+        super().__init__(Pool(0), Timer(clock, threaded=False), lambda: InlineLoop(self))
         self._thread = threading.get_ident()
-        self._own_loop = InlineLoop(self)
         self._ringing = False
-
-    @property
-    def loop(self) -> loops.StepLoop:
-        """The loop for ``async def`` steps."""
-        return self._own_loop
 
     def catch_up(self) -> None:
         """Make the timer's calls that are due, if this is the run's thread."""
@@ -122,10 +111,6 @@ class InlineRuntime(Runtime):
         left = self.timer.wait_s()
         return _IDLE_WAIT_S if left is None else min(self.clock.most_wait_s, left)
 
-    def close(self) -> None:
-        """Close the loop."""
-        self._own_loop.close()
-
 
 class InlineCancellation(Cancellation):
     """Looks at the clock whenever it is asked: no other thread raises it while a step has this one."""
@@ -149,10 +134,6 @@ class InlineCancellation(Cancellation):
         """Why it was cancelled, or None."""
         self._runtime.catch_up()
         return self._error
-
-    def is_set(self) -> bool:
-        """Tell whether it was cancelled."""
-        return self.error is not None
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait up to *timeout* seconds (None: for ever) and return `is_set`."""

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Any
 
 from docket_celery.engine.process.hooks import StepThread
 
@@ -21,56 +21,8 @@ def is_loop_thread() -> bool:
     return isinstance(threading.current_thread(), _LoopOwner)
 
 
-def submit(
-    loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd
-) -> Future[Any]:
-    """Do what `asyncio.run_coroutine_threadsafe` does, which has no way to learn of the end of its task.
-
-    Args:
-        loop: Where to run it.
-        coroutine: What to run.
-        on_end: Called when it has really ended, which is later than the future's cancellation.
-    """
-    future: Future[Any] = Future()
-
-    def begin() -> None:
-        if future.cancelled():
-            coroutine.close()
-            on_end()
-            return
-        task = loop.create_task(coroutine)
-        task.add_done_callback(ended)
-        future.add_done_callback(lambda future: cancel(task) if future.cancelled() else None)
-
-    def cancel(task: asyncio.Task[Any]) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(task.cancel)
-
-    def ended(task: asyncio.Task[Any]) -> None:
-        on_end()
-        if task.cancelled():
-            future.cancel()
-        elif future.set_running_or_notify_cancel():
-            error = task.exception()
-            if error is None:
-                future.set_result(task.result())
-            else:
-                future.set_exception(error)
-
-    loop.call_soon_threadsafe(begin)
-    return future
-
-
-class StepLoop(Protocol):
-    """Where ``async def`` steps run."""
-
-    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd) -> Future[Any]:
-        """Run *coroutine*; cancelling the future cancels it. *on_end* as for `loops.submit`."""
-        ...
-
-
-class CallerLoop:
-    """The running asyncio loop of the caller, for the ``async def`` steps of ``aexecute``.
+class StepLoop:
+    """An asyncio loop on which ``async def`` steps run, and whose thread is another than the caller's.
 
     Args:
         loop: The loop; it outlives the run, or the run is being cancelled with it.
@@ -79,17 +31,51 @@ class CallerLoop:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
 
-    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd) -> Future[Any]:
-        """Run *coroutine* on the loop.
+    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd = lambda: None) -> Future[Any]:
+        """Do what `asyncio.run_coroutine_threadsafe` does, which has no way to learn of the end of its task.
+
+        Args:
+            coroutine: What to run; cancelling the future cancels it.
+            on_end: Called when it has really ended, which is later than the future's cancellation.
 
         Raises:
             RuntimeError: The loop is closed.
         """
+        future: Future[Any] = Future()
+
+        def begin() -> None:
+            if future.cancelled():
+                coroutine.close()
+                on_end()
+                return
+            task = self._loop.create_task(coroutine)
+            task.add_done_callback(ended)
+            future.add_done_callback(lambda future: cancel(task) if future.cancelled() else None)
+
+        def cancel(task: asyncio.Task[Any]) -> None:
+            if not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(task.cancel)
+
+        def ended(task: asyncio.Task[Any]) -> None:
+            on_end()
+            if task.cancelled():
+                future.cancel()
+            elif future.set_running_or_notify_cancel():
+                error = task.exception()
+                if error is None:
+                    future.set_result(task.result())
+                else:
+                    future.set_exception(error)
+
         try:
-            return submit(self._loop, coroutine, on_end)
+            self._loop.call_soon_threadsafe(begin)
         except RuntimeError:
             coroutine.close()
             raise
+        return future
+
+    def close(self) -> None:
+        """Do nothing: the loop is the caller's."""
 
     def tell(self, call: Callable[[], object]) -> None:
         """Make *call* on the loop's thread; a closed loop is left alone, as nobody waits on it."""
@@ -104,18 +90,14 @@ class _LoopOwner(StepThread):
     """The thread of a `LoopThread`."""
 
 
-class LoopThread:
-    """An asyncio loop on a thread of its own, for ``async def`` steps outside ``aexecute``."""
+class LoopThread(StepLoop):
+    """A loop on a thread of its own, for ``async def`` steps outside ``aexecute``."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        super().__init__(asyncio.new_event_loop())
         self._closing = False
         self._thread = _LoopOwner(self._run, "docket-loop")
         self._thread.start()
-
-    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd = lambda: None) -> Future[Any]:
-        """Run *coroutine* on the loop."""
-        return submit(self._loop, coroutine, on_end)
 
     def close(self) -> None:
         """Cancel what runs on the loop, stop it and wait for its thread."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
 from docket_celery.engine.process.loops import LoopThread, StepLoop
 from docket_celery.engine.process.pool import Pool
@@ -14,7 +15,12 @@ _LATER_S = 1.0
 
 
 class Runtime:
-    """The pool, timer and loop of one process.
+    """A pool, a timer and a loop.
+
+    Args:
+        pool: Runs steps and SQL.
+        timer: For backoffs and deadlines.
+        make_loop: Makes the loop for ``async def`` steps.
 
     Attributes:
         inline: Everything happens on the calling thread.
@@ -22,10 +28,9 @@ class Runtime:
 
     inline = False
 
-    def __init__(self, threads: int) -> None:
-        self.pool = Pool(threads)
-        self.timer = Timer()
-        self._loop: LoopThread | None = None
+    def __init__(self, pool: Pool, timer: Timer, make_loop: Callable[[], StepLoop] = LoopThread) -> None:
+        self.pool, self.timer, self._make_loop = pool, timer, make_loop
+        self._loop: StepLoop | None = None
         self._lock = threading.Lock()
 
     def submit_or_retry(self, work: Work) -> None:
@@ -47,7 +52,7 @@ class Runtime:
         """The loop for ``async def`` steps, made on first use."""
         with self._lock:
             if self._loop is None:
-                self._loop = LoopThread()
+                self._loop = self._make_loop()
             return self._loop
 
     def close(self) -> None:

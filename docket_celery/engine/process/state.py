@@ -12,8 +12,10 @@ from weakref import WeakKeyDictionary
 from docket_celery.engine.process.heartbeat import Heartbeat
 from docket_celery.engine.process.instances import Factory
 from docket_celery.engine.process.limits import Slots
+from docket_celery.engine.process.pool import Pool
 from docket_celery.engine.process.runtime import Runtime
 from docket_celery.engine.process.settings import Settings, check_environment
+from docket_celery.engine.process.timer import Timer
 from docket_celery.plan.step import Mark, Step
 from docket_celery.store.codec import Codec
 from docket_celery.store.contract import Store
@@ -116,7 +118,7 @@ class Process:
             with self.lock:
                 found = self._runtimes.get(threads)
                 if found is None:
-                    found = self._runtimes[threads] = Runtime(threads)
+                    found = self._runtimes[threads] = Runtime(Pool(threads), Timer())
         return found
 
     def heartbeat(self, store: Store) -> Heartbeat:
