@@ -26,7 +26,7 @@ from docket_celery.plan.batch import BatchPolicy, BatchResult, OnError
 from docket_celery.plan.messages import Value
 from docket_celery.plan.mutation import checked
 from docket_celery.plan.options import Seconds, StepOptions, to_seconds
-from docket_celery.plan.override import overriding_of
+from docket_celery.plan.override import overridings
 from docket_celery.plan.plan import Plan
 from docket_celery.plan.registry import Registry, value_key
 from docket_celery.store.contract import BatchStore, Store
@@ -310,7 +310,7 @@ class Graph(Registry):
         Raises:
             StoreMissing, InvalidSettings: As from `find_store`, if the plan persists.
         """
-        if not plan.fans_out or overrides() is not None or overriding_of(self) is not None:
+        if not plan.fans_out or overrides() is not None or self in overridings():
             return None
         found = self.find_store(plan, settings) if plan.persists else self.choose_store(settings)
         return found if isinstance(found, BatchStore) and found.persistent else None

@@ -41,11 +41,8 @@ class Overrides:
 
 _NOTHING = Overrides()
 _current: ContextVar[Overrides | None] = ContextVar("docket_celery_overrides", default=None)
-
-
-def overrides() -> Overrides | None:
-    """Return what surrounds the caller, or None."""
-    return _current.get()
+overrides = _current.get
+"""Return what surrounds the caller, or None."""
 
 
 @contextmanager

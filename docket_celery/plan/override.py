@@ -60,17 +60,14 @@ class Overriding:
 _overriding: ContextVar[Mapping[object, Overriding]] = ContextVar(
     "docket_celery_overriding", default=MappingProxyType({})
 )
-
-
-def overriding_of(graph: object) -> Overriding | None:
-    """Return what stands in for steps of *graph* where this is called, or None."""
-    return _overriding.get().get(graph)
+overridings = _overriding.get
+"""Return what stands in for steps where this is called, by graph."""
 
 
 @contextmanager
 def overriding(graph: object, steps: Mapping[str, Step]) -> Generator[None]:
     """Put *steps* in the place of those of *graph* for what this thread or asyncio task does in the block."""
-    outer = overriding_of(graph)
+    outer = overridings().get(graph)
     inner = Overriding({**(outer.steps if outer else {}), **steps})
     token = _overriding.set({**_overriding.get(), graph: inner})
     try:

@@ -60,6 +60,7 @@ class Plan:
         stages: The same steps cut at the aggregates, in order; empty where nothing fans out.
         batch: Which of the given values is a batch, one item after the other.
         collects: The target is made for each item of a fan-out, and wanted as a list.
+        fans_out: A stage runs for each item of a batch or of a step's output.
     """
 
     graph: str
@@ -74,17 +75,13 @@ class Plan:
     stages: tuple[Stage, ...] = ()
     batch: ValueKey | None = None
     collects: bool = False
+    fans_out: bool = False
 
     def __iter__(self) -> Iterator[str]:
         return (planned.step.name for planned in self.steps)
 
     def __len__(self) -> int:
         return len(self.steps)
-
-    @property
-    def fans_out(self) -> bool:
-        """Whether a stage runs for each item of a batch or of a step's output."""
-        return any(stage.fan_out is not None for stage in self.stages)
 
     @property
     def levels(self) -> tuple[tuple[str, ...], ...]:

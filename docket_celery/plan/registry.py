@@ -17,7 +17,7 @@ from docket_celery.plan.override import (
     Substitute,
     find_step,
     overriding,
-    overriding_of,
+    overridings,
     read_overrides,
 )
 from docket_celery.plan.plan import Plan
@@ -251,9 +251,13 @@ class Registry:
             batch: Which of *given* comes as a list, item by item.
             collects: The target is wanted for each item.
         """
-        wiring, replaced = self._read(), overriding_of(self)
+        wiring, replaced = self._read(), overridings().get(self)
         wiring = wiring if replaced is None else replaced.rewired(wiring)
-        return compile_asked(wiring, Asked(target, given, batch, collects))
+        asked = Asked(target, given, batch, collects)
+        found: Plan | None = wiring.plans.get(asked)
+        if found is None:
+            found = wiring.plans[asked] = compile_asked(wiring, asked)
+        return found
 
     def unplanned(self, plans: Iterable[Plan]) -> list[Step]:
         """Return the steps that are in none of *plans*.
@@ -301,7 +305,7 @@ class Registry:
             found = find_step(self._read(), key)
         except SignatureFault as fault:
             raise InvalidArguments(f"graph {self.name!r}", f"{key!r}: {fault}") from None
-        replaced = overriding_of(self)
+        replaced = overridings().get(self)
         return found if replaced is None else replaced.steps.get(found.name, found)
 
     def _read(self) -> Wiring:

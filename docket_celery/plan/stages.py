@@ -39,19 +39,12 @@ class Asked(NamedTuple):
 
 
 def compile_asked(wiring: Wiring, asked: Asked) -> Plan:
-    """Return the plan for what is asked, cut into stages if something fans out; compiled once.
+    """Return the plan for what is asked, cut into stages if something fans out.
 
     Raises:
         GraphError: The graph has faults, a needed value has no producer, or a step cannot be staged.
         InvalidArguments: A type is given twice.
     """
-    found: Plan | None = wiring.plans.get(asked)
-    if found is None:
-        found = wiring.plans[asked] = _compile(wiring, asked)
-    return found
-
-
-def _compile(wiring: Wiring, asked: Asked) -> Plan:
     given = set(asked.given)
     if len(given) != len(asked.given):
         twice = next(key for key in asked.given if asked.given.count(key) > 1)
@@ -74,7 +67,8 @@ def _compile(wiring: Wiring, asked: Asked) -> Plan:
     if faults:
         raise GraphError(wiring.graph, faults)
     stages = levels.stages(steps, (), [asked.target])
-    return replace(plan, stages=stages, batch=asked.batch, collects=asked.collects)
+    fans_out = any(stage.fan_out is not None for stage in stages)
+    return replace(plan, stages=stages, batch=asked.batch, collects=asked.collects, fans_out=fans_out)
 
 
 def find_faults(wiring: Wiring, given: Sequence[ValueKey], batch: ValueKey | None) -> list[str]:

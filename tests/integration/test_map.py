@@ -20,7 +20,7 @@ from tests.unit.protos.shop_pb2 import Order
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
 NOT_ENTERED = {"chords", "large_jobs", "references", "upload"}
 MOST_AT_SUBMIT = 7
-MOST_IN_WORKER = 43
+MOST_IN_WORKER = 40
 MAP = ROOT / "docs" / "contributing" / "map.md"
 
 
@@ -31,6 +31,11 @@ def told(heading: str) -> list[str]:
         name.removesuffix(".py").strip("/")
         for name in re.findall(r"^\d+\. `([\w./]+)`", section, re.MULTILINE)
     ]
+
+
+def without_heartbeat(modules: list[str]) -> list[str]:
+    """Return *modules* without those that another thread enters at any moment."""
+    return [name for name in modules if name not in {"engine/process/heartbeat", "engine/process/timer"}]
 
 
 def read(file: Path) -> list[recorder.Record]:
@@ -72,9 +77,12 @@ def recorded(start_worker: StartWorker, connect_app: Callable[[Celery], Celery],
 
 
 def test_the_map_lists_the_modules_that_a_job_enters_in_their_order(recorded: Recorded) -> None:
-    """Whoever changes the path writes the new one down."""
+    """All but those of the thread that extends leases, which looks when it is due; a new path is written down."""
     submitting, entered = recorded.submitted, recorded.ran.modules
-    assert (told("Submitting"), told("Running")) == (submitting.modules, entered)
+    assert (told("Submitting"), without_heartbeat(told("Running"))) == (
+        submitting.modules,
+        without_heartbeat(entered),
+    )
 
 
 def test_an_ordinary_job_enters_few_modules_and_calls_downward_only(recorded: Recorded) -> None:
