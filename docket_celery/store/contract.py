@@ -118,12 +118,7 @@ class Store(Protocol):
         ...
 
     def publish(
-        self,
-        checkpoint: Checkpoint,
-        owner: str,
-        execution: StepExecution | None,
-        *,
-        replace: bool = False,
+        self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None, *, replace: bool = False
     ) -> Checkpoint:
         """Store a GLOBAL checkpoint, replace an expired one, drop *owner*'s claim.
 

@@ -177,12 +177,7 @@ class MemoryStore:
             return True
 
     def publish(
-        self,
-        checkpoint: Checkpoint,
-        owner: str,
-        execution: StepExecution | None,
-        *,
-        replace: bool = False,
+        self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None, *, replace: bool = False
     ) -> Checkpoint:
         """See `Store.publish`."""
         with self._lock:

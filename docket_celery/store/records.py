@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
 
@@ -280,13 +280,7 @@ class Purged:
         return self != Purged()
 
     def __add__(self, other: Purged) -> Purged:
-        return Purged(
-            runs=self.runs + other.runs,
-            checkpoints=self.checkpoints + other.checkpoints,
-            executions=self.executions + other.executions,
-            chunks=self.chunks + other.chunks,
-            claims=self.claims + other.claims,
-        )
+        return Purged(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
 
 UNFINISHED = b"\0" * 32

@@ -1,4 +1,4 @@
-"""What every store does alike: clean text, stamp and check checksums, and decide who may take a run."""
+"""What every store does alike: clean text, turn records into rows and back, stamp and check checksums."""
 
 from __future__ import annotations
 

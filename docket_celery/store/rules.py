@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from docket_celery.store.records import (
-    ChunkRefusal,
-    ChunkStop,
-    Halt,
-    RunRequest,
-    RunState,
-)
+from docket_celery.store.records import ChunkRefusal, ChunkStop, Halt, RunRequest, RunState
 from docket_celery.store.rows import Row
 
 QUEUE_PATIENCE = 10

@@ -75,11 +75,7 @@ ERROR = Place("error", _RUN, "the error of run {1!r}")
 _RESULT = Place("result", (*_RUN, "target"), "the result of run {1!r} of graph {0!r}")
 _CHUNK = Place("chunk errors", (*_RUN, "chunk"), "the errors of a chunk of run {1!r}")
 _OUTPUT = Place("output", ("key", "output_type"), "row cache_key={0} of docket_cache (step {of.step_name!r})")
-_STEP = Place(
-    "step error",
-    (*_RUN, "step_name", "item", "delivery"),
-    "the error of step {2!r} of run {1!r}",
-)
+_STEP = Place("step error", (*_RUN, "step_name", "item", "delivery"), "the error of step {2!r} of run {1!r}")
 _PLACES: Mapping[type, tuple[tuple[str, Place], ...]] = {
     RunRequest: (("job", JOB),),
     RunRow: (("result", _RESULT), ("error", ERROR)),

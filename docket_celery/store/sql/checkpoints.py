@@ -95,10 +95,7 @@ _KEYS = _CACHE.cache_key.in_(bindparam("p_keys", expanding=True))
 _FOUND = select(*_COLUMNS, _CACHE.expires_at.is_not(None).label("dated"))
 _RESTORE = {
     (items, keys): _FOUND.where(
-        or_(
-            _OF_RUN if items else and_(_OF_RUN, _CACHE.item == ""),
-            *((_KEYS,) if keys else ()),
-        )
+        or_(_OF_RUN if items else and_(_OF_RUN, _CACHE.item == ""), *((_KEYS,) if keys else ()))
     )
     for items in (False, True)
     for keys in (False, True)
@@ -298,14 +295,7 @@ _SWEEP = delete(docket_claims).where(_CLAIMS.cache_key.in_(_DEAD))
 # The step did run, so its row is written even if another's output counts; a repeated publish adds none.
 _IS_WRITTEN = exists().where(
     matches(
-        docket_executions,
-        "execution_id",
-        "graph",
-        "step_name",
-        "item",
-        "delivery",
-        "started_at",
-        prefix="x_",
+        docket_executions, "execution_id", "graph", "step_name", "item", "delivery", "started_at", prefix="x_"
     )
 )
 _ADD_NEW_EXECUTION = _add_execution(None, not_(_IS_WRITTEN))

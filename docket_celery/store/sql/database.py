@@ -21,11 +21,7 @@ class Database(Engines):
     """The engines of a store and how its calls run on them; no connection is held between calls."""
 
     def run(
-        self,
-        action: str,
-        work: Callable[Concatenate[Connection, P], T],
-        *args: P.args,
-        **kwargs: P.kwargs,
+        self, action: str, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Call *work* with a connection and the arguments, once more at once if its connection was dead.
 

@@ -43,10 +43,7 @@ VERSION = SCHEMA_VERSION
 """The version of the tables that this release reads and writes."""
 
 metadata = MetaData(
-    naming_convention={
-        "ck": "ck_%(table_name)s_%(constraint_name)s",
-        "pk": "pk_%(table_name)s",
-    }
+    naming_convention={"ck": "ck_%(table_name)s_%(constraint_name)s", "pk": "pk_%(table_name)s"}
 )
 """Every table of this library, for ``target_metadata`` of an Alembic environment."""
 

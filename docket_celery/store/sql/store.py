@@ -137,12 +137,7 @@ class SQLStore:
         return found if isinstance(found, bool) else self._seal.unseal(found)
 
     def publish(
-        self,
-        checkpoint: Checkpoint,
-        owner: str,
-        execution: StepExecution | None,
-        *,
-        replace: bool = False,
+        self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None, *, replace: bool = False
     ) -> Checkpoint:
         """See `Store.publish`."""
         sealed, row = self._seal.seal(checkpoint), self._seal_row(execution)
@@ -193,15 +188,7 @@ class SQLStore:
     ) -> list[Checkpoint]:
         """See `BatchStore.read_items`."""
         found = self._run(
-            "read the items",
-            stages.read_items,
-            graph,
-            execution_id,
-            names,
-            lo,
-            hi,
-            keys,
-            job_digest,
+            "read the items", stages.read_items, graph, execution_id, names, lo, hi, keys, job_digest
         )
         return [self._seal.unseal(checkpoint) for checkpoint in found]
 
