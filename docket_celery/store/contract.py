@@ -231,14 +231,14 @@ class Store(Protocol):
 
 @runtime_checkable
 class BatchStore(Store, Protocol):
-    """A store over which several workers can share the items of a run. Raises as `Store` does."""
+    """A store over which several workers can share the items of a run.
+
+    Raises (methods that take a lease, beside what `Store` raises):
+        LeaseLost: The lease is no longer the run's, or the chunk's; nothing was written.
+    """
 
     def save_many(self, lease: Lease, checkpoints: Sequence[Checkpoint]) -> None:
-        """Store checkpoints of a run under the lease's fence; those that are there already stay.
-
-        Raises:
-            LeaseLost: The lease is no longer the run's, or the chunk's.
-        """
+        """Store checkpoints of a run under the lease's fence; those that are there already stay."""
         ...
 
     # --- items -------------------------------------------------------------------------------------------------
@@ -259,27 +259,15 @@ class BatchStore(Store, Protocol):
         ...
 
     def put_items(self, lease: Lease, items: Sequence[Checkpoint]) -> None:
-        """Store items of a fan-out, replacing what is there: they do not count before `close_items`.
-
-        Raises:
-            LeaseLost: The lease is no longer the run's.
-        """
+        """Store items of a fan-out, replacing what is there: they do not count before `close_items`."""
         ...
 
     def close_items(self, lease: Lease, name: str, count: int, rows: Sequence[Checkpoint]) -> None:
-        """Store *rows*, replacing what is there, and drop the items of fan-out *name* from index *count* on.
-
-        Raises:
-            LeaseLost: The lease is no longer the run's.
-        """
+        """Store *rows*, replacing what is there, and drop the items of fan-out *name* from index *count* on."""
         ...
 
     def finish_upload(self, lease: Lease, digest: bytes, keep_s: float) -> None:
-        """Leave the run QUEUED for workers, under its real job digest. Repeating it does nothing.
-
-        Raises:
-            LeaseLost: The lease is no longer the run's.
-        """
+        """Leave the run QUEUED for workers, under its real job digest. Repeating it does nothing."""
         ...
 
     def read_items(
@@ -342,9 +330,6 @@ class BatchStore(Store, Protocol):
 
         Returns:
             The lanes in which the stage is to be worked on.
-
-        Raises:
-            LeaseLost: The run is no longer this lease's; nothing was written.
         """
         ...
 
@@ -370,9 +355,6 @@ class BatchStore(Store, Protocol):
 
         Returns:
             How far the stage is now, if its opener said where it stood; None when repeated.
-
-        Raises:
-            LeaseLost: The chunk is no longer this lease's; nothing was written.
         """
         ...
 
@@ -381,17 +363,15 @@ class BatchStore(Store, Protocol):
     def find_lost(
         self, task_names: Sequence[str], lease_s: float, max_deliveries: int, limit: int
     ) -> list[LostRun]:
-        """Return lost runs with an open stage, and look at each of them again later only.
+        """Return the runs with an open stage that are lost, and look at each of them again later only.
 
-        A chunk whose lease is over counts as lost, as if it had been taken over, and is to be worked on again: its
-        run is found for it once, however long its messages wait in a queue then.
+        Lost is, by the database's clock: a run whose lease is over; a run with a chunk whose lease is over, which
+        counts as a crash and puts the chunk back; a stage of which nothing more will be worked on, if it has not been
+        continued for *lease_s*; and a stage with no chunk at work and none due to be tried again, if none has ended
+        for `QUEUE_PATIENCE` times *lease_s*: messages may wait so long in a queue.
 
-        Lost is, by the database's clock: a run, or a chunk of the stage, whose lease is over; a stage of which
-        nothing more will be worked on, for *lease_s* without being continued; and one with no chunk at work,
-        where none has ended for ten times that long and none is due to be tried again: messages may well wait so
-        long in a queue. The next look is as
-        far away as the last sign of life, an hour at most, so that a long queue is not filled with copies. Any number
-        of processes may look side by side.
+        The longer nothing has happened to a run, the later is the next look, after an hour at most: a long queue must
+        not fill with copies. Any number of processes may look side by side.
 
         Args:
             task_names: Whose runs.

@@ -66,22 +66,21 @@ def take(request: RunRequest, run: Row) -> dict[str, Any] | None:
     }
 
 
-def refusal(
-    state: str | None, *, is_open: bool | None, failing: bool | None, lease_left_s: object
-) -> ChunkRefusal:
+_REFUSED = {
+    RunState.SUCCEEDED: ChunkStop.DONE,
+    RunState.FAILED: ChunkStop.FAILING,
+    RunState.CANCELLED: ChunkStop.FAILING,
+    RunState.QUARANTINED: ChunkStop.QUARANTINED,
+}
+
+
+def refusal(state: str, *, is_open: bool, failing: bool | None, lease_left_s: float | None) -> ChunkRefusal:
     """Return why a chunk was not taken."""
-    if state is None or not is_open:
+    if not is_open:
         return ChunkRefusal(reason=ChunkStop.STALE)
-    if state == RunState.QUARANTINED:
-        return ChunkRefusal(reason=ChunkStop.QUARANTINED)
-    if state == RunState.SUCCEEDED:
-        return ChunkRefusal(reason=ChunkStop.DONE)
-    if state in {RunState.FAILED, RunState.CANCELLED}:
-        return ChunkRefusal(reason=ChunkStop.FAILING)
-    if failing:
-        return ChunkRefusal(reason=ChunkStop.FAILING)
-    left_s = 0.0 if lease_left_s is None else max(0.0, float(str(lease_left_s)))
-    return ChunkRefusal(reason=ChunkStop.BUSY, lease_left_s=left_s)
+    reason = _REFUSED.get(RunState(state), ChunkStop.FAILING if failing else ChunkStop.BUSY)
+    left_s = float(lease_left_s or 0.0) if reason is ChunkStop.BUSY else 0.0
+    return ChunkRefusal(reason=reason, lease_left_s=max(0.0, left_s))
 
 
 def halt(*, failing: object, stopped: object) -> Halt | None:

@@ -20,6 +20,7 @@ from docket_celery.store.records import (
     ChunkRefusal,
     ChunkRequest,
     ChunkRow,
+    ChunkStop,
     Lanes,
     Lease,
     Progress,
@@ -268,7 +269,7 @@ def lease_chunk(connection: Connection, request: ChunkRequest) -> Lease | ChunkR
         return chunk_lease(request, taken)
     row = connection.execute(_LOOK_AT_CHUNK, values).mappings().first()
     if row is None:
-        return refusal(None, is_open=None, failing=None, lease_left_s=None)
+        return ChunkRefusal(reason=ChunkStop.STALE)
     if row["state"] == RunState.QUARANTINED:
         # A statement of its own: all others lock the run before its chunk.
         connection.execute(_STOP, values)

@@ -1,4 +1,4 @@
-"""What others than its holder do to a run: cancel it, and find out that nobody advances it."""
+"""What is done to a run by others than its holder: it is cancelled, or found lost and looked at again later."""
 
 from __future__ import annotations
 
