@@ -39,6 +39,8 @@ from docket_celery.plan.plan import Plan, Stage
 from docket_celery.store.contract import BatchStore, Store
 from docket_celery.store.records import Checkpoint, ChunkRow, Lease, RunRequest, RunState
 
+_UNDONE = (RunState.QUEUED, RunState.RUNNING)
+
 
 class BatchRun(Run):
     """Drives one delivery of a run whose stages other tasks work on; without *inputs* they are in the store.
@@ -201,30 +203,22 @@ class BatchRun(Run):
         self, rows: Sequence[ChunkRow], failures: Mapping[int, StepFailed], policy: BatchPolicy, total: int
     ) -> DocketError | None:
         """Return what fails the run, by the chunks of a stage."""
-        if (error := fatal_of(rows)) is not None:
-            return error
-        states = {row.state for row in rows}
-        if RunState.QUARANTINED in states:
-            context = self.context
+        states, context, error = {row.state for row in rows}, self.context, fatal_of(rows)
+        if error is None and RunState.QUARANTINED in states:
             return RunQuarantined(context.graph, context.execution_id, context.settings.max_deliveries)
-        if (error := too_many(policy, failures, total)) is not None:
-            return error
-        if states & {RunState.FAILED, RunState.CANCELLED}:
+        error = error or too_many(policy, failures, total)
+        if error is None and states & {RunState.FAILED, RunState.CANCELLED}:
             # Under the policy that the stage was opened with it has failed, whatever this submission would allow:
             # items of such a chunk were never worked on. Submitting the batch again puts them back.
             return join_failures([failures[index] for index in sorted(failures)])
-        return None
+        return error
 
     def _open_stage(
         self, lease: Lease, number: int, rows: Sequence[ChunkRow], total: int, allowed: int
     ) -> bool:
         """Open a stage for other tasks and conclude; False: nothing of it is to be done."""
         chunks = [row.chunk for row in rows] or self._options.cut(number, total)
-        undone = (
-            [row.chunk for row in rows if row.state in {RunState.QUEUED, RunState.RUNNING}]
-            if rows
-            else chunks
-        )
+        undone = [row.chunk for row in rows if row.state in _UNDONE] if rows else chunks
         if not undone:
             return False
         progress = find_progress(self._plan, number, rows, total)

@@ -115,12 +115,8 @@ def run_request(
 
 def is_busy(row: RunRow, submission: Submission) -> bool:
     """Tell whether `Store.acquire` would refuse *submission* the run because another one holds its lease."""
-    newer = (
-        submission.task_id is not None
-        and row.task_id == submission.task_id
-        and submission.retries > row.retries
-        and submission.celery_retry
-    )
+    same = submission.task_id is not None and row.task_id == submission.task_id
+    newer = same and submission.celery_retry and submission.retries > row.retries
     return row.state is RunState.RUNNING and (row.lease_left_s or 0.0) > 0.0 and not newer
 
 

@@ -97,11 +97,7 @@ async def run_on_loop(run: Run, loop: StepLoop) -> RunOutcome:
 
 
 def run_on_pool(work: Callable[[], R], threads: int) -> R:
-    """Do *work*, such as SQL, where the host does not interrupt it: on this thread, else on the pool.
-
-    Args:
-        work: What to do.
-        threads: `Settings.threads`.
+    """Do *work*, such as SQL, where the host does not interrupt it: on this thread, else on the pool of *threads*.
 
     Raises:
         BaseException: What *work* raised, or what interrupted the waiting thread.

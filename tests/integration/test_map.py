@@ -18,7 +18,7 @@ from tests.integration import recorder, shop
 from tests.unit.protos.shop_pb2 import Order
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(120)]
-NOT_ENTERED = {"chords", "large_jobs", "references", "upload"}
+NOT_ENTERED = {"chords", "fan_out", "large_jobs", "references", "upload"}
 MOST_AT_SUBMIT = 7
 MOST_IN_WORKER = 40
 MAP = ROOT / "docs" / "contributing" / "map.md"

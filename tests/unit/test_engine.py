@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -548,6 +549,22 @@ def test_an_execution_that_has_ended_is_not_aborted_any_more() -> None:
     execution.abort(RunCancelled("o-1", "too late"))
     assert outcomes == [Ended(values=(Charge(charge_id="paid"),))]
     assert context.cancellation.error is None
+
+
+def test_an_execution_tells_its_end_while_no_exception_is_handled() -> None:
+    """An error that the receiver raises has no foreign context."""
+    graph, handled = Graph("shop"), list[BaseException | None]()
+
+    @graph.step
+    def charge(order: Order) -> Charge:
+        return Charge()
+
+    def note(*_: object) -> None:
+        handled.append(sys.exception())
+
+    context = make_context(runtime=InlineRuntime())
+    Scheduler(graph.plan(Charge, Order), [Order()], context, note, may_help=True).start()
+    assert handled == [None]
 
 
 @pytest.mark.parametrize("persist", [None, Scope.GLOBAL])
