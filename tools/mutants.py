@@ -22,7 +22,7 @@ PACKAGE = "docket_celery"
 COPIED = [PACKAGE, "tests", "examples", "docs", "changes", "README.md", "CHANGELOG.md", "pyproject.toml"]
 TESTS = [
     "engine", "attempt", "run", "wiring", "identity", "global_checkpoints", "properties_identity", "hosts", "hooks",
-    "slots", "factory", "cache_control", "timeouts", "runtime", "properties_runs", "surroundings", "batches",
+    "slots", "factory", "cache_control", "timeouts", "runtime", "properties_runs", "step_scope", "batches",
 ]  # fmt: skip
 LONGEST = [
     "tests/unit/test_global_checkpoints.py::test_a_claim_is_given_up_however_its_step_ends[cannot save]",

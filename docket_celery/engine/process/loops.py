@@ -78,7 +78,7 @@ class StepLoop:
         """Do nothing: the loop is the caller's."""
 
     def tell(self, call: Callable[[], object]) -> None:
-        """Make *call* on the loop's thread; a closed loop is left alone, as nobody waits on it."""
+        """Make *call* on the loop's thread; a closed loop is left alone, as no task waits on it."""
         try:
             self._loop.call_soon_threadsafe(call)
         except RuntimeError:
