@@ -89,8 +89,9 @@ class Result:
     def __repr__(self) -> str:
         if isinstance(self.value, Message):
             return brief(self.value)
-        failed = f", {len(self.value.errors)} failed" if isinstance(self.value, BatchResult) else ""
-        return f"<{len(self.value)} messages{failed}>"
+        if isinstance(self.value, BatchResult):
+            return f"<{len(self.value)} results, {len(self.value.errors)} failed>"
+        return f"<{len(self.value)} messages>"
 
 
 class Types:

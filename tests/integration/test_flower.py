@@ -164,7 +164,7 @@ def test_a_batch_is_one_family_under_the_tasks_own_name(flower: FlowerProcess) -
     sent = batches.place_all.apply_async(([Movie(title="j::", rating=n) for n in range(3)],))
     assert len(sent.get(timeout=30)) == 3
     info = task_in(flower, sent.id, states.SUCCESS)
-    assert info["result"] == "<3 results>"
+    assert info["result"] == "<3 messages>"
     listed: dict[str, Any] = flower.get("/api/tasks")
     wait_until(
         lambda: all(task["state"] == states.SUCCESS for task in flower.get("/api/tasks").values()),

@@ -137,6 +137,7 @@ def test_a_message_in_an_unset_result_does_not_recurse() -> None:
 def test_the_results_of_a_batch_travel_with_their_errors() -> None:
     """By value, where they are small: each message in an envelope of its own, None where there is none."""
     sent = BatchResult((ORDER, None), {1: StepFailed("rate", 1, False, ["ValueError"], "too old")})
+    assert repr(Result(sent)) == "<2 results, 1 failed>"
     found = loads(dumps(Result(sent)))
     assert isinstance(found, BatchResult)
     assert found.results == sent.results
