@@ -17,7 +17,6 @@ from celery.utils.quorum_queues import detect_quorum_queues
 from celery.utils.time import get_exponential_backoff_interval
 
 from docket_celery.errors import AbortError, RunTimedOut, StepFailed, StoreUnavailable
-from docket_celery.plan.plan import Plan
 from docket_celery.store.records import Lease
 
 if TYPE_CHECKING:
@@ -71,15 +70,14 @@ def park_s(
         retries: Celery's count so far.
         outages: Deliveries of this task so far that did not reach the database.
     """
-    failures = retries if lease is None else lease.failures
     if isinstance(error, StoreUnavailable):
-        return _outage_s(task, outages)
-    if isinstance(error, AbortError) or not _may_retry(task, error):
-        return None
+        # Growing and spread, as all tasks wait for the database.
+        longest_s = min(OUTAGE_MOST_S, task.default_retry_delay * 2.0 ** min(outages, 10))
+        return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 -- spreads load, keeps no secret
+    failures = retries if lease is None else lease.failures
     limit = task.retry_kwargs.get("max_retries", task.declared_max_retries)
-    if lease is not None and limit is not None and failures >= limit:
-        return None
-    return backoff_s(task, failures)
+    is_last = lease is not None and limit is not None and failures >= limit
+    return None if is_last or not _may_retry(task, error) else backoff_s(task, failures)
 
 
 def most_retries(task: Task, error: BaseException, *, eager: bool, outages: int) -> int | None:
@@ -110,28 +108,21 @@ def backoff_s(task: Task, retries: int) -> float:
     return float(task.retry_kwargs.get("countdown", task.default_retry_delay))
 
 
-def _outage_s(task: Task, outages: int) -> float:
-    """Return the wait in seconds for a database that does not answer: growing and spread, as all tasks wait."""
-    longest_s = min(OUTAGE_MOST_S, task.default_retry_delay * 2.0 ** min(outages, 10))
-    return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 -- spreads load, keeps no secret
-
-
 def _may_retry(task: Task, error: BaseException) -> bool:
-    if isinstance(error, TaskPredicate):
+    if isinstance(error, (TaskPredicate, AbortError)):
         # A step that raised Celery's own Ignore, Reject or Retry has decided itself.
         return False
     # Where Celery enforces no soft limit, passing it shows as RunTimedOut here and as Celery's error outside.
     shown = SoftTimeLimitExceeded() if isinstance(error, RunTimedOut) else error
     if matches(shown, tuple(task.dont_autoretry_for)):
         return False
-    return _asks_redelivery(task.plan(), shown) or matches(shown, tuple(task.autoretry_for))
-
-
-def _asks_redelivery(plan: Plan, error: BaseException) -> bool:
-    if not isinstance(error, StepFailed) or not error.retriable:
-        return False
-    policies = (planned.step.options.retry for planned in plan.steps if planned.step.name == error.step)
-    return any(policy is not None and policy.redeliver for policy in policies)
+    if isinstance(shown, StepFailed) and shown.retriable:
+        failed = (
+            planned.step.options.retry for planned in task.plan().steps if planned.step.name == shown.step
+        )
+        if any(policy is not None and policy.redeliver for policy in failed):
+            return True
+    return matches(shown, tuple(task.autoretry_for))
 
 
 def keep(task_id: str | None, problem: Any) -> Reject:
