@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import json
@@ -222,8 +223,25 @@ def from_json_object(kind: type[M], value: Any) -> M:
         return json_format.ParseDict(value, kind())
     except _UNREADABLE as error:
         if not _holds_secrets(kind.DESCRIPTOR):
-            raise InvalidArguments(what, safe_text(error)) from error
-    raise InvalidArguments(what, _find_json_fault(kind, value))
+            raise InvalidArguments(what, _find_unknown(kind, value) or safe_text(error)) from error
+    raise InvalidArguments(what, _find_unknown(kind, value) or _find_json_fault(kind, value))
+
+
+def _find_unknown(kind: type[Message], value: object) -> str | None:
+    """Return which name in the JSON form of a message is none of its fields, with the nearest that is."""
+    known = sorted({n for field in kind.DESCRIPTOR.fields for n in (field.json_name, field.name)})
+    names = cast("dict[Any, object]", value) if isinstance(value, dict) else ()
+    strange = next((str(name)[:60] for name in names if name not in known), None)
+    if strange is None or type_name(kind).startswith("google.protobuf."):
+        return None  # those have forms of their own
+    hint = did_you_mean(strange, known)
+    return f"there is no field {strange!r} in {type_name(kind)}; known: {', '.join(known)}{hint}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the nearest of the *known* names, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _find_json_fault(kind: type[Message], value: object) -> str:
@@ -238,8 +256,7 @@ def _find_json_fault(kind: type[Message], value: object) -> str:
         except _UNREADABLE as error:
             field = fields.get(name) if isinstance(name, str) else None
             if field is None:
-                known = ", ".join(sorted(fields))
-                return f"there is no field {str(name)[:60]!r} in {type_name(kind)}; known: {known}"
+                return _find_unknown(kind, {name: item}) or hidden
             if field.GetOptions().debug_redact:
                 return f"field {name} does not fit its type; it is marked debug_redact, so its value is not shown"
             inner = field.message_type

@@ -30,6 +30,7 @@ from docket_celery.plan.messages import (
     STORED_BYTES,
     Value,
     check_size,
+    did_you_mean,
     encoding_fault,
     from_json_object,
     is_json_form,
@@ -141,7 +142,13 @@ class Declaration:
         try:
             bound = self.signature.bind(*(args or ()), **(kwargs or {}))
         except TypeError as error:
-            raise self._refusal(str(error)) from None
+            # Python tells of the missing name first, `celery call` only on the worker.
+            strange = (kwargs or {}).keys() - self.signature.parameters.keys()
+            hints = [
+                f"; {name!r} is none of them{did_you_mean(name, self.signature.parameters)}"
+                for name in strange
+            ]
+            raise self._refusal(str(error) + "".join(sorted(hints))) from None
         return tuple(self._value(name, key, bound.arguments[name]) for name, key in self._named())
 
     def bind_item(self, index: int, value: Any) -> Message:

@@ -191,6 +191,29 @@ def test_a_process_without_the_library_reads_state_and_plain_json(urls: Urls) ->
     assert AsyncResult(promise.id, app=app).get(timeout=WAIT_S) == shipment
 
 
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        (["--args", '[{"orderIdd": "7"}]'], "there is no field 'orderIdd' in docket.tests.unit.Order"),
+        (["--kwargs", '{"ordr": {"orderId": "7"}}'], "'ordr' is none of them"),
+    ],
+)
+def test_a_typo_in_celery_call_is_told_by_the_task_with_what_was_meant(
+    urls: Urls, argument: list[str], said: str
+) -> None:
+    """The command itself checks nothing: it needs no more than the task's name."""
+    command = [sys.executable, "-m", "celery", "-A", app.main or "", "call", "wired.ship", *argument]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=urls.environment, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    task_id = done.stdout.split()[-1]
+    with pytest.raises(InvalidArguments) as caught:
+        ship_order.AsyncResult(task_id).get(timeout=WAIT_S)
+    assert said in str(caught.value)
+    assert str(caught.value).endswith("; did you mean " + ("orderId?" if "field" in said else "order?"))
+
+
 class Bomb:
     """Makes a folder where it is unpickled."""
 
