@@ -259,6 +259,8 @@ class Run:
         _warn_of(outcome.failed, self._plan, context.execution_id)
         elapsed_s = context.cancellation.now() - self._began
         detail = "" if outcome.error is None else type(outcome.error).__name__
+        if outcome.busy_s is not None:
+            detail = detail or "another delivery advances the run"
         try:
             context.tell(EventKind.RUN_ENDED, elapsed_s=elapsed_s, detail=detail)
         finally:

@@ -233,7 +233,7 @@ class StepRun:
         if context.item:
             failure.place(context.item)
         if delay_s is not None:
-            detail = f"again in {delay_s:.3g} s: {failure}"
+            detail = f"again in {delay_s:.3g} s: {brief_error(error)}"
             context.tell(EventKind.STEP_RETRYING, step.name, number, detail=detail)
         return failure, delay_s
 

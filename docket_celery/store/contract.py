@@ -1,4 +1,4 @@
-"""A stage's work in chunks: how it is stored, leased and ended, and the `BatchStore` protocol."""
+"""What a store must do: `Store` for runs and checkpoints, `BatchStore` also for the stages and chunks of batches."""
 
 from __future__ import annotations
 

@@ -100,8 +100,7 @@ def test_a_retry_tells_of_its_wait_and_of_what_failed() -> None:
     with pytest.raises(StepFailed):
         within(lambda: graph.execute(Charge, Order()))
     told = [(e.step, e.attempt, e.detail) for e in heard if e.kind is EventKind.STEP_RETRYING]
-    failure = StepFailed.from_cause("charge", 1, True, ValueError("no"))
-    assert told == [("charge", 1, f"again in 0.00123 s: {failure}")]
+    assert told == [("charge", 1, "again in 0.00123 s: ValueError: no")]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Writes that happen only while a lease holds: one statement on Postgres, a transaction on SQLite.
+"""Fenced writes of batches, uploads and upkeep: nothing is written unless a lease holds.
+
+One statement on Postgres, a transaction on SQLite.
 
 A gate is a statement that finds or changes one row, or none. Each gate is joined to the one before it, and all writes
 to the last one, so nothing is written where a gate has no row. On Postgres they are common table expressions of one
