@@ -106,7 +106,7 @@ class Run:
     def poll(self) -> float:
         """Stop the run if its deadline has passed or its lease is lost; return in how many seconds to look again."""
         context = self.context
-        if context.beats is not None:
+        if self.inline is not None and context.beats is not None:
             context.beats.beat_if_due()
         if self._until is not None and context.cancellation.now() >= self._until:
             self._until = None
@@ -240,7 +240,9 @@ class Run:
             result = RunOutcome(error=error)
         except Exception as error:  # noqa: BLE001 -- the waiting side must learn of it
             result = RunOutcome(error=error)
-        self.context.heartbeat().unwatch(held)
+        # None: it could not be made, which is what the run ends with.
+        if self.context.beats is not None:
+            self.context.beats.unwatch(held)
         self._conclude(result)
 
     def _write(self, result: RunOutcome, lease: Lease) -> None:
@@ -256,12 +258,12 @@ class Run:
             )
         if context.held is not None:
             outcome = replace(outcome, held=True)
-        _warn_of(outcome.failed, self._plan, context.execution_id)
         elapsed_s = context.cancellation.now() - self._began
         detail = "" if outcome.error is None else type(outcome.error).__name__
         if outcome.busy_s is not None:
             detail = detail or "another delivery advances the run"
         try:
+            _warn_of(outcome.failed, self._plan, context)
             context.tell(EventKind.RUN_ENDED, elapsed_s=elapsed_s, detail=detail)
         finally:
             self.concluded = True
@@ -305,11 +307,15 @@ class Run:
         return self._store
 
 
-def _warn_of(failed: Mapping[int, StepFailed], plan: Plan, execution_id: str) -> None:
+def _warn_of(failed: Mapping[int, StepFailed], plan: Plan, context: RunContext) -> None:
     """Log which items a result is made without, unless it says so itself: the task's state does not."""
     if not failed or plan.collects:
         return
-    errors = [" ".join(str(failed[index]).split())[:_MOST_CHARS] for index in sorted(failed)[:_MOST_SHOWN]]
+    # What a codec hides in the database is not shown in a log either.
+    hides = context.store is not None and context.store.codec is not None
+    shown = sorted(failed)[:_MOST_SHOWN]
+    texts = [f"item {index}: {failed[index].code}" if hides else str(failed[index]) for index in shown]
+    errors = [" ".join(text.split())[:_MOST_CHARS] for text in texts]
     first = "; ".join(errors) + ("; ..." if len(failed) > _MOST_SHOWN else "")
     text = "run %r of graph %r succeeded, failed items left out: %d (%s)"
-    _logger.warning(text, execution_id, plan.graph, len(failed), first)
+    _logger.warning(text, context.execution_id, plan.graph, len(failed), first)

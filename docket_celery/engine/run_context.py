@@ -86,7 +86,7 @@ class RunContext:
         base: The caller's contextvars; each call of a step gets a copy.
         store: Where the run is kept; None: nothing is persisted.
         owner: Holder of the lease and of claims.
-        beats: Keeps the lease and claims alive; None: the heartbeat of the process.
+        beats: Keeps the lease and claims alive; None: none has been asked for yet.
         held: The run's lease, once it is acquired.
         number: Which delivery of the run this is, from 1; the lease counts them.
         stored: The run's checkpoints that were restored.
@@ -136,7 +136,9 @@ class RunContext:
     def heartbeat(self) -> Heartbeat:
         """Return what keeps the lease and claims of this delivery alive."""
         assert self.store is not None
-        return process.heartbeat(self.store) if self.beats is None else self.beats
+        if self.beats is None:
+            self.beats = process.heartbeat(self.store)
+        return self.beats
 
     def tell(self, kind: EventKind, step: str = "", attempt: int = 0, **facts: Any) -> None:
         """Tell the listeners."""

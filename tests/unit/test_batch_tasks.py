@@ -15,7 +15,7 @@ import pytest
 from celery import Celery, _state
 from sqlalchemy import text
 
-from docket_celery import BatchResult, Graph, GraphTask, SQLStore, StepContext, graph_task
+from docket_celery import BatchResult, Graph, GraphTask, Scope, SQLStore, StepContext, graph_task
 from docket_celery.batch.options import BatchOptions
 from docket_celery.engine.process.state import process
 from docket_celery.errors import (
@@ -33,6 +33,7 @@ from docket_celery.task.headers import PREPARED, WAITS_FOR_OTHER
 from docket_celery.task.options import read_batch_options
 from examples.movies.graph import MOVIES, movie_graph
 from examples.movies.movies_pb2 import BatchStats, EnrichedMovie, Movie
+from tests.codecs import Encryption
 
 picky = Graph("picky-task")
 
@@ -460,3 +461,26 @@ def test_items_that_an_aggregate_does_not_see_are_logged(
     (record,) = caplog.records
     assert "of graph 'unseen' succeeded, failed items left out: 1 (" in record.getMessage()
     assert "step 'check' of item 4 failed" in record.getMessage()
+
+
+def test_a_codec_hides_the_errors_of_failed_items_from_the_log_too(
+    app: Celery, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is not readable in the database is not readable in a log: the codes alone are shown."""
+    store = SQLStore(f"sqlite:///{tmp_path / 'store.db'}", codec=Encryption({1: bytes(32)}, 1))
+    store.migrate()
+    hidden = Graph("hidden", store=store)
+    hidden.register(check, persist=Scope.WORKFLOW)
+
+    @hidden.aggregate
+    def count(checked: list[EnrichedMovie]) -> BatchStats:
+        return BatchStats(count=len(checked))
+
+    class CountHidden(GraphTask[[list[Movie]], BatchStats]):
+        graph = hidden
+        on_error = "collect"
+
+    with caplog.at_level("WARNING", "docket_celery"):
+        assert app.register_task(CountHidden())(MOVIES).count == 4
+    (record,) = caplog.records
+    assert record.getMessage().endswith("failed items left out: 1 (item 4: DC201)")

@@ -112,3 +112,10 @@ def test_a_lease_is_extended_every_quarter_of_it() -> None:
 def test_a_holder_stops_before_its_lease_ends(lease: float, margin: float) -> None:
     """5 seconds early, or a sixth of a short lease, so that there is always time left to work."""
     assert Settings(lease_seconds=lease).trust_margin_s == pytest.approx(margin)
+
+
+def test_settings_do_not_show_the_password_of_their_url() -> None:
+    """They end up in logs and in the frames that error trackers keep."""
+    shown = Settings.read({"docket_database_url": "postgresql://shop:s3cret-word@host/name"})
+    assert "s3cret-word" not in repr(shown)
+    assert "threads=" in repr(shown)

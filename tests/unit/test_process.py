@@ -79,6 +79,22 @@ def test_a_kept_store_keeps_its_heartbeat() -> None:
     assert process.heartbeat(store) is beats
 
 
+def test_stores_that_compare_equal_have_heartbeats_of_their_own() -> None:
+    """A user's store may define equality, which leaves it without a hash."""
+    one, other = EqualStore(), EqualStore()
+    assert process.heartbeat(one) is not process.heartbeat(other)
+    assert process.heartbeat(one) is process.heartbeat(one)
+
+
+class EqualStore(MemoryStore):
+    """Equal to every other one, and therefore not hashable."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EqualStore)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def test_a_forked_child_starts_with_nothing_and_frees_nothing(tmp_path: Path) -> None:
     """It has threads, stores and heartbeats of its own; the parent's objects stay, unused."""
     url = f"sqlite:///{tmp_path / 'store.db'}"

@@ -101,6 +101,13 @@ class FaultyStore(MemoryStore):
         super().end(lease, end)
 
 
+class CloneFails(MemoryStore):
+    """A store without connections for a heartbeat."""
+
+    def clone(self) -> MemoryStore:
+        raise OSError("no connections left")
+
+
 def down() -> StoreUnavailable:
     """Return what a store raises that does not answer."""
     return StoreUnavailable("answer", "gone for a moment")
@@ -776,3 +783,13 @@ def test_an_output_too_large_for_the_store_ends_the_run() -> None:
     assert row.state is RunState.FAILED
     assert len(graph.execute(Charge, Order(), execution_id="o-1").charge_id) == 2000
     assert calls == ["small", "large", "large"]
+
+
+def test_a_run_without_a_heartbeat_fails_in_its_row_and_for_its_caller() -> None:
+    """Its lease is given back, and the caller hears of it instead of waiting for ever."""
+    store, shop = CloneFails(), Shop()
+    with pytest.raises(OSError, match="no connections left"):
+        within(lambda: shop.graph.execute(Shipment, Order(), execution_id="order-1", store=store))
+    row = store.find_run(shop.graph.name, "order-1")
+    assert row is not None
+    assert row.state is RunState.FAILED

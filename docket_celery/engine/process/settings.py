@@ -44,7 +44,8 @@ class Settings:
         check_mutation: Fail steps that change their inputs; for tests, as it copies every input.
     """
 
-    database_url: str | None = None
+    # Not shown: the password in it.
+    database_url: str | None = field(default=None, repr=False)
     threads: int = 0
     lease_seconds: float = 30.0
     max_deliveries: int = 10

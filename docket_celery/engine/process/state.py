@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -46,7 +47,7 @@ class Process:
         self._runtimes: dict[int, Runtime] = {}
         self._stores: dict[tuple[str, int], Store] = {}
         # By the store's life: a store that was made for one call goes with the call.
-        self._heartbeats: WeakKeyDictionary[Store, Heartbeat] = WeakKeyDictionary()
+        self._heartbeats: dict[int, Heartbeat] = {}
         self._slots: WeakKeyDictionary[Mark, Slots] = WeakKeyDictionary()
         self._factories: WeakKeyDictionary[Mark, Factory] = WeakKeyDictionary()
         self._built: list[Factory] = []
@@ -124,9 +125,11 @@ class Process:
     def heartbeat(self, store: Store) -> Heartbeat:
         """Return what keeps this process's leases in *store* alive, over connections of its own."""
         with self.lock:
-            found = self._heartbeats.get(store)
+            # By identity: a user's store may compare equal to another, or have no hash.
+            found = self._heartbeats.get(id(store))
             if found is None:
-                found = self._heartbeats[store] = Heartbeat(store)
+                found = self._heartbeats[id(store)] = Heartbeat(store)
+                weakref.finalize(store, self._heartbeats.pop, id(store), None).atexit = False
             return found
 
     def slots_of(self, step: Step) -> Slots | None:
