@@ -43,7 +43,7 @@ _MAX_CHARS: Final = 500
 Arguments = tuple[Sequence[Any], Mapping[str, Any]]
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class Stored:
     """Stands for a job or a result in a Celery message; the data is in the row of the run.
 

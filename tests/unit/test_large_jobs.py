@@ -526,3 +526,8 @@ def test_a_run_whose_job_cannot_be_read_fails_with_its_task(database: str) -> No
     give_up(repeat_label, run, problem, settings())
     assert [row.state for row in [store.find_run(plan.graph, "o-1")] if row] == [RunState.RUNNING]
     store.close()
+
+
+def test_references_can_be_kept_in_a_set() -> None:
+    """Those of one result are one, whether or not its message has been read."""
+    assert len({reference(), reference(), reference(size=7)}) == 2
