@@ -18,12 +18,12 @@ from celery.exceptions import OperationalError
 from kombu.exceptions import EncodeError
 
 from docket_celery.task.envelope import to_stored
-from docket_celery.task.headers import PREPARED, UNTOLD, WAITS_FOR_OTHER
+from docket_celery.task.headers import UNTOLD, WAITS_FOR_OTHER
+from docket_celery.task.retries import LONGEST_WAIT_S, send_copy
 
 _logger = logging.getLogger("docket_celery.task")
 _TWIN: Final = "docket_patient"
 _ENDED: Final = "docket_run_ended"
-_LONGEST_WAIT_S: Final = 15.0
 _MOST_TRIES: Final = 20
 """Most deliveries that only have to tell an outcome, and most tries to publish one: five minutes of waits each."""
 _LONGEST_SLEEP_MS: Final = 1000
@@ -64,10 +64,7 @@ def is_stored(backend: Any, request: Any, result: object = None) -> bool:
     The part of a chord is counted after that, so a worker that died in between has not counted it: it is counted
     again where the backend knows parts by their id (Redis), since a chord that misses one never ends.
 
-    Args:
-        backend: The task's result backend.
-        request: The copy's request.
-        result: What the copy would return; None: what is stored.
+    The *result* is what the copy would return; None: what is stored.
     """
     if request.ignore_result:
         return False
@@ -121,16 +118,9 @@ def _sent_again(app: Any, request: Any, error: BaseException) -> bool:
     tries = int(headers.get(UNTOLD) or 0) + 1
     if not getattr(request, _ENDED, False) or isinstance(error, EncodeError) or tries > _MOST_TRIES:
         return False
-    again: Any = app.tasks[request.task].signature_from_request(
-        request,
-        countdown=_wait_s(tries),
-        retries=request.retries,
-        headers={**headers, UNTOLD: tries},
-        expires=None,
-    )
     for attempt in range(1, _MOST_TRIES + 1):
         try:
-            again.apply_async(add_to_parent=False, **{PREPARED: True})
+            send_copy(app.tasks[request.task], request, _wait_s(tries), {UNTOLD: tries})
         except OperationalError as problem:
             _logger.warning("task %s cannot be sent again to tell its outcome: %s", request.id, problem)
             time.sleep(_wait_s(attempt))
@@ -141,4 +131,4 @@ def _sent_again(app: Any, request: Any, error: BaseException) -> bool:
 
 
 def _wait_s(tries: int) -> float:
-    return min(_LONGEST_WAIT_S, 2.0 ** (tries - 1))
+    return min(LONGEST_WAIT_S, 2.0 ** (tries - 1))

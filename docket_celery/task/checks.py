@@ -56,10 +56,7 @@ def find_unused(app: Celery) -> list[str]:
 def find_faults(app: Celery, pool: str | None = None, *, database: bool = True) -> list[str]:
     """Return what would keep *app*'s GraphTasks from keeping their promises, as text for people.
 
-    Args:
-        app: The app, with its tasks imported.
-        pool: The worker's pool, where one is about to start.
-        database: Look at the database as well; else at settings and wiring alone.
+    Where a worker is about to start, *pool* is its pool. Without *database* settings and wiring alone are looked at.
     """
     try:
         found = check_settings(app)

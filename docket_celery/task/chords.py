@@ -23,6 +23,7 @@ from docket_celery.batch.options import BatchOptions
 from docket_celery.batch.run import BatchRun
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.run_context import OpenStage, RunOutcome, Submission
+from docket_celery.engine.run_row import digest_job
 from docket_celery.engine.waiting import run_here, run_on_pool
 from docket_celery.plan.messages import Value
 from docket_celery.plan.mutation import checked
@@ -54,8 +55,7 @@ _logger = logging.getLogger("docket_celery.batches")
 class Receipt:
     """What a chunk's task returns: Celery logs that it succeeded, whatever its items did, and shows this text.
 
-    Attributes:
-        facts: JSON values: ``lo``, ``state`` and ``failed``.
+    Its facts are JSON values: ``lo``, ``state`` and ``failed``.
     """
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
@@ -76,16 +76,7 @@ class Receipt:
 
 
 class BatchDelivery:
-    """One delivery of a batch over several workers: of the run from stage to stage, or of one chunk.
-
-    Args:
-        task: Whose it is.
-        plan: What it does.
-        submission: Who asks for it, and how.
-        settings: Those in force.
-        store: What the workers share.
-        batch: How it is worked on.
-    """
+    """One delivery of a batch over several workers: of the run from stage to stage, or of one chunk."""
 
     def __init__(
         self,
@@ -103,10 +94,7 @@ class BatchDelivery:
         self._given: Mapping[str, Any] = self._request.headers or {}
 
     def run(self, values: Sequence[Value] | None) -> RunOutcome:
-        """Run it.
-
-        Args:
-            values: The job; None: it is in the store.
+        """Run it; the job is in the store where *values* is None.
 
         Raises:
             Ignore: A stage was opened, or the next chunk of a lane was published.
@@ -118,7 +106,7 @@ class BatchDelivery:
             return self._work(part)
         if values is not None and self._submission.job_digest is None:
             # Sent past `apply_async`: the parts to come must name the same job.
-            digest = self._task.declaration.digest(values)
+            digest = digest_job(self._task.declaration.given, values)
             self._submission = replace(self._submission, job_digest=digest)
         task, request, headers = self._task, self._request, self._headers()
         again: Any = task.signature_from_request(

@@ -35,11 +35,9 @@ from docket_celery.plan.messages import (
     from_json_object,
     is_json_form,
     type_name,
-    value_digest,
 )
 from docket_celery.plan.plan import Plan
 from docket_celery.plan.signature import read_hints
-from docket_celery.store.identity import job_digest
 from docket_celery.task.envelope import Result, Undecodable
 from docket_celery.task.envelope import types as known_types
 from docket_celery.task.options import (
@@ -52,6 +50,7 @@ from docket_celery.task.options import (
 from docket_celery.task.retries import with_causes
 
 if TYPE_CHECKING:
+    from docket_celery.task.references import Arguments
     from docket_celery.task.task import GraphTask
 
     Task = GraphTask[Any, Any]
@@ -82,7 +81,6 @@ class Declaration:
     Attributes:
         signature: Binds arguments; parameters in the order of `given`.
         given: What goes in, one for each parameter.
-        labels: What a job's digest calls each of them.
         target: What comes out.
         batch: Which of `given` comes as a list.
         form: How the target comes: 'one' message, a 'list' of them, or a 'BatchResult'.
@@ -91,7 +89,6 @@ class Declaration:
     task: str
     signature: inspect.Signature
     given: tuple[ValueKey, ...]
-    labels: tuple[str, ...]
     target: ValueKey
     batch: ValueKey | None = None
     form: Literal["one", "list", "BatchResult"] = "one"
@@ -103,10 +100,6 @@ class Declaration:
             GraphError: The graph has faults.
         """
         return graph.compiled(self.target, self.given, self.batch, collects=self.form != "one")
-
-    def digest(self, values: Iterable[Value]) -> bytes:
-        """Return the digest of the job that `bind` returned."""
-        return job_digest(zip(self.labels, map(value_digest, values), strict=True))
 
     def check_sizes(self, values: Iterable[Value], settings: Settings, *, lists: bool = True) -> None:
         """Refuse what is too large to travel: a message, or, among *lists*, all messages of one together.
@@ -131,9 +124,7 @@ class Declaration:
     def bind(self, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> tuple[Value, ...]:
         """Return the messages for a call's arguments, in the order of `given`.
 
-        Args:
-            args: Positional arguments: messages, their JSON form as dicts, or results of earlier tasks.
-            kwargs: The same by name.
+        An argument is a message, its JSON form as a dict, or the result of an earlier task.
 
         Raises:
             InvalidArguments: One is missing, too many, or of another type.
@@ -178,6 +169,12 @@ class Declaration:
         return tuple(
             self._message(name, key, value) for (name, key), value in zip(named, values, strict=True)
         )
+
+    def as_given(self, values: Iterable[Any], named: Iterable[str]) -> Arguments:
+        """Return a value for each parameter as arguments of a call, those that are *named* by name."""
+        by_name = dict(zip(self.signature.parameters, values, strict=True))
+        kwargs = {name: by_name.pop(name) for name in named}
+        return tuple(by_name.values()), kwargs
 
     def join(self, items: Sequence[Any], others: Sequence[Message]) -> tuple[Any, ...]:
         """Return the arguments of a job by position: the batch, and what all its items share."""
@@ -335,12 +332,8 @@ _first_tasks: weakref.WeakKeyDictionary[Any, dict[str, tuple[weakref.ref[Graph],
 def note_graph(app: Any, task: str, graph: Graph, where: str, *, is_declared: bool = False) -> None:
     """Note that *task* of *app* runs *graph*: runs and checkpoints are kept by the graph's name.
 
-    Args:
-        app: The Celery app.
-        task: The task's name. Declared again, as by a reload of its module, it brings its graph along.
-        graph: The graph.
-        where: Where the task is declared.
-        is_declared: It is being declared on this app; False: the app takes it, from wherever it is.
+    A task that is declared again, as by a reload of its module, brings its graph along. One that is not declared
+    on this app (*is_declared*) is taken by it from where it is.
 
     Raises:
         InvalidDeclaration: Another graph of that name has tasks in this app.
@@ -412,7 +405,6 @@ def _declaration(task: str, signature: inspect.Signature, hints: Mapping[str, An
         task=task,
         signature=signature,
         given=tuple(given),
-        labels=tuple(key.label("list" if key == batch else type_name(key.kind)) for key in given),
         target=target,
         batch=batch,
         form=form,

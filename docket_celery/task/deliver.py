@@ -9,11 +9,10 @@ import random
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from celery import _state
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
-from google.protobuf.message import Message
 
 from docket_celery.engine.attempt import pushed
 from docket_celery.engine.process.settings import Settings
@@ -23,7 +22,6 @@ from docket_celery.errors import DocketError, RunTimedOut, StoreMissing, StoreUn
 from docket_celery.plan.messages import Value
 from docket_celery.store.identity import check_execution_id
 from docket_celery.task import app_settings, backends, chords, large_jobs
-from docket_celery.task.envelope import Result
 from docket_celery.task.headers import (
     BATCH,
     CELERY_RETRIES,
@@ -33,20 +31,18 @@ from docket_celery.task.headers import (
     EXECUTION_ID,
     OUTAGES,
     PART,
-    PREPARED,
     WAITS_FOR_OTHER,
     read_context,
 )
 from docket_celery.task.options import read_batch_options
 from docket_celery.task.references import Stored
-from docket_celery.task.retries import keep, most_retries, park_s, visibility_s
+from docket_celery.task.retries import keep, longest_wait_s, most_retries, park_s, send_copy
 
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
 
     Task = GraphTask[Any, Any]
 
-_BUSY_MOST_S: Final = 15.0
 _tasks: Any = cast("Any", _state)._task_stack
 """Celery's ``current_task`` is on top of it, on each thread."""
 
@@ -84,15 +80,11 @@ def _read_job(
         return None
     travelled = not (direct or request.is_eager)
     try:
-        if any(isinstance(value, Stored) for value in (*args, *kwargs.values())):
-            if declared.batch is not None and large_jobs.holds_job(args, kwargs):
-                return None
-            run = None if direct else large_jobs.ask(task, headers, request.id, settings)
-            return large_jobs.receive(task, args, kwargs, run, settings, travelled=travelled)
-        values = declared.bind(args, kwargs)
-        if travelled:
-            # Checked at submit too, but beat and `celery call` send the JSON form past it.
-            declared.check_sizes(values, settings)
+        if declared.batch is not None and large_jobs.holds_job(args, kwargs):
+            return None
+        refers = any(isinstance(value, Stored) for value in (*args, *kwargs.values()))
+        run = large_jobs.ask(task, headers, request.id, settings) if refers and not direct else None
+        return large_jobs.receive(task, args, kwargs, run, settings, travelled=travelled)
     except StoreUnavailable as error:
         wait_s = park_s(task, error, None, retries=request.retries, outages=_outages(request))
         _retry_or_raise(task, RunOutcome(error=error, park_s=None if direct else wait_s), error)
@@ -101,7 +93,6 @@ def _read_job(
             run = large_jobs.ask(task, headers, request.id, settings)
             large_jobs.give_up(task, run, error, settings)
         raise
-    return values
 
 
 def _run(
@@ -173,10 +164,7 @@ def _tell(task: Task, outcome: RunOutcome, submission: Submission, settings: Set
         raise AssertionError(f"a run ended without a value: {outcome!r}")
     if request.called_directly or request.is_eager:
         return value
-    if isinstance(value, Message) and value.ByteSize() <= settings.max_message_bytes:
-        result: Any = Result(value)
-    else:
-        result = large_jobs.wrap(task, value, submission.execution_id, outcome.stored, settings)
+    result = large_jobs.wrap(task, value, submission.execution_id, outcome.stored, settings)
     if outcome.replayed and backends.is_stored(task.backend, request, result):
         raise Ignore("a copy of a delivery that ended before")
     if outcome.held or outcome.replayed:
@@ -207,7 +195,7 @@ def _retry_or_raise(task: Task, outcome: RunOutcome, error: BaseException) -> No
             # A delivery that did not reach the database takes nothing back of what the one before it said.
             headers[ENDED_CLEANLY] = request.retries + 1
     if isinstance(error, StoreUnavailable):
-        countdown = min(countdown, visibility_s(task.app) / 3)
+        countdown = min(countdown, longest_wait_s(task.app))
     limit = most_retries(task, error, eager=bool(request.is_eager), outages=outages)
     retry = cast("Callable[..., Exception]", task.retry)
     try:
@@ -219,25 +207,17 @@ def _retry_or_raise(task: Task, outcome: RunOutcome, error: BaseException) -> No
 
 
 def _send_again(task: Task, busy_s: float) -> NoReturn:
-    """Come back later, since another delivery advances this run: no retry is used up, no state is written.
+    """Come back later, since another delivery advances this run: no state is written.
 
     Raises:
         Ignore: The copy is published.
         Reject: It could not be; the broker keeps the original.
     """
     request, headers = task.request, _headers(task.request)
-    most_s = min(busy_s, _BUSY_MOST_S, visibility_s(task.app) / 3)
+    most_s = min(busy_s, longest_wait_s(task.app))
     countdown = most_s * random.uniform(0.8, 1.0) + 0.1  # noqa: S311 -- spreads load, keeps no secret
-    # The worker took the job in time: while it waits for its turn it does not expire.
-    again: Any = task.signature_from_request(
-        request,
-        countdown=countdown,
-        retries=request.retries,
-        headers={**headers, WAITS_FOR_OTHER: int(headers.get(WAITS_FOR_OTHER) or 0) + 1},
-        expires=None,
-    )
     try:
-        again.apply_async(add_to_parent=False, **{PREPARED: True})
+        send_copy(task, request, countdown, {WAITS_FOR_OTHER: int(headers.get(WAITS_FOR_OTHER) or 0) + 1})
     except Exception as error:
         raise keep(request.id, error) from error
     raise Ignore(f"another delivery advances this run; back in {countdown:.1f} s")

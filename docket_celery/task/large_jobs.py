@@ -42,7 +42,7 @@ from docket_celery.store.records import Lease, RunEnd, RunRequest, RunState
 from docket_celery.task import references
 from docket_celery.task.envelope import Result
 from docket_celery.task.headers import DIGEST, EXECUTION_ID
-from docket_celery.task.references import JOB, RESULT, RESULTS, Stored
+from docket_celery.task.references import JOB, RESULT, RESULTS, Arguments, Stored
 
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
@@ -54,18 +54,9 @@ UNDELIVERED_KEPT_S: Final = 30 * 86400.0
 """Least time that a queued run is kept from when it is due, whatever the retention: its job is nowhere else."""
 _SHOWN_CHARS: Final = 200
 
-Travelling = tuple[tuple[Any, ...], dict[str, Any]]
-
 
 def ask(task: Task, headers: Mapping[str, Any], task_id: str | None, settings: Settings) -> RunRequest:
-    """Return what a task with these headers asks of its run's row: without the job, with the job's own digest.
-
-    Args:
-        task: The task.
-        headers: They name the run and its job, which has been bound before.
-        task_id: Of the task that is published, or delivered.
-        settings: Those in force.
-    """
+    """Return what a task with these headers asks of its run's row: without the job, with the job's own digest."""
     plan = task.plan()
     return RunRequest(
         graph=plan.graph,
@@ -91,41 +82,32 @@ def arrange(
     kwargs: Mapping[str, Any],
     settings: Settings,
     *,
-    travels: bool,
-) -> Travelling:
-    """Return the job's arguments as they were given, dicts and results replaced by messages, for `send`.
+    leaves: bool,
+) -> Arguments:
+    """Return the job's arguments as they were given, dicts and results replaced by *messages*, for `send`.
 
-    The reference to a large result of another task stays: it is not stored a second time.
-
-    Args:
-        task: The task.
-        messages: What the arguments are or stand for.
-        args: Positional arguments as they were given.
-        kwargs: The same by name.
-        settings: Those in force.
-        travels: The job will be sent; False: it runs here and now, and goes to no store before its run does.
+    The reference to a large result of another task stays: it is not stored a second time. A job that does not leave
+    runs here and now, and goes to no store before its run does.
 
     Raises:
         PayloadTooLarge: Another message is too large to travel, and there is no store for it or it is for that too.
     """
-    declared, eager = task.declaration, task.app.conf.task_always_eager
+    declared = task.declaration
     values: dict[str, Any] = dict(zip(declared.signature.parameters, messages, strict=True))
     for name, given in [*zip(values, args, strict=False), *kwargs.items()]:
-        if isinstance(given, Stored) and _is_large(values[name], settings):
+        if isinstance(given, Stored) and is_large(values[name], settings):
             values[name] = given
     own = [value for value in values.values() if not isinstance(value, Stored)]
     if declared.batch is not None:
-        declared.check_sizes(
-            own, settings, lists=not (travels and wants_upload(task, messages, {}, settings))
-        )
-    elif any(_is_large(value, settings) for value in own):
-        if (travels or not task.plan().persists) and _store_for(task, settings, eager=eager) is None:
+        lists = not (leaves and wants_upload(task, messages, {}, settings))
+        declared.check_sizes(own, settings, lists=lists)
+    elif any(is_large(value, settings) for value in own):
+        if (leaves or not task.plan().persists) and _store_for(task, settings) is None:
             declared.check_sizes(own, settings)
-        if travels:
+        if leaves:
             size = job_bytes(declared.given, messages)
             check_size(f"the job of task {task.name}", size, settings.max_stored_bytes, STORED_BYTES)
-    named = {name: values.pop(name) for name in kwargs}
-    return tuple(values.values()), named
+    return declared.as_given(values.values(), kwargs)
 
 
 def wants_upload(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings) -> bool:
@@ -146,26 +128,19 @@ def send(
     run: RunRequest,
     kept_s: float,
     settings: Settings,
-) -> Travelling:
+) -> Arguments:
     """Return the arguments to publish; a job that is too large for that is stored first, in its run's row.
 
-    Args:
-        task: The task.
-        args: Positional arguments, as `arrange` left them.
-        kwargs: The same by name.
-        run: What the task will ask for; see `ask`.
-        kept_s: Seconds that the row is kept until a worker takes the run; see `keep_s`.
-        settings: Those in force.
+    The row is kept for *kept_s* seconds until a worker takes the run.
 
     Raises:
         PayloadTooLarge: There is no store for it any more.
         RunConflict: The run exists with another job or target.
         StoreUnavailable: The database does not answer.
     """
-    if not any(_is_large(value, settings) for value in (*args, *kwargs.values())):
+    if not any(is_large(value, settings) for value in (*args, *kwargs.values())):
         return tuple(args), dict(kwargs)
-    declared = task.declaration
-    store = _store_for(task, settings, eager=task.app.conf.task_always_eager)
+    declared, store = task.declaration, _store_for(task, settings)
     bound = declared.bind(*references.read_arguments(args, kwargs, task.app))
     if store is None:
         declared.check_sizes(bound, settings)
@@ -179,20 +154,11 @@ def send(
         # Another codec keeps another digest of the same job; reading it tells the two cases apart.
         run_on_pool(lambda: store.find_job(run.graph, run.execution_id), settings.threads)
         raise RunConflict(run.graph, run.execution_id, "target" if other.target != run.target else "job")
-    by_name = {
-        name: refer(run, message)
-        for name, message in zip(declared.signature.parameters, messages, strict=True)
-    }
-    named = {name: by_name.pop(name) for name in kwargs}
-    return tuple(by_name.values()), named
+    return declared.as_given((refer(run, message) for message in messages), kwargs)
 
 
 def keep_s(options: Mapping[str, Any], settings: Settings) -> float:
-    """Return for how many seconds from now a run is kept that no worker takes.
-
-    Args:
-        options: Celery's, of the submission.
-        settings: Those in force.
+    """Return for how many seconds a run is kept that no worker takes; *options* are Celery's, of the submission.
 
     Raises:
         InvalidArguments: The countdown is over a century.
@@ -224,16 +190,17 @@ def wait_s(options: Mapping[str, Any]) -> float:
     return 0.0
 
 
-def _is_large(value: object, settings: Settings) -> bool:
+def is_large(value: object, settings: Settings) -> bool:
+    """Tell whether a value is a message over the limit of one that travels."""
     return isinstance(value, Message) and value.ByteSize() > settings.max_message_bytes
 
 
-def _store_for(task: Task, settings: Settings, *, eager: bool = False) -> Store | None:
-    """Return the store that keeps the task's runs, for other processes too unless the task is eager; or None."""
+def _store_for(task: Task, settings: Settings) -> Store | None:
+    """Return the store that keeps the task's runs, for other processes too unless tasks are eager; or None."""
     if not task.plan().persists:
         return None
     store = task.graph.choose_store(settings)
-    return store if store is not None and (store.persistent or eager) else None
+    return store if store is not None and (store.persistent or task.app.conf.task_always_eager) else None
 
 
 # --- running -----------------------------------------------------------------------------------------------------
@@ -256,13 +223,8 @@ def receive(
 ) -> tuple[Value, ...]:
     """Return the messages that a task's arguments are or stand for, in the order of its parameters.
 
-    Args:
-        task: The task.
-        args: Positional arguments as they came.
-        kwargs: The same by name.
-        run: The run that the task asks for; None: the task was called directly, and has none yet.
-        settings: Those in force.
-        travelled: Whether the arguments came through a broker.
+    Of a task that was called directly, or whose arguments hold no reference, *run* is None. What has *travelled* came
+    through a broker.
 
     Raises:
         InvalidArguments: They do not fit.
@@ -293,13 +255,9 @@ def receive(
 
 
 def give_up(task: Task, run: RunRequest, error: DocketError, settings: Settings) -> None:
-    """End a run as FAILED whose job cannot be read, if it is there and no delivery has taken it.
+    """End a run as FAILED whose job cannot be read because of *error*, if it is there and no delivery has taken it.
 
-    Args:
-        task: The task, which fails.
-        run: The run that the task asks for.
-        error: Why; submitting the job again resumes the run.
-        settings: Those in force.
+    Submitting the job again resumes the run.
     """
     store = _store_for(task, settings)
     if store is None or not run.job_digest:
@@ -326,12 +284,7 @@ def wrap(
 ) -> Result | Stored:
     """Return what a task returns for the outcome of its run: the value itself, or a reference to it.
 
-    Args:
-        task: The task.
-        value: A message, or the results of a batch.
-        execution_id: Of its run.
-        stored: The message as the run's row has it, where it was read from there.
-        settings: Those in force.
+    Of a message that was read from the run's row, *stored* is what the row has.
 
     Raises:
         PayloadTooLarge: It is too large, and its run is in no store.
@@ -340,7 +293,7 @@ def wrap(
         items = value.items
         name, digest = type_name(items.kind), items.job_digest or b""
         return Stored(RESULTS, items.graph, items.execution_id, name, items.total, digest)
-    if not _is_large(value, settings):
+    if not is_large(value, settings):
         return Result(value)
     if _store_for(task, settings) is None:
         task.declaration.check_sizes([value], settings)

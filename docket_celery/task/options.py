@@ -46,12 +46,7 @@ def check_serializer(serializer: str | None) -> None:
 
 
 def check_options(task: str, options: Mapping[str, Any], known: Collection[str] | None) -> None:
-    """Refuse what is no option of a task.
-
-    Args:
-        task: The task's name.
-        options: As they were given to the decorator, or the attributes of a class.
-        known: The attributes of GraphTask; None: the class may have others of its own.
+    """Refuse what is no option of a task; a class, for which *known* is None, may have attributes of its own.
 
     Raises:
         InvalidDeclaration: One belongs to a step, or does not exist.

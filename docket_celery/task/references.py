@@ -40,7 +40,7 @@ _OLD_MARKERS: Final = ("docket.job", "docket.result", "docket.batch")
 _MAX_CHARS: Final = 500
 """The most characters of each text in a reference: all of them go into logs and errors."""
 
-Arguments = tuple[Sequence[Any], Mapping[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(unsafe_hash=True)
@@ -153,7 +153,7 @@ def read_arguments(args: Sequence[Any], kwargs: Mapping[str, Any], app: Celery) 
     def read(value: Any) -> Any:
         return value.read(app) if isinstance(value, Stored) and value.kind not in OWN else value
 
-    return [read(value) for value in args], {name: read(value) for name, value in kwargs.items()}
+    return tuple(map(read, args)), {name: read(value) for name, value in kwargs.items()}
 
 
 def read_value(value: Any, app: Celery) -> Any:

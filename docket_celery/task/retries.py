@@ -8,7 +8,7 @@ import random
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from celery import Celery
 from celery.exceptions import Reject, SoftTimeLimitExceeded, TaskPredicate
@@ -18,6 +18,7 @@ from celery.utils.time import get_exponential_backoff_interval
 
 from docket_celery.errors import AbortError, RunTimedOut, StepFailed, StoreUnavailable
 from docket_celery.store.records import Lease
+from docket_celery.task.headers import PREPARED
 
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("docket_celery.retries")
 Kinds = tuple[type[BaseException], ...]
-OUTAGE_MOST_S = 15.0
-"""Most seconds between two deliveries of a task that do not reach the database."""
+LONGEST_WAIT_S: Final = 15.0
+"""Most seconds before a delivery that only waits: for the database, for another delivery, to tell an outcome."""
 _MARGIN_S = 2.0
 """An ``eta`` nearer than this may be less than a second away when Celery looks at it."""
 
@@ -61,18 +62,14 @@ def park_s(
     retries: int = 0,
     outages: int = 0,
 ) -> float | None:
-    """Return in how many seconds Celery delivers the run again, or None to end it.
+    """Return in how many seconds Celery delivers a run again that *error* ended, or None to end it.
 
-    Args:
-        task: Whose options decide.
-        error: What ended the delivery.
-        lease: The run's lease, which counts its ordinary retries; None: Celery counts them.
-        retries: Celery's count so far.
-        outages: Deliveries of this task so far that did not reach the database.
+    Its lease counts its ordinary retries; without one Celery does, so far *retries*, beside *outages*: deliveries
+    that did not reach the database.
     """
     if isinstance(error, StoreUnavailable):
         # Growing and spread, as all tasks wait for the database.
-        longest_s = min(OUTAGE_MOST_S, task.default_retry_delay * 2.0 ** min(outages, 10))
+        longest_s = min(LONGEST_WAIT_S, task.default_retry_delay * 2.0 ** min(outages, 10))
         return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 -- spreads load, keeps no secret
     failures = retries if lease is None else lease.failures
     limit = task.retry_kwargs.get("max_retries", task.declared_max_retries)
@@ -81,14 +78,7 @@ def park_s(
 
 
 def most_retries(task: Task, error: BaseException, *, eager: bool, outages: int) -> int | None:
-    """Return up to which count Celery may retry the task; None: the run's lease counts.
-
-    Args:
-        task: Whose options decide.
-        error: What ended the delivery.
-        eager: Retries follow each other without a wait.
-        outages: Deliveries of this task so far that did not reach the database.
-    """
+    """Return up to which count Celery may retry the task, counted as in `park_s`; None: the run's lease counts."""
     if isinstance(error, StoreUnavailable):
         # An outage ends, but not while an eager task tries.
         return task.declared_max_retries if eager else sys.maxsize
@@ -132,10 +122,26 @@ def keep(task_id: str | None, problem: Any) -> Reject:
     return Reject(problem, requeue=True)
 
 
-def visibility_s(app: Celery) -> float:
-    """Return for how long Redis leaves a waiting copy alone; a longer countdown would multiply it."""
+def longest_wait_s(app: Celery) -> float:
+    """Return how many seconds a delivery may wait: a third of the time for which Redis leaves it alone, at most.
+
+    A longer countdown would multiply the message.
+    """
     options = cast("dict[str, Any]", app.conf.broker_transport_options or {})
-    return float(options.get("visibility_timeout", 3600))
+    return min(LONGEST_WAIT_S, float(options.get("visibility_timeout", 3600)) / 3)
+
+
+def send_copy(task: Any, request: Any, countdown_s: float, headers: Mapping[str, Any]) -> None:
+    """Publish a copy of a delivery, which uses up no retry. The worker took it in time: it does not expire any more.
+
+    Raises:
+        Exception: It could not be published.
+    """
+    changed: dict[str, Any] = {**(request.headers or {}), **headers}
+    copy = task.signature_from_request(
+        request, countdown=countdown_s, retries=request.retries, headers=changed, expires=None
+    )
+    copy.apply_async(add_to_parent=False, **{PREPARED: True})
 
 
 def whole_seconds(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,10 +149,6 @@ def whole_seconds(app: Celery, options: Mapping[str, Any]) -> dict[str, Any]:
 
     On quorum queues Celery has RabbitMQ delay a message by whole seconds, cuts off the fraction, and fails to publish
     where nothing is left. The wait is rounded up there; elsewhere nothing changes.
-
-    Args:
-        app: Whose broker and queues they are.
-        options: Celery's, with ``countdown`` in seconds or ``eta``.
     """
     found = dict(options)
     times: Any = celery_time  # the stubs leave a function out

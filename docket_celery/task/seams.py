@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 def check_seams(task: GraphTask[Any, Any]) -> None:
     """Look at a task as the installed Celery has made it, and at its result backend.
 
-    Args:
-        task: A GraphTask, bound to its app.
-
     Raises:
         IncompatibleCelery: Celery no longer does what the promises of a run need.
     """

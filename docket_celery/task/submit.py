@@ -14,6 +14,7 @@ from celery.result import EagerResult
 from google.protobuf.message import Message
 
 from docket_celery.engine.handles import RunHandle
+from docket_celery.engine.run_row import digest_job
 from docket_celery.errors import InvalidArguments
 from docket_celery.plan.batch import BatchResult
 from docket_celery.store.identity import check_execution_id
@@ -33,7 +34,7 @@ from docket_celery.task.headers import (
     write_context,
 )
 from docket_celery.task.options import add_routing, read_batch_options, take_batch_options
-from docket_celery.task.references import Stored, read_arguments
+from docket_celery.task.references import Arguments, Stored, read_arguments
 from docket_celery.task.result import GraphResult
 from docket_celery.task.retries import whole_seconds
 
@@ -46,7 +47,6 @@ Publish = Callable[..., GraphResult[Any]]
 """Celery's own `apply_async`, as the next class of the task has it."""
 RunEagerly = Callable[..., EagerResult[Any]]
 """Celery's own `apply`, likewise."""
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def submit(task: Task, publish: Publish, args: Any, kwargs: Any, options: dict[str, Any]) -> GraphResult[Any]:
@@ -97,9 +97,8 @@ def submit_batch(
     call.write_headers()
     digest, stored = upload.upload(task, items, shared, *call.ask(), call.settings)
     call.headers[DIGEST] = base64.b64encode(digest).decode("ascii")
-    args = tuple(stored.values())
-    options |= {"argsrepr": f"({', '.join(map(repr, args))})", "kwargsrepr": "{}"}
-    return call.publish(publish, args, {})
+    options |= {"argsrepr": f"({', '.join(map(repr, stored))})", "kwargsrepr": "{}"}
+    return call.publish(publish, stored, {})
 
 
 def run_eagerly(
@@ -147,22 +146,18 @@ class _Call:
             type(task).checked_steps = steps
         refers = any(isinstance(value, Stored) for value in (*args, *kwargs.values()))
         messages = declared.bind(*(read_arguments(args, kwargs, task.app) if refers else (args, kwargs)))
-        self.headers[DIGEST] = base64.b64encode(declared.digest(messages)).decode("ascii")
+        self.headers[DIGEST] = base64.b64encode(digest_job(declared.given, messages)).decode("ascii")
         if self.execution_id is None and self.headers.get(EXECUTION_ID) is None:
             self.execution_id = None if task.execution_id is None else task.execution_id(*messages)
         self.write_headers()
         if refers or not self.travels(messages):
-            return large_jobs.arrange(task, messages, args, kwargs, self.settings, travels=leaves)
-        values = dict(zip(declared.signature.parameters, messages, strict=True))
-        named = {name: values.pop(name) for name in kwargs}
-        return tuple(values.values()), named
+            return large_jobs.arrange(task, messages, args, kwargs, self.settings, leaves=leaves)
+        return declared.as_given(messages, kwargs)
 
     def travels(self, values: Iterable[Any]) -> bool:
         """Tell whether a job goes by the ordinary door: single messages, none of them too large."""
-        limit = self.settings.max_message_bytes
-        return self._task.declaration.batch is None and not any(
-            isinstance(value, Message) and value.ByteSize() > limit for value in values
-        )
+        large = any(large_jobs.is_large(value, self.settings) for value in values)
+        return self._task.declaration.batch is None and not large
 
     def write_headers(self) -> None:
         """Write what names the run, its context, and what is asked of its batch.

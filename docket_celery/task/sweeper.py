@@ -23,7 +23,7 @@ from docket_celery.store.records import LostRun
 from docket_celery.task import checks
 from docket_celery.task.app_settings import app_settings, this_worker
 from docket_celery.task.chords import revive
-from docket_celery.task.retries import OUTAGE_MOST_S
+from docket_celery.task.retries import LONGEST_WAIT_S
 
 MOST_AT_ONCE = 20
 """Most runs that one look takes; the next look finds the others."""
@@ -60,9 +60,7 @@ class Schedule:
 class Sweeper:
     """Sweeps the stores of an app's batch tasks every half a lease, until `stop` or the end of the process.
 
-    Args:
-        app: The app, with its tasks imported.
-        schedule: Shared by all processes of the worker: one of them looks at a time.
+    All processes of the worker share the schedule: one of them looks at a time.
     """
 
     def __init__(self, app: Celery, schedule: Schedule) -> None:
@@ -85,7 +83,7 @@ class Sweeper:
         """Look once; return how many tasks were sent: for lost runs, and those that could not be sent before.
 
         The first look after an outage takes nothing for lost: leases expired meanwhile, and the deliveries that held
-        them come back within `OUTAGE_MOST_S`.
+        them come back within `LONGEST_WAIT_S`.
 
         Raises:
             DocketError: A store cannot be asked.
@@ -94,13 +92,12 @@ class Sweeper:
         if self._schedule.away:
             for store, _ in self._tasks():
                 store.find_run("", "")
-            self._schedule.set_next(time.monotonic() + settings.lease_seconds + OUTAGE_MOST_S)
+            self._schedule.set_next(time.monotonic() + settings.lease_seconds + LONGEST_WAIT_S)
             return self._send()
         try:
             for store, names in self._tasks():
-                for lost in store.find_lost(
-                    names, settings.lease_seconds, settings.max_deliveries, MOST_AT_ONCE
-                ):
+                found = store.find_lost(names, settings.lease_seconds, settings.max_deliveries, MOST_AT_ONCE)
+                for lost in found:
                     _logger.warning(
                         "run %r of graph %r is not advanced by any worker; task %s continues it",
                         *(lost.execution_id, lost.graph, lost.task_name),
@@ -171,10 +168,6 @@ class SweeperStep(bootsteps.StartStopStep):
     """Begins and ends the sweeper of a worker; Celery's signal tells of a warm shutdown only.
 
     Under prefork the children sweep, with the schedule that is made here before any of them is forked.
-
-    Attributes:
-        schedule: That of the worker of this process.
-        sweeper: That of this process, if it sweeps now.
     """
 
     schedule: ClassVar[Schedule | None] = None

@@ -20,8 +20,8 @@ from docket_celery.plan.messages import check_size, frame, to_bytes, type_name
 from docket_celery.store.contract import BatchStore
 from docket_celery.store.identity import job_digest
 from docket_celery.store.records import UNFINISHED, Lease, RunRequest, RunRow, RunState
-from docket_celery.task.large_jobs import Travelling, refer
-from docket_celery.task.references import ITEMS, Stored, read_arguments
+from docket_celery.task.large_jobs import refer
+from docket_celery.task.references import ITEMS, Arguments, Stored, read_arguments
 
 if TYPE_CHECKING:
     from docket_celery.task.task import GraphTask
@@ -40,15 +40,13 @@ def send(
     run: RunRequest,
     kept_s: float,
     settings: Settings,
-) -> Travelling:
+) -> Arguments:
     """Store a job with its list, and return the arguments to publish; as `large_jobs.send`."""
-    values = dict(zip(task.declaration.signature.parameters, args, strict=False)) | dict(kwargs)
-    messages = task.declaration.bind(*read_arguments((), values, task.app))
+    messages = task.declaration.bind(*read_arguments(args, kwargs, task.app))
     shared = [message for message in messages if isinstance(message, Message)]
     items = next(value for value in messages if not isinstance(value, Message))
     _, stored = upload(task, items, shared, run, kept_s, settings)
-    named = {name: stored.pop(name) for name in kwargs}
-    return tuple(stored.values()), named
+    return task.declaration.as_given(stored, kwargs)
 
 
 def upload(
@@ -58,19 +56,11 @@ def upload(
     run: RunRequest,
     kept_s: float,
     settings: Settings,
-) -> tuple[bytes, dict[str, Stored]]:
-    """Store a batch under the name of its run, without ever having all of it in memory.
+) -> tuple[bytes, list[Stored]]:
+    """Store a batch under the name of its run, and return the job's digest and what travels for each parameter.
 
-    Args:
-        task: The task.
-        items: The batch's, as messages or their JSON form; read once.
-        others: The messages that all items share, in the order of the task's other parameters.
-        run: What the task will ask for; its digest is not looked at.
-        kept_s: Seconds that the row is kept until a worker takes the run.
-        settings: Those in force.
-
-    Returns:
-        The job's digest, and what travels for each parameter.
+    The items are read once, and never all in memory. The digest of *run* is not looked at; its row is kept for
+    *kept_s* seconds until a worker takes it.
 
     Raises:
         InvalidArguments: An item is of another type, or there are too many.
@@ -105,8 +95,7 @@ class _Upload:
     digest: Any = field(default_factory=hashlib.sha256)
     count: int = 0
 
-    def store_all(self) -> tuple[bytes, dict[str, Stored]]:
-        """Store the batch; see `upload`."""
+    def store_all(self) -> tuple[bytes, list[Stored]]:
         found = self._on_pool(self.store.begin_upload, self.request, self.kept_s)
         if isinstance(found, RunRow):
             self._compare(found)
@@ -114,12 +103,12 @@ class _Upload:
             self._put(found)
         declared, digest = self.task.declaration, self._job_digest()
         run = replace(self.request, job_digest=digest)
-        stored: dict[str, Stored] = {}
-        for name, key in zip(declared.signature.parameters, declared.given, strict=True):
-            kind = type_name(key.kind)
-            listed = Stored(ITEMS, run.graph, run.execution_id, kind, self.count, digest)
-            stored[name] = refer(run, self.shared[key]) if key in self.shared else listed
-        return digest, stored
+        assert declared.batch is not None
+        kind = type_name(declared.batch.kind)
+        listed = Stored(ITEMS, run.graph, run.execution_id, kind, self.count, digest)
+        return digest, [
+            refer(run, self.shared[key]) if key in self.shared else listed for key in declared.given
+        ]
 
     def _put(self, lease: Lease) -> None:
         store, layout = self.store, Layout.of(self.task.plan(), self.request.execution_id)
