@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import Engine, text
 
 from docket_celery.store import SQLStore
 from docket_celery.store.contract import Store
@@ -80,6 +80,11 @@ class SQLBench(Bench):
         if self._sql.engine.dialect.name == "postgresql":
             return f"{column} - interval '{seconds} seconds'"
         return f"strftime('%Y-%m-%d %H:%M:%f', {column}, '-{seconds} seconds') || '000'"
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the store."""
+        return self._sql.engine
 
     @property
     def dialect(self) -> str:

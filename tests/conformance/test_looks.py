@@ -13,6 +13,7 @@ from docket_celery.store.contract import BatchStore
 from docket_celery.store.records import Chunk, ChunkEnd, ChunkRequest, Lease, RunState
 from docket_celery.store.rules import LONGEST_LOOK_S
 from docket_celery.store.sql import upkeep
+from tests.conformance.blocking import keep_open
 from tests.conformance.samples import GRAPH, Bench, SQLBench
 
 LEASE_S = 30.0
@@ -26,6 +27,7 @@ def rival(database_url: str) -> Generator[Connection]:
     engine = create_engine(database_url)
     try:
         with engine.connect() as connection:
+            keep_open(connection)
             yield connection
     finally:
         engine.dispose()

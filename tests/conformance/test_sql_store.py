@@ -18,9 +18,10 @@ from docket_celery.errors import (
     StoreUnavailable,
 )
 from docket_celery.store import SQLStore
-from docket_celery.store.records import Lease
+from docket_celery.store.records import Lease, RunState
 from docket_celery.store.sql import schema
-from tests.conformance.samples import GRAPH, RUN, ending, output, request
+from tests.conformance.blocking import InterruptedCall, interrupted
+from tests.conformance.samples import GRAPH, RUN, SQLBench, ending, output, request
 
 
 @pytest.fixture
@@ -119,6 +120,20 @@ def test_a_failing_call_leaves_no_transaction(store: SQLStore, path: Path) -> No
     rival.execute("ROLLBACK")
     rival.close()
     store.end(lease, ending())
+
+
+@pytest.mark.parametrize("statement", ["BEGIN", "DELETE FROM docket_cache", "COMMIT"])
+def test_a_call_that_is_interrupted_leaves_no_transaction(sql_bench: SQLBench, statement: str) -> None:
+    """A time limit may raise anywhere in it; what is written afterwards is committed, as other processes see."""
+    lease, engine = sql_bench.take(), sql_bench.engine
+    with interrupted(engine, statement), pytest.raises(InterruptedCall):
+        sql_bench.store.purge(10)
+    sql_bench.store.end(lease, ending())
+    other = SQLStore(engine.url)
+    row = other.find_run(GRAPH, RUN)
+    assert row is not None
+    assert row.state is RunState.SUCCEEDED
+    other.close()
 
 
 def test_a_file_that_cannot_be_opened_is_unavailable(tmp_path: Path) -> None:

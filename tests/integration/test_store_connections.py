@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from docket_celery.errors import SchemaMismatch, StoreUnavailable
 from docket_celery.store import SQLStore
 from docket_celery.store.records import Lease, RunState
 from docket_celery.store.sql import heartbeat, schema
+from tests.conformance.blocking import InterruptedCall
 from tests.conformance.samples import GRAPH, RUN, SQLBench, ending, execution, output, request
 from tests.infra.processes import wait_until
 from tests.unit.protos.shop_pb2 import Charge, Order
@@ -160,6 +162,35 @@ class TestConnections:
         rival.rollback()
         assert store.save(lease, output(), None).key == output().key
         store.close()
+
+    def test_a_statement_that_a_signal_interrupts_is_not_left_in_the_pool(
+        self, bench: SQLBench, rival: Connection
+    ) -> None:
+        """A time limit that raises while the server works: the error stays what it is, and the next call works."""
+        lease = bench.take()
+        heartbeat.extend(rival, [lease], [])
+
+        def stop(_number: int, _frame: object) -> None:
+            raise InterruptedCall
+
+        def stop_when_waiting() -> None:
+            waits = "wait_event_type = 'Lock' AND datname = current_database()"
+            is_waiting = f"SELECT 1 FROM pg_stat_activity WHERE {waits}"  # noqa: S608 -- our own
+            wait_until(lambda: bool(bench.sql(is_waiting)), within_s=10, what="the call waits for the lock")
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+        before = signal.signal(signal.SIGUSR1, stop)
+        waiter = threading.Thread(target=stop_when_waiting)
+        waiter.start()
+        try:
+            with pytest.raises(InterruptedCall):
+                bench.store.save(lease, output(), None)
+        finally:
+            waiter.join()
+            signal.signal(signal.SIGUSR1, before)
+        rival.rollback()
+        bench.store.end(lease, ending())
+        assert bench.state() is RunState.SUCCEEDED
 
     def test_a_read_only_server_is_unavailable(self, bench: SQLBench, database_url: str) -> None:
         """A standby that was promoted late, or a primary that was demoted: passing, not a failed run."""

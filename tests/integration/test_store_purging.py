@@ -12,7 +12,7 @@ from sqlalchemy import Connection, create_engine, event, make_url, text
 from docket_celery.store import SQLStore
 from docket_celery.store.records import Purged, RunState
 from docket_celery.store.sql import purging, runs
-from tests.conformance.blocking import blocked
+from tests.conformance.blocking import blocked, keep_open
 from tests.conformance.samples import RUN, SQLBench, ending, execution, output, request, shared
 
 pytestmark = [pytest.mark.integration, pytest.mark.leaves_lease]
@@ -154,6 +154,7 @@ def test_a_submission_that_waits_for_the_purge_starts_anew(bench: SQLBench, riva
     bench.store.save(lease, output(), execution())
     bench.store.end(lease, ending(RunState.FAILED, retention_s=60.0))
     bench.pass_time(120)
+    keep_open(rival)
     assert purging.purge(rival, 10).runs == 1
     with blocked(bench, lambda: bench.take(owner="second")) as take:
         rival.commit()

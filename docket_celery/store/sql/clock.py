@@ -53,26 +53,27 @@ def writing(connection: Connection) -> Generator[None]:
 def transaction(connection: Connection, begin: str = "BEGIN") -> Generator[None]:
     """Begin a transaction with the statement *begin*; commit it, or roll it back on an error.
 
-    A connection of the store is in autocommit. Within a transaction of the caller nothing is begun or ended.
+    Args:
+        connection: In autocommit, outside of a transaction.
+        begin: "BEGIN IMMEDIATE" takes the write lock of SQLite.
     """
-    if _is_open(connection):
-        yield
-        return
-    connection.exec_driver_sql(begin)
     try:
+        connection.exec_driver_sql(begin)
         yield
         connection.exec_driver_sql("COMMIT")
     except BaseException:
-        # SQLite ends the transaction by itself on some errors, such as a full disk.
-        if _is_open(connection):
-            connection.exec_driver_sql("ROLLBACK")
+        roll_back(connection)
         raise
 
 
-def _is_open(connection: Connection) -> bool:
-    driver: Any = None if connection.invalidated else connection.connection.dbapi_connection
-    if driver is None:
-        return False
-    if connection.dialect.name == "sqlite":
-        return bool(driver.in_transaction)
-    return not driver.closed and (not driver.autocommit or driver.info.transaction_status > 0)
+def roll_back(connection: Connection) -> None:
+    """End the transaction and the statement that an error has left open, if any; close the connection if that fails.
+
+    A signal may raise in the middle of a statement, after the database has begun a transaction.
+    """
+    driver = None if connection.invalidated else connection.connection.dbapi_connection
+    if driver is not None:
+        try:
+            driver.rollback()  # both drivers send nothing outside of a transaction
+        except BaseException:  # noqa: BLE001 -- the caller raises the error of which it is a consequence
+            connection.invalidate()

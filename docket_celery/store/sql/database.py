@@ -11,6 +11,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from docket_celery.errors import DocketError, SchemaMismatch, StoreUnavailable
 from docket_celery.store.sql import faults, schema
+from docket_celery.store.sql.clock import roll_back
 from docket_celery.store.sql.engines import Engines
 
 P = ParamSpec("P")
@@ -61,8 +62,9 @@ class Database(Engines):
         with self.lock(), engine.connect() as connection:
             try:
                 return work(connection, *args, **kwargs)
-            except DBAPIError as error:
-                if faults.leaves_server(error):
+            except BaseException as error:
+                roll_back(connection)
+                if isinstance(error, DBAPIError) and faults.leaves_server(error):
                     # The address may lead to another server by now; what is pooled stays with this one.
                     connection.invalidate(error)
                     engine.dispose()

@@ -162,7 +162,6 @@ def _check_given(engine: Engine) -> None:
 def _create(url: URL, in_memory: bool) -> Engine:
     options: dict[str, Any] = {
         "isolation_level": "AUTOCOMMIT",
-        "skip_autocommit_rollback": True,  # giving a connection back costs no round trip
         "hide_parameters": True,  # error texts and logs never show what was stored
     }
     if url.get_backend_name() == "sqlite":
