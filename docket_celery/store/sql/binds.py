@@ -9,63 +9,51 @@ from collections.abc import Mapping
 from datetime import UTC
 from typing import Any
 
-from sqlalchemy import (
-    ColumnElement,
-    DateTime,
-    Integer,
-    Label,
-    Table,
-    Text,
-    and_,
-    bindparam,
-    cast,
-    exists,
-    literal_column,
-)
+import sqlalchemy as sa
 
 from docket_celery.store.records import StepExecution
 from docket_celery.store.rows import execution_values
 from docket_celery.store.sql.constructs import as_json
 from docket_celery.store.sql.schema import docket_chunks, docket_runs
 
-ONE: Label[int] = literal_column("1", Integer).label("one")
+ONE: sa.Label[int] = sa.literal_column("1", sa.Integer).label("one")
 """What a statement selects that tells of a row."""
 JSON = frozenset({"output_json", "error", "errors", "progress", "lanes"})
 """Columns that are bound as text."""
 
 
-def given(table: Table, name: str, prefix: str = "p_") -> ColumnElement[Any]:
+def given(table: sa.Table, name: str, prefix: str = "p_") -> sa.ColumnElement[Any]:
     """Return the bound value for a column of *table*; JSON is bound as text."""
     if name in JSON:
-        return as_json(bindparam(prefix + name, type_=Text()))
-    return bindparam(prefix + name, type_=table.c[name].type)
+        return as_json(sa.bindparam(prefix + name, type_=sa.Text()))
+    return sa.bindparam(prefix + name, type_=table.c[name].type)
 
 
-def typed(table: Table, name: str, prefix: str = "p_") -> ColumnElement[Any]:
+def typed(table: sa.Table, name: str, prefix: str = "p_") -> sa.ColumnElement[Any]:
     """Return the bound value as a column of a SELECT; of texts, numbers and times the driver tells the type."""
     value, kind = given(table, name, prefix), table.c[name].type
-    is_told = name in JSON or isinstance(kind, (Text, Integer, DateTime))
-    return value if is_told else cast(value, kind)
+    is_told = name in JSON or isinstance(kind, (sa.Text, sa.Integer, sa.DateTime))
+    return value if is_told else sa.cast(value, kind)
 
 
-def matches(table: Table, *names: str, prefix: str = "p_") -> ColumnElement[bool]:
+def matches(table: sa.Table, *names: str, prefix: str = "p_") -> sa.ColumnElement[bool]:
     """Return whether these columns of *table* have the bound values."""
-    return and_(*(table.c[name] == given(table, name, prefix) for name in names))
+    return sa.and_(*(table.c[name] == given(table, name, prefix) for name in names))
 
 
-def is_state(table: Table, *states: str) -> ColumnElement[bool]:
+def is_state(table: sa.Table, *states: str) -> sa.ColumnElement[bool]:
     """Return whether the state of a row is one of these."""
-    found: list[ColumnElement[Any]] = [literal_column(f"'{state}'") for state in states]
+    found: list[sa.ColumnElement[Any]] = [sa.literal_column(f"'{state}'") for state in states]
     return table.c.state == found[0] if len(found) == 1 else table.c.state.in_(found)
 
 
 _FENCE = ("graph", "execution_id", "epoch", "owner")
-HOLDS_RUN = and_(matches(docket_runs, *_FENCE), is_state(docket_runs, "RUNNING"))
+HOLDS_RUN = sa.and_(matches(docket_runs, *_FENCE), is_state(docket_runs, "RUNNING"))
 """Whether a lease holds its run."""
-HOLDS_CHUNK = and_(
+HOLDS_CHUNK = sa.and_(
     matches(docket_chunks, *_FENCE, "stage", "lo"),
     is_state(docket_chunks, "RUNNING"),
-    exists().where(
+    sa.exists().where(
         docket_runs.c.graph == docket_chunks.c.graph,
         docket_runs.c.execution_id == docket_chunks.c.execution_id,
         docket_runs.c.stage == docket_chunks.c.stage,

@@ -11,25 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    Connection,
-    Insert,
-    Select,
-    and_,
-    bindparam,
-    delete,
-    exists,
-    func,
-    insert,
-    literal_column,
-    not_,
-    or_,
-    select,
-    true,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert as upsert  # SQLite's compiler takes it too
 
 from docket_celery.errors import LeaseLost, StoreUnavailable
@@ -70,19 +52,19 @@ _KEYS_AT_ONCE = 500  # SQLite before 3.32 binds at most 999 values
 
 _CACHE, _CLAIMS, _EXECUTIONS = docket_cache.c, docket_claims.c, docket_executions.c
 _COLUMNS = [_CACHE[name] for name in CHECKPOINT_COLUMNS]
-_FIND = select(*_COLUMNS).where(matches(docket_cache, "cache_key"))
-_FIND_LIVE = _FIND.where(or_(_CACHE.expires_at.is_(None), _CACHE.expires_at > now()))
+_FIND = sa.select(*_COLUMNS).where(matches(docket_cache, "cache_key"))
+_FIND_LIVE = _FIND.where(sa.or_(_CACHE.expires_at.is_(None), _CACHE.expires_at > now()))
 _INSERTED = (*CHECKPOINT_COLUMNS, "output_json")
 
 
-def _count(source: CTE) -> Any:
-    return select(func.count()).select_from(source).scalar_subquery()
+def _count(source: sa.CTE) -> Any:
+    return sa.select(sa.func.count()).select_from(source).scalar_subquery()
 
 
-def _add_execution(source: CTE | None = None, *where: ColumnElement[bool]) -> Insert:
-    values = select(*(typed(docket_executions, name, "x_") for name in EXECUTION_COLUMNS)).where(*where)
+def _add_execution(source: sa.CTE | None = None, *where: sa.ColumnElement[bool]) -> sa.Insert:
+    values = sa.select(*(typed(docket_executions, name, "x_") for name in EXECUTION_COLUMNS)).where(*where)
     chosen = values if source is None else values.select_from(source)
-    return insert(docket_executions).from_select(EXECUTION_COLUMNS, chosen)
+    return sa.insert(docket_executions).from_select(EXECUTION_COLUMNS, chosen)
 
 
 _ADD_EXECUTION = _add_execution()
@@ -91,11 +73,11 @@ _ADD_EXECUTION = _add_execution()
 # --- a run's own ---------------------------------------------------------------------------------------------------
 
 _OF_RUN = matches(docket_cache, "graph", "execution_id")
-_KEYS = _CACHE.cache_key.in_(bindparam("p_keys", expanding=True))
-_FOUND = select(*_COLUMNS, _CACHE.expires_at.is_not(None).label("dated"))
+_KEYS = _CACHE.cache_key.in_(sa.bindparam("p_keys", expanding=True))
+_FOUND = sa.select(*_COLUMNS, _CACHE.expires_at.is_not(None).label("dated"))
 _RESTORE = {
     (items, keys): _FOUND.where(
-        or_(_OF_RUN if items else and_(_OF_RUN, _CACHE.item == ""), *((_KEYS,) if keys else ()))
+        sa.or_(_OF_RUN if items else sa.and_(_OF_RUN, _CACHE.item == ""), *((_KEYS,) if keys else ()))
     )
     for items in (False, True)
     for keys in (False, True)
@@ -103,16 +85,18 @@ _RESTORE = {
 _RESTORE_KEYS = _FOUND.where(_KEYS)
 PAGE = 20_000
 """Most checkpoints that one statement dates: a batch has very many, and a statement 15 seconds."""
-_DATED = select(_CACHE.cache_key).where(_OF_RUN, _CACHE.expires_at.is_not(None)).limit(PAGE).scalar_subquery()
+_DATED = (
+    sa.select(_CACHE.cache_key).where(_OF_RUN, _CACHE.expires_at.is_not(None)).limit(PAGE).scalar_subquery()
+)
 _UNDATE = (
-    update(docket_cache)
-    .where(one_of(_CACHE.cache_key, _DATED), exists().where(HOLDS_RUN))
+    sa.update(docket_cache)
+    .where(one_of(_CACHE.cache_key, _DATED), sa.exists().where(HOLDS_RUN))
     .values(expires_at=None)
 )
 
 
 def restore(
-    connection: Connection, lease: Lease, keys: Sequence[bytes], items: bool = False
+    connection: sa.Connection, lease: Lease, keys: Sequence[bytes], items: bool = False
 ) -> list[Checkpoint]:
     """See `Store.restore`."""
     values = bound(fence_values(lease))
@@ -131,20 +115,20 @@ def restore(
 
 
 _ENDED_AT = (
-    select(docket_runs.c.ended_at).where(matches(docket_runs, "graph", "execution_id")).scalar_subquery()
+    sa.select(docket_runs.c.ended_at).where(matches(docket_runs, "graph", "execution_id")).scalar_subquery()
 )
 _EXPIRES_AT = later(_ENDED_AT, _CACHE.ttl)
-_UNDATED = select(_CACHE.cache_key).where(
+_UNDATED = sa.select(_CACHE.cache_key).where(
     _OF_RUN, _CACHE.ttl.is_not(None), _CACHE.expires_at.is_distinct_from(_EXPIRES_AT)
 )
 _DATE = (
-    update(docket_cache)
+    sa.update(docket_cache)
     .where(one_of(_CACHE.cache_key, _UNDATED.limit(PAGE).scalar_subquery()))
     .values(expires_at=_EXPIRES_AT)
 )
 
 
-def date_checkpoints(connection: Connection, graph: str, execution_id: str) -> None:
+def date_checkpoints(connection: sa.Connection, graph: str, execution_id: str) -> None:
     """Write until when the checkpoints of a run that has ended are kept."""
     values = {"p_graph": clean_text(graph), "p_execution_id": clean_text(execution_id)}
     while connection.execute(_DATE, values).rowcount == PAGE:
@@ -152,8 +136,8 @@ def date_checkpoints(connection: Connection, graph: str, execution_id: str) -> N
 
 
 _HELD = {
-    False: select(ONE).where(HOLDS_RUN).with_for_update(read=True),
-    True: select(ONE).where(HOLDS_CHUNK).with_for_update(read=True, of=docket_chunks),
+    False: sa.select(ONE).where(HOLDS_RUN).with_for_update(read=True),
+    True: sa.select(ONE).where(HOLDS_CHUNK).with_for_update(read=True, of=docket_chunks),
 }
 """What finds the row of a lease that still holds, and locks it; by whether it is a chunk's."""
 _INSERT = (
@@ -165,10 +149,10 @@ _INSERT = (
 
 
 @cache
-def _save(*, chunk: bool, execution: bool) -> Select[*tuple[Any, ...]]:
+def _save(*, chunk: bool, execution: bool) -> sa.Select[*tuple[Any, ...]]:
     """Return the statement of Postgres that tells whether the lease holds, and whether the row was new."""
     held = _HELD[chunk].cte("f")
-    values = select(*(typed(docket_cache, name) for name in _INSERTED), now()).select_from(held)
+    values = sa.select(*(typed(docket_cache, name) for name in _INSERTED), now()).select_from(held)
     saved = (
         upsert(docket_cache)
         .from_select([*_INSERTED, "created_at"], values)
@@ -176,13 +160,13 @@ def _save(*, chunk: bool, execution: bool) -> Select[*tuple[Any, ...]]:
         .returning(ONE)
         .cte("s")
     )
-    found = select(_count(held), _count(saved))
+    found = sa.select(_count(held), _count(saved))
     # From s, not from f: a repeated save finds its own row and must not count the step twice.
     return found.add_cte(_add_execution(saved).cte("e")) if execution else found
 
 
 def save(
-    connection: Connection, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None
+    connection: sa.Connection, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None
 ) -> Checkpoint:
     """See `Store.save`."""
     ours = clean_checkpoint(checkpoint)
@@ -211,45 +195,45 @@ def save(
 # --- shared by all runs --------------------------------------------------------------------------------------------
 
 _CLAIMED = matches(docket_claims, "cache_key", "owner")
-_IS_CLAIM = and_(_CLAIMED, _CLAIMS.lease_until > now())
+_IS_CLAIM = sa.and_(_CLAIMED, _CLAIMS.lease_until > now())
 
 
-def _claim(live: Any) -> Insert:
+def _claim(live: Any) -> sa.Insert:
     """Return what claims the right to compute, unless *live* has a row or another owner a live claim.
 
     A published claim is spent, not deleted: a statement that looked before the result was there must not find
     the claim gone and compute again. A dead claim is taken only if the statement's snapshot shows the same one.
     """
-    values = select(
-        typed(docket_claims, "cache_key"), typed(docket_claims, "owner"), after(bindparam("p_lease_s"))
-    ).where(not_(exists(live)))
+    values = sa.select(
+        typed(docket_claims, "cache_key"), typed(docket_claims, "owner"), after(sa.bindparam("p_lease_s"))
+    ).where(sa.not_(sa.exists(live)))
     claim: Any = upsert(docket_claims).from_select(["cache_key", "owner", "lease_until"], values)
     new, seen = claim.excluded, docket_claims.alias("seen")
     # Not the columns themselves: SQLAlchemy would add their table to the subquery.
-    same = (column == literal_column(f"docket_claims.{column.name}") for column in seen.c[:3])
-    statement: Insert = claim.on_conflict_do_update(
+    same = (column == sa.literal_column(f"docket_claims.{column.name}") for column in seen.c[:3])
+    statement: sa.Insert = claim.on_conflict_do_update(
         index_elements=["cache_key"],
         set_={"owner": new.owner, "lease_until": new.lease_until},
-        where=or_(
-            and_(_CLAIMS.owner == new.owner, _CLAIMS.lease_until > now()),
-            and_(_CLAIMS.lease_until <= now(), exists(select(ONE).where(*same))),
+        where=sa.or_(
+            sa.and_(_CLAIMS.owner == new.owner, _CLAIMS.lease_until > now()),
+            sa.and_(_CLAIMS.lease_until <= now(), sa.exists(sa.select(ONE).where(*same))),
         ),
     )
     return statement.execution_options(preserve_rowcount=True)
 
 
-def _lookup() -> Select[*tuple[Any, ...]]:
+def _lookup() -> sa.Select[*tuple[Any, ...]]:
     """Return the statement of Postgres that looks and claims."""
     live = _FIND_LIVE.cte("live")
-    claimed = _claim(select(ONE).select_from(live)).returning(ONE).cte("claimed")
-    claims = select(func.count().label("won")).select_from(claimed).subquery("claims")
-    return select(claims.c.won, *live.c).select_from(claims.outerjoin(live, true()))
+    claimed = _claim(sa.select(ONE).select_from(live)).returning(ONE).cte("claimed")
+    claims = sa.select(sa.func.count().label("won")).select_from(claimed).subquery("claims")
+    return sa.select(claims.c.won, *live.c).select_from(claims.outerjoin(live, sa.true()))
 
 
 _LOOKUP, _CLAIM = _lookup(), _claim(_FIND_LIVE)
 
 
-def lookup(connection: Connection, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+def lookup(connection: sa.Connection, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
     """See `Store.lookup`; in SQLite a hit takes no write lock."""
     values = {"p_cache_key": key, "p_owner": clean_text(owner), "p_lease_s": lease_s}
     if connection.dialect.name == "postgresql":
@@ -263,15 +247,15 @@ def lookup(connection: Connection, key: bytes, owner: str, lease_s: float) -> Ch
     return won if row is None else check_owner(read_checkpoint(row), "", None)
 
 
-def _put(insert: Any, *, replace: bool) -> Insert:
+def _put(insert: Any, *, replace: bool) -> sa.Insert:
     new = insert.excluded
     changed = {name: new[name] for name in (*_INSERTED, "created_at", "expires_at") if name != "cache_key"}
     where = None if replace else _CACHE.expires_at <= now()
-    put: Insert = insert.on_conflict_do_update(index_elements=["cache_key"], set_=changed, where=where)
+    put: sa.Insert = insert.on_conflict_do_update(index_elements=["cache_key"], set_=changed, where=where)
     return put.execution_options(preserve_rowcount=True)
 
 
-_EXPIRES = after(bindparam("p_ttl"))
+_EXPIRES = after(sa.bindparam("p_ttl"))
 _PUT = {
     replace: _put(
         upsert(docket_cache).values(
@@ -282,38 +266,38 @@ _PUT = {
     )
     for replace in (False, True)
 }
-_RELEASE = delete(docket_claims).where(_CLAIMED)
-_RELEASE_LIVE = delete(docket_claims).where(_IS_CLAIM)
-_SPEND = update(docket_claims).where(_IS_CLAIM).values(lease_until=now())
+_RELEASE = sa.delete(docket_claims).where(_CLAIMED)
+_RELEASE_LIVE = sa.delete(docket_claims).where(_IS_CLAIM)
+_SPEND = sa.update(docket_claims).where(_IS_CLAIM).values(lease_until=now())
 _DEAD = (
-    select(_CLAIMS.cache_key)
-    .where(_CLAIMS.lease_until < later(began(), literal_column("-60")))
-    .limit(literal_column("2"))
+    sa.select(_CLAIMS.cache_key)
+    .where(_CLAIMS.lease_until < later(began(), sa.literal_column("-60")))
+    .limit(sa.literal_column("2"))
     .with_for_update(skip_locked=True)
 )
-_SWEEP = delete(docket_claims).where(_CLAIMS.cache_key.in_(_DEAD))
+_SWEEP = sa.delete(docket_claims).where(_CLAIMS.cache_key.in_(_DEAD))
 # The step did run, so its row is written even if another's output counts; a repeated publish adds none.
-_IS_WRITTEN = exists().where(
+_IS_WRITTEN = sa.exists().where(
     matches(
         docket_executions, "execution_id", "graph", "step_name", "item", "delivery", "started_at", prefix="x_"
     )
 )
-_ADD_NEW_EXECUTION = _add_execution(None, not_(_IS_WRITTEN))
+_ADD_NEW_EXECUTION = _add_execution(None, sa.not_(_IS_WRITTEN))
 
 
 @cache
-def _publish(*, replace: bool, execution: bool) -> Select[*tuple[Any, ...]]:
+def _publish(*, replace: bool, execution: bool) -> sa.Select[*tuple[Any, ...]]:
     """Return the statement of Postgres that stores, spends the claim, sweeps dead ones and adds the step's row."""
-    values = select(*(typed(docket_cache, name) for name in _INSERTED), now(), _EXPIRES)
+    values = sa.select(*(typed(docket_cache, name) for name in _INSERTED), now(), _EXPIRES)
     put = _put(
         upsert(docket_cache).from_select([*_INSERTED, "created_at", "expires_at"], values), replace=replace
     )
-    found = select(_count(put.returning(ONE).cte("s"))).add_cte(_SPEND.cte("spent"), _SWEEP.cte("swept"))
+    found = sa.select(_count(put.returning(ONE).cte("s"))).add_cte(_SPEND.cte("spent"), _SWEEP.cte("swept"))
     return found.add_cte(_ADD_NEW_EXECUTION.cte("e")) if execution else found
 
 
 def publish(
-    connection: Connection,
+    connection: sa.Connection,
     checkpoint: Checkpoint,
     owner: str,
     execution: StepExecution | None,
@@ -341,12 +325,12 @@ def publish(
     raise StoreUnavailable("publish the checkpoint", "another's row is being deleted")
 
 
-_IS_SHARED = and_(matches(docket_cache, "cache_key"), _CACHE.execution_id.is_(None))
-_FORGET = delete(docket_cache).where(_IS_SHARED)
-_FORGET_LIVE = _FORGET.where(or_(_CACHE.expires_at.is_(None), _CACHE.expires_at > now()))
+_IS_SHARED = sa.and_(matches(docket_cache, "cache_key"), _CACHE.execution_id.is_(None))
+_FORGET = sa.delete(docket_cache).where(_IS_SHARED)
+_FORGET_LIVE = _FORGET.where(sa.or_(_CACHE.expires_at.is_(None), _CACHE.expires_at > now()))
 
 
-def forget(connection: Connection, key: bytes) -> bool:
+def forget(connection: sa.Connection, key: bytes) -> bool:
     """See `Store.forget`."""
     live = connection.execute(_FORGET_LIVE, {"p_cache_key": key}).rowcount > 0
     if not live:
@@ -354,6 +338,6 @@ def forget(connection: Connection, key: bytes) -> bool:
     return live
 
 
-def release_claim(connection: Connection, key: bytes, owner: str) -> None:
+def release_claim(connection: sa.Connection, key: bytes, owner: str) -> None:
     """See `Store.release_claim`."""
     connection.execute(_RELEASE_LIVE, {"p_cache_key": key, "p_owner": clean_text(owner)})

@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import ColumnElement, Connection, and_, case, cast, or_, select, update
 
 from docket_celery.errors import LeaseLost
 from docket_celery.store.records import (
@@ -58,20 +57,20 @@ from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_r
 _CHUNKS, _RUNS, _CACHE = docket_chunks.c, docket_runs.c, docket_cache.c
 _NAME = ("graph", "execution_id")
 _IS_RUN = matches(docket_runs, *_NAME)
-_IS_OPEN = and_(matches(docket_runs, "stage"), is_state(docket_runs, "RUNNING", "WAITING"))
+_IS_OPEN = sa.and_(matches(docket_runs, "stage"), is_state(docket_runs, "RUNNING", "WAITING"))
 _IS_CHUNK = matches(docket_chunks, *_NAME, "stage", "lo")
 
 
 # --- items ----------------------------------------------------------------------------------------------------------
 
 _SAVE_MANY = {
-    False: Fenced([select(_RUNS.graph).where(HOLDS_RUN).with_for_update(read=True)]),
-    True: Fenced([select(_CHUNKS.graph).where(HOLDS_CHUNK).with_for_update(read=True)]),
+    False: Fenced([sa.select(_RUNS.graph).where(HOLDS_RUN).with_for_update(read=True)]),
+    True: Fenced([sa.select(_CHUNKS.graph).where(HOLDS_CHUNK).with_for_update(read=True)]),
 }
 """By whether a chunk saves."""
 
 
-def save_many(connection: Connection, lease: Lease, checkpoints: Sequence[Checkpoint]) -> None:
+def save_many(connection: sa.Connection, lease: Lease, checkpoints: Sequence[Checkpoint]) -> None:
     """See `BatchStore.save_many`."""
     save, rows = _SAVE_MANY[lease.chunk is not None], {ADD_CHECKPOINTS: checkpoint_rows(checkpoints)}
     if save.run(connection, bound(fence_values(lease)), rows) is None:
@@ -80,8 +79,8 @@ def save_many(connection: Connection, lease: Lease, checkpoints: Sequence[Checkp
 
 @cache
 def _read_items(*, by_key: bool, of_job: bool) -> Any:
-    wanted: list[ColumnElement[bool]] = [
-        and_(
+    wanted: list[sa.ColumnElement[bool]] = [
+        sa.and_(
             _CACHE.step_name.in_(sa.bindparam("p_names", expanding=True)),
             _CACHE.item_index >= sa.bindparam("p_first"),
             _CACHE.item_index < sa.bindparam("p_before"),
@@ -91,12 +90,12 @@ def _read_items(*, by_key: bool, of_job: bool) -> Any:
         wanted.append(_CACHE.cache_key.in_(sa.bindparam("p_keys", expanding=True)))
     # In the statement that reads: no other run can come between.
     is_its_job = [sa.exists().where(_IS_RUN, matches(docket_runs, "job_digest"))] if of_job else []
-    rows = select(*(_CACHE[name] for name in CHECKPOINT_COLUMNS)).where(matches(docket_cache, *_NAME))
+    rows = sa.select(*(_CACHE[name] for name in CHECKPOINT_COLUMNS)).where(matches(docket_cache, *_NAME))
     return sa.union_all(*(rows.where(which, *is_its_job) for which in wanted))
 
 
 def read_items(
-    connection: Connection,
+    connection: sa.Connection,
     graph: str,
     execution_id: str,
     names: Sequence[str],
@@ -113,21 +112,23 @@ def read_items(
     return read_in_order(rows.mappings().all(), **run)
 
 
-def find_names(connection: Connection, graph: str, execution_id: str) -> set[str]:
+def find_names(connection: sa.Connection, graph: str, execution_id: str) -> set[str]:
     """See `BatchStore.find_names`."""
-    least = select(sa.func.min(_CACHE.step_name).label("name")).where(*_of(_CACHE, graph, execution_id))
+    least = sa.select(sa.func.min(_CACHE.step_name).label("name")).where(*_of(_CACHE, graph, execution_id))
     # One step into the index for each name, however many items there are.
     names = least.cte("names", recursive=True)
     following = least.where(_CACHE.step_name > names.c.name).scalar_subquery()
-    names = names.union_all(select(following).where(names.c.name.is_not(None)))
-    return set(connection.execute(select(names.c.name).where(names.c.name.is_not(None))).scalars())
+    names = names.union_all(sa.select(following).where(names.c.name.is_not(None)))
+    return set(connection.execute(sa.select(names.c.name).where(names.c.name.is_not(None))).scalars())
 
 
-def measure_items(connection: Connection, graph: str, execution_id: str, name: str) -> tuple[int, int]:
+def measure_items(connection: sa.Connection, graph: str, execution_id: str, name: str) -> tuple[int, int]:
     """See `BatchStore.measure_items`."""
-    is_item = and_(_CACHE.step_name == clean_text(name), _CACHE.item == cast(_CACHE.item_index, sa.Text))
+    is_item = sa.and_(
+        _CACHE.step_name == clean_text(name), _CACHE.item == sa.cast(_CACHE.item_index, sa.Text)
+    )
     size = sa.func.coalesce(sa.func.sum(sa.func.length(_CACHE.output_data)), 0)
-    statement = select(sa.func.count(), size).where(*_of(_CACHE, graph, execution_id), is_item)
+    statement = sa.select(sa.func.count(), size).where(*_of(_CACHE, graph, execution_id), is_item)
     found = connection.execute(statement).one()
     return int(found[0]), int(found[1])
 
@@ -136,7 +137,7 @@ def measure_items(connection: Connection, graph: str, execution_id: str, name: s
 
 
 def open_stage(
-    connection: Connection,
+    connection: sa.Connection,
     lease: Lease,
     stage: int,
     chunks: Sequence[Chunk],
@@ -149,7 +150,7 @@ def open_stage(
     """See `BatchStore.open_stage`."""
     run = {"graph": clean_text(lease.graph), "execution_id": clean_text(lease.execution_id), "stage": stage}
     of_stage = matches(docket_chunks, *_NAME, "stage")
-    failed = select(sa.func.coalesce(sa.func.sum(_CHUNKS.failed), 0)).where(of_stage).scalar_subquery()
+    failed = sa.select(sa.func.coalesce(sa.func.sum(_CHUNKS.failed), 0)).where(of_stage).scalar_subquery()
     new = {
         _RUNS.progress: as_json(progress_values(progress)),
         _RUNS.lanes: as_json(lanes_values(lanes)),
@@ -157,11 +158,11 @@ def open_stage(
         _RUNS.items_failed: failed,
     }
     # Opened again by a copy: its chunks have counted meanwhile, and one may have stopped the rest.
-    is_open = and_(matches(docket_runs, "stage"), _RUNS.items_allowed.is_not(None))
-    kept = {column.key: case((is_open, column), else_=value) for column, value in new.items()}
+    is_open = sa.and_(matches(docket_runs, "stage"), _RUNS.items_allowed.is_not(None))
+    kept = {column.key: sa.case((is_open, column), else_=value) for column, value in new.items()}
     keeps_s = None if message is None else lease.lease_s
     opened = (
-        update(docket_runs)
+        sa.update(docket_runs)
         .where(HOLDS_RUN)
         .values(
             state=RunState.WAITING,
@@ -177,35 +178,35 @@ def open_stage(
         ADD_CHUNKS: [run | {"lo": chunk.lo, "hi": chunk.hi} for chunk in chunks],
         ADD_EXECUTIONS: execution_rows(executions),
     }
-    told, values = select(cast(_RUNS.lanes, sa.Text).label("lanes")), bound(fence_values(lease) | run)
+    told, values = sa.select(sa.cast(_RUNS.lanes, sa.Text).label("lanes")), bound(fence_values(lease) | run)
     row = Fenced([opened], tells=told.where(_IS_RUN)).run(connection, values, rows)
     if row is None:
-        is_ours = and_(_IS_RUN, matches(docket_runs, "owner", "epoch"), _RUNS.state == RunState.WAITING)
+        is_ours = sa.and_(_IS_RUN, matches(docket_runs, "owner", "epoch"), _RUNS.state == RunState.WAITING)
         row = connection.execute(told.where(is_ours), values).mappings().first()
     if row is None:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
     return read_lanes(row["lanes"])
 
 
-def find_chunks(connection: Connection, graph: str, execution_id: str) -> list[ChunkRow]:
+def find_chunks(connection: sa.Connection, graph: str, execution_id: str) -> list[ChunkRow]:
     """See `BatchStore.find_chunks`."""
     return _find_chunks(connection, *_of(_CHUNKS, graph, execution_id))
 
 
-def find_failed(connection: Connection, graph: str, execution_id: str, lo: int, hi: int) -> list[ChunkRow]:
+def find_failed(connection: sa.Connection, graph: str, execution_id: str, lo: int, hi: int) -> list[ChunkRow]:
     """See `BatchStore.find_failed`."""
-    is_near = and_(_CHUNKS.lo < hi, _CHUNKS.hi > lo, _CHUNKS.failed > 0)
+    is_near = sa.and_(_CHUNKS.lo < hi, _CHUNKS.hi > lo, _CHUNKS.failed > 0)
     return _find_chunks(connection, *_of(_CHUNKS, graph, execution_id), is_near)
 
 
-def _find_chunks(connection: Connection, *which: ColumnElement[bool]) -> list[ChunkRow]:
-    names, errors = ("stage", "lo", "hi", "state", "failed"), cast(_CHUNKS.errors, sa.Text).label("errors")
-    statement = select(*(_CHUNKS[name] for name in names), errors).where(*which)
+def _find_chunks(connection: sa.Connection, *which: sa.ColumnElement[bool]) -> list[ChunkRow]:
+    names, errors = ("stage", "lo", "hi", "state", "failed"), sa.cast(_CHUNKS.errors, sa.Text).label("errors")
+    statement = sa.select(*(_CHUNKS[name] for name in names), errors).where(*which)
     rows = connection.execute(statement.order_by(_CHUNKS.stage, _CHUNKS.lo)).mappings()
     return [read_chunk(row) for row in rows]
 
 
-def _of(columns: Any, graph: str, execution_id: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+def _of(columns: Any, graph: str, execution_id: str) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:
     return columns.graph == clean_text(graph), columns.execution_id == clean_text(execution_id)
 
 
@@ -217,35 +218,37 @@ def _take_chunk() -> Fenced:
     owner, task_id, retries = (given(docket_chunks, name) for name in ("owner", "task_id", "retries"))
     running, ours = _CHUNKS.state == RunState.RUNNING, _CHUNKS.owner == owner
     same, ended_cleanly = _CHUNKS.task_id == task_id, sa.bindparam("p_ended_cleanly", type_=sa.Boolean())
-    newer = and_(same, retries > _CHUNKS.retries)
+    newer = sa.and_(same, retries > _CHUNKS.retries)
     # A delivery that comes again after it took the lease itself died with it.
-    crash = and_(running, sa.not_(ours), sa.not_(and_(ended_cleanly, sa.func.coalesce(newer, sa.false()))))
-    poison = and_(crash, _CHUNKS.lost + 1 >= sa.bindparam("p_max_deliveries", type_=sa.Integer()))
-    is_over = or_(_CHUNKS.lease_until <= now(), ours, newer)
-    is_free = or_(_CHUNKS.state == RunState.QUEUED, and_(running, is_over))
+    crash = sa.and_(
+        running, sa.not_(ours), sa.not_(sa.and_(ended_cleanly, sa.func.coalesce(newer, sa.false())))
+    )
+    poison = sa.and_(crash, _CHUNKS.lost + 1 >= sa.bindparam("p_max_deliveries", type_=sa.Integer()))
+    is_over = sa.or_(_CHUNKS.lease_until <= now(), ours, newer)
+    is_free = sa.or_(_CHUNKS.state == RunState.QUEUED, sa.and_(running, is_over))
     may_start = sa.exists().where(_IS_RUN, _IS_OPEN, _RUNS.items_failed <= _RUNS.items_allowed)
     taken = (
-        update(docket_chunks)
+        sa.update(docket_chunks)
         .where(_IS_CHUNK, is_free, may_start)
         .values(
-            state=case((poison, RunState.QUARANTINED), else_=RunState.RUNNING),
-            lease_until=case((sa.not_(poison), after(sa.bindparam("p_lease_s", type_=sa.Double())))),
-            lost=_CHUNKS.lost + case((crash, 1), else_=0),
-            epoch=_CHUNKS.epoch + case((and_(running, ours), 0), else_=1),
+            state=sa.case((poison, RunState.QUARANTINED), else_=RunState.RUNNING),
+            lease_until=sa.case((sa.not_(poison), after(sa.bindparam("p_lease_s", type_=sa.Double())))),
+            lost=_CHUNKS.lost + sa.case((crash, 1), else_=0),
+            epoch=_CHUNKS.epoch + sa.case((sa.and_(running, ours), 0), else_=1),
             owner=owner,
             task_id=task_id,
             # An older copy of a task must not make its next retry look new.
-            retries=case((and_(same, _CHUNKS.retries > retries), _CHUNKS.retries), else_=retries),
+            retries=sa.case((sa.and_(same, _CHUNKS.retries > retries), _CHUNKS.retries), else_=retries),
         )
     )
-    target = select(_RUNS.target).where(_IS_RUN).scalar_subquery().label("target")
-    told = select(_CHUNKS.state, _CHUNKS.epoch, _CHUNKS.hi, _CHUNKS.lost, target).where(_IS_CHUNK)
+    target = sa.select(_RUNS.target).where(_IS_RUN).scalar_subquery().label("target")
+    told = sa.select(_CHUNKS.state, _CHUNKS.epoch, _CHUNKS.hi, _CHUNKS.lost, target).where(_IS_CHUNK)
     return Fenced([taken], tells=told)
 
 
 _TAKE_CHUNK = _take_chunk()
 _LOOK_AT_CHUNK = (
-    select(
+    sa.select(
         _CHUNKS.state,
         seconds_left(_CHUNKS.lease_until).label("lease_left_s"),
         _IS_OPEN.label("is_open"),
@@ -255,13 +258,13 @@ _LOOK_AT_CHUNK = (
     .where(_IS_CHUNK)
 )
 _STOP = (
-    update(docket_runs)
+    sa.update(docket_runs)
     .where(_IS_RUN, matches(docket_runs, "stage"), _RUNS.items_allowed >= 0)
     .values(items_allowed=-1)
 )
 
 
-def lease_chunk(connection: Connection, request: ChunkRequest) -> Lease | ChunkRefusal:
+def lease_chunk(connection: sa.Connection, request: ChunkRequest) -> Lease | ChunkRefusal:
     """See `BatchStore.lease_chunk`."""
     values = bound(chunk_values(request))
     taken = _TAKE_CHUNK.run(connection, values)
@@ -278,43 +281,45 @@ def lease_chunk(connection: Connection, request: ChunkRequest) -> Lease | ChunkR
 
 def _end_chunk() -> Fenced:
     state, failed = given(docket_chunks, "state"), given(docket_chunks, "failed")
-    wake_in_s: ColumnElement[float] = sa.bindparam("p_wake_in_s", type_=sa.Double())
-    lease_s: ColumnElement[float] = sa.bindparam("p_lease_s", type_=sa.Double())
+    wake_in_s: sa.ColumnElement[float] = sa.bindparam("p_wake_in_s", type_=sa.Double())
+    lease_s: sa.ColumnElement[float] = sa.bindparam("p_lease_s", type_=sa.Double())
     # The run is locked before its chunk, as by all statements that lock both.
-    lock = select(_RUNS.graph).where(_IS_RUN, _IS_OPEN).with_for_update()
+    lock = sa.select(_RUNS.graph).where(_IS_RUN, _IS_OPEN).with_for_update()
     ended = (
-        update(docket_chunks)
+        sa.update(docket_chunks)
         .where(HOLDS_CHUNK)
         .values(
             state=state,
             failed=failed,
             errors=given(docket_chunks, "errors"),
-            lease_until=case((wake_in_s > 0, after(wake_in_s))),
+            lease_until=sa.case((wake_in_s > 0, after(wake_in_s))),
         )
     )
-    items = select(_CHUNKS.hi - _CHUNKS.lo).where(_IS_CHUNK).scalar_subquery()
-    done = and_(state == RunState.SUCCEEDED, _RUNS.progress.is_not(None))
+    items = sa.select(_CHUNKS.hi - _CHUNKS.lo).where(_IS_CHUNK).scalar_subquery()
+    done = sa.and_(state == RunState.SUCCEEDED, _RUNS.progress.is_not(None))
     kept_until = after(wake_in_s + lease_s * STAGE_PATIENCE)
-    is_kept = and_(_RUNS.state == RunState.WAITING, _RUNS.lease_until < kept_until)
+    is_kept = sa.and_(_RUNS.state == RunState.WAITING, _RUNS.lease_until < kept_until)
     noted = (
-        update(docket_runs)
+        sa.update(docket_runs)
         .where(_IS_RUN)
         .values(
             updated_at=now(),
-            lease_until=case((is_kept, kept_until), else_=_RUNS.lease_until),
+            lease_until=sa.case((is_kept, kept_until), else_=_RUNS.lease_until),
             items_failed=_RUNS.items_failed + failed,
-            items_allowed=case((sa.bindparam("p_stops", type_=sa.Boolean()), -1), else_=_RUNS.items_allowed),
-            progress=case((done, add_done(_RUNS.progress, items)), else_=_RUNS.progress),
+            items_allowed=sa.case(
+                (sa.bindparam("p_stops", type_=sa.Boolean()), -1), else_=_RUNS.items_allowed
+            ),
+            progress=sa.case((done, add_done(_RUNS.progress, items)), else_=_RUNS.progress),
         )
     )
-    told = select(cast(_RUNS.progress, sa.Text).label("progress")).where(_IS_RUN)
+    told = sa.select(sa.cast(_RUNS.progress, sa.Text).label("progress")).where(_IS_RUN)
     return Fenced([lock, ended], [noted], told)
 
 
 _END_CHUNK = _end_chunk()
 
 
-def end_chunk(connection: Connection, lease: Lease, ending: ChunkEnd) -> Progress | None:
+def end_chunk(connection: sa.Connection, lease: Lease, ending: ChunkEnd) -> Progress | None:
     """See `BatchStore.end_chunk`."""
     values = fence_values(lease) | {
         "state": ending.state.value,
@@ -331,7 +336,7 @@ def end_chunk(connection: Connection, lease: Lease, ending: ChunkEnd) -> Progres
     row = _END_CHUNK.run(connection, bound(values), rows)
     if row is not None:
         return read_progress(row["progress"])
-    ours = select(_CHUNKS.lo).where(_IS_CHUNK, matches(docket_chunks, "owner", "epoch", "state"))
+    ours = sa.select(_CHUNKS.lo).where(_IS_CHUNK, matches(docket_chunks, "owner", "epoch", "state"))
     if connection.execute(ours, bound(values)).first() is None:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
     return None

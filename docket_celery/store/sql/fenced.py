@@ -18,20 +18,7 @@ from datetime import UTC
 from functools import cached_property
 from typing import Any
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    Connection,
-    Delete,
-    Select,
-    Table,
-    Update,
-    bindparam,
-    func,
-    literal_column,
-    select,
-    true,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import insert as upsert  # SQLite's compiler takes it too
 
@@ -74,9 +61,9 @@ class Rows:
         resolve: Says in an insert what happens to a row that is there already; default: it stays.
     """
 
-    table: Table
+    table: sa.Table
     columns: Sequence[str]
-    others: Mapping[str, ColumnElement[Any]] = field(default_factory=dict[str, ColumnElement[Any]])
+    others: Mapping[str, sa.ColumnElement[Any]] = field(default_factory=dict[str, sa.ColumnElement[Any]])
     resolve: Callable[[Any], Any] = _keep
 
     @cached_property
@@ -85,21 +72,25 @@ class Rows:
         values = {name: given(self.table, name, "") for name in self.columns}
         return self.resolve(upsert(self.table).values(values | dict(self.others)))
 
-    def after(self, gate: CTE) -> Any:
+    def after(self, gate: sa.CTE) -> Any:
         """Return the insert of all rows if *gate* has one, for Postgres."""
         arrays = (self._array(name) for name in self.columns)
-        new = func.unnest(*arrays).table_valued(*self.columns, name=f"new_{self.table.name}").render_derived()
+        new = (
+            sa.func.unnest(*arrays)
+            .table_valued(*self.columns, name=f"new_{self.table.name}")
+            .render_derived()
+        )
         values = [as_json(new.c[name]) if name in JSON else new.c[name] for name in self.columns]
-        rows = select(*values, *self.others.values()).select_from(new.join(gate, true()))
+        rows = sa.select(*values, *self.others.values()).select_from(new.join(gate, sa.true()))
         return self.resolve(upsert(self.table).from_select([*self.columns, *self.others], rows))
 
     def arrays(self, rows: Sequence[Values]) -> dict[str, Any]:
         """Return the parameters of `after`."""
         return {f"{self.table.name}_{name}": [row[name] for row in rows] for name in self.columns}
 
-    def _array(self, name: str) -> ColumnElement[Any]:
+    def _array(self, name: str) -> sa.ColumnElement[Any]:
         kind: str = "TEXT" if name in JSON else self.table.c[name].type.compile(_POSTGRES())
-        return as_array(bindparam(f"{self.table.name}_{name}"), literal_column(kind))
+        return as_array(sa.bindparam(f"{self.table.name}_{name}"), sa.literal_column(kind))
 
 
 _STORED = (docket_cache, (*CHECKPOINT_COLUMNS, "output_json"), {"created_at": now()})
@@ -109,7 +100,7 @@ _NEW_CHUNK = {"state": "'QUEUED'"} | dict.fromkeys(("epoch", "retries", "lost", 
 ADD_CHUNKS = Rows(
     docket_chunks,
     ("graph", "execution_id", "stage", "lo", "hi"),
-    {name: literal_column(value) for name, value in _NEW_CHUNK.items()},
+    {name: sa.literal_column(value) for name, value in _NEW_CHUNK.items()},
 )
 
 
@@ -124,13 +115,13 @@ class Fenced:
     """
 
     gates: Sequence[Any]
-    writes: Sequence[Update | Delete] = ()
+    writes: Sequence[sa.Update | sa.Delete] = ()
     tells: Any = None
     _joined: dict[tuple[Rows, ...], Any] = field(default_factory=dict[tuple[Rows, ...], Any])
 
     def run(
         self,
-        connection: Connection,
+        connection: sa.Connection,
         values: Values | None = None,
         rows: Mapping[Rows, Sequence[Values]] | None = None,
     ) -> Row | None:
@@ -153,7 +144,7 @@ class Fenced:
         return connection.execute(self._joined[tables], values).mappings().first()
 
     def _run_each(
-        self, connection: Connection, values: Values, rows: Mapping[Rows, Sequence[Values]]
+        self, connection: sa.Connection, values: Values, rows: Mapping[Rows, Sequence[Values]]
     ) -> Row | None:
         with writing(connection):
             for gate in self.gates:
@@ -168,7 +159,7 @@ class Fenced:
 
     def _join(self, tables: Sequence[Rows]) -> Any:
         told = () if self.tells is None else tuple(self.tells.selected_columns)
-        statements, parts = [*self.gates, *self.writes], list[CTE]()
+        statements, parts = [*self.gates, *self.writes], list[sa.CTE]()
         for number, statement in enumerate(statements):
             gate = parts[min(number, len(self.gates)) - 1] if number else None
             parts.append(
@@ -177,12 +168,12 @@ class Fenced:
         gate, last = parts[len(self.gates) - 1], parts[-1]
         inserts = [table.after(gate).cte(f"rows_{number}") for number, table in enumerate(tables)]
         shown: list[Any] = [last.c[column.key] for column in told] or [gate.c.graph]
-        joined: Any = select(*shown).select_from(gate if last is gate else gate.outerjoin(last, true()))
+        joined: Any = sa.select(*shown).select_from(gate if last is gate else gate.outerjoin(last, sa.true()))
         return joined.add_cte(*parts, *inserts)
 
 
-def _after(gate: CTE | None, statement: Any, told: Sequence[Any]) -> Any:
-    if isinstance(statement, Select):
+def _after(gate: sa.CTE | None, statement: Any, told: Sequence[Any]) -> Any:
+    if isinstance(statement, sa.Select):
         return statement  # pyright: ignore[reportUnknownVariableType]
     graph = statement.table.c.graph
     changed = statement.returning(graph, *told)

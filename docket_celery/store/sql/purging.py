@@ -13,21 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Delete,
-    Select,
-    Table,
-    Update,
-    and_,
-    delete,
-    literal,
-    not_,
-    or_,
-    select,
-    update,
-)
+import sqlalchemy as sa
 
 from docket_celery.errors import RunCancelled, to_record
 from docket_celery.store.records import Purged, RunState
@@ -53,18 +39,20 @@ _OWNED = (docket_executions, docket_cache, docket_chunks)
 _ROW, _CLAIM, _RUN = docket_cache.alias("expired"), docket_claims.alias("dead"), docket_runs.alias("run")
 
 
-def purge(connection: Connection, limit: int) -> Purged:
+def purge(connection: sa.Connection, limit: int) -> Purged:
     """See `Store.purge`."""
     due = _due_runs(max(1, limit // RUNS_OF_ROWS))
-    left = [select(1).where(_of(table, due)).limit(1).correlate(due).scalar_subquery() for table in _OWNED]
+    left = [sa.select(1).where(_of(table, due)).limit(1).correlate(due).scalar_subquery() for table in _OWNED]
     # Subqueries that are NULL and not NOT EXISTS, for which Postgres may read whole tables.
-    is_empty = and_(*(row.is_(None) for row in left))
+    is_empty = sa.and_(*(row.is_(None) for row in left))
     with writing(connection):
         gone = [connection.execute(_delete_owned(table, due, limit)).rowcount for table in _OWNED]
-        halves = select(due.c.graph, due.c.execution_id).where(due.c.state == RunState.FAILED, not_(is_empty))
+        halves = sa.select(due.c.graph, due.c.execution_id).where(
+            due.c.state == RunState.FAILED, sa.not_(is_empty)
+        )
         for graph, execution_id in connection.execute(halves).all():
             connection.execute(_close(graph, execution_id))
-        empty = select(row_id(_RUN)).join_from(due, _RUN, _of(_RUN, due)).where(is_empty)
+        empty = sa.select(row_id(_RUN)).join_from(due, _RUN, _of(_RUN, due)).where(is_empty)
         runs = connection.execute(_delete(docket_runs, empty)).rowcount
     expired = connection.execute(_delete_expired(limit)).rowcount
     claims = connection.execute(_delete_claims(limit)).rowcount
@@ -77,48 +65,50 @@ def purge(connection: Connection, limit: int) -> Purged:
 def _due_runs(limit: int) -> Any:
     run = docket_runs.c
     # A queued run has a date if its message may never come.
-    is_due = and_(run.expires_at <= began(), run.state.in_([*_ENDED, RunState.QUEUED]))
-    due = select(run.graph, run.execution_id, run.state).where(is_due).order_by(run.expires_at)
+    is_due = sa.and_(run.expires_at <= began(), run.state.in_([*_ENDED, RunState.QUEUED]))
+    due = sa.select(run.graph, run.execution_id, run.state).where(is_due).order_by(run.expires_at)
     return due.limit(limit).with_for_update(skip_locked=True).subquery("due")
 
 
-def _delete_owned(table: Table, due: Any, limit: int) -> Delete:
+def _delete_owned(table: sa.Table, due: Any, limit: int) -> sa.Delete:
     row = table.alias("owned")
-    return _delete(table, select(row_id(row)).join_from(due, row, _of(row, due)).limit(limit))
+    return _delete(table, sa.select(row_id(row)).join_from(due, row, _of(row, due)).limit(limit))
 
 
-def _close(graph: str, execution_id: str) -> Update:
+def _close(graph: str, execution_id: str) -> sa.Update:
     """Return what keeps a FAILED run of which a part is deleted from being resumed."""
     error = dump_json(to_record(RunCancelled(execution_id, PURGING)))
     closed = {"state": RunState.CANCELLED, "updated_at": now(), "error": as_json(error)}
     run = docket_runs.c
-    return update(docket_runs).where(run.graph == graph, run.execution_id == execution_id).values(closed)
+    return sa.update(docket_runs).where(run.graph == graph, run.execution_id == execution_id).values(closed)
 
 
-def _delete_expired(limit: int) -> Delete:
-    its_run = select(_RUN.c.ended_at).where(_of(_ROW, _RUN)).correlate(_ROW)
+def _delete_expired(limit: int) -> sa.Delete:
+    its_run = sa.select(_RUN.c.ended_at).where(_of(_ROW, _RUN)).correlate(_ROW)
     # The run is locked too: one that is being resumed at this moment keeps what it has. A date from before its end
     # is that of an earlier end: it is being replaced, or the row is deleted with the run.
     ended_at = its_run.where(_RUN.c.state.in_(_ENDED)).with_for_update(read=True, skip_locked=True)
-    is_alone = its_run.with_only_columns(literal(1)).scalar_subquery().is_(None)
+    is_alone = its_run.with_only_columns(sa.literal(1)).scalar_subquery().is_(None)
     rows = (
-        select(row_id(_ROW))
-        .where(_ROW.c.expires_at <= began(), or_(is_alone, ended_at.scalar_subquery() <= _ROW.c.expires_at))
+        sa.select(row_id(_ROW))
+        .where(
+            _ROW.c.expires_at <= began(), sa.or_(is_alone, ended_at.scalar_subquery() <= _ROW.c.expires_at)
+        )
         .order_by(_ROW.c.expires_at)
         .limit(limit)
     )
     return _delete(docket_cache, rows.with_for_update(of=_ROW, skip_locked=True))
 
 
-def _delete_claims(limit: int) -> Delete:
+def _delete_claims(limit: int) -> sa.Delete:
     is_dead = _CLAIM.c.lease_until < later(began(), -CLAIM_KEPT_S)
-    rows = select(row_id(_CLAIM)).where(is_dead).order_by(_CLAIM.c.lease_until).limit(limit)
+    rows = sa.select(row_id(_CLAIM)).where(is_dead).order_by(_CLAIM.c.lease_until).limit(limit)
     return _delete(docket_claims, rows.with_for_update(skip_locked=True))
 
 
-def _delete(table: Table, rows: Select[Any]) -> Delete:
-    return delete(table).where(one_of(row_id(table), rows.scalar_subquery()))
+def _delete(table: sa.Table, rows: sa.Select[Any]) -> sa.Delete:
+    return sa.delete(table).where(one_of(row_id(table), rows.scalar_subquery()))
 
 
-def _of(row: Any, run: Any) -> ColumnElement[bool]:
-    return and_(row.c.graph == run.c.graph, row.c.execution_id == run.c.execution_id)
+def _of(row: Any, run: Any) -> sa.ColumnElement[bool]:
+    return sa.and_(row.c.graph == run.c.graph, row.c.execution_id == run.c.execution_id)

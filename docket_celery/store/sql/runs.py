@@ -11,27 +11,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Double,
-    Integer,
-    RowMapping,
-    Select,
-    Text,
-    Update,
-    and_,
-    bindparam,
-    case,
-    cast,
-    exists,
-    func,
-    null,
-    or_,
-    select,
-    true,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert as upsert  # SQLite's compiler takes it too
 
 from docket_celery.errors import LeaseLost, StoreUnavailable
@@ -50,7 +30,7 @@ _TRIES = 5  # for a row that changes or goes between two statements
 _RUNS, _CHUNKS, _CACHE = docket_runs.c, docket_chunks.c, docket_cache.c
 _NAME = ("graph", "execution_id")
 _IS_RUN = matches(docket_runs, *_NAME)
-_LEASE_S: ColumnElement[float] = bindparam("p_lease_s", type_=Double())
+_LEASE_S: sa.ColumnElement[float] = sa.bindparam("p_lease_s", type_=sa.Double())
 
 _SHOWN = (
     *(
@@ -69,21 +49,21 @@ _SHOWN = (
 )
 _COLUMNS = [
     *(_RUNS[name] for name in _SHOWN),
-    cast(_RUNS.error, Text).label("error"),
-    cast(_RUNS.progress, Text).label("progress"),
+    sa.cast(_RUNS.error, sa.Text).label("error"),
+    sa.cast(_RUNS.progress, sa.Text).label("progress"),
     seconds_left(_RUNS.lease_until).label("lease_left_s"),
 ]
-_FIND = select(*_COLUMNS).where(_IS_RUN)
-_FIND_JOB = select(_RUNS.job).where(_IS_RUN)
+_FIND = sa.select(*_COLUMNS).where(_IS_RUN)
+_FIND_JOB = sa.select(_RUNS.job).where(_IS_RUN)
 
 
-def find_run(connection: Connection, graph: str, execution_id: str) -> RunRow | None:
+def find_run(connection: sa.Connection, graph: str, execution_id: str) -> RunRow | None:
     """See `Store.find_run`."""
     row = connection.execute(_FIND, _name(graph, execution_id)).mappings().first()
     return None if row is None else read_run(row)
 
 
-def find_job(connection: Connection, graph: str, execution_id: str) -> bytes | None:
+def find_job(connection: sa.Connection, graph: str, execution_id: str) -> bytes | None:
     """See `Store.find_job`."""
     return connection.execute(_FIND_JOB, _name(graph, execution_id)).scalar_one_or_none()
 
@@ -107,48 +87,48 @@ _ADD = (
     .on_conflict_do_nothing(index_elements=_NAME)
     .execution_options(preserve_rowcount=True)
 )
-_KEEP_S: ColumnElement[float] = bindparam("p_keep_s", type_=Double())
+_KEEP_S: sa.ColumnElement[float] = sa.bindparam("p_keep_s", type_=sa.Double())
 _ENQUEUE = (
     upsert(docket_runs)
     .values({**_NEW, "state": RunState.QUEUED.value, "epoch": 0, "expires_at": after(_KEEP_S)})
     .on_conflict_do_nothing(index_elements=_NAME)
     .execution_options(preserve_rowcount=True)
 )
-_OF_STAGE = and_(
+_OF_STAGE = sa.and_(
     _CHUNKS.graph == _RUNS.graph, _CHUNKS.execution_id == _RUNS.execution_id, _CHUNKS.stage == _RUNS.stage
 )
-_IS_KEPT = or_(
-    exists().where(_OF_STAGE, is_state(docket_chunks, "RUNNING"), _CHUNKS.lease_until > now()),
-    and_(
+_IS_KEPT = sa.or_(
+    sa.exists().where(_OF_STAGE, is_state(docket_chunks, "RUNNING"), _CHUNKS.lease_until > now()),
+    sa.and_(
         _RUNS.lease_until > now(),
-        or_(
+        sa.or_(
             _RUNS.updated_at > after(-BODY_PATIENCE * _LEASE_S),
-            and_(
-                func.coalesce(_RUNS.items_failed <= _RUNS.items_allowed, true()),
-                exists().where(_OF_STAGE, is_state(docket_chunks, "QUEUED")),
+            sa.and_(
+                sa.func.coalesce(_RUNS.items_failed <= _RUNS.items_allowed, sa.true()),
+                sa.exists().where(_OF_STAGE, is_state(docket_chunks, "QUEUED")),
             ),
         ),
     ),
 )
 """Whether an open stage keeps the run for its own task."""
-_FIND_KEPT = select(_IS_KEPT).where(_IS_RUN)
+_FIND_KEPT = sa.select(_IS_KEPT).where(_IS_RUN)
 _FIND_HELD = _FIND.add_columns((_RUNS.lease_until <= now()).label("expired"))
 
 
-def _add_or_find() -> Select[*tuple[Any, ...]]:
+def _add_or_find() -> sa.Select[*tuple[Any, ...]]:
     """Return the statement of Postgres that adds a run and tells so, or finds it."""
     added = _ADD.returning(ONE).cte("added")
-    news = select(func.count().label("new")).select_from(added).subquery("news")
+    news = sa.select(sa.func.count().label("new")).select_from(added).subquery("news")
     held = _FIND_HELD.subquery("held")
-    return select(news.c.new, *held.c).select_from(news.outerjoin(held, true()))
+    return sa.select(news.c.new, *held.c).select_from(news.outerjoin(held, sa.true()))
 
 
 _ADD_OR_FIND = _add_or_find()
 
 
-def _add(connection: Connection, values: Mapping[str, Any]) -> RowMapping | None:
+def _add(connection: sa.Connection, values: Mapping[str, Any]) -> sa.RowMapping | None:
     """Add an unknown run and return None, or return the row that is there."""
-    row: RowMapping | None
+    row: sa.RowMapping | None
     for _ in range(_TRIES):
         if connection.dialect.name == "postgresql":
             row = connection.execute(_ADD_OR_FIND, values).mappings().one()
@@ -164,20 +144,22 @@ def _add(connection: Connection, values: Mapping[str, Any]) -> RowMapping | None
 
 
 _WAS = ("state", "epoch", "owner", "retries", "lease_until")
-_IS_AS_READ = and_(
+_IS_AS_READ = sa.and_(
     _IS_RUN,
-    *(_RUNS[name].is_not_distinct_from(bindparam(f"was_{name}", type_=_RUNS[name].type)) for name in _WAS),
+    *(_RUNS[name].is_not_distinct_from(sa.bindparam(f"was_{name}", type_=_RUNS[name].type)) for name in _WAS),
 )
 _TAKE = {
-    RunState.RUNNING: update(docket_runs)
+    RunState.RUNNING: sa.update(docket_runs)
     .where(_IS_AS_READ)
     .values(
         {name: given(docket_runs, name) for name in ("state", "epoch", "lost", "failures", *_ASKED)}
         | _TAKEN
-        | {"started_at": func.coalesce(_RUNS.started_at, now()), "updated_at": now()}
-        | dict.fromkeys(("ended_at", "error", "result", "result_checksum", "wake_at", "expires_at"), null())
+        | {"started_at": sa.func.coalesce(_RUNS.started_at, now()), "updated_at": now()}
+        | dict.fromkeys(
+            ("ended_at", "error", "result", "result_checksum", "wake_at", "expires_at"), sa.null()
+        )
     ),
-    RunState.QUARANTINED: update(docket_runs)
+    RunState.QUARANTINED: sa.update(docket_runs)
     .where(_IS_AS_READ)
     .values(
         {name: given(docket_runs, name) for name in ("state", "lost")}
@@ -186,7 +168,7 @@ _TAKE = {
 }
 
 
-def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
+def acquire(connection: sa.Connection, request: RunRequest) -> Lease | RunRow:
     """See `Store.acquire`."""
     asked = request_values(request)
     values = bound(asked) | {"p_lease_s": request.lease_s}
@@ -211,7 +193,7 @@ def acquire(connection: Connection, request: RunRequest) -> Lease | RunRow:
 
 
 _KEEP = (
-    update(docket_runs)
+    sa.update(docket_runs)
     .where(
         matches(docket_runs, *_NAME, "target", "job_digest"),
         is_state(docket_runs, *KEPT_FOR_DELIVERY),
@@ -221,7 +203,7 @@ _KEEP = (
 )
 
 
-def enqueue(connection: Connection, request: RunRequest, keep_s: float) -> RunRow | None:
+def enqueue(connection: sa.Connection, request: RunRequest, keep_s: float) -> RunRow | None:
     """See `Store.enqueue`."""
     values = bound(request_values(request)) | {"p_keep_s": keep_s}
     for _ in range(_TRIES):
@@ -238,57 +220,63 @@ def enqueue(connection: Connection, request: RunRequest, keep_s: float) -> RunRo
 
 
 @cache
-def _leave(*, ended: bool) -> Update:
+def _leave(*, ended: bool) -> sa.Update:
     """Return what ends the run, or parks it for another delivery."""
     values: dict[str, Any] = {
         **{name: given(docket_runs, name) for name in ("state", "result", "result_checksum", "error")},
-        "failures": _RUNS.failures + bindparam("p_failed", type_=Integer()),
+        "failures": _RUNS.failures + sa.bindparam("p_failed", type_=sa.Integer()),
         "lease_until": None,
         "updated_at": now(),
     }
     if ended:
         values |= {"items_failed": given(docket_runs, "items_failed"), "items_allowed": None, "wake_at": None}
-        values |= {"ended_at": now(), "expires_at": after(bindparam("p_retention_s"))}
+        values |= {"ended_at": now(), "expires_at": after(sa.bindparam("p_retention_s"))}
     else:
-        waits = case((_RUNS.message.is_not(None), _LEASE_S), else_=None)
-        due_in_s: ColumnElement[float] = func.coalesce(bindparam("p_wake_in_s", type_=Double()), waits)
+        waits = sa.case((_RUNS.message.is_not(None), _LEASE_S), else_=None)
+        due_in_s: sa.ColumnElement[float] = sa.func.coalesce(
+            sa.bindparam("p_wake_in_s", type_=sa.Double()), waits
+        )
         values |= {"wake_at": after(due_in_s), "ended_at": None, "expires_at": None}
-        values["retries"] = _RUNS.retries + bindparam("p_owed", type_=Integer())
-    return update(docket_runs).where(HOLDS_RUN).values(values)
+        values["retries"] = _RUNS.retries + sa.bindparam("p_owed", type_=sa.Integer())
+    return sa.update(docket_runs).where(HOLDS_RUN).values(values)
 
 
 _OF_RUN = matches(docket_cache, *_NAME)
 _HAS_TTL = _CACHE.ttl.is_not(None)
-_DATE = update(docket_cache).where(_OF_RUN, _HAS_TTL).values(expires_at=after(_CACHE.ttl))
+_DATE = sa.update(docket_cache).where(_OF_RUN, _HAS_TTL).values(expires_at=after(_CACHE.ttl))
 _RESET_CHUNKS = (
-    update(docket_chunks)
-    .where(matches(docket_chunks, *_NAME), or_(_CHUNKS.state != RunState.SUCCEEDED.value, _CHUNKS.failed > 0))
-    .values(state=RunState.QUEUED.value, failed=0, lost=0, errors=null(), lease_until=None)
+    sa.update(docket_chunks)
+    .where(
+        matches(docket_chunks, *_NAME), sa.or_(_CHUNKS.state != RunState.SUCCEEDED.value, _CHUNKS.failed > 0)
+    )
+    .values(state=RunState.QUEUED.value, failed=0, lost=0, errors=sa.null(), lease_until=None)
 )
 
 
 @cache
-def _end(*, ended: bool, failed: bool, executions: bool) -> Select[*tuple[Any, ...]]:
+def _end(*, ended: bool, failed: bool, executions: bool) -> sa.Select[*tuple[Any, ...]]:
     """Return the statement of Postgres that ends the run, dates its checkpoints and writes rows."""
     left = _leave(ended=ended).returning(ONE, _RUNS.ended_at).cte("f")
-    found = select(func.count().label("fenced")).select_from(left)
-    has_left, ended_at = exists(select(left.c.one)), select(left.c.ended_at).scalar_subquery()
+    found = sa.select(sa.func.count().label("fenced")).select_from(left)
+    has_left, ended_at = sa.exists(sa.select(left.c.one)), sa.select(left.c.ended_at).scalar_subquery()
     if ended:
-        page = select(_CACHE.cache_key).where(_OF_RUN, _HAS_TTL).limit(PAGE).scalar_subquery()
+        page = sa.select(_CACHE.cache_key).where(_OF_RUN, _HAS_TTL).limit(PAGE).scalar_subquery()
         dated = (
-            update(docket_cache)
+            sa.update(docket_cache)
             .where(has_left, one_of(_CACHE.cache_key, page))
             .values(expires_at=later(ended_at, _CACHE.ttl))
             .returning(ONE)
             .cte("t")
         )
-        found = found.add_columns(select(func.count()).select_from(dated).scalar_subquery().label("dated"))
+        found = found.add_columns(
+            sa.select(sa.func.count()).select_from(dated).scalar_subquery().label("dated")
+        )
     if failed:
         found = found.add_cte(_RESET_CHUNKS.where(has_left).cte("c"))
     return found.add_cte(ADD_EXECUTIONS.after(left).cte("e")) if executions else found
 
 
-def end(connection: Connection, lease: Lease, ending: RunEnd) -> None:
+def end(connection: sa.Connection, lease: Lease, ending: RunEnd) -> None:
     """See `Store.end`."""
     values = bound(end_values(lease, ending))
     ended, failed = ending.state.ended, ending.state is RunState.FAILED

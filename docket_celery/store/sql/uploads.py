@@ -5,19 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Double,
-    and_,
-    bindparam,
-    case,
-    delete,
-    exists,
-    or_,
-    select,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert as upsert  # SQLite's compiler takes it too
 
 from docket_celery.errors import LeaseLost, StoreUnavailable
@@ -34,40 +22,40 @@ _TRIES = 3  # for a run that is deleted between two statements: twice in a row i
 _NAME = ("graph", "execution_id")
 _OF_RUN = matches(docket_cache, *_NAME)
 # Once an upload is finished, no lease holds its run.
-_HOLDS = and_(
+_HOLDS = sa.and_(
     matches(docket_runs, *_NAME, "epoch", "owner"),
     is_state(docket_runs, "RUNNING", "QUEUED"),
     _RUNS.lease_until.is_not(None),
 )
-_LEASE_S: ColumnElement[float] = bindparam("p_lease_s", type_=Double())
-_EXTEND = update(docket_runs).where(_HOLDS).values(lease_until=after(_LEASE_S))
-_SURPLUS = and_(_OF_RUN, matches(docket_cache, "step_name"), _CACHE.item_index >= bindparam("p_count"))
+_LEASE_S: sa.ColumnElement[float] = sa.bindparam("p_lease_s", type_=sa.Double())
+_EXTEND = sa.update(docket_runs).where(_HOLDS).values(lease_until=after(_LEASE_S))
+_SURPLUS = sa.and_(_OF_RUN, matches(docket_cache, "step_name"), _CACHE.item_index >= sa.bindparam("p_count"))
 _PUT = Fenced([_EXTEND])
-_CLOSE = Fenced([_EXTEND], [delete(docket_cache).where(_SURPLUS)])
+_CLOSE = Fenced([_EXTEND], [sa.delete(docket_cache).where(_SURPLUS)])
 
 
-def begin_upload(connection: Connection, request: RunRequest, keep_s: float) -> Lease | RunRow:
+def begin_upload(connection: sa.Connection, request: RunRequest, keep_s: float) -> Lease | RunRow:
     """See `BatchStore.begin_upload`."""
     run = request_values(request) | {"job_digest": UNFINISHED, "updated_at": now()}
     run |= {"lease_until": after(request.lease_s), "expires_at": after(keep_s)}
     new = {"state": RunState.QUEUED, "epoch": 1, "created_at": now(), "stage": 0, "lost": 0, "failures": 0}
     insert: Any = upsert(docket_runs).values(run | new)
     is_ours = _RUNS.owner == insert.excluded.owner
-    is_free = or_(_RUNS.lease_until <= now(), is_ours)
+    is_free = sa.or_(_RUNS.lease_until <= now(), is_ours)
     changed = {name: insert.excluded[name] for name in run}
     begun = insert.on_conflict_do_update(
         index_elements=_NAME,
-        set_=changed | {"epoch": case((is_ours, _RUNS.epoch), else_=_RUNS.epoch + 1)},
-        where=and_(_RUNS.state == RunState.QUEUED, _RUNS.job_digest == UNFINISHED, is_free),
+        set_=changed | {"epoch": sa.case((is_ours, _RUNS.epoch), else_=_RUNS.epoch + 1)},
+        where=sa.and_(_RUNS.state == RunState.QUEUED, _RUNS.job_digest == UNFINISHED, is_free),
     ).execution_options(preserve_rowcount=True)
     values = bound(run)
     for _ in range(_TRIES):
         if connection.execute(begun).rowcount:
-            found = select(_RUNS.epoch).where(matches(docket_runs, *_NAME, "owner"))
+            found = sa.select(_RUNS.epoch).where(matches(docket_runs, *_NAME, "owner"))
             epoch = connection.execute(found, values).scalar()
             if epoch is not None:
                 if epoch > 1:
-                    rest = delete(docket_cache).where(_OF_RUN, exists().where(_HOLDS))
+                    rest = sa.delete(docket_cache).where(_OF_RUN, sa.exists().where(_HOLDS))
                     connection.execute(rest, values | {"p_epoch": epoch})
                 return lease_from(request, epoch=epoch, lost=0, failures=0)
         row = find_run(connection, request.graph, request.execution_id)
@@ -76,27 +64,27 @@ def begin_upload(connection: Connection, request: RunRequest, keep_s: float) -> 
     raise StoreUnavailable("reserve the run", "the run is being deleted")
 
 
-def put_items(connection: Connection, lease: Lease, items: Sequence[Checkpoint]) -> None:
+def put_items(connection: sa.Connection, lease: Lease, items: Sequence[Checkpoint]) -> None:
     """See `BatchStore.put_items`."""
     _write(connection, lease, _PUT, items)
 
 
 def close_items(
-    connection: Connection, lease: Lease, name: str, count: int, rows: Sequence[Checkpoint]
+    connection: sa.Connection, lease: Lease, name: str, count: int, rows: Sequence[Checkpoint]
 ) -> None:
     """See `BatchStore.close_items`."""
     _write(connection, lease, _CLOSE, rows, step_name=clean_text(name), count=count)
 
 
 def _write(
-    connection: Connection, lease: Lease, statement: Fenced, rows: Sequence[Checkpoint], **values: Any
+    connection: sa.Connection, lease: Lease, statement: Fenced, rows: Sequence[Checkpoint], **values: Any
 ) -> None:
     values |= fence_values(lease) | {"lease_s": lease.lease_s}
     if statement.run(connection, bound(values), {PUT_CHECKPOINTS: checkpoint_rows(rows)}) is None:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
 
 
-def finish_upload(connection: Connection, lease: Lease, digest: bytes, keep_s: float) -> None:
+def finish_upload(connection: sa.Connection, lease: Lease, digest: bytes, keep_s: float) -> None:
     """See `BatchStore.finish_upload`."""
     changes = {
         "job_digest": digest,
@@ -105,10 +93,10 @@ def finish_upload(connection: Connection, lease: Lease, digest: bytes, keep_s: f
         "updated_at": now(),
         "expires_at": after(keep_s),
     }
-    finished = update(docket_runs).where(_HOLDS, is_state(docket_runs, "QUEUED")).values(changes)
+    finished = sa.update(docket_runs).where(_HOLDS, is_state(docket_runs, "QUEUED")).values(changes)
     values = bound(fence_values(lease))
     if connection.execute(finished, values).rowcount:
         return
-    is_finished = and_(matches(docket_runs, *_NAME, "owner"), _RUNS.job_digest == digest)
-    if connection.execute(select(1).where(is_finished), values).first() is None:
+    is_finished = sa.and_(matches(docket_runs, *_NAME, "owner"), _RUNS.job_digest == digest)
+    if connection.execute(sa.select(1).where(is_finished), values).first() is None:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
