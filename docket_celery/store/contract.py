@@ -53,16 +53,10 @@ class Store(Protocol):
     def enqueue(self, request: RunRequest, keep_s: float) -> RunRow | None:
         """Write an unknown run as QUEUED, with its job, for a delivery to come.
 
-        A run of the same target and job digest stays as it is. If purging may delete it and its delivery will need
-        it (QUEUED, FAILED, SUCCEEDED) it is kept for as long as a new one. Owner, lease and deliveries of *request*
-        are not looked at.
-
-        Args:
-            request: What the delivery will ask for.
-            keep_s: Seconds from now after which purging may delete a run that no delivery has acquired.
-
-        Returns:
-            None; or the row of the run, if that is of another target or job digest.
+        Purging may delete it *keep_s* seconds from now if no delivery has acquired it. A run of the same target and
+        job digest stays as it is. If purging may delete it and its delivery will need it (QUEUED, FAILED, SUCCEEDED)
+        it is kept for as long as a new one. The row of a run of another target or job digest is returned. Owner,
+        lease and deliveries of *request* are not looked at.
         """
         ...
 
@@ -105,31 +99,19 @@ class Store(Protocol):
         ...
 
     def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
-        """Return a live GLOBAL checkpoint, or claim the right to compute it.
+        """Return a live GLOBAL checkpoint, verified, or claim the right to compute it for *lease_s* seconds.
 
-        Args:
-            key: `global_key` or `cache_key`.
-            owner: Names one step call of one delivery; repeating a look-up with it is idempotent.
-            lease_s: Seconds until others may take the claim over unless it is extended.
-
-        Returns:
-            The verified checkpoint; True if *owner* now holds the claim; False if another live owner does.
+        True: *owner* now holds the claim; False: another live owner does. *owner* names one step call of one
+        delivery; repeating a look-up with it is idempotent.
         """
         ...
 
     def publish(
         self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None, *, replace: bool = False
     ) -> Checkpoint:
-        """Store a GLOBAL checkpoint, replace an expired one, drop *owner*'s claim.
+        """Store a GLOBAL checkpoint, replace an expired one (with *replace* a live one too), drop *owner*'s claim.
 
-        Args:
-            checkpoint: What was computed.
-            owner: Who claimed it.
-            execution: The step's row, or None.
-            replace: Replace a live one too.
-
-        Returns:
-            The checkpoint that counts, verified: this one, or a live one that was there before.
+        The checkpoint that counts is returned, verified: this one, or a live one that was there before.
         """
         ...
 
@@ -149,9 +131,8 @@ class Store(Protocol):
     ) -> dict[tuple[str | int, ...], Halt | None]:
         """Extend leases by their own ``lease_s`` from now, and claims (key, owner, seconds), in one go.
 
-        Returns:
-            `Lease.name` of each run or chunk still held under the given owner and epoch, with what its holder must
-            know. `Halt.LOCKED`: this lease alone was not extended, since another transaction holds its row.
+        Returned is `Lease.name` of each run or chunk still held under the given owner and epoch, with what its holder
+        must know. `Halt.LOCKED`: this lease alone was not extended, since another transaction holds its row.
         """
         ...
 
@@ -173,14 +154,8 @@ class Store(Protocol):
     ) -> RunRow | None:
         """Close a run that has not ended as CANCELLED: what its holder still saves is refused.
 
-        Args:
-            graph: With *execution_id* the name of the run.
-            execution_id: See *graph*.
-            error: `errors.to_record` of what others are told.
-            retention_s: Seconds until purging may delete the run.
-
-        Returns:
-            The run as it is now (another state than CANCELLED: it had ended before), or None if there is none.
+        *error* is `errors.to_record` of what others are told; purging may delete the run after *retention_s* seconds.
+        The run is returned as it is now (another state: it had ended before), or None if there is none.
         """
         ...
 
@@ -198,10 +173,8 @@ class Store(Protocol):
         Ended runs whose retention is over, and queued ones that were not acquired in time, each with its
         checkpoints and step executions: the run is unknown then, and submitting it again starts. Checkpoints
         whose ttl is over, but for those of runs that have not ended. Claims that have been dead for a minute.
-        Any number of processes may do it side by side; what another one is deleting is left to it.
-
-        Args:
-            limit: Most rows of a table that go in one transaction; at least 1.
+        Any number of processes may do it side by side; what another one is deleting is left to it. A transaction
+        deletes at most *limit* rows of a table, at least 1.
         """
         ...
 
@@ -246,15 +219,9 @@ class BatchStore(Store, Protocol):
     def begin_upload(self, request: RunRequest, keep_s: float) -> Lease | RunRow:
         """Reserve an unknown run for the items that its submitter is about to store.
 
-        The run is QUEUED with the job digest `UNFINISHED`: no worker takes it. Each `put_items` extends the lease. An
-        upload that was given up is taken over, with nothing in it, once its lease is over.
-
-        Args:
-            request: What the delivery will ask for; its digest is not looked at.
-            keep_s: Seconds from now after which purging may delete the run if it is not acquired.
-
-        Returns:
-            The right to store its items; or the row of the run.
+        The run is QUEUED with the job digest `UNFINISHED` (that of *request* is not looked at): no worker takes it,
+        and purging may delete it *keep_s* seconds from now. Each `put_items` extends the lease. An upload that was
+        given up is taken over, with nothing in it, once its lease is over. A run that may not be taken is returned.
         """
         ...
 
@@ -312,24 +279,13 @@ class BatchStore(Store, Protocol):
         lanes: Lanes | None = None,
         message: bytes | None = None,
     ) -> Lanes | None:
-        """Leave the run WAITING at *stage*, with *chunks* to be worked on beside those that it has there.
+        """Leave the run WAITING at *stage*, counted from 1, with *chunks* beside those that it has there.
 
-        Repeating it with the same lease does nothing more. Where the stage is open already, what it was opened with
-        stays. With a *message* the stage keeps the run for the task that opened it: while a chunk is at work, and for
-        `STAGE_PATIENCE` leases from the last sign of life, or `BODY_PATIENCE` where nothing more will be worked on.
-
-        Args:
-            lease: The run's.
-            stage: Counted from 1.
-            chunks: New ones; those that are there already stay.
-            allowed: How many items of the stage may fail.
-            executions: Rows not yet written.
-            progress: How far the stage is now.
-            lanes: How it is to be worked on.
-            message: What is sent to continue the run if it is lost; None: it is not looked for.
-
-        Returns:
-            The lanes in which the stage is to be worked on.
+        *allowed* items of the stage may fail. Repeating it with the same lease does nothing more. Where the stage is
+        open already, what it was opened with stays; the lanes in which it is to be worked on are returned. The
+        *message* is sent to continue the run if it is lost; with None nobody looks for it. With a message the stage
+        keeps the run for the task that opened it: while a chunk is at work, and for `STAGE_PATIENCE` leases from the
+        last sign of life, or `BODY_PATIENCE` where nothing more will be worked on.
         """
         ...
 
@@ -353,8 +309,7 @@ class BatchStore(Store, Protocol):
     def end_chunk(self, lease: Lease, end: ChunkEnd) -> Progress | None:
         """Leave the chunk: outputs, rows, errors and state in one statement. Repeating it does nothing.
 
-        Returns:
-            How far the stage is now, if its opener said where it stood; None when repeated.
+        Returned is how far the stage is now, if its opener said where it stood; None when repeated.
         """
         ...
 
@@ -371,12 +326,7 @@ class BatchStore(Store, Protocol):
         for `QUEUE_PATIENCE` times *lease_s*: messages may wait so long in a queue.
 
         The longer nothing has happened to a run, the later is the next look, after an hour at most: a long queue must
-        not fill with copies. Any number of processes may look side by side.
-
-        Args:
-            task_names: Whose runs.
-            lease_s: As for new leases.
-            max_deliveries: As for new leases.
-            limit: Most runs to look at.
+        not fill with copies. Any number of processes may look side by side, each at *limit* runs of the tasks
+        *task_names* at most; *lease_s* and *max_deliveries* are those of new leases.
         """
         ...
