@@ -4,6 +4,7 @@ The types are the graph: `Graph` collects steps, `graph_task` makes them a Celer
 let Celery's own retries resume instead of starting over.
 """
 
+# ruff: noqa: F405 -- the errors are imported with a star: __all__ says which, and a test gets each
 from __future__ import annotations
 
 import importlib
@@ -11,41 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from docket_celery.engine.handles import RunHandle, StartedRun
-    from docket_celery.errors import (
-        AbortError,
-        BatchFailed,
-        CacheMismatch,
-        CodecFailed,
-        CorruptCheckpoint,
-        DecodeFailed,
-        DocketError,
-        GraphChanged,
-        GraphError,
-        IncompatibleCelery,
-        InputMutated,
-        InputsChanged,
-        InvalidArguments,
-        InvalidDeclaration,
-        InvalidSettings,
-        LeaseLost,
-        PayloadTooLarge,
-        PayloadUnavailable,
-        RunCancelled,
-        RunConflict,
-        RunNotFound,
-        RunQuarantined,
-        RunTimedOut,
-        SchemaMismatch,
-        ServersUnavailable,
-        StepFailed,
-        StepTimedOut,
-        StoreMissing,
-        StoreRefused,
-        StoreUnavailable,
-        TooManyAbandoned,
-        UnknownMessageType,
-        WrongResult,
-    )
+    from docket_celery.errors import *  # noqa: F403
     from docket_celery.graph import Graph
     from docket_celery.plan.annotation import Named
     from docket_celery.plan.batch import BatchResult
@@ -128,27 +95,23 @@ __all__ = [  # noqa: RUF022 -- grouped by what people look for
     "WrongResult",
 ]
 
-
 _HOMES = {
-    **dict.fromkeys(
-        ("ExponentialBackoff", "FixedBackoff", "RetryPolicy", "Scope", "StepOptions"), "plan.options"
-    ),
-    **dict.fromkeys(("graph_task", "shared_graph_task"), "task.decorators"),
-    **dict.fromkeys(("MemoryStore", "SQLStore"), "store"),
-    **dict.fromkeys(("StepContext", "current_context"), "plan.context"),
-    "BatchResult": "plan.batch",
-    "Codec": "store.codec",
-    "Graph": "graph",
-    "GraphResult": "task.result",
-    "GraphTask": "task.task",
-    "Named": "plan.annotation",
-    "Plan": "plan.plan",
-    "RunHandle": "engine.handles",
-    **dict.fromkeys(("Progress", "RunState"), "store.records"),
-    "StartedRun": "engine.handles",
-    "StoredResult": "task.references",
-    "configure": "task.app_defaults",
-    "settings": "task.app_settings",
+    "engine.handles": ("RunHandle", "StartedRun"),
+    "graph": ("Graph",),
+    "plan.annotation": ("Named",),
+    "plan.batch": ("BatchResult",),
+    "plan.context": ("StepContext", "current_context"),
+    "plan.options": ("ExponentialBackoff", "FixedBackoff", "RetryPolicy", "Scope", "StepOptions"),
+    "plan.plan": ("Plan",),
+    "store": ("MemoryStore", "SQLStore"),
+    "store.codec": ("Codec",),
+    "store.records": ("Progress", "RunState"),
+    "task.app_defaults": ("configure",),
+    "task.app_settings": ("settings",),
+    "task.decorators": ("graph_task", "shared_graph_task"),
+    "task.references": ("StoredResult",),
+    "task.result": ("GraphResult",),
+    "task.task": ("GraphTask",),
 }
 """Where each name is; all others are errors. Imported on first use: a script that runs graphs in process pays for
 neither Celery nor SQLAlchemy, and pytest, which loads our plugin everywhere, for nothing."""
@@ -157,8 +120,8 @@ neither Celery nor SQLAlchemy, and pytest, which loads our plugin everywhere, fo
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'errors')}"), name)
-    globals()[name] = value
+    home = next((home for home, names in _HOMES.items() if name in names), "errors")
+    globals()[name] = value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     return value
 
 

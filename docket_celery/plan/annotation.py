@@ -51,11 +51,9 @@ class ValueKey(NamedTuple):
 
 
 class SignatureFault(Exception):
-    """Something cannot be read as a step; each text says which part and how to mend it.
+    """Something cannot be read as a step; each of *texts* says which part and how to mend it.
 
-    Args:
-        *texts: What is wrong with the signature.
-        output: What the step returns, if that much could be read.
+    *output* is what the step returns, if that much could be read.
     """
 
     def __init__(self, *texts: str, output: ValueKey | None = None) -> None:
@@ -103,8 +101,8 @@ def read_annotation(annotation: Any, what: str) -> ValueKey:
         raise SignatureFault(f"{what} has {len(names)} Named(...); keep one")
     if is_message_type(kind):
         return ValueKey(kind, *names)
-    shown = show_annotation(kind)
-    if is_union(kind):
+    shown = _show(kind)
+    if _is_union(kind):
         raise SignatureFault(f"{what} is {shown}; {_mend_union(kind, what)}")
     if typing.get_origin(kind) in (list, *_LIKE_LISTS) or kind in (list, *_LIKE_LISTS):
         raise SignatureFault(
@@ -132,7 +130,7 @@ def is_context(annotation: Any) -> bool:
     return resolve(annotation)[0] is StepContext
 
 
-def is_union(annotation: Any) -> bool:
+def _is_union(annotation: Any) -> bool:
     """Tell whether it is ``A | B``, ``Optional[A]`` or ``Union[A, B]``."""
     return typing.get_origin(annotation) in (typing.Union, types.UnionType)
 
@@ -145,23 +143,23 @@ def mentions_values(annotation: Any) -> bool:
     return any(mentions_values(part) for part in typing.get_args(kind))
 
 
-def show_annotation(annotation: Any) -> str:
+def _show(annotation: Any) -> str:
     """Return it as its author would have written it, without modules."""
     if annotation is type(None):
         return "None"
-    if is_union(annotation):
-        return " | ".join(map(show_annotation, typing.get_args(annotation)))
+    if _is_union(annotation):
+        return " | ".join(map(_show, typing.get_args(annotation)))
     if isinstance(annotation, type) and not typing.get_args(annotation):
         return annotation.__name__
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if isinstance(origin, type) and parts:
-        return f"{origin.__name__}[{', '.join(map(show_annotation, parts))}]"
+        return f"{origin.__name__}[{', '.join(map(_show, parts))}]"
     return str(annotation)
 
 
 def _mend_kind(kind: Any, shown: str, what: str) -> str:
     if isinstance(kind, typing.NewType):
-        base = show_annotation(kind.__supertype__)
+        base = _show(kind.__supertype__)
         named = f'Annotated[{base}, Named("{kind.__name__.lower()}")]'
         return (
             f"a NewType is {base} when the program runs; to tell two values of one type apart, write {named}"
@@ -178,7 +176,7 @@ def _mend_union(union: Any, what: str) -> str:
     parts = [part for part in typing.get_args(union) if part is not type(None)]
     if len(parts) > 1:
         return "a value has one type: use a message that holds one or the other, such as one with a oneof"
-    shown = show_annotation(parts[0])
+    shown = _show(parts[0])
     if parts[0] is StepContext:
         return f"a step always gets one: annotate it with {shown}"
     if what == "its result":

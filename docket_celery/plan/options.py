@@ -199,13 +199,7 @@ class StepOptions:
 
     def over(self, defaults: StepOptions) -> StepOptions:
         """Return these options, where they are unset those of *defaults*."""
-        unset = StepOptions()
-        changes = {
-            field.name: value
-            for field in fields(self)
-            if (value := getattr(self, field.name)) != getattr(unset, field.name)
-        }
-        return replace(defaults, **changes)
+        return replace(defaults, **_given(self))
 
     def override(self, **changes: Any) -> StepOptions:
         """Return these options with *changes*.
@@ -218,6 +212,12 @@ class StepOptions:
             known = ", ".join(sorted(self.__dataclass_fields__))
             raise TypeError(f"unknown step option {', '.join(unknown)}; known: {known}")
         return replace(self, **changes)
+
+
+def _given(options: StepOptions) -> dict[str, Any]:
+    unset = StepOptions()
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {name: value for name, value in values.items() if value != getattr(unset, name)}
 
 
 _ATTEMPTS = "retry=RetryPolicy(max_attempts=...)"
@@ -258,11 +258,6 @@ def nearest_option(name: str) -> str:
     return f"{close[0]}=" if close else ""
 
 
-def option_faults(options: StepOptions) -> list[str]:
-    """Return what in *options* would be misread later or contradicts itself, each with its fix."""
-    return [*_kind_faults(options), *_contradictions(options)]
-
-
 def _is_classifier(value: object) -> bool:
     if not isinstance(value, (type, tuple)):
         return callable(value)
@@ -293,31 +288,37 @@ _FORMS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("retriable", _is_classifier, "a predicate or exception types"),
     ("max_concurrent", is_count, "a whole number from 1"),
     ("renamed_from", _are_names, "a tuple of names, oldest first, as in ('old',)"),
+    ("on_input_change", lambda value: value == "error", '"reuse" or "error"'),
 )
+"""What each option other than its default is: callers may have no type checker."""
+_NEEDS = (
+    ("key", (Scope.GLOBAL,), "key= names GLOBAL checkpoints; add persist=Scope.GLOBAL or drop it"),
+    (
+        "cache",
+        (Scope.GLOBAL,),
+        "cache= names where GLOBAL checkpoints are; add persist=Scope.GLOBAL or drop it",
+    ),
+    ("ttl", tuple(Scope), "ttl= without persist= keeps nothing; add persist= or drop it"),
+    (
+        "on_input_change",
+        (Scope.WORKFLOW,),
+        "on_input_change= concerns WORKFLOW checkpoints; add persist=Scope.WORKFLOW or drop it",
+    ),
+)
+"""What each option needs ``persist=`` to be."""
 
 
-def _kind_faults(options: StepOptions) -> Iterator[str]:
-    """Find values of other types than their annotations say, for callers without a type checker."""
-    defaults = StepOptions()
+def option_faults(options: StepOptions) -> Iterator[str]:
+    """Yield what in *options* would be misread later or contradicts itself, each with its fix."""
+    given = _given(options)
     for name, is_right, wanted in _FORMS:
-        value = getattr(options, name)
-        if value is not getattr(defaults, name) and not is_right(value):
-            yield f"{name}= is {wanted}, not {value!r}"
+        if name in given and not is_right(given[name]):
+            yield f"{name}= is {wanted}, not {given.pop(name)!r}"
     for name in ("timeout", "ttl"):
         try:
-            _ = None if getattr(options, name) is None else to_seconds(getattr(options, name), name)
+            to_seconds(given.get(name, 0), name)
         except ValueError as error:
             yield str(error)
-
-
-def _contradictions(options: StepOptions) -> Iterator[str]:
-    if options.key is not None and options.persist is not Scope.GLOBAL:
-        yield "key= names GLOBAL checkpoints; add persist=Scope.GLOBAL or drop it"
-    if options.cache is not None and options.persist is not Scope.GLOBAL:
-        yield "cache= names where GLOBAL checkpoints are; add persist=Scope.GLOBAL or drop it"
-    if options.ttl is not None and options.persist is None:
-        yield "ttl= without persist= keeps nothing; add persist= or drop it"
-    if options.on_input_change not in ("reuse", "error"):
-        yield f'on_input_change= is "reuse" or "error", not {options.on_input_change!r}'
-    elif options.on_input_change != "reuse" and options.persist is not Scope.WORKFLOW:
-        yield "on_input_change= concerns WORKFLOW checkpoints; add persist=Scope.WORKFLOW or drop it"
+    for name, scopes, problem in _NEEDS:
+        if name in given and options.persist not in scopes:
+            yield problem

@@ -38,11 +38,7 @@ Substitute = Message | Callable[..., Any] | Computes
 
 
 class Overriding:
-    """The replaced steps of one graph, and its wiring with them.
-
-    Args:
-        steps: By name; those of the graph that are not named stay.
-    """
+    """The replaced *steps* of one graph, by name, and its wiring with them."""
 
     def __init__(self, steps: Mapping[str, Step]) -> None:
         self.steps = dict(steps)
@@ -77,11 +73,7 @@ def overriding(graph: object, steps: Mapping[str, Step]) -> Generator[None]:
 
 
 def read_overrides(wiring: Wiring, given: Mapping[Any, Substitute]) -> dict[str, Step]:
-    """Return the steps that stand in, by name.
-
-    Args:
-        wiring: The graph's own.
-        given: By a step's name, its output's type, or what was registered.
+    """Return the steps that stand in, by name; *given* has them by name, output type or what was registered.
 
     Raises:
         GraphError: With all faults: a key that is no step, something that cannot stand in for it.
@@ -126,38 +118,31 @@ def find_step(wiring: Wiring, key: Any) -> Step:
 
 
 def _stand_in(original: Step, substitute: object) -> Step:
-    """Return a step that takes the place of *original*.
-
-    Raises:
-        SignatureFault: *substitute* is of another type, or cannot be called as a step.
-    """
+    """Return a step that takes the place of *original*, or raise the SignatureFault that says why there is none."""
     if isinstance(substitute, Message):
         return _constant(original, substitute)
     if _is_bare(substitute):
         return _called_alike(original, cast("Callable[..., Any]", substitute))
     where = locate(substitute)
-    step = _read(original, substitute, original.options, where)
+    step = read_step(
+        Registration(
+            target=substitute,
+            options=original.options,
+            name=original.name,
+            order=original.order,
+            where=where,
+            mark=original.mark,
+            aggregates=original.aggregates,
+        )
+    )
     if step.result_name != original.result_name:
         raise SignatureFault(
             f"it returns {_result(step)}, but the step returns {_result(original)} ({where})"
         )
     if step.options.key is not None and step.inputs != original.inputs:
         # key= is about the inputs of the step that is replaced.
-        step = _read(original, substitute, original.options.override(key=None), where)
-    return replace(step, output=original.output, mark=original.mark)
-
-
-def _read(original: Step, substitute: object, options: StepOptions, where: str) -> Step:
-    return read_step(
-        Registration(
-            target=substitute,
-            options=options,
-            name=original.name,
-            order=original.order,
-            where=where,
-            aggregates=original.aggregates,
-        )
-    )
+        step = replace(step, options=replace(step.options, key=None))
+    return replace(step, output=original.output)
 
 
 def _constant(original: Step, value: Message) -> Step:

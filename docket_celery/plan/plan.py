@@ -12,11 +12,10 @@ from docket_celery.plan.step import Step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedStep:
-    """A step with its place in a plan.
+    """A step with its place in a plan; the slots are those of the given values, then one for each step.
 
     Attributes:
-        index: Position in the plan.
-        sources: For each input, the slot that holds its value: given values first, then one slot for each step.
+        sources: For each input, the slot that holds its value.
         slot: Where its own output goes.
         consumers: Indexes of the planned steps that take its output, each once.
     """
@@ -134,24 +133,18 @@ def assemble(
     outputs: Sequence[ValueKey],
     known_names: frozenset[str],
 ) -> Plan:
-    """Return the plan of *steps*, which are in order and need nothing but *given*.
+    """Return the plan of *steps*, which are in order and need nothing but *given*, that makes *outputs*.
 
-    Args:
-        graph: The graph's name.
-        steps: In an order that respects inputs.
-        given: What the caller hands in.
-        outputs: What must be made, the target first.
-        known_names: Every present or former step name of the graph.
+    The target is the first output. *known_names* has every present or former step name of the whole graph.
     """
     first = len(given)
     slots = {key: slot for slot, key in enumerate((*given, *(step.output for step in steps)))}
     sources = [tuple(slots[key] for key in step.inputs) for step in steps]
-    consumers: list[dict[int, None]] = [{} for _ in steps]
-    pending = [0] * len(steps)
-    for index, used in enumerate(sources):
-        for slot in {slot for slot in used if slot >= first}:
-            consumers[slot - first][index] = None
-            pending[index] += 1
+    needs = [{slot - first for slot in used if slot >= first} for used in sources]
+    consumers: list[list[int]] = [[] for _ in steps]
+    for index, indexes in enumerate(needs):
+        for source in indexes:
+            consumers[source].append(index)
     planned = tuple(
         PlannedStep(
             step=step,
@@ -168,7 +161,7 @@ def assemble(
         given=given,
         steps=planned,
         output_slots=tuple(slots[key] for key in outputs),
-        pending=tuple(pending),
+        pending=tuple(map(len, needs)),
         known_names=known_names,
         persists=any(step.persist is not None for step in steps),
         keeps_run=any(step.persist is Scope.WORKFLOW for step in steps),
@@ -176,12 +169,9 @@ def assemble(
 
 
 def find_needed(plan: Plan, outputs: Iterable[int], stored: Container[int]) -> tuple[set[int], list[int]]:
-    """Return which steps have to run, from the wanted outputs down, and which stored values they use.
+    """Return which steps have to run to fill the slots *outputs*, and which *stored* steps they take values of.
 
-    Args:
-        plan: The plan.
-        outputs: Slots that must be filled.
-        stored: Steps whose values are at hand: they do not run, nor do those that only they need.
+    Stored steps do not run, nor do those that only they need.
     """
     first = len(plan.given)
     needed: set[int] = set()

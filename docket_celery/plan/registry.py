@@ -21,7 +21,7 @@ from docket_celery.plan.override import (
     read_overrides,
 )
 from docket_celery.plan.plan import Plan
-from docket_celery.plan.stages import Asked, compile_asked, find_faults
+from docket_celery.plan.stages import compile_plan, find_faults
 from docket_celery.plan.step import Make, Registration, Step, default_name, locate
 from docket_celery.plan.wiring import Wiring, read_wiring
 
@@ -253,10 +253,10 @@ class Registry:
         """
         wiring, replaced = self._read(), overridings().get(self)
         wiring = wiring if replaced is None else replaced.rewired(wiring)
-        asked = Asked(target, given, batch, collects)
-        found: Plan | None = wiring.plans.get(asked)
+        asked = target, given, batch, collects
+        found = wiring.plans.get(asked)
         if found is None:
-            found = wiring.plans[asked] = compile_asked(wiring, asked)
+            found = wiring.plans[asked] = compile_plan(wiring, *asked)
         return found
 
     def unplanned(self, plans: Iterable[Plan]) -> list[Step]:

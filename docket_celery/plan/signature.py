@@ -48,11 +48,7 @@ class Signature:
 
 
 def read_signature(call: Callable[..., Any]) -> Signature:
-    """Return what *call* takes and returns.
-
-    Raises:
-        SignatureFault: With everything that is missing or unsupported.
-    """
+    """Return what *call* takes and returns, or raise a SignatureFault with all that is missing or unsupported."""
     try:
         parameters = list(inspect.signature(call).parameters.values())
     except (TypeError, ValueError) as error:
@@ -64,26 +60,38 @@ def read_signature(call: Callable[..., Any]) -> Signature:
     faults = list(_shape_faults(call, function, parameters))
     if faults:
         raise SignatureFault(*faults)
-    inputs, bound = _Inputs(), _bound(call)
+    taken: dict[tuple[ValueKey, str], str] = {}
+    positional: list[int] = []
+    keywords: list[tuple[str, int]] = []
     output: tuple[ValueKey, bool] | None = None
     try:
         output = _result(hints)
     except SignatureFault as fault:
         faults += fault.texts
+    bound, left_out = _bound(call), False
     for parameter in parameters:
         try:
-            inputs.add(parameter, hints.get(parameter.name), bound=parameter.name in bound)
+            index = None if parameter.name in bound else _take(parameter, hints.get(parameter.name), taken)
         except SignatureFault as fault:
             faults += fault.texts
+            continue
+        # By position it would be taken for a parameter that was left out before it.
+        by_name = left_out and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+        if index is None:
+            left_out = True
+        elif by_name or parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            keywords.append((parameter.name, index))
+        else:
+            positional.append(index)
     if faults or output is None:
         raise SignatureFault(*faults, output=output and output[0])
     return Signature(
-        inputs=tuple(key for key, _ in inputs.taken),
-        gathered=tuple(gathered for _, gathered in inputs.taken),
+        inputs=tuple(key for key, _ in taken),
+        gathered=tuple(gathered for _, gathered in taken),
         output=output[0],
         splits=output[1],
-        positional=tuple(inputs.positional),
-        keywords=tuple(inputs.keywords),
+        positional=tuple(positional),
+        keywords=tuple(keywords),
     )
 
 
@@ -118,61 +126,34 @@ def _result(hints: dict[str, Any]) -> tuple[ValueKey, bool]:
     return read_annotation(item, "its result"), bool(many)
 
 
-class _Inputs:
-    """What the parameters say, one after the other; the attributes are those of `Signature`.
+def _take(
+    parameter: inspect.Parameter, annotation: Any, taken: dict[tuple[ValueKey, str], str]
+) -> int | None:
+    """Return the index of *parameter* among the inputs, -1 for the StepContext, None if it is left to its default.
 
-    Attributes:
-        taken: The inputs, with how they are gathered, in their order; and the parameter of each.
-        left_out: A parameter was left to its default.
+    A new one is added to *taken*: the inputs with how they are gathered, and the parameter of each.
     """
-
-    def __init__(self) -> None:
-        self.taken: dict[tuple[ValueKey, str], str] = {}
-        self.positional: list[int] = []
-        self.keywords: list[tuple[str, int]] = []
-        self.left_out = False
-
-    def add(self, parameter: inspect.Parameter, annotation: Any, *, bound: bool = False) -> None:
-        """Take *parameter*, unless it is bound or left to its default.
-
-        Args:
-            parameter: The next one.
-            annotation: Its type hint; None: it has none.
-            bound: A `functools.partial` gives it a value, which stays.
-        """
-        what = f"parameter {parameter.name!r}"
-        has_default = parameter.default is not inspect.Parameter.empty
-        if bound or (has_default and not mentions_values(annotation)):
-            self.left_out = True
-            return
-        if isinstance(parameter.default, Message):
-            raise SignatureFault(
-                f"{what} has a message as its default, and the run would give it another one; drop the default, or "
-                f"fix the value with functools.partial(..., {parameter.name}=...), which makes it no input"
-            )
-        if annotation is None:
-            raise SignatureFault(
-                f"{what} has no annotation; annotate it with its message type or StepContext"
-            )
-        index = -1 if is_context(annotation) else self._value(parameter.name, annotation, what)
-        # By position it would be taken for the parameter that was left out before it.
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY or (
-            self.left_out and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-        ):
-            self.keywords.append((parameter.name, index))
-        else:
-            self.positional.append(index)
-
-    def _value(self, name: str, annotation: Any, what: str) -> int:
-        item, gathered = read_many(annotation) or (annotation, "")
-        key = read_annotation(item, what)
-        other = self.taken.setdefault((key, gathered), name)
-        if other != name:
-            raise SignatureFault(
-                f"parameters {other!r} and {name!r} are both {key}, of which a run has one; drop one, or tell them "
-                'apart with Annotated[..., Named("...")]'
-            )
-        return len(self.taken) - 1
+    what = f"parameter {parameter.name!r}"
+    if parameter.default is not inspect.Parameter.empty and not mentions_values(annotation):
+        return None
+    if isinstance(parameter.default, Message):
+        raise SignatureFault(
+            f"{what} has a message as its default, and the run would give it another one; drop the default, or "
+            f"fix the value with functools.partial(..., {parameter.name}=...), which makes it no input"
+        )
+    if annotation is None:
+        raise SignatureFault(f"{what} has no annotation; annotate it with its message type or StepContext")
+    if is_context(annotation):
+        return -1
+    item, gathered = read_many(annotation) or (annotation, "")
+    key = read_annotation(item, what)
+    other = taken.setdefault((key, gathered), parameter.name)
+    if other != parameter.name:
+        raise SignatureFault(
+            f"parameters {other!r} and {parameter.name!r} are both {key}, of which a run has one; drop one, or tell "
+            'them apart with Annotated[..., Named("...")]'
+        )
+    return len(taken) - 1
 
 
 def _bound(call: Any) -> set[str]:
@@ -216,11 +197,7 @@ def _shape_faults(
 
 
 def read_hints(function: Any) -> dict[str, Any]:
-    """Return the type hints of *function*, of a step or of a task's declaration.
-
-    Raises:
-        SignatureFault: One names what is not there when the program runs.
-    """
+    """Return the type hints of *function*, of a step or of a task's declaration; SignatureFault: one has no value."""
     try:
         return typing.get_type_hints(function, localns=_closure(function) or None, include_extras=True)
     except NameError as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 from docket_celery.errors import GraphError, InvalidArguments
 from docket_celery.plan.annotation import ValueKey
@@ -22,62 +21,43 @@ BATCH: Path = ("",)
 """The path of the items of a batch."""
 
 
-class Asked(NamedTuple):
-    """What a plan is for.
-
-    Attributes:
-        target: What to make.
-        given: What is handed in.
-        batch: Which of *given* comes as a list, item by item; None: all are given once.
-        collects: The target is wanted for each item, as a list.
-    """
-
-    target: ValueKey
-    given: tuple[ValueKey, ...]
-    batch: ValueKey | None = None
-    collects: bool = False
-
-
-def compile_asked(wiring: Wiring, asked: Asked) -> Plan:
-    """Return the plan for what is asked, cut into stages if something fans out.
+def compile_plan(
+    wiring: Wiring,
+    target: ValueKey,
+    given: tuple[ValueKey, ...],
+    batch: ValueKey | None,
+    collects: bool,
+) -> Plan:
+    """Return the plan that makes *target*, cut into stages if something fans out; arguments as for `Plan`.
 
     Raises:
         GraphError: The graph has faults, a needed value has no producer, or a step cannot be staged.
         InvalidArguments: A type is given twice.
     """
-    given = set(asked.given)
-    if len(given) != len(asked.given):
-        twice = next(key for key in asked.given if asked.given.count(key) > 1)
-        raise InvalidArguments(
-            f"graph {wiring.graph!r}", f"{twice} is given twice; one value of a type is used once"
-        )
-    wiring.check(asked.given, target=asked.target)
-    steps = wiring.order(given, wiring.needed(asked.target, given))
-    plan = assemble(wiring.graph, steps, asked.given, (asked.target,), wiring.names())
-    if (
-        asked.batch is None
-        and not asked.collects
-        and not any(step.splits or step.aggregates for step in steps)
-    ):
+    if len(set(given)) != len(given):
+        twice = next(key for key in given if given.count(key) > 1)
+        problem = f"{twice} is given twice; one value of a type is used once"
+        raise InvalidArguments(f"graph {wiring.graph!r}", problem)
+    wiring.check(given, target=target)
+    steps = wiring.order(given, wiring.needed(target, given))
+    plan = assemble(wiring.graph, steps, given, (target,), wiring.names())
+    if batch is None and not collects and not any(step.splits or step.aggregates for step in steps):
         return plan
-    levels = _Levels(wiring, {key: BATCH if key == asked.batch else () for key in asked.given})
+    levels = _Levels(wiring, {key: BATCH if key == batch else () for key in given})
     faults = [fault for step in steps for fault in levels.place(step)]
     if not faults:
-        faults += _target_faults(asked.target, levels.values[asked.target], collects=asked.collects)
+        faults += _target_faults(target, levels.values[target], collects=collects)
     if faults:
         raise GraphError(wiring.graph, faults)
-    stages = levels.stages(steps, (), [asked.target])
+    stages = levels.stages(steps, (), [target])
     fans_out = any(stage.fan_out is not None for stage in stages)
-    return replace(plan, stages=stages, batch=asked.batch, collects=asked.collects, fans_out=fans_out)
+    return replace(plan, stages=stages, batch=batch, collects=collects, fans_out=fans_out)
 
 
 def find_faults(wiring: Wiring, given: Sequence[ValueKey], batch: ValueKey | None) -> list[str]:
     """Return what keeps the steps of a graph without other faults from being staged.
 
-    Args:
-        wiring: The graph.
-        given: What callers hand in; empty: what no step returns, and what aggregates take of that as batches.
-        batch: Which of *given* comes as a list.
+    Nothing *given*: callers hand in what no step returns, and what aggregates take of that as batches.
     """
     whole = wiring.gathered()
     values: dict[ValueKey, Path] = {key: BATCH if key == batch else () for key in given}
@@ -90,9 +70,7 @@ def find_faults(wiring: Wiring, given: Sequence[ValueKey], batch: ValueKey | Non
 class _Levels:
     """Finds the paths of values and steps, and cuts the steps of one path into stages.
 
-    Args:
-        wiring: The graph.
-        values: The paths of what is handed in; those of the steps' results are added.
+    *values* holds the paths of what is handed in; those of the steps' results are added.
     """
 
     def __init__(self, wiring: Wiring, values: dict[ValueKey, Path]) -> None:
@@ -131,12 +109,9 @@ class _Levels:
         self.values[step.output] = (*deepest, step.name) if step.splits else deepest
 
     def stages(self, steps: Sequence[Step], scope: Path, outputs: Sequence[ValueKey]) -> tuple[Stage, ...]:
-        """Return the stages that *steps* form where the values at *scope* are seen.
+        """Return the stages that *steps*, in order, form where the values at *scope* are seen.
 
-        Args:
-            steps: In an order that respects inputs; all run at *scope* or within its fan-outs.
-            scope: The path of what is made once here.
-            outputs: Values that are needed afterwards.
+        All of them run at *scope* or within its fan-outs; *outputs* are needed afterwards.
         """
         groups = self._group(steps, scope)
         ordered = sorted(groups, key=lambda group: (group[0], group[1] is not None))

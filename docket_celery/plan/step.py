@@ -36,12 +36,9 @@ class Mark:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Registration:
-    """What was handed to the graph, before its signature is read (annotations may name later definitions).
+    """What was handed to the graph, before its signature is read: annotations may name later definitions.
 
-    Attributes:
-        mark: Names the registration, as a signature may be read more than once.
-        make: Builds the instance of the class that *target* is.
-        aggregates: It takes all items of a fan-out at once.
+    A signature may be read more than once; the *mark* stays. *make* builds the instance of the class *target*.
     """
 
     target: Any
@@ -130,10 +127,7 @@ class Step(Registration, Signature):
     def invoke(self, call: Callable[..., Any], values: Sequence[Value], context: StepContext | None) -> Any:
         """Call *call*, the step's code in this process; for ``async def`` this returns the coroutine.
 
-        Args:
-            call: The code.
-            values: The inputs.
-            context: For a step that `takes_context`.
+        *context* is for a step that `takes_context`.
         """
         if self.wrap is not None and context is not None:
             call = self.wrap(self, call, context.attempt)
@@ -176,11 +170,7 @@ def locate(target: Any) -> str:
 
 
 def read_step(registration: Registration) -> Step:
-    """Read the signature; the options are not checked.
-
-    Raises:
-        SignatureFault: With all that is missing or unsupported.
-    """
+    """Read the signature, not the options; SignatureFault: with all that is missing or unsupported."""
     code = _code(registration)
     signature = read_signature(code)
     if registration.aggregates and not any(signature.gathered):

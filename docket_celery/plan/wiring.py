@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from docket_celery.errors import GraphError
 from docket_celery.plan.annotation import SignatureFault, ValueKey
 from docket_celery.plan.messages import type_name
 from docket_celery.plan.options import option_faults
+from docket_celery.plan.plan import Plan
 from docket_celery.plan.step import Registration, Step, read_step
 
 _MOST_SHOWN = 12
@@ -37,7 +37,7 @@ class Wiring:
     faults: tuple[str, ...]
     unread: frozenset[ValueKey] = frozenset()
     unknown: bool = False
-    plans: dict[object, Any] = field(default_factory=dict[object, Any])
+    plans: dict[object, Plan] = field(default_factory=dict[object, Plan])
 
     def names(self) -> frozenset[str]:
         """Return every name a step has or had."""
@@ -70,18 +70,12 @@ class Wiring:
                     yield step, key
 
     def check(
-        self,
-        given: Iterable[ValueKey] = (),
-        *,
-        complete: bool = False,
-        target: ValueKey | None = None,
+        self, given: Iterable[ValueKey], *, complete: bool = False, target: ValueKey | None = None
     ) -> None:
-        """Refuse the graph unless it is free of faults.
+        """Refuse the graph unless it is free of faults, where a caller hands in *given*; these break cycles.
 
-        Args:
-            given: The values a caller hands in; they are not made, so they break cycles.
-            complete: Every other input must have a producer; else what no step returns counts as handed in.
-            target: What the caller wants: it, and what the steps on the way to it take, must have producers.
+        *complete*: every other input must have a producer. Else what no step returns counts as handed in, but for a
+        *target* and what the steps on the way to it take.
 
         Raises:
             GraphError: With all faults.
@@ -136,19 +130,18 @@ def read_wiring(graph: str, registrations: Iterable[Registration]) -> Wiring:
     """Read all signatures; faults are collected, not raised."""
     steps: list[Step] = []
     faults: list[str] = []
-    names: dict[str, str] = {}
+    names: dict[str, Registration] = {}
     producers: dict[ValueKey, Step] = {}
     unread: set[ValueKey] = set()
     unknown = False
     for registration in registrations:
         who = f"step {registration.name!r} ({registration.where})"
-        first = names.get(registration.name)
-        if first is not None:
+        first = names.setdefault(registration.name, registration)
+        if first is not registration:
             faults.append(
-                f"DC112 duplicate name: step {registration.name!r} is registered at {first} and at "
+                f"DC112 duplicate name: step {registration.name!r} is registered at {first.where} and at "
                 f"{registration.where}; give one of them name=..."
             )
-        names.setdefault(registration.name, registration.where)
         problems = [f"DC121 options: {who}: {text}" for text in option_faults(registration.options)]
         try:
             step = read_step(registration)
@@ -158,12 +151,10 @@ def read_wiring(graph: str, registrations: Iterable[Registration]) -> Wiring:
             unread.update(() if fault.output is None else (fault.output,))
             unknown = unknown or fault.output is None
             continue
-        faults += problems
-        if problems or first is not None:
-            unread.add(step.output)
-            continue
         if step.output in step.inputs:
-            faults.append(_never_runs(step))
+            problems.append(_never_runs(step))
+        faults += problems
+        if problems or first is not registration:
             unread.add(step.output)
             continue
         steps.append(step)
@@ -220,7 +211,8 @@ def _cycles(wiring: Wiring, given: Container[ValueKey]) -> Iterable[str]:
             state[step.name] = 1
             path[step.name] = step
             todo.append((step, True))
-            for source in _sources(wiring, step, given):
+            taken = (key for key in dict.fromkeys(step.inputs) if key not in given)
+            for source in filter(None, map(wiring.producers.get, taken)):
                 if state.get(source.name) == 1:
                     yield _cycle(path, source)
                 elif source.name not in state:
@@ -252,14 +244,8 @@ def _listed(keys: Collection[ValueKey]) -> str:
     return ", ".join(shown) + (f" and {more} more" if more else "") or "nothing"
 
 
-def _sources(wiring: Wiring, step: Step, given: Container[ValueKey]) -> list[Step]:
-    keys = [key for key in dict.fromkeys(step.inputs) if key not in given]
-    return [wiring.producers[key] for key in keys if key in wiring.producers]
-
-
-def _former_names(steps: Iterable[Step]) -> Iterable[str]:
+def _former_names(steps: Sequence[Step]) -> Iterable[str]:
     """Find names that two steps would share: their checkpoints and idempotency keys would be one another's."""
-    steps = list(steps)
     owners = {step.name: step for step in steps}
     for step in steps:
         for name in step.options.renamed_from:
