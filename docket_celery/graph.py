@@ -296,7 +296,7 @@ class Graph(Registry):
         settings = process.settings() if settings is None else settings
         around, clock = overrides(), None
         if around is not None:
-            settings, clock = around.adjust(settings), around.clock
+            settings, clock = replace(settings, **around.settings), around.clock
             if around.listeners:
                 submission = replace(submission, listeners=(*submission.listeners, *around.listeners))
         if settings.check_mutation:

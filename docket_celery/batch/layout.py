@@ -26,12 +26,9 @@ PAGE, PAGE_BYTES = 1000, 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the values of a run are stored.
+    """Where the values of a run are stored: *makers* are the steps that make them.
 
-    Attributes:
-        plan: It has stages.
-        makers: The step that makes a value.
-        fan_outs: The fan-out that a value is made for each item of; '' is the batch.
+    *fan_outs* are the fan-outs that values are made for each item of; '' is the batch.
     """
 
     plan: Plan
@@ -71,11 +68,7 @@ class Layout:
     def read_shared(
         self, keys: Iterable[ValueKey], rows: Iterable[Checkpoint], context: RunContext
     ) -> dict[ValueKey, Value]:
-        """Return those of *keys*, values that are there once, that *rows* have.
-
-        Raises:
-            GraphChanged, DecodeFailed: As from `read_value`.
-        """
+        """Return those of *keys*, values that are there once, that *rows* have; raise as `read_value` does."""
         by_key = {row.key: row for row in rows}
         found: dict[ValueKey, Value] = {}
         for key in keys:

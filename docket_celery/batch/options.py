@@ -20,12 +20,9 @@ MOST_ITEMS = 500
 class BatchOptions:
     """How a batch is worked on.
 
-    Attributes:
-        policy: How items are treated.
-        chunk_size: Items of a chunk; None: chosen from their number and *slots*.
-        max_concurrency: Most items at once over all workers; None: as many as there are threads.
-        slots: How many tasks the worker that began the batch runs at once.
-        threads: How many items each of these tasks runs at once.
+    Without *chunk_size* that of a chunk is chosen from the number of items and from *slots*, which is how many
+    tasks the worker that began the batch runs at once; each of them runs *threads* items at once. At most
+    *max_concurrency* items run at once over all workers; None: as many as there are threads.
     """
 
     policy: BatchPolicy = field(default_factory=BatchPolicy)

@@ -33,10 +33,10 @@ from docket_celery.engine.run_row import frame_job
 from docket_celery.engine.stored_items import StoredBatch, StoredItems
 from docket_celery.errors import DocketError, GraphChanged, RunNotFound, RunQuarantined, StepFailed
 from docket_celery.plan.annotation import ValueKey
-from docket_celery.plan.batch import BatchPolicy, BatchResult
+from docket_celery.plan.batch import BatchPolicy
 from docket_celery.plan.messages import Value
 from docket_celery.plan.plan import Plan, Stage
-from docket_celery.store.contract import BatchStore, Store
+from docket_celery.store.contract import BatchStore
 from docket_celery.store.records import Checkpoint, ChunkRow, Lease, RunRequest, RunState
 
 _UNDONE = (RunState.QUEUED, RunState.RUNNING)
@@ -67,10 +67,10 @@ class BatchRun(Run):
         self._chunks: list[ChunkRow] = []
         self._failures: dict[str, dict[int, StepFailed]] = {}
 
-    def _request(self, store: Store) -> RunRequest:
+    def _request(self) -> RunRequest:
         # The items are in rows of their own.
         shared = {key: value for key, value in (self._given or {}).items() if key != self._plan.batch}
-        return replace(super()._request(store), job=frame_job(shared, shared.values()))
+        return replace(super()._request(), job=frame_job(shared, shared.values()))
 
     def _advance(self, lease: Lease) -> None:
         self.context.keeps = frozenset(
@@ -88,9 +88,7 @@ class BatchRun(Run):
     def _load(self, lease: Lease) -> None:
         """Read what is stored already; a delivery that has the job adds what is missing of that.
 
-        Raises:
-            GraphChanged: There are outputs of steps that are gone.
-            RunNotFound: The job is gone.
+        Raises `GraphChanged` for outputs of steps that are gone, and `RunNotFound` where the job is.
         """
         plan = self._plan
         if lease.epoch > 1 or self._given is None:
@@ -271,7 +269,4 @@ class BatchRun(Run):
         collects = self._options.policy.on_error == "collect"
         errors = self._failures.get(self._layout.fan_outs[target], {})
         batch = StoredBatch(items=items, collects=collects, errors=errors)
-        found: list[Any] | BatchResult[Any] | StoredBatch = batch
-        if items.weight() <= self.context.settings.max_list_bytes:
-            found = batch.load()
-        return found
+        return batch.load() if items.weight() <= self.context.settings.max_list_bytes else batch

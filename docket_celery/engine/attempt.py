@@ -18,13 +18,13 @@ from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from docket_celery.engine.process.hooks import StepHook
+from docket_celery.engine.process.hooks import MakeContext
 from docket_celery.engine.process.instances import Factory
 from docket_celery.engine.process.limits import Slot
 from docket_celery.engine.process.pool import Worker
 from docket_celery.engine.process.state import process
 from docket_celery.engine.process.timer import Alarm
-from docket_celery.engine.run_context import Ending, MakeScope, RunContext
+from docket_celery.engine.run_context import Ending, RunContext
 from docket_celery.errors import StepTimedOut, trim_traceback
 from docket_celery.observe.events import EventKind
 from docket_celery.plan.context import StepContext, bind_context
@@ -45,15 +45,13 @@ class Attempt:
     discarded.
 
     It is the attempt *number* of a step whose first one *began* at that time of the run's clock. Nothing begins and
-    nothing counts once its *gate*, the execution, is closed. The *slot* is given back when the code has really ended.
+    nothing counts once its *gate*, the execution, is closed. The *slot* is given back when the code has really
+    ended.
 
-    Attributes:
-        in_flight: Whether user code runs now and its end would count. Written under the gate's lock.
-        worker: The pool thread inside the step, while it is in flight.
-        on_host: The code ran on a thread of the host, where signal handlers raise too.
-        result: How it ended, if it ended on the thread that started it.
-        go_on: Given work for the pool that returns how the attempt ended, or None where that does not count. Set for
-            what may end on another thread.
+    `in_flight` tells whether user code runs now and its end would count; it is written under the gate's lock. The
+    pool thread inside the step meanwhile is `worker`. Code that ran `on_host`, a thread of the host, may get what
+    signal handlers raise. `result` tells how it ended, if it ended on the thread that started it; else `go_on` is
+    given work for the pool that returns how it ended, or None where that does not count.
     """
 
     in_flight = False
@@ -94,7 +92,7 @@ class Attempt:
                 self._alarm = run.runtime.timer.after(timeout_s, ring)
                 self._unlink = functools.partial(run.cancellation.forget, context.cancelled.cancel)
             self.in_flight = True
-        if run.listeners:
+        if run.submission.listeners:
             run.tell(EventKind.STEP_STARTED, step.name, self._number)
         if step.is_async:
             self._spawn()
@@ -160,7 +158,7 @@ class Attempt:
             if not scopes and not hooks:
                 return self._call()
             with ExitStack() as stack:
-                _enter(stack, scopes, hooks)
+                _enter(stack, (*scopes, *hooks))
                 return self._call()
         finally:
             # Here and not where the attempt ends: a thread that was given up still does what the limit protects.
@@ -169,15 +167,15 @@ class Attempt:
 
     def _call(self) -> Any:
         step = self._step
-        call = step.call if step.make is None else process.call_of(step)
+        call = step.call if step.make is None else process.factory_of(step, step.make).instance().compute
         return step.invoke(call, self._values, self.context() if step.takes_context else None)
 
     def _spawn(self) -> None:
         run = self._run
         submit = (run.runtime.loop if run.loop is None else run.loop).submit
         try:
-            if (factory := process.factory_of(self._step)) is not None:
-                self._build(factory)
+            if (make := self._step.make) is not None:
+                self._build(process.factory_of(self._step, make))
             # The coroutine's task copies the contextvars in force where it is made, so it is made inside the copy.
             future = run.base.copy().run(lambda: submit(self._await(), self.release))
         except BaseException as error:  # noqa: BLE001 -- the call may fail before its first await
@@ -205,8 +203,7 @@ class Attempt:
     def _build(self, factory: Factory) -> None:
         """Make sure that the coroutine's instance is there, as loops only await.
 
-        Raises:
-            TimeoutError: The attempt has ended meanwhile; its error counts no more.
+        Raises `TimeoutError` if the attempt has ended meanwhile; its error counts no more.
         """
         self._run.base.copy().run(factory.instance)
         with self._gate.lock:
@@ -287,8 +284,8 @@ def pushed(*pairs: tuple[Any, Any]) -> Generator[None]:
 
 
 async def await_within(
-    scopes: Sequence[MakeScope],
-    hooks: Sequence[StepHook],
+    scopes: Sequence[MakeContext],
+    hooks: Sequence[MakeContext],
     call: Callable[..., Coroutine[Any, Any, Any]],
     *args: Any,
 ) -> Any:
@@ -298,16 +295,16 @@ async def await_within(
 
 
 async def _hooked(
-    hooks: Sequence[StepHook], call: Callable[..., Coroutine[Any, Any, Any]], *args: Any
+    hooks: Sequence[MakeContext], call: Callable[..., Coroutine[Any, Any, Any]], *args: Any
 ) -> Any:
     with ExitStack() as stack:
-        _enter(stack, (), hooks)
+        _enter(stack, hooks)
         return await call(*args)
 
 
 @types.coroutine
 def _resumed_within(
-    scopes: Sequence[MakeScope], coroutine: Coroutine[Any, Any, Any]
+    scopes: Sequence[MakeContext], coroutine: Coroutine[Any, Any, Any]
 ) -> Generator[Any, Any, Any]:
     """Drive *coroutine*: *scopes* are entered for each resume and left at each suspension."""
     resume: Callable[[Any], Any] = coroutine.send
@@ -335,9 +332,7 @@ def _resumed_within(
         coroutine.close()
 
 
-def _enter(stack: ExitStack, scopes: Sequence[MakeScope], hooks: Sequence[StepHook] = ()) -> None:
-    """Enter *scopes*, then *hooks*, the first outermost."""
-    for scope in scopes:
-        stack.enter_context(scope())
-    for hook in hooks:
-        stack.enter_context(hook.entered())
+def _enter(stack: ExitStack, makes: Sequence[MakeContext]) -> None:
+    """Enter what *makes* return, the first outermost."""
+    for make in makes:
+        stack.enter_context(make())

@@ -79,11 +79,7 @@ class StepRecord:
             self._context.kept.append(self.checkpoint(value, shared=False))
 
     def checkpoint(self, value: Value, *, shared: bool) -> Checkpoint:
-        """Return the checkpoint to save for *value*: for all runs, or for this one.
-
-        Raises:
-            PayloadTooLarge: It is too large to be stored.
-        """
+        """Return the checkpoint to save for *value*, for all runs or for this one; raise `PayloadTooLarge`."""
         step, context = self._step, self._context
         own_key = workflow_key(context.graph, context.execution_id, step.identity, context.item)
         data = value_bytes(value)
@@ -108,10 +104,7 @@ class StepRecord:
     def save(self, checkpoint: Checkpoint, row: StepExecution) -> Checkpoint:
         """Store *checkpoint* with its row and return the one that counts: that of the first saver.
 
-        Raises:
-            StoreUnavailable: It may be tried again.
-            LeaseLost: The run is another worker's.
-            CorruptCheckpoint: The winner's row is damaged.
+        After `StoreUnavailable` it may be tried again.
         """
         context = self._context
         if checkpoint.execution_id is None:
@@ -163,8 +156,7 @@ class StepRecord:
 def shared_key(graph: str, step: Step, values: Sequence[Value], store: Store) -> bytes:
     """Return the key of a GLOBAL step's checkpoint for these inputs, as *store* keeps it.
 
-    Raises:
-        InvalidArguments: ``key=`` returned neither a message nor str nor bytes.
+    Raises `InvalidArguments` where ``key=`` returned neither a message nor str nor bytes.
     """
     # With `Named` in them: swapped names of two values of one type are other inputs.
     inputs = [
@@ -201,8 +193,7 @@ def hash_inputs(values: Sequence[Value], store: Store) -> str:
 def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> Stored:
     """Return the run's checkpoints, by step name and path of the item.
 
-    Raises:
-        GraphChanged: One is of a step that the graph no longer has, or that keeps nothing for the run any more.
+    Raises `GraphChanged` for one of a step that is gone, or that keeps nothing for the run any more.
     """
     if not plan.keeps_run and (not plan.persists or lease.epoch == 1):
         # Nothing to restore; a run that an earlier delivery advanced may hold what another deploy has kept.
@@ -237,10 +228,8 @@ def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> Stored:
 def read_value(step: Step, checkpoint: Checkpoint, context: RunContext) -> Value:
     """Return the stored output of *step*.
 
-    Raises:
-        CacheMismatch: It is shared, and of another type than the step returns.
-        GraphChanged: It is the run's own, and of another type than the step returns now.
-        DecodeFailed: The bytes cannot be read, or a field of the type has changed its kind since.
+    Of another type than the step returns now it raises `CacheMismatch` if it is shared, else `GraphChanged`;
+    `DecodeFailed` where a field of the type has changed its kind since.
     """
     expected = step.result_name
     if checkpoint.output_type != expected and checkpoint.execution_id is None:
@@ -256,17 +245,9 @@ def read_value(step: Step, checkpoint: Checkpoint, context: RunContext) -> Value
 def find_entry(
     registry: Registry, wanted: object, inputs: Sequence[object], where: str
 ) -> tuple[Step, list[Message]]:
-    """Return the GLOBAL step that *wanted* names, and *inputs* if they are those of the step.
+    """Return the GLOBAL step that *wanted* names, and *inputs*, one for each value that it takes, in their order.
 
-    Args:
-        registry: The graph.
-        wanted: The step's name, its output's message type, or what was registered.
-        inputs: One for each value that the step takes, in the order of its parameters.
-        where: What is called, for the error.
-
-    Raises:
-        InvalidArguments: There is no such step, it keeps nothing that is shared, or the inputs are not its own.
-        GraphError: The graph has faults.
+    Raises `InvalidArguments`, which names *where*: there is no such step, it shares nothing, or takes other inputs.
     """
     try:
         step = registry.find_step(wanted)

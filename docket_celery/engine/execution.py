@@ -34,13 +34,8 @@ _logger = logging.getLogger("docket_celery.engine")
 class Scheduler(Ending):
     """One plan being resolved for one delivery; what is stored does not run, nor do steps that only that needs.
 
-    Args:
-        plan: What to do.
-        inputs: The given values, in the order of ``plan.given``; None: only restored steps would use it.
-        context: What the steps share.
-        on_end: Called once with the values of *outputs* or an error.
-        outputs: The slots that are wanted; None: those of the plan.
-        may_help: The thread that starts it may run steps.
+    Of the *inputs*, in the order of ``plan.given``, those are None that only restored steps would use. *outputs*
+    are the slots that are wanted; None: those of the plan. With *may_help* the thread that starts it may run steps.
     """
 
     def __init__(
@@ -55,12 +50,13 @@ class Scheduler(Ending):
     ) -> None:
         super().__init__(context.cancellation, on_end)
         self._plan, self._context, self._may_help = plan, context, may_help
-        named = {
-            p.index: context.stored.get((p.step.name, context.item)) for p in plan.steps if context.stored
+        self._checkpoints = {
+            planned.index: context.stored[name]
+            for planned in (plan.steps if context.stored else ())
+            if (name := (planned.step.name, context.item)) in context.stored
         }
-        self._checkpoints = {index: found for index, found in named.items() if found is not None}
-        # The caller's limit is one of items where there are items.
-        limit = context.max_concurrency if not context.item or context.runtime.inline else None
+        # In an item the caller's limit is one of items, not of steps.
+        limit = context.submission.max_concurrency if not context.item or context.runtime.inline else None
         self._limit = len(plan.steps) if limit is None else limit
         self._outputs = plan.output_slots if outputs is None else tuple(outputs)
         self._missing = len(self._outputs)
@@ -77,9 +73,7 @@ class Scheduler(Ending):
     def start(self) -> None:
         """Find what is needed, from the target down, and begin with it.
 
-        Raises:
-            InputsChanged: A checkpoint was made from other inputs and its step asks for an error then.
-            GraphChanged: A checkpoint is of a type which its step no longer returns.
+        Raises `InputsChanged` or `GraphChanged` where a checkpoint no longer fits its step.
         """
         plan = self._plan
         if not self._checkpoints and len(self._outputs) == len(plan.output_slots):
@@ -235,55 +229,41 @@ class Scheduler(Ending):
     # --- how a step ends ---------------------------------------------------------------------------------------
 
     def _finish(self, run: StepRun, end: End) -> None:
+        """Take a step's value, or its failure, or that it has not begun as another one failed."""
         if isinstance(end, Stop):
             self.abort(end.error)
-        elif isinstance(end, StepFailed):
-            self.fail(run, end)
-        elif end is None:
-            self.withdraw(run)
-        else:
-            self.complete(run, end)
-
-    def complete(self, run: StepRun, value: Value) -> None:
-        """Take a step's value and make ready the steps that waited for it."""
-        planned, fresh = run.planned, 0
+            return
+        fresh = 0
         with self.lock:
             self._runs.discard(run)
             if self.closed:
                 return
-            self._values[planned.slot] = value
-            self._missing -= planned.slot in self._outputs
-            if not self.failing:
-                for index in planned.consumers:
-                    self._pending[index] -= 1
-                    if self._pending[index] == 0:
-                        self._ready.append(self._plan.steps[index])
-                        fresh += 1
-                if fresh and self._context.runtime.inline:
-                    self._ready = deque(sorted(self._ready, key=attrgetter("index")))
+            if isinstance(end, StepFailed):
+                self._failures.append(end)
+            elif end is not None:
+                fresh = self._complete(run.planned, end)
             over = not self._missing or (self.failing and not self._runs)
-        if over:
+        if isinstance(end, StepFailed):
+            self.hold()
+        elif over:
             self._end()
         elif fresh > 1:
             # This thread takes one of the fresh steps itself.
             self._hint(fresh - 1)
 
-    def fail(self, run: StepRun, error: StepFailed) -> None:
-        """Take a step's failure: nothing new starts, what is running finishes and is saved."""
-        with self.lock:
-            self._runs.discard(run)
-            if self.closed:
-                return
-            self._failures.append(error)
-        self.hold()
-
-    def withdraw(self, run: StepRun) -> None:
-        """Take back a step that has not begun because another one failed."""
-        with self.lock:
-            self._runs.discard(run)
-            over = not self.closed and self.failing and not self._runs
-        if over:
-            self._end()
+    def _complete(self, planned: PlannedStep, value: Value) -> int:
+        """Take a value and return how many steps it made ready; the caller holds the lock."""
+        self._values[planned.slot] = value
+        self._missing -= planned.slot in self._outputs
+        fresh = 0
+        for index in () if self.failing else planned.consumers:
+            self._pending[index] -= 1
+            if self._pending[index] == 0:
+                self._ready.append(self._plan.steps[index])
+                fresh += 1
+        if fresh and self._context.runtime.inline:
+            self._ready = deque(sorted(self._ready, key=attrgetter("index")))
+        return fresh
 
     def _end(self) -> None:
         """End with the outputs, or without them: with what failed, if anything did."""

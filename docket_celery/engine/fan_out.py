@@ -20,16 +20,12 @@ _MOST_LINES = 10
 
 
 class ItemGroup(Ending):
-    """Executions of one stage, one for each item, a limited number at once.
+    """Executions of one stage, one for each of *count* items, at most *limit* at once.
 
-    Args:
-        count: How many there are.
-        make: Returns the execution of an item, given its index and what to call at its end.
-        on_end: Called once, after the last one, or when one of them ended the run: with that error.
-        limit: Most at once.
-        allowed: How many may fail without stopping the others.
-        failed: Items that failed in an earlier stage, by index: they are left out.
-        on_item: Called after each with how many have ended, failed ones too, and how many there are.
+    *make* returns the execution of an item, given its index and what to call at its end. *on_end* is called after
+    the last one, or when one of them ended the run: with that error. Of the items, *allowed* may fail without
+    stopping the others; those in *failed* did in an earlier stage and are left out. *on_item* is called after each
+    with how many have ended, failed ones too, and how many there are.
     """
 
     def __init__(
@@ -160,7 +156,9 @@ class StagedScheduler(Ending):
         super().__init__(context.cancellation, on_end)
         self._plan, self._context = plan, context
         self._policy = ONE_FAILS if context.item else context.submission.policy
-        self._limit = 1 if context.item and context.max_concurrency is not None else context.most_items
+        self._limit = (
+            1 if context.item and context.submission.max_concurrency is not None else context.most_items
+        )
         self._outputs = (plan.target,) if outputs is None else outputs
         self._values: dict[ValueKey, Any] = dict(zip(plan.given, inputs, strict=True))
         self._fan_outs = find_fan_outs(plan)

@@ -12,7 +12,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.timer import Clock
 from docket_celery.observe.events import Listener
 from docket_celery.store.contract import Store
@@ -20,23 +19,16 @@ from docket_celery.store.contract import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overrides:
-    """What surrounds the runs.
+    """What surrounds the runs: fields of `Settings` that win over all others, and what else they use.
 
-    Attributes:
-        settings: Fields of `Settings` that win over all others.
-        store: Wins over the graph's and over ``docket_database_url``; what a call names wins over this.
-        clock: For runs on the calling thread.
-        listeners: Hear of the runs beside the graphs' own.
+    The *store* wins over the graph's and over ``docket_database_url``; what a call names wins over it. The *clock*
+    is for runs on the calling thread. The *listeners* hear of the runs beside the graphs' own.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
     store: Store | None = None
     clock: Clock | None = None
     listeners: tuple[Listener, ...] = ()
-
-    def adjust(self, settings: Settings) -> Settings:
-        """Return *settings* with those of the block."""
-        return replace(settings, **self.settings) if self.settings else settings
 
 
 _NOTHING = Overrides()
@@ -47,11 +39,7 @@ overrides = _current.get
 
 @contextmanager
 def overridden(**changes: Any) -> Generator[Overrides]:
-    """Change what surrounds the runs that begin in the block.
-
-    Args:
-        **changes: Fields of `Overrides`; mappings and listeners are added to those of the blocks around.
-    """
+    """Change fields of `Overrides` for the runs that begin in the block; settings and listeners are added."""
     outer = _current.get() or _NOTHING
     if "settings" in changes:
         changes["settings"] = {**outer.settings, **changes["settings"]}

@@ -12,7 +12,7 @@ from typing import Any
 from docket_celery.engine.checkpointing import read_checkpoints
 from docket_celery.engine.execution import Scheduler
 from docket_celery.engine.process.heartbeat import Heartbeat, HeldLease
-from docket_celery.engine.process.hooks import django_hooks, load_hooks
+from docket_celery.engine.process.hooks import django_hooks, load_hook
 from docket_celery.engine.process.inline import InlineCancellation, InlineRuntime
 from docket_celery.engine.process.loops import StepLoop
 from docket_celery.engine.process.settings import Settings
@@ -46,13 +46,9 @@ _MOST_SHOWN, _MOST_CHARS = 3, 300
 class Run:
     """Drives one delivery and never waits for it: `waiting` has the ways to wait.
 
-    *inputs* are the given values, in the order of ``plan.given``. Without *loop*, ``async def`` steps run on the loop
-    thread of the process; *clock* is the time of a run on the calling thread.
-
-    Attributes:
-        context: What everything in this delivery shares.
-        inline: What to drive with the calling thread until `concluded`; None: the run advances by itself.
-        pool: The threads that the steps run on.
+    *inputs* are the given values, in the order of ``plan.given``. Without *loop*, ``async def`` steps run on the
+    loop thread of the process; *clock* is the time of a run on the calling thread. Where there is `inline`, the
+    calling thread is to drive it until the run has `concluded`; else the run advances by itself.
     """
 
     def __init__(
@@ -65,11 +61,11 @@ class Run:
         loop: StepLoop | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self._plan, self._inputs, self._store = plan, inputs, store
+        self._plan, self._inputs = plan, inputs
         self.inline = inline = InlineRuntime(clock or system_clock) if settings.threads == 0 else None
         self.context = RunContext(
             graph=plan.graph,
-            submission=submission,
+            submission=submission if inline is None else replace(submission, max_concurrency=1),
             settings=settings,
             runtime=inline or process.runtime(settings.threads),
             cancellation=Cancellation() if inline is None else InlineCancellation(inline),
@@ -78,7 +74,7 @@ class Run:
             beats=None if inline is None or store is None else Heartbeat(store, inline.clock),
             number=submission.number,
             loop=loop,
-            hooks=(*django_hooks(), *load_hooks(settings.step_hooks)),
+            hooks=(*django_hooks(), *map(load_hook, settings.step_hooks)),
         )
         self.pool = self.context.runtime.pool
         self.concluded = False
@@ -93,12 +89,11 @@ class Run:
     def start(self, report: Callable[[RunOutcome], None]) -> None:
         """Begin; *report* is called once, on any thread, with the outcome.
 
-        The calling thread runs steps here if the submission allows it; it then calls `poll` while it waits, or
-        `watch` once.
+        The caller then calls `poll` while it waits, or `watch` once.
         """
         self._report = report
         self.context.tell(EventKind.RUN_STARTED)
-        if self._store is None:
+        if self.context.store is None:
             self._begin(self._make())
         else:
             self.pool.submit(self._open)
@@ -119,7 +114,7 @@ class Run:
 
     def watch(self) -> None:
         """Poll from the timer until the run ends: no thread waits for it."""
-        if not self.concluded and (self._until is not None or self._store is not None):
+        if not self.concluded and (self._until is not None or self.context.store is not None):
             self.context.runtime.timer.after(self.poll(), self.watch)
 
     def stop(self, error: BaseException) -> None:
@@ -158,13 +153,13 @@ class Run:
 
     def _acquire(self, asked_at: float) -> HeldLease | None:
         """Return the lease; None: the run has concluded, or is asked for again later."""
-        store, context = self._needed_store(), self.context
+        context, store = self.context, self._store
         if self._waits_for_other:
             row = find_holder(store, context.graph, context.submission)
             if row is not None:
                 self._wait_for(row)
                 return None
-        request = self._request(store)
+        request = self._request()
         found = store.acquire(request)
         if isinstance(found, RunRow):
             self._meet(found, request)
@@ -175,25 +170,25 @@ class Run:
         context = self.context
         return HeldLease(lease, asked_at, context.settings.trust_margin_s, context.cancellation.now)
 
-    def _request(self, store: Store) -> RunRequest:
+    def _request(self) -> RunRequest:
         waits = self._waits_for_other
-        return run_request(self._plan, self._inputs, self.context, store, waits_for_other=waits)
+        return run_request(self._plan, self._inputs, self.context, self._store, waits_for_other=waits)
 
     def _advance(self, lease: Lease) -> None:
         """Restore and begin; the lease is held, and what is raised here ends the run in order."""
-        self.context.stored = read_checkpoints(self._plan, self._needed_store(), lease)
+        self.context.stored = read_checkpoints(self._plan, self._store, lease)
         self._begin(self._make())
 
     def _make(self) -> Ending:
         """Return what executes the plan."""
         plan, context = self._plan, self.context
-        end = self._end if self._store is None else self._end_on_pool
+        end = self._end if context.store is None else self._end_on_pool
         if plan.stages:
-            # Read here, as a run of a plan without stages never enters it.
+            # Imported here: a run of a plan without stages does not need it.
             from docket_celery.engine.fan_out import StagedScheduler
 
             return StagedScheduler(plan, self._inputs, context, end)
-        threads = self.inline is None and self._until is None and self._store is None
+        threads = self.inline is None and self._until is None and context.store is None
         may_help = threads and context.submission.may_help
         return Scheduler(plan, self._inputs, context, end, may_help=may_help)
 
@@ -246,7 +241,7 @@ class Run:
         self._conclude(result)
 
     def _write(self, result: RunOutcome, lease: Lease) -> None:
-        self._needed_store().end(lease, run_end(result, self.context))
+        self._store.end(lease, run_end(result, self.context))
 
     def _conclude(self, outcome: RunOutcome) -> None:
         """Report how it ended; the run's row tells the same by now."""
@@ -275,12 +270,8 @@ class Run:
     # --- deciding ----------------------------------------------------------------------------------------------
 
     def _meet(self, row: RunRow, request: RunRequest) -> None:
-        """Decide what a run means that could not be taken.
-
-        Raises:
-            CodecFailed: The run's row went through another codec, or none.
-        """
-        store = self._needed_store()
+        """Decide what a run means that could not be taken."""
+        store = self._store
         if row.target != request.target or row.job_digest != request.job_digest:
             what = "target" if row.target != request.target else "job"
             # Another codec keeps another digest of the same job; reading it tells the two cases apart.
@@ -302,9 +293,10 @@ class Run:
             self._asked += 1
             runtime.timer.after(wait_s, functools.partial(runtime.submit_or_retry, self._open))
 
-    def _needed_store(self) -> Store:
-        assert self._store is not None
-        return self._store
+    @property
+    def _store(self) -> Store:
+        assert self.context.store is not None
+        return self.context.store
 
 
 def _warn_of(failed: Mapping[int, StepFailed], plan: Plan, context: RunContext) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 from docket_celery.engine.process.heartbeat import Heartbeat, HeldLease
-from docket_celery.engine.process.hooks import StepHook
+from docket_celery.engine.process.hooks import MakeContext
 from docket_celery.engine.process.loops import StepLoop
 from docket_celery.engine.process.runtime import Runtime
 from docket_celery.engine.process.settings import Settings
@@ -22,7 +21,6 @@ from docket_celery.plan.context import Cancellation
 from docket_celery.store.contract import Store
 from docket_celery.store.records import Checkpoint, Chunk, Lanes, Lease, Progress, StepExecution
 
-MakeScope = Callable[[], AbstractContextManager[Any]]
 Stored = Mapping[tuple[str, str], Checkpoint]
 """A run's checkpoints by step name and path of the item."""
 OnEnd = Callable[[Sequence[Any], BaseException | None], None]
@@ -40,7 +38,8 @@ class Submission:
         requeues: How often it was sent again for that.
         ended_cleanly: The task's delivery before this one ended in order.
         celery_retry: Celery tries the task again, as `RunRequest.celery_retry`.
-        max_concurrency: Most steps at once, or, of a plan that fans out, most items.
+        max_concurrency: Most steps at once, or, of a plan that fans out, most items; None: as many as there are
+            threads.
         policy: How a fan-out treats its items.
         waits: Wait here while another holder advances the run; False: end with ``busy_s``.
         may_help: The calling thread may run steps itself.
@@ -72,7 +71,7 @@ class Submission:
     listeners: Sequence[Listener] = ()
     passthrough: tuple[type[BaseException], ...] = ()
     hands_back: tuple[type[BaseException], ...] = ()
-    scopes: Sequence[MakeScope] = ()
+    scopes: Sequence[MakeContext] = ()
     park_s: Callable[[BaseException, Lease | None], float | None] | None = None
     worker: str = ""
     refreshes: bool = False
@@ -80,25 +79,18 @@ class Submission:
 
 @dataclass(slots=True, kw_only=True)
 class RunContext:
-    """What everything in one delivery of a run shares.
+    """What everything in one delivery of a run shares, or one item of it: *item* is its path, or ''.
 
-    Attributes:
-        base: The caller's contextvars; each call of a step gets a copy.
-        store: Where the run is kept; None: nothing is persisted.
-        owner: Holder of the lease and of claims.
-        beats: Keeps the lease and claims alive; None: none has been asked for yet.
-        held: The run's lease, once it is acquired.
-        number: Which delivery of the run this is, from 1; the lease counts them.
-        stored: The run's checkpoints that were restored.
-        item: Path of the item that the steps work on, or ''.
-        loop: Runs ``async def`` steps; None: the loop thread of the process.
-        hooks: Entered once around each call of a step.
-        rows: Step executions that no save has carried yet.
-        keeps: Steps whose outputs others need, whatever their ``persist`` says.
-        kept: Their outputs, not yet saved.
-        failed: Why items of the batch failed, by index, once it succeeded all the same.
-        max_concurrency: Most steps at once, or, of a plan that fans out, most items; None: as many as there are
-            threads.
+    The caller's contextvars are *base*; each call of a step gets a copy. Without a *store* nothing is persisted.
+    *owner* holds the lease, *held* once it is acquired, and claims; *beats* keeps them alive, or None: none has been
+    asked for yet. *number* is that of the delivery, from 1; the lease counts them.
+
+    *stored* has the run's checkpoints that were restored, *rows* the step executions that no save has carried yet.
+    The outputs of the steps in *keeps* are needed by others, whatever their ``persist`` says: *kept* has those that
+    are not yet saved. *failed* tells why items of the batch failed, by index, once it succeeded all the same.
+
+    *loop* runs ``async def`` steps; None: the loop thread of the process. The *hooks* are entered once around each
+    call of a step.
     """
 
     graph: str
@@ -115,23 +107,21 @@ class RunContext:
     stored: Stored = field(default_factory=dict[tuple[str, str], Checkpoint])
     item: str = ""
     loop: StepLoop | None = None
-    hooks: Sequence[StepHook] = ()
+    hooks: Sequence[MakeContext] = ()
     rows: list[StepExecution] = field(default_factory=list[StepExecution])
     keeps: frozenset[str] = frozenset()
     kept: list[Checkpoint] = field(default_factory=list[Checkpoint])
     failed: Mapping[int, StepFailed] = field(default_factory=dict[int, StepFailed])
-    execution_id: str = field(init=False)
-    listeners: Sequence[Listener] = field(init=False)
-    max_concurrency: int | None = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.execution_id, self.listeners = self.submission.execution_id, self.submission.listeners
-        self.max_concurrency = 1 if self.runtime.inline else self.submission.max_concurrency
+    @property
+    def execution_id(self) -> str:
+        """The name of the run."""
+        return self.submission.execution_id
 
     @property
     def most_items(self) -> int:
         """Most items of a fan-out at once."""
-        return self.max_concurrency or max(1, self.settings.threads)
+        return self.submission.max_concurrency or max(1, self.settings.threads)
 
     def heartbeat(self) -> Heartbeat:
         """Return what keeps the lease and claims of this delivery alive."""
@@ -142,7 +132,7 @@ class RunContext:
 
     def tell(self, kind: EventKind, step: str = "", attempt: int = 0, **facts: Any) -> None:
         """Tell the listeners."""
-        if self.listeners:
+        if listeners := self.submission.listeners:
             event = Event(
                 kind=kind,
                 graph=self.graph,
@@ -154,20 +144,16 @@ class RunContext:
                 at=self.cancellation.now(),
                 **facts,
             )
-            emit(self.listeners, event)
+            emit(listeners, event)
 
 
 class Ending:
     """What a plan, a plan with fan-outs and a group of items have in common: each ends once.
 
-    Args:
-        cancellation: Raised when the execution is aborted; None: its owner raises it.
-        on_end: Called once with the values or the error.
+    Then *on_end* is called with the values or the error. An abort raises *cancellation*; None: its owner does.
 
-    Attributes:
-        lock: Guards `closed`, `failing` and the state of subclasses.
-        closed: It has ended; nothing begins and nothing counts any more.
-        failing: Nothing new begins; what is running finishes and is saved.
+    The `lock` guards `closed` (nothing begins and nothing counts any more), `failing` (nothing new begins; what is
+    running finishes and is saved) and the state of subclasses.
     """
 
     def __init__(self, cancellation: Cancellation | None, on_end: OnEnd) -> None:
@@ -213,15 +199,10 @@ class Ending:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenStage:
-    """A stage of a batch for other tasks to work on.
+    """A stage of a batch for other tasks to work on, counted from 1, with those of its *chunks* that are not done.
 
-    Attributes:
-        stage: Counted from 1.
-        chunks: Those that are not done.
-        total: Items of the whole stage.
-        chunk_size: Items of each chunk of the stage but the last.
-        progress: How far the stage is as it is opened.
-        lanes: How it is to be worked on, if there is a limit over all workers.
+    All its chunks but the last have *chunk_size* of its *total* items. *progress* is how far it is as it is opened,
+    and *lanes* how it is to be worked on, if there is a limit over all workers.
     """
 
     stage: int

@@ -87,10 +87,9 @@ def target_name(plan: Plan) -> str:
 def run_request(
     plan: Plan, inputs: Sequence[Value], context: RunContext, store: Store, *, waits_for_other: bool
 ) -> RunRequest:
-    """Return what a delivery asks *store* for; it *waits_for_other* once it has met another holder of the run.
+    """Return what a delivery asks *store* for; raise `PayloadTooLarge` for a job that cannot be stored.
 
-    Raises:
-        PayloadTooLarge: The job is too large to be stored.
+    It *waits_for_other* once it has met another holder of the run.
     """
     submission, settings = context.submission, context.settings
     job = frame_job(plan.given, inputs)
@@ -123,8 +122,7 @@ def is_busy(row: RunRow, submission: Submission) -> bool:
 def find_holder(store: Store, graph: str, submission: Submission) -> RunRow | None:
     """Return the run's row if another one holds its lease; asked before the whole job is sent once more.
 
-    Raises:
-        RunNotFound: An earlier delivery met the run, which has ended and is purged: its effects are not repeated.
+    Raises `RunNotFound` if a run that was met before has ended and is purged: its effects are not repeated.
     """
     row = store.find_run(graph, submission.execution_id)
     if row is None and submission.waits_for_other:
@@ -141,11 +139,7 @@ def find_busy_s(row: RunRow, requeues: int) -> float:
 
 
 def run_end(outcome: RunOutcome, context: RunContext) -> RunEnd:
-    """Return how *outcome* leaves the run's row.
-
-    Raises:
-        PayloadTooLarge: The result is too large to be stored.
-    """
+    """Return how *outcome* leaves the run's row; raise `PayloadTooLarge` for a result that cannot be stored."""
     submission, settings = context.submission, context.settings
     end = RunEnd(state=RunState.SUCCEEDED, executions=tuple(context.rows), retention_s=settings.retention)
     if outcome.value is not None:
@@ -201,16 +195,10 @@ def _result_bytes(value: Any) -> bytes:
 
 
 def read_result(row: RunRow, store: Store, kind: type[Message], *, collects: bool) -> Any:
-    """Return the result of a run that SUCCEEDED.
+    """Return the result of a run that SUCCEEDED, which *collects* if it is that of a batch.
 
-    Args:
-        row: The run.
-        store: Has the results of a batch that are not in the row.
-        kind: The type of the message, or of each result of a batch.
-        collects: It is the result of a batch: a list, a `BatchResult` or a `StoredBatch`.
-
-    Raises:
-        DecodeFailed: The bytes are no such result.
+    Then it is a list, a `BatchResult` or a `StoredBatch`, and *kind* is the type of each item. Raises
+    `DecodeFailed` where the bytes are no such result.
     """
     data = row.result or b""
     if not collects:

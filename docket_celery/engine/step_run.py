@@ -68,10 +68,7 @@ End: TypeAlias = Value | StepFailed | Stop | None
 class StepRun:
     """A step of one delivery on its way to a value, in the execution that is its *gate*.
 
-    Attributes:
-        life: What the scheduler drives.
-        attempts: Calls made so far.
-        attempt: The present call.
+    The scheduler drives its `life`. `attempts` counts the calls made so far; `attempt` is the present one.
     """
 
     attempts = 0
@@ -84,7 +81,7 @@ class StepRun:
     ) -> None:
         self.planned, self.step, self._values = planned, planned.step, values
         self._context, self._gate = context, gate
-        if context.store is not None or context.listeners:
+        if context.store is not None or context.submission.listeners:
             self._began = context.cancellation.now()
         if context.store is not None:
             self._record = StepRecord(self.step, values, context, context.store, self._began)
@@ -106,11 +103,7 @@ class StepRun:
             self._record.drop_claim()
 
     def use_restored(self, checkpoint: Checkpoint) -> None:
-        """Compare what a restored step was made from with what is at hand, and record that its value is used.
-
-        Raises:
-            InputsChanged: They differ, and the step asks for an error then.
-        """
+        """Record that a restored value is used; raise `InputsChanged` if its inputs did and the step minds."""
         store, step = self._context.store, self.step
         known = store is not None and len(self._values) == len(self.planned.sources)
         if store is not None and known and hash_inputs(self._values, store) != checkpoint.input_hash:
@@ -126,15 +119,8 @@ class StepRun:
     # --- the life ----------------------------------------------------------------------------------------------
 
     def _live(self) -> Generator[Effect, Any, End]:
-        """Restore the step or call it until it has a value, and save that. Waits only by what it yields.
-
-        Raises:
-            LeaseLost: The run is another worker's.
-            TooManyAbandoned: Too many threads are held by timed-out steps.
-            DocketError: Its checkpoint could not be read or written.
-        """
+        """Restore the step or call it until it has a value, and save that. Waits only by what it yields."""
         step, record = self.step, self._record
-        limited = step.options.max_concurrent is not None
         failure: StepFailed | None = None
         try:
             if record is not None and step.persist is Scope.GLOBAL:
@@ -143,7 +129,7 @@ class StepRun:
                     return found
             while True:
                 slot = None
-                if limited and (slot := self._find_slot()) is not None:
+                if step.options.max_concurrent is not None and (slot := self._find_slot()) is not None:
                     yield slot
                 self.attempt = attempt = self._next_attempt(slot)
                 value, error = yield attempt
@@ -166,7 +152,7 @@ class StepRun:
         kept: Value = value
         if record is not None:
             kept = yield from self._keep(record, value)
-        if (context := self._context).listeners:
+        if (context := self._context).submission.listeners:
             elapsed_s = context.cancellation.now() - self._began
             context.tell(EventKind.STEP_SUCCEEDED, step.name, self.attempts, elapsed_s=elapsed_s)
         return kept

@@ -27,14 +27,9 @@ OTHER_JOB = "it was purged, and its name has another job now; submit it under an
 class StoredItems(Sequence[Message]):
     """Items of one value that are read from the store when they are looked at; those that failed are left out.
 
-    Attributes:
-        store: Where they are.
-        graph, execution_id: The name of the run.
-        names: The step that made them, by its present and former names; '' for the batch itself.
-        kind: Their message type.
-        total: How many there were to be made.
-        failed: Indexes of those that may be missing.
-        job_digest: Of the run that made them, as its row has it; None: the reader holds the run.
+    *names* are those of the step that made them, present and former; '' for the batch itself. Of *total* items
+    those at the indexes in *failed* may be missing. *job_digest* is that of the run that made them, as its row has
+    it; None: the reader holds the run.
     """
 
     store: BatchStore
@@ -82,11 +77,7 @@ class StoredItems(Sequence[Message]):
         return found
 
     def check_complete(self, wanted: Iterable[int], found: Collection[int]) -> None:
-        """Check that all items are there that did not fail: a result with a gap that nobody sees would be wrong.
-
-        Raises:
-            PayloadUnavailable: One is missing.
-        """
+        """Raise `PayloadUnavailable` where one is missing that did not fail: nobody would see the gap."""
         missing = [index for index in wanted if index not in found and index not in self.failed]
         if missing:
             problem = (
@@ -113,13 +104,7 @@ class StoredItems(Sequence[Message]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredBatch:
-    """A batch's result that is too large to travel.
-
-    Attributes:
-        items: The results.
-        collects: It is a `BatchResult`, with *errors*.
-        errors: Why items failed, by index.
-    """
+    """A batch's result that is too large to travel: of a `BatchResult`, which *collects*, with why items failed."""
 
     items: StoredItems
     collects: bool = False
@@ -140,12 +125,7 @@ class StoredBatch:
 
 
 def read_item(kind: type[Message], row: Checkpoint) -> Message:
-    """Return the message in *row*.
-
-    Raises:
-        GraphChanged: It is of another type.
-        DecodeFailed: The bytes cannot be read.
-    """
+    """Return the message in *row*; raise `GraphChanged` for one of another type."""
     if row.output_type != type_name(kind):
         change = f"{row.step_name or 'the batch'} (made {row.output_type}, now {type_name(kind)})"
         raise GraphChanged(row.graph, row.execution_id or "", [change])

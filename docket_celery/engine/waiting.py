@@ -11,13 +11,14 @@ import contextlib
 import functools
 import logging
 import queue
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.process.loops import StepLoop, is_loop_thread
+from docket_celery.engine.process.loops import LoopOwner, StepLoop
 from docket_celery.engine.process.state import process
 from docket_celery.engine.run import Run
 from docket_celery.engine.run_context import RunOutcome
@@ -35,11 +36,7 @@ LOOK_S = 0.5
 def run_here(run: Run) -> RunOutcome:
     """Start *run* and wait for its end with the calling thread.
 
-    Raises:
-        BaseException: What interrupted the waiting thread (a soft time limit, SystemExit, Ctrl-C); the run was
-            cancelled and its lease given up before.
-        InvalidArguments: The calling thread runs the ``async def`` steps, which would all wait with it.
-        TooManyAbandoned: Too many threads are held by timed-out steps.
+    What interrupts that (a soft time limit, SystemExit, Ctrl-C) cancels the run, gives up its lease and is raised.
     """
     if run.inline is None:
         refuse_on_loop("execute")
@@ -71,9 +68,7 @@ def run_here(run: Run) -> RunOutcome:
 async def run_on_loop(run: Run, loop: StepLoop) -> RunOutcome:
     """Start *run* and wait for its end without blocking the running loop.
 
-    Raises:
-        asyncio.CancelledError: The waiting task was cancelled; the run was cancelled and its lease given up before.
-        TooManyAbandoned: Too many threads are held by timed-out steps.
+    If the waiting task is cancelled, so is the run, and its lease is given up before.
     """
     check_threads(run)
     ended: asyncio.Future[RunOutcome] = asyncio.get_running_loop().create_future()
@@ -97,11 +92,7 @@ async def run_on_loop(run: Run, loop: StepLoop) -> RunOutcome:
 
 
 def run_on_pool(work: Callable[[], R], threads: int) -> R:
-    """Do *work*, such as SQL, where the host does not interrupt it: on this thread, else on the pool of *threads*.
-
-    Raises:
-        BaseException: What *work* raised, or what interrupted the waiting thread.
-    """
+    """Do *work*, such as SQL, where the host does not interrupt it: on this thread, else on the pool."""
     if threads == 0 or process.may_help():
         return work()
     done: Future[R] = Future()
@@ -122,11 +113,7 @@ def run_on_pool(work: Callable[[], R], threads: int) -> R:
 
 
 def read_value(outcome: RunOutcome, target: type[T]) -> T:
-    """Return the message that a run ended with.
-
-    Raises:
-        BaseException: The error it ended with.
-    """
+    """Return the message that a run ended with, or raise its error."""
     if outcome.error is not None:
         raise outcome.error
     assert isinstance(outcome.value, target), outcome
@@ -134,11 +121,7 @@ def read_value(outcome: RunOutcome, target: type[T]) -> T:
 
 
 def read_outcome(outcome: RunOutcome) -> object:
-    """Return what a run ended with.
-
-    Raises:
-        BaseException: The error it ended with.
-    """
+    """Return what a run ended with, or raise its error."""
     if outcome.error is not None:
         raise outcome.error
     return outcome.value.load() if isinstance(outcome.value, StoredBatch) else outcome.value
@@ -149,8 +132,7 @@ def _leave(
 ) -> RunOutcome | None:
     """Give the pool a moment to hand back the lease; an expired lease is the fallback.
 
-    Returns:
-        The outcome, where the host decided that this interruption has the run delivered again; else None.
+    Returns the outcome where the host decided that this interruption has the run delivered again.
     """
     if run.context.store is None:
         outcome = run.parked_or_failed(interruption)
@@ -178,7 +160,7 @@ def check_threads(run: Run) -> None:
 
 def refuse_on_loop(what: str) -> None:
     """Refuse to block the thread that runs all ``async def`` steps."""
-    if is_loop_thread():
+    if isinstance(threading.current_thread(), LoopOwner):
         raise InvalidArguments(
             what,
             "would block the thread of all async def steps, this run's too; inside an async def step: "

@@ -12,7 +12,7 @@ from celery.backends.cache import CacheBackend
 from celery.backends.rpc import RPCBackend
 from kombu.serialization import prepare_accept_content
 
-from docket_celery.engine.process.hooks import load_hooks
+from docket_celery.engine.process.hooks import load_hook
 from docket_celery.errors import DocketError, InvalidDeclaration, InvalidSettings, StoreUnavailable
 from docket_celery.graph import Graph
 from docket_celery.plan.plan import Plan
@@ -60,7 +60,8 @@ def find_faults(app: Celery, pool: str | None = None, *, database: bool = True) 
     """
     try:
         found = check_settings(app)
-        load_hooks(found.step_hooks)
+        for hook in found.step_hooks:
+            load_hook(hook)
     except DocketError as error:
         return [str(error)]
     faults: list[str] = []

@@ -16,7 +16,6 @@ from docket_celery.engine.process.inline import InlineRuntime
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
 from docket_celery.engine.run_context import RunContext, Submission
-from docket_celery.engine.step_run import StepRun
 from docket_celery.errors import AbortError, RunCancelled, StepFailed, StepTimedOut
 from docket_celery.graph import Graph
 from docket_celery.observe.events import Event, EventKind, Listener
@@ -306,13 +305,13 @@ def test_a_step_that_waits_to_be_retried_is_given_up_when_another_fails() -> Non
 
 def test_a_step_that_fails_after_another_one_is_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once the run is failing, no further attempt begins, be it allowed ever so many."""
-    fail = Scheduler.fail
+    hold = Scheduler.hold
 
-    def note(execution: Scheduler, run: StepRun, error: StepFailed) -> None:
-        fail(execution, run, error)
+    def note(execution: Scheduler) -> None:
+        hold(execution)
         failed.set()
 
-    monkeypatch.setattr(Scheduler, "fail", note)
+    monkeypatch.setattr(Scheduler, "hold", note)
     graph, calls = Graph("shop"), list[int]()
     begun, failed = threading.Event(), threading.Event()
 

@@ -9,7 +9,6 @@ import pytest
 from docket_celery.engine.execution import Scheduler
 from docket_celery.engine.process.state import process
 from docket_celery.engine.process.timer import Alarm, Timer
-from docket_celery.engine.step_run import StepRun
 from docket_celery.errors import AbortError, InvalidArguments, LeaseLost, StepFailed, StoreUnavailable
 from docket_celery.graph import Graph
 from docket_celery.observe.events import Event, EventKind
@@ -302,7 +301,7 @@ def test_a_step_that_waits_for_a_claim_is_withdrawn_when_another_step_fails(
     """The run does not sit out somebody else's computation, but what it runs itself still ends and is saved."""
     rates = Rates()
     withdrawn, finish, labelling = threading.Event(), threading.Event(), threading.Event()
-    withdraw = Scheduler.withdraw
+    hold = Scheduler.hold
 
     @rates.graph.step
     def reserve(order: Order) -> Reservation:
@@ -319,11 +318,11 @@ def test_a_step_that_waits_for_a_claim_is_withdrawn_when_another_step_fails(
     def ship(charge: Charge, reservation: Reservation, label: Label) -> Shipment:
         return Shipment()
 
-    def note(execution: Scheduler, run: StepRun) -> None:
-        withdraw(execution, run)
+    def note(execution: Scheduler) -> None:
+        hold(execution)
         withdrawn.set()
 
-    monkeypatch.setattr(Scheduler, "withdraw", note)
+    monkeypatch.setattr(Scheduler, "hold", note)
     heard: list[tuple[EventKind, str]] = []
     rates.graph.listeners.append(lambda event: heard.append((event.kind, event.step)))
     holding, go = threading.Event(), threading.Event()

@@ -12,8 +12,9 @@ from celery import Celery, current_task
 
 from docket_celery import graph_task
 from docket_celery.engine.attempt import await_within
+from docket_celery.engine.process.hooks import MakeContext
 from docket_celery.engine.process.settings import Settings
-from docket_celery.engine.run_context import MakeScope, Submission
+from docket_celery.engine.run_context import Submission
 from docket_celery.graph import Graph
 from docket_celery.plan.annotation import ValueKey
 from tests.unit.graphs import WAIT_S, execute
@@ -29,7 +30,7 @@ def _nothing_inside() -> Generator[None]:
     assert inside == []
 
 
-def named(name: str) -> MakeScope:
+def named(name: str) -> MakeContext:
     """Return a scope that is bound to its thread, as Celery's stack of tasks is: the last one entered is on top."""
 
     @contextlib.contextmanager
@@ -49,7 +50,7 @@ def task_id() -> str | None:
     return None if request is None else request.id
 
 
-def drive(call: Callable[[], Coroutine[Any, Any, Any]], *scopes: MakeScope) -> Any:
+def drive(call: Callable[[], Coroutine[Any, Any, Any]], *scopes: MakeContext) -> Any:
     """Run *call* within *scopes* on a loop of its own."""
     return asyncio.run(asyncio.wait_for(await_within(scopes, (), call), WAIT_S))
 
@@ -148,7 +149,7 @@ def test_a_scope_that_cannot_be_entered_fails_the_coroutine_and_closes_it() -> N
     """At the first resume or at a later one; no coroutine is left unawaited."""
     entered: list[str] = []
 
-    def broken_at(number: int) -> MakeScope:
+    def broken_at(number: int) -> MakeContext:
         @contextlib.contextmanager
         def scope() -> Generator[None]:
             entered.append("entered")

@@ -25,8 +25,7 @@ _logger = logging.getLogger("docket_celery.process")
 class HeldLease:
     """A lease that this process holds, and until when it may be trusted without asking the database.
 
-    Attributes:
-        halt: Of a chunk: the state of the rest of its stage, as of the last heartbeat.
+    Of a chunk *halt* is the state of the rest of its stage, as of the last heartbeat.
     """
 
     __slots__ = ("_margin_s", "_now", "halt", "lease", "lost", "trusted_until")
@@ -40,7 +39,6 @@ class HeldLease:
     ) -> None:
         self.lease, self._margin_s, self._now, self.lost = lease, margin_s, now, False
         self.halt: Halt | None = None
-        self.trusted_until = 0.0
         self.renew(asked_at)
 
     def renew(self, asked_at: float) -> None:
@@ -65,12 +63,9 @@ class HeldLease:
 
 
 class Heartbeat:
-    """Extends what is watched, at a quarter of the shortest lease, on a thread that lives while there is any.
+    """Extends what is watched in *store*, at a quarter of the shortest lease, on a thread that ends when idle.
 
-    Args:
-        store: Where the leases are.
-        clock: None: a thread of its own and the machine's time; else `beat_if_due` is called by the thread that runs
-            the steps, and this is its time.
+    With a *clock*, `beat_if_due` is called instead by the thread that runs the steps, whose time this is.
     """
 
     def __init__(self, store: Store, clock: Clock | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import pkgutil
 import re
@@ -15,7 +16,6 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, cast
 
@@ -31,39 +31,24 @@ _FORM: Final = (
 MakeContext = Callable[[], AbstractContextManager[Any]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepHook:
-    """A hook by name; each `entered` is one use of it.
-
-    Attributes:
-        name: What errors call it: its import path.
-        make: Returns a context manager.
-    """
-
-    name: str
-    make: MakeContext
-
-    def entered(self) -> AbstractContextManager[None]:
-        """Return a context manager that enters and exits what `make` returns and puts `name` on what that raises."""
-        return _Entered(self)
-
-
 class _Entered:
-    def __init__(self, hook: StepHook) -> None:
-        self._hook = hook
+    """One use of the hook called *name*, which is put on what entering or exiting it raises."""
+
+    def __init__(self, name: str, make: MakeContext) -> None:
+        self._name, self._make = name, make
 
     def __enter__(self) -> None:
         try:
-            made: Any = self._hook.make()
+            made: Any = self._make()
             if not hasattr(made, "__enter__") or not hasattr(made, "__exit__"):
                 raise InvalidSettings(
                     "docket_step_hooks",
-                    f"{self._hook.name} returned {made!r}, which is no context manager; "
+                    f"{self._name} returned {made!r}, which is no context manager; "
                     "decorate a generator function with @contextlib.contextmanager",
                 )
             made.__enter__()
         except BaseException as error:
-            error.add_note(f"raised by step hook {self._hook.name} when it was entered")
+            error.add_note(f"raised by step hook {self._name} when it was entered")
             raise
         self._made = made
 
@@ -75,19 +60,15 @@ class _Entered:
             self._made.__exit__(kind, error, trace)
         except BaseException as raised:
             if raised is not error:
-                raised.add_note(f"raised by step hook {self._hook.name} when it was exited")
+                raised.add_note(f"raised by step hook {self._name} when it was exited")
             raise
 
 
 def read_hooks(key: str, value: Any) -> tuple[MakeContext | str, ...]:
     """Return the entries of *value*, whose form is checked; nothing is imported yet.
 
-    Args:
-        key: The setting, for errors.
-        value: A list or tuple of callables and import paths, or paths in one text, separated by commas.
-
-    Raises:
-        InvalidSettings: *value* or one of its entries has another form.
+    It is a list or tuple of callables and import paths, or paths in one text, separated by commas. Raises
+    `InvalidSettings`, which names *key*, for another form.
     """
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
@@ -103,19 +84,14 @@ def read_hooks(key: str, value: Any) -> tuple[MakeContext | str, ...]:
     return entries
 
 
-def load_hooks(entries: Sequence[MakeContext | str]) -> tuple[StepHook, ...]:
-    """Return the hooks behind *entries*; import paths are imported.
+def load_hook(entry: MakeContext | str) -> MakeContext:
+    """Return the hook behind *entry*, which is imported if it is a path.
 
-    Raises:
-        InvalidSettings: A path leads to nothing, or to something that cannot be called.
+    Raises `InvalidSettings` where that leads to nothing, or to something that cannot be called.
     """
-    return tuple(_load(entry) for entry in entries)
-
-
-def _load(entry: MakeContext | str) -> StepHook:
     if not isinstance(entry, str):
         module, name = getattr(entry, "__module__", None), getattr(entry, "__qualname__", None)
-        return StepHook(name=f"{module}:{name}" if module and name else repr(entry), make=entry)
+        return functools.partial(_Entered, f"{module}:{name}" if module and name else repr(entry), entry)
     try:
         found: Any = pkgutil.resolve_name(entry)
     except Exception as error:
@@ -123,7 +99,7 @@ def _load(entry: MakeContext | str) -> StepHook:
         raise InvalidSettings("docket_step_hooks", problem) from error
     if not callable(found):
         raise InvalidSettings("docket_step_hooks", f"entry {entry!r} is {found!r}; {_FORM}")
-    return StepHook(name=entry, make=cast("MakeContext", found))
+    return functools.partial(_Entered, entry, cast("MakeContext", found))
 
 
 # --- Django ------------------------------------------------------------------------------------------------------
@@ -142,9 +118,9 @@ class StepThread(threading.Thread):
             _close_connections()
 
 
-def django_hooks() -> tuple[StepHook, ...]:
+def django_hooks() -> tuple[MakeContext, ...]:
     """Return what keeps the Django connections of steps fresh, if Django is set up."""
-    return (StepHook(name=f"{__name__}:django_hooks", make=_connections),) if _uses_django() else ()
+    return (functools.partial(_Entered, f"{__name__}:django_hooks", _connections),) if _uses_django() else ()
 
 
 def _uses_django() -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
-from docket_celery.engine.process.loops import OnEnd, StepLoop
+from docket_celery.engine.process.loops import StepLoop
 from docket_celery.engine.process.pool import Pool
 from docket_celery.engine.process.runtime import Runtime
 from docket_celery.engine.process.timer import Clock, Timer, system_clock
@@ -36,11 +36,12 @@ class InlineLoop(StepLoop):
         super().__init__(runtime.clock.new_loop())
         self._runtime = runtime
 
-    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd = lambda: None) -> Future[Any]:
+    def submit(
+        self, coroutine: Coroutine[Any, Any, Any], on_end: Callable[[], object] = lambda: None
+    ) -> Future[Any]:
         """Keep *coroutine* for the calling thread; otherwise as for `StepLoop`.
 
-        Raises:
-            InvalidSettings: A loop runs on this thread already, which cannot run another one.
+        Raises `InvalidSettings` where a loop runs on this thread already, which cannot run another one.
         """
         if asyncio._get_running_loop() is not None:
             coroutine.close()

@@ -19,10 +19,8 @@ _logger = logging.getLogger("docket_celery.process")
 class Factory:
     """Builds the instance of a step on first use in a process.
 
-    Args:
-        make: The class, and what returns an instance or a context manager that is entered for it. An instance with
-            ``close()`` is closed when the process ends.
-        on_built: Called with this after each time it has built the instance.
+    *make* has the class, and what returns an instance or a context manager that is entered for it; `close` calls
+    the instance's own. *on_built* is called with this after each time it has built the instance.
     """
 
     def __init__(self, make: Make, on_built: Callable[[Factory], object]) -> None:
@@ -43,9 +41,7 @@ class Factory:
     def instance(self) -> Any:
         """Return this process's instance; the first caller builds it, on its own thread, and others wait.
 
-        Raises:
-            Exception: Whatever the factory raised; the next call tries again.
-            TypeError: It made something without ``compute``.
+        Raises whatever the factory raised; the next call tries again.
         """
         found = self._instance
         if found is None:

@@ -8,11 +8,7 @@ from contextvars import Context, ContextVar
 
 
 class Slots:
-    """The slots of one step in one process. No thread waits for one: `Slot.turn` is called instead.
-
-    Args:
-        limit: How many there are.
-    """
+    """The *limit* slots of one step in one process. No thread waits for one: `Slot.turn` is called instead."""
 
     def __init__(self, limit: int) -> None:
         self.lock = threading.Lock()
@@ -29,14 +25,9 @@ class Slots:
 
 
 class Slot:
-    """One call's place in the line, then its slot.
+    """One call's place in the line, then its slot, which is *held*.
 
-    Args:
-        slots: Whose.
-
-    Attributes:
-        held: Whether this call has a slot now.
-        turn: Called once when another call gives its slot to this one, unless `take` was successful.
+    *turn* is called once when another call gives its slot to this one, unless `take` was successful.
     """
 
     __slots__ = ("held", "slots", "turn")

@@ -4,42 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
 from docket_celery.engine.process.hooks import StepThread
 
-OnEnd = Callable[[], object]
-
 _logger = logging.getLogger("docket_celery.process")
-
-
-def is_loop_thread() -> bool:
-    """Tell whether the calling thread is a `LoopThread`'s."""
-    return isinstance(threading.current_thread(), _LoopOwner)
 
 
 class StepLoop:
     """An asyncio loop on which ``async def`` steps run, and whose thread is another than the caller's.
 
-    Args:
-        loop: The loop; it outlives the run, or the run is being cancelled with it.
+    It outlives the run, or the run is being cancelled with it.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
 
-    def submit(self, coroutine: Coroutine[Any, Any, Any], on_end: OnEnd = lambda: None) -> Future[Any]:
+    def submit(
+        self, coroutine: Coroutine[Any, Any, Any], on_end: Callable[[], object] = lambda: None
+    ) -> Future[Any]:
         """Do what `asyncio.run_coroutine_threadsafe` does, which has no way to learn of the end of its task.
 
-        Args:
-            coroutine: What to run; cancelling the future cancels it.
-            on_end: Called when it has really ended, which is later than the future's cancellation.
-
-        Raises:
-            RuntimeError: The loop is closed.
+        Cancelling the future cancels *coroutine*; *on_end* is called when it has really ended, which is later.
+        Raises `RuntimeError` if the loop is closed.
         """
         future: Future[Any] = Future()
 
@@ -86,7 +75,7 @@ class StepLoop:
                 raise
 
 
-class _LoopOwner(StepThread):
+class LoopOwner(StepThread):
     """The thread of a `LoopThread`."""
 
 
@@ -96,7 +85,7 @@ class LoopThread(StepLoop):
     def __init__(self) -> None:
         super().__init__(asyncio.new_event_loop())
         self._closing = False
-        self._thread = _LoopOwner(self._run, "docket-loop")
+        self._thread = LoopOwner(self._run, "docket-loop")
         self._thread.start()
 
     def close(self) -> None:

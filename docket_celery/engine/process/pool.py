@@ -45,11 +45,7 @@ class Pool:
     """Threads that run work in the order of submission, grown one by one up to *size*; idle ones end.
 
     Nothing that runs here waits for other work of the pool, so one thread is enough for any graph. A step that
-    executes a graph itself is the exception, declared by `blocking`.
-
-    Args:
-        size: Most threads; 0: none, the owner of the pool calls `work_off`.
-        idle_s: Seconds without work after which a thread ends; default: `IDLE_S`.
+    executes a graph itself is the exception, declared by `blocking`. Without threads its owner calls `work_off`.
     """
 
     def __init__(self, size: int, idle_s: float | None = None) -> None:
@@ -64,10 +60,9 @@ class Pool:
         self._numbers = itertools.count(1)
 
     def submit(self, work: Work) -> None:
-        """Run *work* on a pool thread; it must handle its own errors.
+        """Run *work*, which must handle its own errors, on a pool thread.
 
-        Raises:
-            RuntimeError: There is no thread and none can be started; *work* was not taken.
+        Raises `RuntimeError` if there is no thread and none can be started; *work* was not taken.
         """
         with self._lock:
             self._outstanding += 1
@@ -94,8 +89,7 @@ class Pool:
     def blocking(self) -> Generator[None]:
         """Put another thread in the place of the calling one, if it is of this pool, while it waits for its work.
 
-        Raises:
-            RuntimeError: No other thread can be started; the caller must not wait.
+        Raises `RuntimeError` if no other thread can be started; the caller must not wait.
         """
         thread = threading.current_thread()
         if not isinstance(thread, Worker) or thread.pool is not self:
@@ -139,13 +133,9 @@ class Pool:
         return spare
 
     def abandon(self, worker: Worker, why: str) -> None:
-        """Give up a worker whose step does not stop; another thread takes its place.
+        """Give up a worker whose step, named by *why*, does not stop; another thread takes its place.
 
         The caller makes sure that the worker is inside that step until this returns.
-
-        Args:
-            worker: The thread that is still inside the step.
-            why: The step's name, for the report.
         """
         with self._lock:
             if worker.given_up:
@@ -165,11 +155,7 @@ class Pool:
             return sorted(self._abandoned.values())
 
     def check_abandoned(self) -> None:
-        """Refuse what may come to hold another thread.
-
-        Raises:
-            TooManyAbandoned: Steps that do not stop hold twice as many threads as the pool has.
-        """
+        """Raise `TooManyAbandoned` if steps that do not stop hold twice as many threads as the pool has."""
         held = self.abandoned() if self._abandoned else []
         if held and len(held) >= self._most_abandoned:
             raise TooManyAbandoned(len(held), self._most_abandoned, sorted(set(held)))

@@ -15,16 +15,7 @@ _LATER_S = 1.0
 
 
 class Runtime:
-    """A pool, a timer and a loop.
-
-    Args:
-        pool: Runs steps and SQL.
-        timer: For backoffs and deadlines.
-        make_loop: Makes the loop for ``async def`` steps.
-
-    Attributes:
-        inline: Everything happens on the calling thread.
-    """
+    """A pool, a timer and a loop; all on the calling thread if it is `inline`."""
 
     inline = False
 
@@ -34,10 +25,7 @@ class Runtime:
         self._lock = threading.Lock()
 
     def submit_or_retry(self, work: Work) -> None:
-        """Run *work* on the pool: at once, or as soon as a thread for it can be started.
-
-        For work without which a run would hang.
-        """
+        """Run *work*, without which a run would hang, on the pool: at once, or as soon as it has a thread."""
         try:
             self.pool.submit(work)
         except RuntimeError as error:

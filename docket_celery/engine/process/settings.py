@@ -69,14 +69,10 @@ class Settings:
 
     @classmethod
     def read(cls, values: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:
-        """Build settings from ``docket_*`` *values*, then the environment, then the defaults.
+        """Build settings from ``docket_*`` *values*, then ``DOCKET_CELERY_*`` twins, then the defaults.
 
-        Args:
-            values: Keys with the ``docket_`` prefix; other keys are not looked at. None counts as not set.
-            environ: ``DOCKET_CELERY_*`` twins; default: the process's environment.
-
-        Raises:
-            InvalidSettings: A ``docket_*`` key is unknown, or a value is of the wrong kind or out of range.
+        Keys without the prefix are not looked at; None counts as not set. Raises `InvalidSettings` where a
+        ``docket_*`` key is unknown, or a value is of the wrong kind or out of range.
         """
         environ = os.environ if environ is None else environ
         for key in values:
@@ -94,14 +90,7 @@ class Settings:
 
 
 def check_environment(environ: Mapping[str, str] | None = None) -> None:
-    """Refuse ``DOCKET_CELERY_*`` variables that no setting reads: a slip of the keyboard must not go unnoticed.
-
-    Args:
-        environ: Default: the process's environment.
-
-    Raises:
-        InvalidSettings: One is unknown; the nearest name is given.
-    """
+    """Raise `InvalidSettings` for a ``DOCKET_CELERY_*`` variable that no setting reads: it must not go unnoticed."""
     known = [twin.removeprefix(ENV_PREFIX) for _, twin in _TWINS.values()]
     for key in os.environ if environ is None else environ:
         if key.startswith(ENV_PREFIX) and key.removeprefix(ENV_PREFIX).upper() not in known:

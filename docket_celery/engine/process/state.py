@@ -17,7 +17,7 @@ from docket_celery.engine.process.pool import Pool
 from docket_celery.engine.process.runtime import Runtime
 from docket_celery.engine.process.settings import Settings, check_environment
 from docket_celery.engine.process.timer import Timer
-from docket_celery.plan.step import Mark, Step
+from docket_celery.plan.step import Make, Mark, Step
 from docket_celery.store.codec import Codec
 from docket_celery.store.contract import Store
 
@@ -25,12 +25,9 @@ from docket_celery.store.contract import Store
 class Process:
     """Threads, stores, heartbeats, instances and slots of this process, each made on first use.
 
-    A forked child starts with none of them, and neither uses nor frees those of its parent. It keeps what the parent
-    was told: the host, and the values of `docket_celery.settings`.
-
-    Attributes:
-        own: The ``docket_*`` values of this process, which win over the host's.
-        lock: Guards what is made once; a child has its own.
+    A forked child starts with none of them, and neither uses nor frees those of its parent. It keeps what the
+    parent was told: the host, and `own`, the values of `docket_celery.settings`. The `lock` guards what is made
+    once.
     """
 
     def __init__(self) -> None:
@@ -69,10 +66,9 @@ class Process:
         return not self._in_task()
 
     def set(self, values: Mapping[str, Any]) -> Settings:
-        """Add ``docket_*`` values of this process; None takes one back. They win over the host's.
+        """Add ``docket_*`` values of this process, which win over the host's; None takes one back.
 
-        Raises:
-            InvalidSettings: A key is unknown or a value cannot be used; nothing was changed.
+        After `InvalidSettings` nothing was changed.
         """
         with self.lock:
             merged = {key: value for key, value in {**self.own, **values}.items() if value is not None}
@@ -83,11 +79,8 @@ class Process:
     def settings(self, values: Mapping[str, Any] | None = None) -> Settings:
         """Return the settings in force.
 
-        Args:
-            values: ``docket_*`` values of one app; None: the host says, else the environment alone.
-
-        Raises:
-            InvalidSettings: A value cannot be used, or the environment sets what does not exist.
+        They have the ``docket_*`` *values* of one app; None: what the host says, else the environment alone. Raises
+        `InvalidSettings`, also where the environment sets what does not exist.
         """
         if not self._environment_checked:
             check_environment()
@@ -134,36 +127,18 @@ class Process:
 
     def slots_of(self, step: Step) -> Slots | None:
         """Return the slots of *step*, or None if it has no limit."""
-        most = step.options.max_concurrent
-        if most is None:
+        if (most := step.options.max_concurrent) is None:
             return None
-        found = self._slots.get(step.mark)
-        return self._slots.setdefault(step.mark, Slots(most)) if found is None else found
+        return self._slots.get(step.mark) or self._slots.setdefault(step.mark, Slots(most))
 
-    def factory_of(self, step: Step) -> Factory | None:
-        """Return what builds the instance of *step*, or None if it needs none."""
-        if step.make is None:
-            return None
+    def factory_of(self, step: Step, make: Make) -> Factory:
+        """Return what builds the instance of *step* with its *make*."""
         found = self._factories.get(step.mark)
-        if found is None:
-            found = self._factories.setdefault(step.mark, Factory(step.make, self._note_built))
-        return found
-
-    def call_of(self, step: Step) -> Callable[..., Any]:
-        """Return the step's code: for ``factory=``, of an instance that the first caller builds.
-
-        Raises:
-            Exception: Whatever the factory raised.
-        """
-        factory = self.factory_of(step)
-        return step.call if factory is None else factory.instance().compute
+        return found or self._factories.setdefault(step.mark, Factory(make, self._note_built))
 
     def holds_thread(self, step: Step) -> bool:
         """Tell whether a call keeps the thread that makes it: a coroutine's does while its instance is built."""
-        if not step.is_async:
-            return True
-        factory = self.factory_of(step)
-        return factory is not None and not factory.built
+        return not step.is_async or (step.make is not None and not self.factory_of(step, step.make).built)
 
     def _note_built(self, factory: Factory) -> None:
         self._built.append(factory)

@@ -60,9 +60,7 @@ class Alarm:
 class Timer:
     """Makes calls at their time. A call must be quick: hand longer work to the pool.
 
-    Args:
-        clock: What the delays are measured by.
-        threaded: Make the calls on a thread of the timer; else `ring` makes those that are due.
+    Delays are measured by *clock*. It is *threaded*, or `ring` makes the calls that are due.
     """
 
     def __init__(self, clock: Clock = system_clock, *, threaded: bool = True) -> None:
