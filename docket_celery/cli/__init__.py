@@ -11,8 +11,6 @@ from typing import Final
 import click
 from celery import Celery
 
-from docket_celery.errors import DocketError
-
 _COMMANDS: Final = {
     "check": "docket_celery.cli.graphs",
     "migrate": "docket_celery.cli.database",
@@ -50,8 +48,3 @@ def loaded_app(ctx: click.Context) -> Celery:
     app.loader.import_default_modules()
     app.finalize()
     return app
-
-
-def as_click(error: DocketError) -> click.ClickException:
-    """Return *error* as Celery's command line shows errors: its text and exit status 1."""
-    return click.ClickException(str(error))

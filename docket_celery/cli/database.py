@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import click
 
-from docket_celery.cli import as_click, loaded_app
+from docket_celery.cli import loaded_app
 from docket_celery.errors import DocketError
 from docket_celery.store import SQLStore
 from docket_celery.store.records import Purged
@@ -65,7 +65,7 @@ def _store(ctx: click.Context, url: str | None) -> Generator[SQLStore]:
         finally:
             store.close()
     except DocketError as error:
-        raise as_click(error) from error
+        raise click.ClickException(str(error)) from error
 
 
 def _shown(purged: Purged) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from docket_celery.cli import as_click, loaded_app
+from docket_celery.cli import loaded_app
 from docket_celery.errors import DocketError
 from docket_celery.task import checks
 
@@ -48,7 +48,7 @@ def plan(ctx: click.Context, task: str, mermaid: bool) -> None:
     try:
         compiled = named.plan()
     except DocketError as error:
-        raise as_click(error) from error
+        raise click.ClickException(str(error)) from error
     if mermaid:
         click.echo(compiled.mermaid())
         return

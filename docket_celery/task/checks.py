@@ -22,14 +22,12 @@ from docket_celery.task.options import SERIALIZERS
 from docket_celery.task.seams import check_seams
 
 if TYPE_CHECKING:
-    from docket_celery.task.task import GraphTask
-
-    Task = GraphTask[Any, Any]
+    from docket_celery.task.task import AnyTask
 
 _logger = logging.getLogger("docket_celery.worker")
 
 
-def graph_tasks(app: Celery) -> Iterator[Task]:
+def graph_tasks(app: Celery) -> Iterator[AnyTask]:
     """Yield the GraphTasks declared on *app*, by name."""
     tasks = cast("dict[str, Any]", app.tasks)
     for name in sorted(tasks):
@@ -120,7 +118,7 @@ def _find_serializer_faults(app: Celery) -> Iterator[InvalidSettings]:
             yield InvalidSettings(setting, problem)
 
 
-def _backend_fault(task: Task, pool: str | None) -> str | None:
+def _backend_fault(task: AnyTask, pool: str | None) -> str | None:
     """Return why no chord of *task* could end, or None."""
     backend = task.backend
     if isinstance(backend, DisabledBackend):

@@ -44,9 +44,7 @@ from docket_celery.task.options import SLOTS, THREADS
 from docket_celery.task.retries import keep
 
 if TYPE_CHECKING:
-    from docket_celery.task.task import GraphTask
-
-    Task = GraphTask[Any, Any]
+    from docket_celery.task.task import AnyTask
 
 
 _logger = logging.getLogger("docket_celery.batches")
@@ -80,7 +78,7 @@ class BatchDelivery:
 
     def __init__(
         self,
-        task: Task,
+        task: AnyTask,
         plan: Plan,
         submission: Submission,
         settings: Settings,
@@ -204,7 +202,7 @@ class BatchDelivery:
         return headers
 
 
-def show_progress(task: Task, progress: Progress) -> None:
+def show_progress(task: AnyTask, progress: Progress) -> None:
     """Store in the result backend that a stage was opened: state ``PROGRESS``, with *progress* as its info.
 
     Only the delivery that opens a stage does so. It publishes the stage's chord next, whose body has the same task id

@@ -51,9 +51,7 @@ from docket_celery.task.retries import with_causes
 
 if TYPE_CHECKING:
     from docket_celery.task.references import Arguments
-    from docket_celery.task.task import GraphTask
-
-    Task = GraphTask[Any, Any]
+    from docket_celery.task.task import AnyTask
 NameFunction = (
     Callable[[Any], str]
     | Callable[[Any, Any], str]
@@ -271,7 +269,7 @@ def _explained(task: str) -> Generator[None]:
         raise InvalidDeclaration(task, str(fault)) from fault
 
 
-def declare(cls: type[Task], base: type[Task]) -> None:
+def declare(cls: type[AnyTask], base: type[AnyTask]) -> None:
     """Check a new subclass of *base*, `GraphTask`, and write what it declares onto it.
 
     Raises:
@@ -303,7 +301,7 @@ def declare(cls: type[Task], base: type[Task]) -> None:
         known_types.allow(key.kind)
 
 
-def _read_class(cls: type[Task], base: type[Task], name: str) -> Declaration:
+def _read_class(cls: type[AnyTask], base: type[AnyTask], name: str) -> Declaration:
     """Read the declared function or the generic arguments, and let *base*'s `run` take the function's place."""
     declared = cls.__dict__.get("run")
     if declared is None:

@@ -7,7 +7,6 @@ from typing import Any, ParamSpec, cast
 
 from celery import Celery, shared_task
 
-from docket_celery.errors import InvalidDeclaration
 from docket_celery.graph import Graph
 from docket_celery.plan.step import locate
 from docket_celery.task.declaration import NameFunction, note_graph
@@ -33,15 +32,11 @@ def graph_task(
         InvalidDeclaration: The signature, the body or an option does not fit, or another Graph has this one's name.
     """
 
-    def declare(function: Callable[P, R]) -> GraphTask[P, R]:
-        _check(function, {"graph": graph, "execution_id": execution_id, **options})
+    def note(function: Callable[P, R]) -> None:
         name = options.get("name") or app.gen_task_name(function.__name__, function.__module__)
         note_graph(app, name, graph, locate(function), is_declared=True)
-        make: Any = app.task
-        task = make(base=GraphTask, graph=graph, execution_id=execution_id, **options)(function)
-        return cast("GraphTask[P, R]", task)
 
-    return declare
+    return _declare(app.task, note, {"graph": graph, "execution_id": execution_id, **options})
 
 
 def shared_graph_task(
@@ -52,20 +47,20 @@ def shared_graph_task(
     Raises:
         InvalidDeclaration: The signature, the body or an option does not fit, or another Graph has this one's name.
     """
+    return _declare(shared_task, lambda _: None, {"graph": graph, "execution_id": execution_id, **options})
+
+
+def _declare(
+    make: Any, note: Callable[[Callable[P, R]], None], given: dict[str, Any]
+) -> Callable[[Callable[P, R]], GraphTask[P, R]]:
+    """Return the decorator; it refuses what cannot work where it is written, by the class that Celery makes later."""
 
     def declare(function: Callable[P, R]) -> GraphTask[P, R]:
-        _check(function, {"graph": graph, "execution_id": execution_id, **options})
-        make: Any = shared_task
-        task = make(base=GraphTask, graph=graph, execution_id=execution_id, **options)(function)
-        return cast("GraphTask[P, R]", task)
+        name = str(given.get("name") or getattr(function, "__name__", function))
+        take_batch_options(dict(given))
+        run = function if given.get("bind") else staticmethod(function)
+        type(name, (GraphTask,), {**given, "run": run, "_decorated": True})
+        note(function)
+        return cast("GraphTask[P, R]", make(base=GraphTask, **given)(function))
 
     return declare
-
-
-def _check(function: Callable[..., Any], attributes: dict[str, Any]) -> None:
-    """Refuse what cannot work where it is written, by the class that Celery makes when the app is finalized."""
-    name = str(attributes.get("name") or getattr(function, "__name__", function))
-    if attributes.get("bind"):
-        raise InvalidDeclaration(name, "bind=True hands the task to a body that never runs; drop it")
-    take_batch_options(dict(attributes))
-    type(name, (GraphTask,), {**attributes, "run": staticmethod(function), "_decorated": True})

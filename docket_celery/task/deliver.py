@@ -39,15 +39,13 @@ from docket_celery.task.references import Stored
 from docket_celery.task.retries import keep, longest_wait_s, most_retries, park_s, send_copy
 
 if TYPE_CHECKING:
-    from docket_celery.task.task import GraphTask
-
-    Task = GraphTask[Any, Any]
+    from docket_celery.task.task import AnyTask
 
 _tasks: Any = cast("Any", _state)._task_stack
 """Celery's ``current_task`` is on top of it, on each thread."""
 
 
-def deliver(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def deliver(task: AnyTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run one delivery of *task* and return its value for Celery.
 
     Raises:
@@ -71,7 +69,7 @@ def deliver(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def _read_job(
-    task: Task, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings
+    task: AnyTask, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings
 ) -> tuple[Value, ...] | None:
     """Return the messages of the job; None: its parts are in the store."""
     request, declared = task.request, task.declaration
@@ -96,7 +94,7 @@ def _read_job(
 
 
 def _run(
-    task: Task, values: tuple[Value, ...] | None, submission: Submission, settings: Settings
+    task: AnyTask, values: tuple[Value, ...] | None, submission: Submission, settings: Settings
 ) -> RunOutcome:
     """Run the job in this process, or, where its plan fans out, as a batch over several workers."""
     request, graph, plan = task.request, task.graph, task.plan()
@@ -113,7 +111,7 @@ def _run(
     return graph.deliver(plan, values, submission, settings)
 
 
-def _submission(task: Task, values: Sequence[Value]) -> Submission:
+def _submission(task: AnyTask, values: Sequence[Value]) -> Submission:
     """Return who asks for the run, and how: the message's headers and the task say."""
     request, name_run = task.request, task.execution_id
     if request.called_directly:
@@ -155,7 +153,7 @@ def _submission(task: Task, values: Sequence[Value]) -> Submission:
     )
 
 
-def _tell(task: Task, outcome: RunOutcome, submission: Submission, settings: Settings) -> Any:
+def _tell(task: AnyTask, outcome: RunOutcome, submission: Submission, settings: Settings) -> Any:
     """Return the value of a run that has ended, as Celery stores it."""
     request, value = task.request, outcome.value
     if outcome.receipt is not None:
@@ -172,7 +170,7 @@ def _tell(task: Task, outcome: RunOutcome, submission: Submission, settings: Set
     return result
 
 
-def _retry_or_raise(task: Task, outcome: RunOutcome, error: BaseException) -> NoReturn:
+def _retry_or_raise(task: AnyTask, outcome: RunOutcome, error: BaseException) -> NoReturn:
     """Fail the task, or have Celery deliver it again.
 
     Raises:
@@ -206,7 +204,7 @@ def _retry_or_raise(task: Task, outcome: RunOutcome, error: BaseException) -> No
         raise keep(request.id, rejected.reason) from error
 
 
-def _send_again(task: Task, busy_s: float) -> NoReturn:
+def _send_again(task: AnyTask, busy_s: float) -> NoReturn:
     """Come back later, since another delivery advances this run: no state is written.
 
     Raises:

@@ -45,9 +45,7 @@ from docket_celery.task.headers import DIGEST, EXECUTION_ID
 from docket_celery.task.references import JOB, RESULT, RESULTS, Arguments, Stored
 
 if TYPE_CHECKING:
-    from docket_celery.task.task import GraphTask
-
-    Task = GraphTask[Any, Any]
+    from docket_celery.task.task import AnyTask
 
 _logger = logging.getLogger("docket_celery.large_jobs")
 UNDELIVERED_KEPT_S: Final = 30 * 86400.0
@@ -55,7 +53,7 @@ UNDELIVERED_KEPT_S: Final = 30 * 86400.0
 _SHOWN_CHARS: Final = 200
 
 
-def ask(task: Task, headers: Mapping[str, Any], task_id: str | None, settings: Settings) -> RunRequest:
+def ask(task: AnyTask, headers: Mapping[str, Any], task_id: str | None, settings: Settings) -> RunRequest:
     """Return what a task with these headers asks of its run's row: without the job, with the job's own digest."""
     plan = task.plan()
     return RunRequest(
@@ -76,7 +74,7 @@ def ask(task: Task, headers: Mapping[str, Any], task_id: str | None, settings: S
 
 
 def arrange(
-    task: Task,
+    task: AnyTask,
     messages: Sequence[Value],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
@@ -110,7 +108,7 @@ def arrange(
     return declared.as_given(values.values(), kwargs)
 
 
-def wants_upload(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings) -> bool:
+def wants_upload(task: AnyTask, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings) -> bool:
     """Tell whether the list of a job is to be stored: it is too large for a message, and there is a store."""
     if task.declaration.batch is None or task.app.conf.task_always_eager:
         return False
@@ -122,7 +120,7 @@ def wants_upload(task: Task, args: Sequence[Any], kwargs: Mapping[str, Any], set
 
 
 def send(
-    task: Task,
+    task: AnyTask,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     run: RunRequest,
@@ -195,7 +193,7 @@ def is_large(value: object, settings: Settings) -> bool:
     return isinstance(value, Message) and value.ByteSize() > settings.max_message_bytes
 
 
-def _store_for(task: Task, settings: Settings) -> Store | None:
+def _store_for(task: AnyTask, settings: Settings) -> Store | None:
     """Return the store that keeps the task's runs, for other processes too unless tasks are eager; or None."""
     if not task.plan().persists:
         return None
@@ -213,7 +211,7 @@ def holds_job(args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> b
 
 
 def receive(
-    task: Task,
+    task: AnyTask,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     run: RunRequest | None,
@@ -254,7 +252,7 @@ def receive(
     return messages
 
 
-def give_up(task: Task, run: RunRequest, error: DocketError, settings: Settings) -> None:
+def give_up(task: AnyTask, run: RunRequest, error: DocketError, settings: Settings) -> None:
     """End a run as FAILED whose job cannot be read because of *error*, if it is there and no delivery has taken it.
 
     Submitting the job again resumes the run.
@@ -280,7 +278,7 @@ def give_up(task: Task, run: RunRequest, error: DocketError, settings: Settings)
 
 
 def wrap(
-    task: Task, value: Any, execution_id: str, stored: bytes | None, settings: Settings
+    task: AnyTask, value: Any, execution_id: str, stored: bytes | None, settings: Settings
 ) -> Result | Stored:
     """Return what a task returns for the outcome of its run: the value itself, or a reference to it.
 
@@ -302,7 +300,7 @@ def wrap(
     return Stored(RESULT, task.graph.name, execution_id, type_name(value), len(data), digest, value)
 
 
-def _find_job(task: Task, run: RunRequest, settings: Settings) -> tuple[Message, ...]:
+def _find_job(task: AnyTask, run: RunRequest, settings: Settings) -> tuple[Message, ...]:
     """Return the messages of a stored job, in the order of the task's parameters.
 
     The run is that of the headers, which the job's digest proves; a reference is not believed.

@@ -15,9 +15,7 @@ from docket_celery.plan.options import RetryPolicy, Scope, StepOptions, nearest_
 from docket_celery.task.app_settings import this_worker
 
 if TYPE_CHECKING:
-    from docket_celery.task.task import GraphTask
-
-    Task = GraphTask[Any, Any]
+    from docket_celery.task.task import AnyTask
 
 STEP_ONLY: Final = frozenset(StepOptions.__dataclass_fields__) - {"name"}
 _PLAIN_STEP_OPTIONS: Final = STEP_ONLY - {"retry", "version", "key", "cache"}
@@ -92,7 +90,7 @@ def check_name_function(task: str, function: Callable[..., Any], given: Sequence
 
 
 def read_batch_options(
-    task: Task | type[Task],
+    task: AnyTask | type[AnyTask],
     asked: Mapping[str, Any] | None = None,
     threads: int = 1,
 ) -> BatchOptions:

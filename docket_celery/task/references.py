@@ -19,14 +19,13 @@ from docket_celery.engine.run_row import read_result
 from docket_celery.engine.stored_items import GONE, OTHER_JOB, StoredBatch
 from docket_celery.engine.waiting import run_on_pool
 from docket_celery.errors import DecodeFailed, PayloadUnavailable
-from docket_celery.plan.batch import BatchResult
 from docket_celery.plan.messages import STORED_BYTES, brief, check_size
 from docket_celery.store.contract import Store
 from docket_celery.store.records import RunState
 from docket_celery.task import app_settings, checks, envelope
 
 MARKER: Final = "docket.stored"
-JOB, ITEMS, RESULT, RESULTS = "job", "items", "result", "results"
+JOB, ITEMS, RESULT, RESULTS = _KINDS = "job", "items", "result", "results"
 OWN: Final = frozenset({JOB, ITEMS})
 """Kinds of what belongs to the job of the task that gets the reference."""
 NO_DATABASE: Final = (
@@ -35,6 +34,7 @@ NO_DATABASE: Final = (
 _OTHER_RESULT: Final = (
     "its row holds another result than the one referred to; submit the job again and wait for it"
 )
+_NAMES: Final = ("kind", "graph", "execution_id", "type_name", "size", "digest")
 _TEXTS: Final = ("kind", "graph", "execution_id", "type_name", "digest")
 _OLD_MARKERS: Final = ("docket.job", "docket.result", "docket.batch")
 _MAX_CHARS: Final = 500
@@ -68,15 +68,13 @@ class Stored:
     message: Message | None = field(default=None, compare=False)
 
     def __json__(self) -> dict[str, Any]:
-        digest = base64.b64encode(self.digest).decode("ascii")
-        content = {
-            name: getattr(self, name) for name in ("kind", "graph", "execution_id", "type_name", "size")
-        }
-        return {"__type__": MARKER, "__value__": {**content, "digest": digest}}
+        content = {name: getattr(self, name) for name in _NAMES}
+        content["digest"] = base64.b64encode(self.digest).decode("ascii")
+        return {"__type__": MARKER, "__value__": content}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without the message, in whatever form it travels.
-        return Stored, (self.kind, self.graph, self.execution_id, self.type_name, self.size, self.digest)
+        return Stored, tuple(getattr(self, name) for name in _NAMES)
 
     def __repr__(self) -> str:
         if self.message is not None:
@@ -167,30 +165,20 @@ def read_value(value: Any, app: Celery) -> Any:
     return value.read(app) if isinstance(value, Stored) else value
 
 
-def listed(value: object) -> Sequence[Any] | None:
-    """Return the results of a batch one by one; None if *value* is something else."""
-    if isinstance(value, BatchResult):
-        return cast("BatchResult[Message]", value).results
-    return cast("Sequence[Any]", value) if isinstance(value, (list, tuple)) else None
-
-
 def decode(value: object) -> Stored | envelope.Undecodable:
     """Return the reference in an envelope's content, or an `Undecodable`; never raises."""
     try:
-        return _decode(cast("dict[str, Any]", value))
+        content = cast("dict[str, Any]", value)
+        texts, size = {name: content[name] for name in _TEXTS}, content["size"]
+        if not all(isinstance(text, str) and len(text) <= _MAX_CHARS for text in texts.values()):
+            raise ValueError("a text")
+        if type(size) is not int or not 0 <= size < 2**63 or texts["kind"] not in _KINDS:
+            raise ValueError("size or kind")
+        digest = base64.b64decode(texts.pop("digest"), validate=True)
+        return Stored(**texts, size=size, digest=digest)
     except Exception as error:  # noqa: BLE001 -- a decoder that raises loses the message and hangs its caller
         problem = DecodeFailed("reference", f"it is damaged: {type(error).__name__}")
         return envelope.Undecodable(value, problem, MARKER)
-
-
-def _decode(content: Mapping[str, Any]) -> Stored:
-    texts, size = {name: content[name] for name in _TEXTS}, content["size"]
-    if not all(isinstance(text, str) and len(text) <= _MAX_CHARS for text in texts.values()):
-        raise ValueError("a text")
-    if type(size) is not int or not 0 <= size < 2**63 or texts["kind"] not in {JOB, ITEMS, RESULT, RESULTS}:
-        raise ValueError("size or kind")
-    digest = base64.b64decode(texts.pop("digest"), validate=True)
-    return Stored(**texts, size=size, digest=digest)
 
 
 def _refuse(marker: str, value: object) -> envelope.Undecodable:

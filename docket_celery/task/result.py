@@ -92,12 +92,12 @@ class GraphResult(_TypedResult[R]):
                 pages = range(0, found.items.total, PAGE)
                 read = functools.partial(run_on_pool, threads=settings.threads)
                 return (each for lo in pages for each in read(functools.partial(found.page, lo)))
-        results = references.listed(references.read_value(found, self.app))
-        if results is None:
-            raise InvalidArguments(
-                "stream", "the task returns one message, not the results of a batch; use get"
-            )
-        return iter(results)
+        value = references.read_value(found, self.app)
+        results: Any = cast("Any", value).results if isinstance(value, BatchResult) else value
+        if not isinstance(results, (list, tuple)):
+            problem = "the task returns one message, not the results of a batch; use get"
+            raise InvalidArguments("stream", problem)
+        return iter(cast("Sequence[Any]", results))
 
     def failed_items(self, execution_id: str | None = None) -> dict[int, StepFailed]:
         """Return why items of the batch failed, by index, as the database has it: so far, while it runs.
@@ -134,12 +134,8 @@ class GraphResult(_TypedResult[R]):
         Raises:
             InvalidArguments, InvalidSettings, StoreUnavailable: As from `failed_items`.
         """
-
-        def read(store: BatchStore, graph: str, name: str) -> Progress | None:
-            row = store.find_run(graph, name)
-            return None if row is None else row.progress
-
-        return self._read_run(read, execution_id)
+        row = self._read_run(BatchStore.find_run, execution_id)
+        return None if row is None else row.progress
 
     def _read_run(self, read: Callable[[BatchStore, str, str], T], execution_id: str | None) -> T:
         if self.task is None:

@@ -21,9 +21,7 @@ from docket_celery.store.records import Lease
 from docket_celery.task.headers import PREPARED
 
 if TYPE_CHECKING:
-    from docket_celery.task.task import GraphTask
-
-    Task = GraphTask[Any, Any]
+    from docket_celery.task.task import AnyTask
 
 _logger = logging.getLogger("docket_celery.retries")
 Kinds = tuple[type[BaseException], ...]
@@ -55,7 +53,7 @@ def matches(error: object, kinds: Kinds) -> bool:
 
 
 def park_s(
-    task: Task,
+    task: AnyTask,
     error: BaseException,
     lease: Lease | None,
     *,
@@ -77,7 +75,7 @@ def park_s(
     return None if is_last or not _may_retry(task, error) else backoff_s(task, failures)
 
 
-def most_retries(task: Task, error: BaseException, *, eager: bool, outages: int) -> int | None:
+def most_retries(task: AnyTask, error: BaseException, *, eager: bool, outages: int) -> int | None:
     """Return up to which count Celery may retry the task, counted as in `park_s`; None: the run's lease counts."""
     if isinstance(error, StoreUnavailable):
         # An outage ends, but not while an eager task tries.
@@ -88,7 +86,7 @@ def most_retries(task: Task, error: BaseException, *, eager: bool, outages: int)
     return None if limit is None else limit + outages
 
 
-def backoff_s(task: Task, retries: int) -> float:
+def backoff_s(task: AnyTask, retries: int) -> float:
     """Return Celery's own wait in seconds before retry number *retries* (from 0), from the task's options."""
     if task.retry_backoff:
         factor = int(max(1.0, float(task.retry_backoff)))
@@ -98,7 +96,7 @@ def backoff_s(task: Task, retries: int) -> float:
     return float(task.retry_kwargs.get("countdown", task.default_retry_delay))
 
 
-def _may_retry(task: Task, error: BaseException) -> bool:
+def _may_retry(task: AnyTask, error: BaseException) -> bool:
     if isinstance(error, (TaskPredicate, AbortError)):
         # A step that raised Celery's own Ignore, Reject or Retry has decided itself.
         return False

@@ -8,7 +8,7 @@ import functools
 import importlib
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from celery.result import EagerResult
 from google.protobuf.message import Message
@@ -39,18 +39,15 @@ from docket_celery.task.result import GraphResult
 from docket_celery.task.retries import whole_seconds
 
 if TYPE_CHECKING:
-    from docket_celery.task.task import GraphTask
-
-    Task = GraphTask[Any, Any]
+    from docket_celery.task.task import AnyTask
 
 Publish = Callable[..., GraphResult[Any]]
-"""Celery's own `apply_async`, as the next class of the task has it."""
-RunEagerly = Callable[..., EagerResult[Any]]
-"""Celery's own `apply`, likewise."""
 
 
-def submit(task: Task, publish: Publish, args: Any, kwargs: Any, options: dict[str, Any]) -> GraphResult[Any]:
-    """Submit a job, or a later delivery of one; see `GraphTask.apply_async`."""
+def submit(
+    task: AnyTask, publish: Publish, args: Any, kwargs: Any, options: dict[str, Any]
+) -> GraphResult[Any]:
+    """Submit a job, or a later delivery of one, by Celery's own `apply_async`; see `GraphTask.apply_async`."""
     call, args, kwargs = _Call(task, options), tuple(args or ()), dict[str, Any](kwargs or {})
     # A later delivery of a job was checked before, and its headers are ours.
     if not (options.pop(PREPARED, False) or options.get("retries")):
@@ -67,7 +64,7 @@ def submit(task: Task, publish: Publish, args: Any, kwargs: Any, options: dict[s
     return call.publish(publish, args, kwargs)
 
 
-def submit_on_commit(task: Task, args: Any, kwargs: Any, options: dict[str, Any]) -> None:
+def submit_on_commit(task: AnyTask, args: Any, kwargs: Any, options: dict[str, Any]) -> None:
     """Submit a job as it is now when Django's transaction commits; see `GraphTask.apply_async_on_commit`."""
     call = _Call(task, options)
     job = copy.deepcopy(call.prepare(tuple(args or ()), dict(kwargs or {})))
@@ -77,7 +74,7 @@ def submit_on_commit(task: Task, args: Any, kwargs: Any, options: dict[str, Any]
 
 
 def submit_batch(
-    task: Task,
+    task: AnyTask,
     publish: Publish,
     items: Iterable[Any],
     others: Sequence[Message],
@@ -87,7 +84,7 @@ def submit_batch(
     task.plan()
     shared = task.declaration.bind_others(others)
     if task.app.conf.task_always_eager:
-        eager = cast("Publish", task.apply_async)
+        eager: Publish = task.apply_async
         return eager(task.declaration.join(list(items), shared), **options)
     call = _Call(task, options)
     if call.execution_id is None and EXECUTION_ID not in call.headers and task.execution_id is not None:
@@ -102,9 +99,9 @@ def submit_batch(
 
 
 def run_eagerly(
-    task: Task, run: RunEagerly, args: Any, kwargs: Any, options: dict[str, Any]
+    task: AnyTask, run: Callable[..., EagerResult[Any]], args: Any, kwargs: Any, options: dict[str, Any]
 ) -> EagerResult[Any]:
-    """Run a job here and now; see `GraphTask.apply`."""
+    """Run a job here and now by Celery's own `apply`; see `GraphTask.apply`."""
     call = _Call(task, options)
     if not options.get("retries") and not large_jobs.holds_job(args, kwargs):
         args, kwargs = call.prepare(tuple(args or ()), dict(kwargs or {}), leaves=False)
@@ -116,11 +113,10 @@ def run_eagerly(
     return result
 
 
-def find_handle(task: Task, execution_id: str) -> RunHandle:
+def find_handle(task: AnyTask, execution_id: str) -> RunHandle:
     """Return the run of that name; see `GraphTask.handle`."""
-    settings, plan = app_settings.app_settings(task.app), task.plan()
-    shared = task.graph.find_batch_store(plan, settings)
-    store = task.graph.find_store(plan, settings) if shared is None else shared
+    settings = app_settings.app_settings(task.app)
+    store = task.graph.find_store(task.plan(), settings)
     name = check_execution_id(execution_id)
     return RunHandle(store, task.graph.name, name, retention_s=settings.retention, threads=settings.threads)
 
@@ -128,7 +124,7 @@ def find_handle(task: Task, execution_id: str) -> RunHandle:
 class _Call:
     """What a caller says of a job besides its messages; Celery's own options are left in *options*."""
 
-    def __init__(self, task: Task, options: dict[str, Any]) -> None:
+    def __init__(self, task: AnyTask, options: dict[str, Any]) -> None:
         self.headers: dict[str, Any] = dict(options.pop("headers", None) or {})
         self.execution_id: str | None = options.pop("execution_id", None)
         self._context: Mapping[str, Any] | None = options.pop("context", None)

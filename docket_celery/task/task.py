@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ParamSpec, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, cast
 
 from celery import Celery, Task
 from celery.result import EagerResult
@@ -13,18 +13,14 @@ from docket_celery.engine.handles import RunHandle
 from docket_celery.graph import Graph
 from docket_celery.plan.plan import Plan
 from docket_celery.plan.step import locate
-from docket_celery.task import (
-    backends,
-    deliver,
-    submit,
-    worker,
-)
+from docket_celery.task import backends, deliver, submit, worker
 from docket_celery.task.app_settings import this_worker
 from docket_celery.task.declaration import Declaration, declare, note_graph
 from docket_celery.task.result import GraphResult, R
 from docket_celery.task.retries import Kinds
 
 P = ParamSpec("P")
+AnyTask: TypeAlias = "GraphTask[Any, Any]"
 
 
 class GraphTask(Task[P, R]):
@@ -145,7 +141,7 @@ class GraphTask(Task[P, R]):
         """
         options |= {"task_id": task_id, "execution_id": execution_id, "context": context}
         options |= zip(("producer", "link", "link_error", "shadow"), more, strict=False)
-        return submit.submit(self, cast("submit.Publish", super().apply_async), args, kwargs, options)
+        return submit.submit(self, cast("Any", super().apply_async), args, kwargs, options)
 
     def delay_on_commit(self, *args: P.args, **kwargs: P.kwargs) -> None:
         """Submit a job when Django's transaction commits; at once outside of one, never if it is rolled back.
@@ -205,8 +201,7 @@ class GraphTask(Task[P, R]):
                 begun is over (``docket_lease_seconds``).
         """
         options |= {"task_id": task_id, "execution_id": execution_id, "context": context}
-        publish = cast("submit.Publish", super().apply_async)
-        return submit.submit_batch(self, publish, items, others, options)
+        return submit.submit_batch(self, cast("Any", super().apply_async), items, others, options)
 
     def apply(
         self,
@@ -220,7 +215,7 @@ class GraphTask(Task[P, R]):
         """Run a job here and now, as a worker would; arguments as in `apply_async`."""
         options |= {"execution_id": execution_id, "context": context}
         options |= zip(("link", "link_error", "task_id", "retries", "throw"), more, strict=False)
-        return submit.run_eagerly(self, cast("submit.RunEagerly", super().apply), args, kwargs, options)
+        return submit.run_eagerly(self, cast("Any", super().apply), args, kwargs, options)
 
     def handle(self, execution_id: str) -> RunHandle:
         """Return the run of that name, to cancel it.

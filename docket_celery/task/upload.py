@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from google.protobuf.message import Message
 
@@ -24,17 +24,14 @@ from docket_celery.task.large_jobs import refer
 from docket_celery.task.references import ITEMS, Arguments, Stored, read_arguments
 
 if TYPE_CHECKING:
-    from docket_celery.task.task import GraphTask
-
-    Task = GraphTask[Any, Any]
-P = ParamSpec("P")
+    from docket_celery.task.task import AnyTask
 T = TypeVar("T")
 MOST_ITEMS: Final = 1_000_000
 """Most items of a batch: what looks at all rows of a run at once stays within the limit of a statement."""
 
 
 def send(
-    task: Task,
+    task: AnyTask,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     run: RunRequest,
@@ -50,7 +47,7 @@ def send(
 
 
 def upload(
-    task: Task,
+    task: AnyTask,
     items: Iterable[Any],
     others: Sequence[Message],
     run: RunRequest,
@@ -85,7 +82,7 @@ def upload(
 class _Upload:
     """One batch on its way into the store."""
 
-    task: Task
+    task: AnyTask
     store: BatchStore
     items: Iterable[Any]
     shared: Mapping[ValueKey, Message]
@@ -96,7 +93,7 @@ class _Upload:
     count: int = 0
 
     def store_all(self) -> tuple[bytes, list[Stored]]:
-        found = self._on_pool(self.store.begin_upload, self.request, self.kept_s)
+        found = self._on_pool(lambda: self.store.begin_upload(self.request, self.kept_s))
         if isinstance(found, RunRow):
             self._compare(found)
         else:
@@ -114,11 +111,12 @@ class _Upload:
         store, layout = self.store, Layout.of(self.task.plan(), self.request.execution_id)
         # A slow source must not let the lease run out, which each page extends.
         for page in paged(layout.item_rows("", self._read()), every_s=self.settings.lease_seconds / 3):
-            self._on_pool(store.put_items, lease, page)
+            self._on_pool(functools.partial(store.put_items, lease, page))
         closing = [layout.given_row(key, message) for key, message in self.shared.items()]
         closing.append(layout.count_row("", self.count))
-        self._on_pool(store.close_items, lease, "", self.count, closing)
-        self._on_pool(store.finish_upload, lease, store.hmac_digest(self._job_digest()), self.kept_s)
+        digest = store.hmac_digest(self._job_digest())
+        self._on_pool(lambda: store.close_items(lease, "", self.count, closing))
+        self._on_pool(lambda: store.finish_upload(lease, digest, self.kept_s))
 
     def _compare(self, row: RunRow) -> None:
         """Check that the run that is there is of the same job; only reading all items tells."""
@@ -134,7 +132,8 @@ class _Upload:
         if self.store.hmac_digest(self._job_digest()) != row.job_digest:
             raise RunConflict(graph, execution_id, "job")
         # What is stored already must be there when a worker comes to it.
-        self._on_pool(self.store.enqueue, replace(self.request, job_digest=row.job_digest), self.kept_s)
+        same = replace(self.request, job_digest=row.job_digest)
+        self._on_pool(lambda: self.store.enqueue(same, self.kept_s))
 
     def _read(self) -> Iterator[Message]:
         """Yield the messages of the items, and take their digest."""
@@ -158,5 +157,5 @@ class _Upload:
         assert self.task.declaration.batch is not None
         return job_digest([*parts, (self.task.declaration.batch.label("list"), self.digest.digest())])
 
-    def _on_pool(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return run_on_pool(functools.partial(call, *args, **kwargs), self.settings.threads)
+    def _on_pool(self, call: Callable[[], T]) -> T:
+        return run_on_pool(call, self.settings.threads)

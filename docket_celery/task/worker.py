@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from celery import Celery, signals
 from celery.concurrency import get_implementation
 
 from docket_celery.engine.process.state import process
 from docket_celery.errors import DocketError
-from docket_celery.plan.plan import Plan
 from docket_celery.task import sweeper
 from docket_celery.task.app_settings import app_settings, this_worker
 from docket_celery.task.checks import find_faults, graph_tasks
-
-if TYPE_CHECKING:
-    from docket_celery.task.task import GraphTask
 
 _logger = logging.getLogger("docket_celery.worker")
 
@@ -39,18 +35,12 @@ def _on_after_finalize(sender: Any = None, **_: Any) -> None:
     """Look at the wiring once all tasks are declared; a fault is logged here and stops a worker's start."""
     for task in graph_tasks(sender):
         try:
-            plan = task.plan()
+            if task.plan().persists:
+                # The run's row has the bound on retries, not Celery: both end alike.
+                type(task).max_retries = None
         except DocketError as error:
             # The report names places and fixes; a traceback would only bury it.
             _logger.error("task %s cannot run: %s", task.name, error)  # noqa: TRY400
-            continue
-        _leave_retries_to_row(task, plan)
-
-
-def _leave_retries_to_row(task: GraphTask[Any, Any], plan: Plan) -> None:
-    """Leave the bound on retries of tasks that persist to the run's row, not to Celery: both then end alike."""
-    if plan.persists:
-        type(task).max_retries = None
 
 
 def _on_worker_init(sender: Any = None, **_: Any) -> None:
@@ -68,9 +58,8 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
         for task in () if faults else graph_tasks(sender.app):
             # Those that were declared after the app was finalized have not been looked at.
             plan = task.plan()
-            _leave_retries_to_row(task, plan)
-            if task.graph.find_batch_store(plan, app_settings(sender.app)) is not None:
-                # Parts of a batch outlast outages and dead workers for as long as their rows say.
+            if plan.persists or task.graph.find_batch_store(plan, app_settings(sender.app)) is not None:
+                # Parts of a batch too outlast outages and dead workers for as long as their rows say.
                 type(task).max_retries = None
     except Exception as error:  # noqa: BLE001 -- Celery would log it and start the worker all the same
         faults = [f"the checks themselves failed: {type(error).__name__}: {error}"]
