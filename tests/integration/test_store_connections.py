@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, make_url, text
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 
 from docket_celery import Graph, Scope
 from docket_celery.devserver import ServerProcess, start_postgres
 from docket_celery.errors import SchemaMismatch, StoreUnavailable
 from docket_celery.store import SQLStore
-from docket_celery.store.records import Lease, RunState
+from docket_celery.store.records import Lease, Purged, RunState
 from docket_celery.store.sql import heartbeat, schema
 from tests.conformance.blocking import InterruptedCall
 from tests.conformance.samples import GRAPH, RUN, SQLBench, ending, execution, output, request
@@ -60,6 +60,7 @@ class TestConnections:
         store = SQLStore(url)
         names = [
             "statement_timeout",
+            "idle_in_transaction_session_timeout",
             "default_transaction_isolation",
             "application_name",
             "search_path",
@@ -77,9 +78,10 @@ class TestConnections:
         return found
 
     def test_every_wait_has_a_limit(self, database_url: str) -> None:
-        """Connecting, a statement, and unanswered data; and nothing is prepared on the server."""
+        """Connecting, a statement, a pause in a transaction, unanswered data; nothing is prepared on the server."""
         assert self.settings(database_url) == {
             "statement_timeout": "15s",
+            "idle_in_transaction_session_timeout": "15s",
             "default_transaction_isolation": "read committed",
             "application_name": "docket_celery",
             "keepalives_idle": "10",
@@ -191,6 +193,27 @@ class TestConnections:
         rival.rollback()
         bench.store.end(lease, ending())
         assert bench.state() is RunState.SUCCEEDED
+
+    def test_a_worker_that_is_stopped_within_a_transaction_keeps_no_lock(
+        self, bench: SQLBench, database_url: str
+    ) -> None:
+        """The server ends its session; the call is repeated when the worker continues."""
+        bench.store.end(bench.take(), ending(retention_s=1.0))
+        bench.pass_time(2)
+        limit = "-c idle_in_transaction_session_timeout=100"
+        store = SQLStore(make_url(database_url).update_query_dict({"options": limit}))
+        purged = list[Purged]()
+
+        def stop(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+            if statement == "COMMIT" and not purged:
+                purged.append(Purged())
+                wait_until(lambda: bool(bench.store.purge(10)), within_s=10, what="the run is purged")
+
+        event.listen(store.engine, "before_cursor_execute", stop)
+        assert store.purge(10) == Purged()
+        assert purged
+        assert bench.store.find_run(GRAPH, RUN) is None
+        store.close()
 
     def test_a_read_only_server_is_unavailable(self, bench: SQLBench, database_url: str) -> None:
         """A standby that was promoted late, or a primary that was demoted: passing, not a failed run."""

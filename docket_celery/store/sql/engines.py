@@ -31,7 +31,11 @@ _POSTGRES_ARGS: Mapping[str, Any] = {
     "prepare_threshold": None,
 }
 # READ COMMITTED is not left to the server's default: the fence re-reads rows that it waited for.
-_POSTGRES_OPTIONS = r"-c statement_timeout=15000 -c default_transaction_isolation=read\ committed"
+# A worker that is stopped within a transaction would keep its locks; the server ends its session.
+_POSTGRES_OPTIONS = (
+    "-c statement_timeout=15000 -c idle_in_transaction_session_timeout=15000 "
+    r"-c default_transaction_isolation=read\ committed"
+)
 _EMPTY_OPTIONS = re.compile(r"[?&]options=(&|$)")
 _USER = re.compile(r"^[\w+]+://(?:[^:/]*(?::[^@]*)?@)?")
 _SQLITE_BUSY_S = 5.0
@@ -94,6 +98,7 @@ class Engines:
         self.url = source.url if isinstance(source, Engine) else parse_url(source)
         if self._given is not None:
             _check_given(self._given)
+        self.dialect = self.url.get_backend_name()
         self.in_memory = is_memory(self.url)
         # SQLite in memory is one connection; statements of two threads must not mix in one transaction.
         self._lock: AbstractContextManager[Any] = threading.Lock() if self.in_memory else nullcontext()

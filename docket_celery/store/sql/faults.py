@@ -18,7 +18,7 @@ from docket_celery.errors import (
 from docket_celery.store.sql.engines import SETTING
 
 _PASSING_CLASSES = ("08", "53", "57")
-_PASSING_STATES = frozenset({"25006", "40001", "40P01", "55P03"})
+_PASSING_STATES = frozenset({"25006", "25P03", "40001", "40P01", "55P03"})
 _LEFT_STATES = frozenset({"25006", "57P01", "57P02", "57P03"})
 _ADVICE = {
     "42501": "grant the right to the role in docket_database_url",
@@ -27,7 +27,8 @@ _ADVICE = {
 }
 _OPTIONS_ADVICE = (
     "the pooler refuses start-up options; add '?options=' (an empty value) to docket_database_url, and set "
-    "statement_timeout and default_transaction_isolation=read committed for the role"
+    "statement_timeout, idle_in_transaction_session_timeout and default_transaction_isolation=read committed "
+    "for the role"
 )
 _CONNECTING = (
     (re.compile(r"unsupported startup parameter"), _OPTIONS_ADVICE),
