@@ -6,7 +6,7 @@ from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import Connection, create_engine
+from sqlalchemy import Connection, create_engine, event
 
 from docket_celery.store import SQLStore
 from docket_celery.store.contract import BatchStore
@@ -87,6 +87,22 @@ def test_a_run_that_was_locked_is_found_by_the_next_look(postgres_store: SQLStor
         finally:
             rival.rollback()
     assert look(postgres_store) == [seen]
+
+
+def test_a_look_locks_one_run_at_a_time(postgres_store: SQLStore, rival: Connection) -> None:
+    """What it has looked at is free while it looks at the others."""
+    lose(SQLBench(postgres_store), postgres_store, "first", "second", "third")
+    free = list[int]()
+
+    def count(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if statement == "COMMIT":
+            runs = rival.exec_driver_sql("SELECT 1 FROM docket_runs FOR UPDATE SKIP LOCKED")
+            free.append(len(runs.all()))
+            rival.rollback()
+
+    event.listen(postgres_store.engine, "before_cursor_execute", count)
+    assert look(postgres_store) == ["first", "second", "third"]
+    assert free == [2, 2, 2, 3]
 
 
 def test_looks_become_rarer_the_longer_nothing_happens(bench: Bench, batches: BatchStore) -> None:

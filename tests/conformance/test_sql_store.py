@@ -5,9 +5,10 @@ import threading
 import traceback
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, event
 from sqlalchemy.pool import StaticPool
 
 from docket_celery.errors import (
@@ -18,10 +19,10 @@ from docket_celery.errors import (
     StoreUnavailable,
 )
 from docket_celery.store import SQLStore
-from docket_celery.store.records import Lease, RunState
+from docket_celery.store.records import Chunk, ChunkEnd, ChunkRequest, Lease, RunState
 from docket_celery.store.sql import schema
 from tests.conformance.blocking import InterruptedCall, interrupted
-from tests.conformance.samples import GRAPH, RUN, SQLBench, ending, output, request
+from tests.conformance.samples import GRAPH, RUN, SQLBench, ending, output, request, shared
 
 
 @pytest.fixture
@@ -134,6 +135,63 @@ def test_a_call_that_is_interrupted_leaves_no_transaction(sql_bench: SQLBench, s
     assert row is not None
     assert row.state is RunState.SUCCEEDED
     other.close()
+
+
+def test_forgetting_an_expired_entry_deletes_no_other(store: SQLStore, path: Path) -> None:
+    """Nobody can replace it between the two statements."""
+    rival, refused = sqlite3.connect(path, isolation_level=None, timeout=0), list[str]()
+
+    def write(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("DELETE"):
+            with pytest.raises(sqlite3.OperationalError) as locked:
+                rival.execute("BEGIN IMMEDIATE")
+            refused.append(str(locked.value))
+
+    event.listen(store.engine, "after_cursor_execute", write)
+    assert not store.forget(shared().key)
+    rival.close()
+    assert refused == ["database is locked"] * 2
+
+
+def test_a_run_is_taken_while_its_chunks_end(sql_bench: SQLBench) -> None:
+    """Each extends the lease of the open stage between the look at the run and its change."""
+    store, engine = sql_bench.store, sql_bench.engine
+    assert isinstance(store, SQLStore)
+    lease = sql_bench.take(task_id="t", task_name="shop.rate_all")
+    store.open_stage(lease, 1, [Chunk(1, lo, lo + 1) for lo in range(9)], 0, message=b"{}")
+    asked: dict[str, Any] = {
+        "graph": GRAPH,
+        "execution_id": RUN,
+        "stage": 1,
+        "owner": "a",
+        "lease_s": 30.0,
+        "max_deliveries": 9,
+    }
+    chunks = [store.lease_chunk(ChunkRequest(lo=lo, **asked)) for lo in range(9)]
+    ended = list[Lease]()
+
+    def end_chunk(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("UPDATE docket_runs") and "started_at" in statement:
+            chunk = chunks.pop()
+            assert isinstance(chunk, Lease)
+            ended.append(chunk)
+            store.end_chunk(chunk, ChunkEnd(state=RunState.SUCCEEDED))
+
+    event.listen(engine, "before_cursor_execute", end_chunk)
+    again = sql_bench.take(owner="second", task_id="t")
+    assert (again.epoch, len(ended)) == (2, 1)
+    store.end(again, ending())
+
+
+def test_a_cancelled_run_and_its_dates_are_written_together(sql_bench: SQLBench) -> None:
+    """A process that dies in between leaves neither."""
+    lease, error = sql_bench.take(), {"code": "DC204", "args": [RUN, ""]}
+    sql_bench.store.save(lease, output(ttl_s=60.0), None)
+    with interrupted(sql_bench.engine, "UPDATE docket_cache"), pytest.raises(InterruptedCall):
+        sql_bench.store.cancel(GRAPH, RUN, error, 60.0)
+    assert sql_bench.state() is RunState.RUNNING
+    sql_bench.store.cancel(GRAPH, RUN, error, 60.0)
+    assert sql_bench.sql("SELECT 1 FROM docket_cache WHERE expires_at IS NULL") == []
 
 
 def test_a_file_that_cannot_be_opened_is_unavailable(tmp_path: Path) -> None:

@@ -95,6 +95,31 @@ class TestInterleaving:
             rival.commit()
         assert extend.result() == {}
 
+    def test_dates_of_a_run_that_is_being_resumed_are_not_written(
+        self, bench: SQLBench, rival: Connection
+    ) -> None:
+        """The rest of an end waits for the takeover; a date would have a purge delete what the new holder needs."""
+        lease, failed = bench.take(task_id="t1"), ending(RunState.FAILED)
+        bench.store.save(lease, output(ttl_s=1.0), None)
+        bench.store.end(lease, failed)
+        bench.sql("UPDATE docket_cache SET expires_at = NULL")
+        assert isinstance(runs.acquire(rival, request("second", task_id="t2")), Lease)
+        with blocked(bench, lambda: bench.store.end(lease, failed)) as end:
+            rival.commit()
+        assert end.exception() is None
+        assert bench.state() is RunState.RUNNING
+        assert bench.sql("SELECT expires_at FROM docket_cache")[0][0] is None
+
+    def test_forgetting_tells_of_what_it_deletes(self, bench: SQLBench, rival: Connection) -> None:
+        """An entry that replaces an expired one while it waits is live."""
+        bench.store.publish(shared(ttl_s=1.0), "a", None)
+        bench.pass_time(2)
+        checkpoints.publish(rival, shared(data=b"fresh"), "b", None)
+        with blocked(bench, lambda: bench.store.forget(shared().key)) as forget:
+            rival.commit()
+        assert forget.result() is True
+        assert bench.sql("SELECT 1 FROM docket_cache") == []
+
     def test_two_takeovers_give_one_lease(self, bench: SQLBench, rival: Connection) -> None:
         """The second finds the lease alive again and gets the row; one crash is counted."""
         self.stale(bench)
@@ -207,6 +232,23 @@ class TestStatements:
         store.end(lease, ending())
         assert count(lambda: store.end(lease, ending())) == 3
 
+    def test_an_upload_that_deletes_very_many_items_is_told_of_one_row(self, bench: SQLBench) -> None:
+        """The surplus of an upload that was larger before may be a million items."""
+        assert isinstance(bench.store, SQLStore)
+        lease = bench.store.begin_upload(request(), 60.0)
+        assert isinstance(lease, Lease)
+        rows = [output("items", item=str(number), item_index=number) for number in range(9)]
+        bench.store.put_items(lease, rows)
+        told = list[int]()
+
+        def note(_connection: Any, cursor: Any, *_: Any) -> None:
+            told.append(cursor.rowcount)
+
+        event.listen(bench.store.engine, "after_cursor_execute", note)
+        bench.store.close_items(lease, "items", 2, [])
+        assert told == [1]
+        assert bench.sql("SELECT count(*) FROM docket_cache") == [(2,)]
+
     def test_very_many_checkpoints_are_dated_in_pages(
         self, bench: SQLBench, count: Callable[[Callable[[], Any]], int]
     ) -> None:
@@ -236,7 +278,7 @@ class TestStatements:
         again = bench.take(owner="again", task_id="t2")
         assert count(lambda: store.restore(again, [])) == 4
         assert dates() == [(None, 45001)]
-        assert count(lambda: store.cancel(GRAPH, RUN, {"code": "DC204", "args": [RUN, ""]}, 60.0)) == 5
+        assert count(lambda: store.cancel(GRAPH, RUN, {"code": "DC204", "args": [RUN, ""]}, 60.0)) == 8
         assert dates() == [(60.0, 45001)]
 
     def test_the_date_of_an_earlier_end_is_none(self, bench: SQLBench) -> None:
