@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import cached_property
 
 from google.protobuf.message import Message
 
@@ -46,10 +45,14 @@ class StepRecord:
         self._step, self._values, self._context, self._store = step, values, context, store
         self._began, self._started_at = began, datetime.now(UTC)
         self.claims = False
+        self._key: bytes | None = None
 
-    @cached_property
+    @property
     def _shared_key(self) -> bytes:
-        return shared_key(self._context.graph, self._step, self._values, self._store)
+        # Not a cached_property: its frame would come first in the traceback of a user's ``key=``.
+        if self._key is None:
+            self._key = shared_key(self._context.graph, self._step, self._values, self._store)
+        return self._key
 
     @property
     def _claimant(self) -> str:
