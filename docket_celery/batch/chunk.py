@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from docket_celery.batch.layout import Layout, earlier_stages, failures_of, find_stage, step_names
+from docket_celery.batch.layout import Layout, failures_of, step_names
 from docket_celery.batch.options import BatchOptions
 from docket_celery.engine.fan_out import ItemGroup, make_item, policy_of
 from docket_celery.engine.process.heartbeat import HeldLease
@@ -68,8 +68,6 @@ class ChunkRun(Run):
         self._ending = ChunkEnd(state=RunState.QUEUED)
         self._progress: Progress | None = None
 
-    # --- beginning ---------------------------------------------------------------------------------------------
-
     def _acquire(self, asked_at: float) -> HeldLease | None:
         context, submission, settings = self.context, self.context.submission, self.context.settings
         found = self._batches.lease_chunk(
@@ -95,8 +93,9 @@ class ChunkRun(Run):
         return None
 
     def _advance(self, lease: Lease) -> None:
-        stage = find_stage(self._plan, self._number)
-        if stage is None or lease.chunk is None:
+        stages = self._plan.stages
+        stage = stages[self._number - 1] if 0 < self._number <= len(stages) else None
+        if stage is None or stage.fan_out is None or lease.chunk is None:
             raise GraphChanged(lease.graph, lease.execution_id, [f"stage {self._number} of the batch"])
         self._policy = policy_of(self._plan, stage, self._policy)
         made = {planned.step.name for planned in stage.plan.steps if planned.step.output in stage.outputs}
@@ -114,7 +113,8 @@ class ChunkRun(Run):
         keys = [layout.once_key(key) for key in shared]
         rows = self._batches.read_items(*run, names, chunk.lo, chunk.hi, keys)
         skips: set[int] = set()
-        if earlier := earlier_stages(self._plan, self._number):
+        before = enumerate(self._plan.stages[: self._number - 1], 1)
+        if earlier := {number for number, each in before if each.fan_out == stage.fan_out}:
             found = self._batches.find_failed(*run, chunk.lo, chunk.hi)
             skips |= failures_of(row for row in found if row.chunk.stage in earlier).keys()
         values: dict[ValueKey, Any] = layout.read_shared(shared, rows, self.context)
@@ -147,8 +147,6 @@ class ChunkRun(Run):
             failed={index - chunk.lo: left_out for index in self._skips},
         )
 
-    # --- while it runs -----------------------------------------------------------------------------------------
-
     def poll(self) -> float:
         """As for any run; and end early where the rest of the stage is stopped or failing."""
         wait_s = super().poll()
@@ -158,8 +156,6 @@ class ChunkRun(Run):
         elif halt is Halt.FAILING and self._work is not None:
             self._work.hold()
         return wait_s
-
-    # --- ending ------------------------------------------------------------------------------------------------
 
     def _end(self, _: Sequence[Any], error: BaseException | None, /) -> None:
         """Write how the chunk ended, then report."""

@@ -11,14 +11,14 @@ from docket_celery.engine.checkpointing import read_value
 from docket_celery.engine.fan_out import find_fan_outs
 from docket_celery.engine.run_context import RunContext
 from docket_celery.engine.stored_items import StoredItems
-from docket_celery.errors import DocketError, StepFailed, from_record
+from docket_celery.errors import StepFailed, from_record
 from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.messages import Value, from_bytes, type_name, value_bytes
-from docket_celery.plan.plan import Plan, Stage
+from docket_celery.plan.plan import Plan
 from docket_celery.plan.step import Step
 from docket_celery.store.contract import BatchStore
 from docket_celery.store.identity import item_key, workflow_key
-from docket_celery.store.records import Checkpoint, ChunkRow, Progress, RunState
+from docket_celery.store.records import Checkpoint, ChunkRow
 
 PAGE, PAGE_BYTES = 1000, 4 * 1024 * 1024
 """Most items, and about the most bytes of them, that go to the store in one statement."""
@@ -32,7 +32,6 @@ class Layout:
     """
 
     plan: Plan
-    graph: str
     execution_id: str
     makers: Mapping[ValueKey, Step]
     fan_outs: Mapping[ValueKey, str]
@@ -41,7 +40,7 @@ class Layout:
     def of(cls, plan: Plan, execution_id: str) -> Layout:
         """Return the layout of *plan* for one run."""
         makers = {planned.step.output: planned.step for planned in plan.steps}
-        return cls(plan, plan.graph, execution_id, makers, find_fan_outs(plan))
+        return cls(plan, execution_id, makers, find_fan_outs(plan))
 
     def names(self, key: ValueKey) -> tuple[str, ...]:
         """Return the step names under which a value may be stored."""
@@ -50,12 +49,12 @@ class Layout:
     def once_key(self, key: ValueKey) -> bytes:
         """Return the cache key of a value that is there once."""
         if key in self.makers:
-            return workflow_key(self.graph, self.execution_id, self.makers[key].identity)
-        return item_key(self.graph, self.execution_id, "", f"@{key}")
+            return workflow_key(self.plan.graph, self.execution_id, self.makers[key].identity)
+        return item_key(self.plan.graph, self.execution_id, "", f"@{key}")
 
     def count_key(self, fan_out: str) -> bytes:
         """Return the cache key of the row that says how many items a fan-out has."""
-        return item_key(self.graph, self.execution_id, fan_out, "@count")
+        return item_key(self.plan.graph, self.execution_id, fan_out, "@count")
 
     def shared(self) -> list[ValueKey]:
         """Return the values that are there once: handed in, or made by what runs once."""
@@ -88,7 +87,7 @@ class Layout:
         """Return the items of a value."""
         return StoredItems(
             store=store,
-            graph=self.graph,
+            graph=self.plan.graph,
             execution_id=self.execution_id,
             names=self.names(key),
             kind=key.kind,
@@ -114,7 +113,7 @@ class Layout:
             assert self.plan.batch is not None
             kind = type_name(self.plan.batch.kind)
         for index, message in enumerate(messages):
-            key = item_key(self.graph, self.execution_id, fan_out, str(index))
+            key = item_key(self.plan.graph, self.execution_id, fan_out, str(index))
             yield self._row(fan_out, str(index), index, key, kind, value_bytes(message))
 
     def _row(
@@ -122,7 +121,7 @@ class Layout:
     ) -> Checkpoint:
         return Checkpoint(
             key=key,
-            graph=self.graph,
+            graph=self.plan.graph,
             execution_id=self.execution_id,
             step_name=step,
             item=item,
@@ -152,18 +151,6 @@ def step_names(step: Step) -> tuple[str, ...]:
     return tuple(dict.fromkeys((step.name, *step.options.renamed_from)))
 
 
-def stage_rows(rows: Iterable[ChunkRow], stage: int) -> list[ChunkRow]:
-    """Return the chunks of one stage."""
-    return [row for row in rows if row.chunk.stage == stage]
-
-
-def find_progress(plan: Plan, stage: int, rows: Iterable[ChunkRow], total: int) -> Progress:
-    """Return how far a stage of *total* items is, by its chunks."""
-    stages = [number for number, each in enumerate(plan.stages, 1) if each.fan_out is not None]
-    done = sum(row.chunk.hi - row.chunk.lo for row in rows if row.state is RunState.SUCCEEDED)
-    return Progress(done=done, total=total, stage=stages.index(stage) + 1, stages=len(stages))
-
-
 def failures_of(rows: Iterable[ChunkRow]) -> dict[int, StepFailed]:
     """Return why items failed, by index."""
     found: dict[int, StepFailed] = {}
@@ -178,20 +165,3 @@ def failures_of(rows: Iterable[ChunkRow]) -> dict[int, StepFailed]:
                 error.place(index)
             found[int(index)] = error
     return found
-
-
-def fatal_of(rows: Iterable[ChunkRow]) -> DocketError | None:
-    """Return what stopped the whole batch, if anything did."""
-    return next((from_record(row.errors["fatal"]) for row in rows if "fatal" in row.errors), None)
-
-
-def earlier_stages(plan: Plan, stage: int) -> set[int]:
-    """Return the stages before *stage* over the same items."""
-    fan_out = plan.stages[stage - 1].fan_out
-    return {number for number, each in enumerate(plan.stages[: stage - 1], 1) if each.fan_out == fan_out}
-
-
-def find_stage(plan: Plan, number: int) -> Stage | None:
-    """Return a stage that runs for each item by its number, or None if this plan has no such stage."""
-    stage = plan.stages[number - 1] if 0 < number <= len(plan.stages) else None
-    return stage if stage is not None and stage.fan_out is not None else None

@@ -14,15 +14,7 @@ from typing import Any, cast
 
 from google.protobuf.message import Message
 
-from docket_celery.batch.layout import (
-    Layout,
-    failures_of,
-    fatal_of,
-    find_progress,
-    paged,
-    stage_rows,
-    step_names,
-)
+from docket_celery.batch.layout import Layout, failures_of, paged, step_names
 from docket_celery.batch.options import BatchOptions
 from docket_celery.engine.execution import join_failures
 from docket_celery.engine.fan_out import make_item, policy_of, tolerant_fan_out, too_many
@@ -31,13 +23,20 @@ from docket_celery.engine.run import Run
 from docket_celery.engine.run_context import Ending, OpenStage, RunOutcome, Submission
 from docket_celery.engine.run_row import frame_job
 from docket_celery.engine.stored_items import StoredBatch, StoredItems
-from docket_celery.errors import DocketError, GraphChanged, RunNotFound, RunQuarantined, StepFailed
+from docket_celery.errors import (
+    DocketError,
+    GraphChanged,
+    RunNotFound,
+    RunQuarantined,
+    StepFailed,
+    from_record,
+)
 from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.batch import BatchPolicy
 from docket_celery.plan.messages import Value
 from docket_celery.plan.plan import Plan, Stage
 from docket_celery.store.contract import BatchStore
-from docket_celery.store.records import Checkpoint, ChunkRow, Lease, RunRequest, RunState
+from docket_celery.store.records import Checkpoint, ChunkRow, Lease, Progress, RunRequest, RunState
 
 _UNDONE = (RunState.QUEUED, RunState.RUNNING)
 
@@ -82,8 +81,6 @@ class BatchRun(Run):
         self._load(lease)
         self._life = self._run_stages(lease)
         self._go_on()
-
-    # --- what is stored ----------------------------------------------------------------------------------------
 
     def _load(self, lease: Lease) -> None:
         """Read what is stored already; a delivery that has the job adds what is missing of that.
@@ -140,8 +137,6 @@ class BatchRun(Run):
         self._batches.close_items(lease, fan_out, count, [*beside, self._layout.count_row(fan_out, count)])
         self._counts[fan_out] = count
 
-    # --- stage by stage ----------------------------------------------------------------------------------------
-
     def _go_on(self, values: Sequence[Any] | None = None, error: BaseException | None = None) -> None:
         """Continue with the *values* of a stage that has run here."""
         self._execution = None
@@ -159,7 +154,8 @@ class BatchRun(Run):
         for number, stage in enumerate(self._plan.stages, 1):
             error: BaseException | None = self.context.cancellation.error
             if error is None and stage.fan_out is not None:
-                rows, total = stage_rows(self._chunks, number), self._counts[stage.fan_out]
+                rows = [row for row in self._chunks if row.chunk.stage == number]
+                total = self._counts[stage.fan_out]
                 policy = policy_of(self._plan, stage, self._options.policy)
                 failures = self._failures.setdefault(stage.fan_out, {})
                 allowed = policy.allowed(total) - len(failures)
@@ -201,7 +197,9 @@ class BatchRun(Run):
         self, rows: Sequence[ChunkRow], failures: Mapping[int, StepFailed], policy: BatchPolicy, total: int
     ) -> DocketError | None:
         """Return what fails the run, by the chunks of a stage."""
-        states, context, error = {row.state for row in rows}, self.context, fatal_of(rows)
+        states, context = {row.state for row in rows}, self.context
+        fatal = (from_record(row.errors["fatal"]) for row in rows if "fatal" in row.errors)
+        error: DocketError | None = next(fatal, None)
         if error is None and RunState.QUARANTINED in states:
             return RunQuarantined(context.graph, context.execution_id, context.settings.max_deliveries)
         error = error or too_many(policy, failures, total)
@@ -219,7 +217,9 @@ class BatchRun(Run):
         undone = [row.chunk for row in rows if row.state in _UNDONE] if rows else chunks
         if not undone:
             return False
-        progress = find_progress(self._plan, number, rows, total)
+        done = sum(row.chunk.hi - row.chunk.lo for row in rows if row.state is RunState.SUCCEEDED)
+        stages = [n for n, each in enumerate(self._plan.stages, 1) if each.fan_out is not None]
+        progress = Progress(done=done, total=total, stage=stages.index(number) + 1, stages=len(stages))
         lanes = self._batches.open_stage(
             lease,
             number,
@@ -242,8 +242,6 @@ class BatchRun(Run):
         )
         self._conclude(RunOutcome(opened=opened))
         return True
-
-    # --- values ------------------------------------------------------------------------------------------------
 
     def _gather(self, key: ValueKey, stage: Stage) -> Any:
         """Return a value as a step that runs once sees it; a list only where one is asked for."""

@@ -61,7 +61,6 @@ class Attempt:
     go_on: Callable[[Callable[[], Result | None]], None]
     _context: StepContext | None = None
     _alarm: Alarm | None = None
-    _unlink: Callable[[], None] | None = None
     _future: Future[Any] | None = None
 
     def __init__(
@@ -90,7 +89,6 @@ class Attempt:
                 context = self.context()
                 ring = functools.partial(self._ring, context, timeout_s)
                 self._alarm = run.runtime.timer.after(timeout_s, ring)
-                self._unlink = functools.partial(run.cancellation.forget, context.cancelled.cancel)
             self.in_flight = True
         if run.submission.listeners:
             run.tell(EventKind.STEP_STARTED, step.name, self._number)
@@ -147,8 +145,6 @@ class Attempt:
         if future is not None:
             future.cancel()
 
-    # --- calling -----------------------------------------------------------------------------------------------
-
     def _invoke(self) -> Any:
         bind_context(self.context)
         slot, scopes, hooks = self._slot, self._run.submission.scopes, self._run.hooks
@@ -162,8 +158,7 @@ class Attempt:
                 return self._call()
         finally:
             # Here and not where the attempt ends: a thread that was given up still does what the limit protects.
-            if slot is not None:
-                slot.cancel()
+            self.release()
 
     def _call(self) -> Any:
         step = self._step
@@ -201,10 +196,7 @@ class Attempt:
             self.interrupt()
 
     def _build(self, factory: Factory) -> None:
-        """Make sure that the coroutine's instance is there, as loops only await.
-
-        Raises `TimeoutError` if the attempt has ended meanwhile; its error counts no more.
-        """
+        """Make sure that the coroutine's instance is there, as loops only await; raise if the attempt has ended."""
         self._run.base.copy().run(factory.instance)
         with self._gate.lock:
             if not self.in_flight or self._gate.closed:
@@ -229,8 +221,6 @@ class Attempt:
             self.on_host = run.loop is not None or run.runtime.inline
             return None, trim_traceback(error)
 
-    # --- ending ------------------------------------------------------------------------------------------------
-
     def _close(self, *, late: bool = False) -> bool:
         with self._gate.lock:
             if not self.in_flight or self._gate.closed:
@@ -239,11 +229,9 @@ class Attempt:
             if late:
                 self.abandon()
             alarm, self._alarm = self._alarm, None
-            unlink, self._unlink = self._unlink, None
         if alarm is not None:
             alarm.cancel()
-        if unlink is not None:
-            unlink()
+            self._run.cancellation.forget(self.context().cancelled.cancel)
         return True
 
     def _ring(self, context: StepContext, timeout_s: float) -> None:

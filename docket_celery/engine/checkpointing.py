@@ -33,11 +33,7 @@ _MOST_CHARS = 2000
 
 
 class StepRecord:
-    """The stored side of a step in a delivery that has a store; *began* is a time of the run's clock.
-
-    Attributes:
-        claims: Others wait for this step to compute a GLOBAL checkpoint.
-    """
+    """The stored side of a step in a delivery that has a store; *began* is a time of the run's clock."""
 
     def __init__(
         self, step: Step, values: Sequence[Value], context: RunContext, store: Store, began: float
@@ -58,8 +54,6 @@ class StepRecord:
     def _claimant(self) -> str:
         """The owner of the claim: of steps and items of one delivery that need one checkpoint, one computes."""
         return f"{self._context.owner}/{self._context.item}/{self._step.name}"
-
-    # --- checkpoints -------------------------------------------------------------------------------------------
 
     def look_up(self) -> Checkpoint | bool:
         """Return the GLOBAL checkpoint; True: this step computes it; False: another one does.
@@ -157,18 +151,14 @@ class StepRecord:
 
 
 def shared_key(graph: str, step: Step, values: Sequence[Value], store: Store) -> bytes:
-    """Return the key of a GLOBAL step's checkpoint for these inputs, as *store* keeps it.
-
-    Raises `InvalidArguments` where ``key=`` returned neither a message nor str nor bytes.
-    """
+    """Return the key of a GLOBAL step's checkpoint for these inputs; raise `InvalidArguments` for a bad ``key=``."""
     # With `Named` in them: swapped names of two values of one type are other inputs.
     inputs = [
         (key.label(value_name(value)), value_bytes(value))
         for key, value in zip(step.inputs, values, strict=True)
     ]
     if step.options.key is not None:
-        named: object = step.options.key(*values)
-        inputs = [_named_key(step, named)]
+        inputs = [_named_key(step, step.options.key(*values))]
     if step.options.cache is not None:
         return store.hmac_digest(cache_key(step.options.cache, step.options.version, inputs))
     return store.hmac_digest(global_key(graph, step.name, step.options.version, inputs))

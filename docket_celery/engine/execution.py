@@ -71,10 +71,7 @@ class Scheduler(Ending):
     # --- from outside ------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Find what is needed, from the target down, and begin with it.
-
-        Raises `InputsChanged` or `GraphChanged` where a checkpoint no longer fits its step.
-        """
+        """Find what is needed, from the target down, and begin with it."""
         plan = self._plan
         if not self._checkpoints and len(self._outputs) == len(plan.output_slots):
             self._pending = list(plan.pending)

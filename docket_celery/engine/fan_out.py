@@ -180,8 +180,6 @@ class StagedScheduler(Ending):
         if self._items is not None:
             self._items.abort(error)
 
-    # --- stages ------------------------------------------------------------------------------------------------
-
     def _go_on(self, _: Sequence[Any] = (), error: BaseException | None = None) -> None:
         """Begin the next stage that is needed; *error* is that of the one before."""
         if error is not None:
@@ -244,8 +242,6 @@ class StagedScheduler(Ending):
             context = replace(context, item=self._path(index))
         inputs = [self._input(key, stage, index) for key in stage.plan.given]
         return make_item(stage, inputs, context, on_end, outputs)
-
-    # --- values ------------------------------------------------------------------------------------------------
 
     def _input(self, key: ValueKey, stage: Stage, index: int) -> Any:
         """Return a value as an item sees it, or a step that runs once; None if only restored steps would use it."""

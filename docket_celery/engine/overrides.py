@@ -31,7 +31,6 @@ class Overrides:
     listeners: tuple[Listener, ...] = ()
 
 
-_NOTHING = Overrides()
 _current: ContextVar[Overrides | None] = ContextVar("docket_celery_overrides", default=None)
 overrides = _current.get
 """Return what surrounds the caller, or None."""
@@ -40,7 +39,7 @@ overrides = _current.get
 @contextmanager
 def overridden(**changes: Any) -> Generator[Overrides]:
     """Change fields of `Overrides` for the runs that begin in the block; settings and listeners are added."""
-    outer = _current.get() or _NOTHING
+    outer = _current.get() or Overrides()
     if "settings" in changes:
         changes["settings"] = {**outer.settings, **changes["settings"]}
     if "listeners" in changes:

@@ -215,20 +215,15 @@ class OpenStage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOutcome:
-    """How a delivery ended.
+    """How a delivery ended: with the target as *value* (of a batch a list or a `BatchResult`), or with an *error*.
 
-    Attributes:
-        value: The target: a message, of a batch a list or a `BatchResult`; None where there is none.
-        error: What ended it, or None.
-        busy_s: Another holder advances the run; seconds until its lease expires.
-        park_s: The run is parked; deliver it again in this many seconds.
-        replayed: The run had ended before; nothing ran here.
-        stored: The result as the run's row has it, if replayed. A newer worker may have written fields that this one
-            does not know, and would encode in another order.
-        held: This delivery had the run's lease.
-        opened: The run waits for this stage.
-        receipt: What a chunk's task tells of it, as JSON.
-        failed: Why items of the batch failed, by index, where it succeeded all the same.
+    Or another holder advances the run, and its lease expires in *busy_s* seconds; or it is parked, to be delivered
+    again in *park_s*; or it waits for the stage that it has *opened*. A *replayed* run had ended before and nothing
+    ran here. Then *stored* is the result as its row has it: a newer worker may have written fields that this one
+    does not know, and would encode in another order.
+
+    This delivery *held* the run's lease. A *receipt* is what a chunk's task tells of it, as JSON. *failed* tells
+    why items of the batch failed, by index, where it succeeded all the same.
     """
 
     value: Any = None

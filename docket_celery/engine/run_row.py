@@ -47,14 +47,14 @@ _STORED = "docket_max_stored_bytes"
 _MOST_DOUBLINGS = 4
 
 
-def job_parts(given: Iterable[ValueKey], values: Iterable[Value]) -> list[tuple[str, bytes]]:
-    """Return the name and the bytes of each value of a job: of its type, and of `Named` where types do not tell.
+def _named(given: Iterable[ValueKey], values: Iterable[Value]) -> Iterable[tuple[str, Value]]:
+    """Return each value by the name of its type, and of `Named` where types do not tell."""
+    return ((key.label(value_name(value)), value) for key, value in zip(given, values, strict=False))
 
-    Nothing of a job that is in the store, whose *values* are none.
-    """
-    return [
-        (key.label(value_name(value)), value_bytes(value)) for key, value in zip(given, values, strict=False)
-    ]
+
+def job_parts(given: Iterable[ValueKey], values: Iterable[Value]) -> list[tuple[str, bytes]]:
+    """Return name and bytes of each value of a job; of one that is in the store, whose *values* are none, nothing."""
+    return [(name, value_bytes(value)) for name, value in _named(given, values)]
 
 
 def frame_job(given: Iterable[ValueKey], values: Iterable[Value]) -> bytes:
@@ -65,8 +65,8 @@ def frame_job(given: Iterable[ValueKey], values: Iterable[Value]) -> bytes:
 def job_bytes(given: Iterable[ValueKey], values: Iterable[Value]) -> int:
     """Return how many bytes a job's messages and their names have as the store keeps them; a list counts nothing."""
     sizes = (
-        16 + len(key.label(value_name(value)).encode()) + value.ByteSize()
-        for key, value in zip(given, values, strict=False)
+        16 + len(name.encode()) + value.ByteSize()
+        for name, value in _named(given, values)
         if isinstance(value, Message)
     )
     return sum(sizes)
@@ -74,9 +74,7 @@ def job_bytes(given: Iterable[ValueKey], values: Iterable[Value]) -> int:
 
 def digest_job(given: Iterable[ValueKey], values: Iterable[Value]) -> bytes:
     """Return the digest of a job; that of a batch is the same however its items come."""
-    return job_digest(
-        (key.label(value_name(value)), value_digest(value)) for key, value in zip(given, values, strict=False)
-    )
+    return job_digest((name, value_digest(value)) for name, value in _named(given, values))
 
 
 def target_name(plan: Plan) -> str:
@@ -87,10 +85,7 @@ def target_name(plan: Plan) -> str:
 def run_request(
     plan: Plan, inputs: Sequence[Value], context: RunContext, store: Store, *, waits_for_other: bool
 ) -> RunRequest:
-    """Return what a delivery asks *store* for; raise `PayloadTooLarge` for a job that cannot be stored.
-
-    It *waits_for_other* once it has met another holder of the run.
-    """
+    """Return what a delivery asks *store* for; raise `PayloadTooLarge` for a job that cannot be stored."""
     submission, settings = context.submission, context.settings
     job = frame_job(plan.given, inputs)
     check_size(f"the job of run {context.execution_id!r}", len(job), settings.max_stored_bytes, _STORED)
@@ -182,15 +177,13 @@ def read_outcome(row: RunRow, plan: Plan, store: Store) -> RunOutcome:
 
 def _result_bytes(value: Any) -> bytes:
     """Return a run's result as it is stored: of collected items, what failed first, then what there is."""
+    if not isinstance(value, (StoredBatch, BatchResult)):
+        return value_bytes(value)
+    errors = {str(index): to_record(error) for index, error in value.errors.items()}
     if isinstance(value, StoredBatch):
-        errors = {str(index): to_record(error) for index, error in value.errors.items()}
         place = {"names": value.items.names, "total": value.items.total, "collects": value.collects}
         return frame((_PLACE, json.dumps({**place, "errors": errors}).encode()))
-    if not isinstance(value, BatchResult):
-        return value_bytes(value)
-    collected = cast("BatchResult[Message]", value)
-    errors = {str(index): to_record(error) for index, error in collected.errors.items()}
-    made = [each for _, each in collected.succeeded()]
+    made = [each for _, each in cast("BatchResult[Message]", value).succeeded()]
     return frame((_COLLECTED, json.dumps(errors).encode(), value_bytes(made)))
 
 

@@ -66,10 +66,7 @@ End: TypeAlias = Value | StepFailed | Stop | None
 
 
 class StepRun:
-    """A step of one delivery on its way to a value, in the execution that is its *gate*.
-
-    The scheduler drives its `life`. `attempts` counts the calls made so far; `attempt` is the present one.
-    """
+    """A step of one delivery on its way to a value, in the execution that is its *gate*."""
 
     attempts = 0
     attempt: Attempt | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast, overload
+from typing import Any, cast
 
 from google.protobuf.message import Message
 
@@ -47,19 +47,14 @@ class StoredItems(Sequence[Message]):
     def __iter__(self) -> Iterator[Message]:
         return (message for lo in range(0, self.total, PAGE) for _, message in self.page(lo))
 
-    @overload
-    def __getitem__(self, index: int) -> Message: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Message]: ...
-    def __getitem__(self, index: int | slice) -> Message | list[Message]:
+    def __getitem__(self, index: int | slice) -> Any:
         return list(self)[index]
 
     def page(self, lo: int) -> list[tuple[int, Message]]:
         """Return index and message of the items of the page that begins at *lo*, in order.
 
-        Raises:
-            PayloadUnavailable: One is missing that did not fail: it was purged, or made by other code. Or the run of
-                that name has another job now.
+        Raises `PayloadUnavailable` where one is missing that did not fail, or the run of that name has another job
+        now.
         """
         hi = min(lo + PAGE, self.total)
         rows = self.store.read_items(

@@ -130,10 +130,7 @@ def read_outcome(outcome: RunOutcome) -> object:
 def _leave(
     run: Run, outcomes: queue.SimpleQueue[RunOutcome], interruption: BaseException
 ) -> RunOutcome | None:
-    """Give the pool a moment to hand back the lease; an expired lease is the fallback.
-
-    Returns the outcome where the host decided that this interruption has the run delivered again.
-    """
+    """Return the outcome if the host has the run delivered again; an expired lease is the fallback."""
     if run.context.store is None:
         outcome = run.parked_or_failed(interruption)
     else:

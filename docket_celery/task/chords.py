@@ -18,7 +18,6 @@ from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from kombu.utils.json import dumps, loads
 
 from docket_celery.batch.chunk import ChunkRun
-from docket_celery.batch.layout import stage_rows
 from docket_celery.batch.options import BatchOptions
 from docket_celery.batch.run import BatchRun
 from docket_celery.engine.process.settings import Settings
@@ -151,7 +150,7 @@ class BatchDelivery:
 
             def wake() -> None:
                 rows = store.find_chunks(self._plan.graph, submission.execution_id)
-                if not any(row.state in active for row in stage_rows(rows, stage)):
+                if not any(row.state in active and row.chunk.stage == stage for row in rows):
                     body.apply_async()
 
             try:

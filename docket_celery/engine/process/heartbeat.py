@@ -143,9 +143,7 @@ class Heartbeat:
             # Without this thread every run of the process would lose its lease, not only these.
             _logger.exception("the heartbeat of %d runs failed", len(held))
             return
-        newest: dict[tuple[str | int, ...], int] = {}
-        for one in held:
-            newest[one.lease.name] = max(one.lease.epoch, newest.get(one.lease.name, 0))
+        newest = {one.lease.name: one.lease.epoch for one in sorted(held, key=lambda one: one.lease.epoch)}
         for one in held:
             # The store names runs: where this process took a run over from itself, the older epoch is gone.
             if one.lease.name in kept and one.lease.epoch == newest[one.lease.name]:

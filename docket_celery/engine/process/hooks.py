@@ -85,10 +85,7 @@ def read_hooks(key: str, value: Any) -> tuple[MakeContext | str, ...]:
 
 
 def load_hook(entry: MakeContext | str) -> MakeContext:
-    """Return the hook behind *entry*, which is imported if it is a path.
-
-    Raises `InvalidSettings` where that leads to nothing, or to something that cannot be called.
-    """
+    """Return the hook behind *entry*, imported if it is a path; raise `InvalidSettings` if there is none."""
     if not isinstance(entry, str):
         module, name = getattr(entry, "__module__", None), getattr(entry, "__qualname__", None)
         return functools.partial(_Entered, f"{module}:{name}" if module and name else repr(entry), entry)

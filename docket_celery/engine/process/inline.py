@@ -39,10 +39,7 @@ class InlineLoop(StepLoop):
     def submit(
         self, coroutine: Coroutine[Any, Any, Any], on_end: Callable[[], object] = lambda: None
     ) -> Future[Any]:
-        """Keep *coroutine* for the calling thread; otherwise as for `StepLoop`.
-
-        Raises `InvalidSettings` where a loop runs on this thread already, which cannot run another one.
-        """
+        """Keep *coroutine* for the calling thread; raise `InvalidSettings` if a loop runs on that already."""
         if asyncio._get_running_loop() is not None:
             coroutine.close()
             raise InvalidSettings("docket_threads", _LOOP_FAULT)

@@ -14,10 +14,7 @@ _logger = logging.getLogger("docket_celery.process")
 
 
 class StepLoop:
-    """An asyncio loop on which ``async def`` steps run, and whose thread is another than the caller's.
-
-    It outlives the run, or the run is being cancelled with it.
-    """
+    """An asyncio loop, which outlives the run, for ``async def`` steps; its thread is another than the caller's."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from docket_celery.engine.process.hooks import MakeContext, read_hooks
 from docket_celery.errors import InvalidSettings
@@ -123,11 +123,9 @@ def _codec(key: str, value: Any) -> Codec:
         found = import_codec(value) if isinstance(value, str) else value
     except ValueError as error:
         raise InvalidSettings(key, str(error)) from error
-    fault = find_fault(found)
-    if fault is not None:
+    if (fault := find_fault(found)) is not None:
         raise InvalidSettings(key, fault)
-    codec: Codec = found
-    return codec
+    return cast("Codec", found)
 
 
 def _number(least: float, most: float = math.inf, *, whole: bool) -> Callable[[str, Any], Any]:

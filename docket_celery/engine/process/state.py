@@ -55,8 +55,6 @@ class Process:
         self._parents.append(vars(self).copy())
         self._begin()
 
-    # --- settings and stores -----------------------------------------------------------------------------------
-
     def use_host(self, find: Callable[[], Settings | None], in_task: Callable[[], bool] = bool) -> None:
         """Say what returns the settings of the host, if it has any, and tells the threads that it may interrupt."""
         self._host, self._in_task = find, in_task
@@ -66,10 +64,7 @@ class Process:
         return not self._in_task()
 
     def set(self, values: Mapping[str, Any]) -> Settings:
-        """Add ``docket_*`` values of this process, which win over the host's; None takes one back.
-
-        After `InvalidSettings` nothing was changed.
-        """
+        """Add ``docket_*`` values of this process; None takes one back. `InvalidSettings` leaves all as it was."""
         with self.lock:
             merged = {key: value for key, value in {**self.own, **values}.items() if value is not None}
             settings = Settings.read(merged)
@@ -102,8 +97,6 @@ class Process:
 
                 found = self._stores[name] = SQLStore(url, codec=codec)
             return found
-
-    # --- what runs use -----------------------------------------------------------------------------------------
 
     def runtime(self, threads: int) -> Runtime:
         """Return the runtime with *threads* step threads."""
@@ -145,8 +138,6 @@ class Process:
         if not self._closes_at_exit:
             self._closes_at_exit = True
             atexit.register(self.close_instances)
-
-    # --- the end -----------------------------------------------------------------------------------------------
 
     def close_instances(self) -> None:
         """Close what factories have built, the latest first; a step that is called after that builds another."""

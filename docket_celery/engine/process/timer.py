@@ -58,10 +58,7 @@ class Alarm:
 
 
 class Timer:
-    """Makes calls at their time. A call must be quick: hand longer work to the pool.
-
-    Delays are measured by *clock*. It is *threaded*, or `ring` makes the calls that are due.
-    """
+    """Makes quick calls at their time; unless it is *threaded*, `ring` makes those that are due."""
 
     def __init__(self, clock: Clock = system_clock, *, threaded: bool = True) -> None:
         self._clock, self._threaded = clock, threaded
