@@ -23,13 +23,10 @@ Imports between .proto files, and the module names in the generated code, are re
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line *argv*; return the exit status."""
+    """Run the command line *argv*, which generates the code of files; return the exit status."""
     options = _parser().parse_args(argv)
-    return _protoc(options.files, options.root)
-
-
-def _protoc(files: Sequence[Path], root: Path) -> int:
-    """Generate the code of *files*, whose imports are relative to *root*."""
+    files: list[Path] = options.files
+    root: Path = options.root.resolve()
     if importlib.util.find_spec("grpc_tools") is None:
         return _refuse(f"grpcio-tools is not installed in {sys.prefix}; {_EXTRA}")
     plugin = _find_plugin()
@@ -38,9 +35,9 @@ def _protoc(files: Sequence[Path], root: Path) -> int:
     for file in files:
         if not file.is_file():
             return _refuse(f"{file}: there is no such file")
-        if not file.resolve().is_relative_to(root.resolve()):
-            return _refuse(f"{file} is not below {root.resolve()}; name the root of its imports with --root")
-    names = [file.resolve().relative_to(root.resolve()).as_posix() for file in files]
+        if not file.resolve().is_relative_to(root):
+            return _refuse(f"{file} is not below {root}; name the root of its imports with --root")
+    names = [file.resolve().relative_to(root).as_posix() for file in files]
     command = [
         *(sys.executable, "-m", "grpc_tools.protoc", "-I", "."),
         *(f"--plugin={_PLUGIN}={plugin}", "--python_out=.", "--mypy_out=quiet:."),

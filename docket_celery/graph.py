@@ -248,10 +248,10 @@ class Graph(Registry):
         Raises:
             InvalidArguments, GraphError: As they say.
         """
-        shared = [_kind(value) for value in inputs if not isinstance(value, (list, tuple))]
-        if len(shared) == len(inputs):
-            return self.compiled(target, tuple(shared), collects=collects)
         lists = [value for value in inputs if isinstance(value, (list, tuple))]
+        shared = [_kind(value) for value in inputs if not isinstance(value, (list, tuple))]
+        if not lists:
+            return self.compiled(target, tuple(shared), collects=collects)
         # Of an empty list there is nothing to read the type from: it is the one that is missing.
         batch, given = _item_kind(lists) or _only(self.missing(target, shared)), iter(shared)
         keys = tuple(batch if isinstance(value, (list, tuple)) else next(given) for value in inputs)

@@ -92,8 +92,7 @@ def resolve(annotation: Any) -> tuple[Any, list[Any]]:
 def read_annotation(annotation: Any, what: str) -> ValueKey:
     """Return the value an annotation stands for.
 
-    Raises:
-        SignatureFault: It is not a message type (with at most one `Named`); *what* says whose annotation it is.
+    SignatureFault: it is not a message type with at most one `Named`; *what* says whose annotation it is.
     """
     kind, extras = resolve(annotation)
     names = [extra.name for extra in extras if isinstance(extra, Named)]

@@ -36,12 +36,6 @@ _UNREADABLE = (
     OverflowError,  # an enum's Infinity
 )
 _ANY = "google.protobuf.Any"
-_WRAPPED = ("Bool", "Bytes", "Double", "Float", "Int32", "Int64", "String", "UInt32", "UInt64")
-_NOT_OBJECTS = {
-    f"google.protobuf.{name}"
-    for name in ("Duration", "FieldMask", "ListValue", "Timestamp", "Value", *(f"{n}Value" for n in _WRAPPED))
-}
-"""Types whose JSON form is no object, or not always one."""
 _MAX_DEPTH = 100
 """Levels of nesting that Protocol Buffers reads by default, in every language; it writes more than that."""
 
@@ -72,11 +66,7 @@ def copy_message(message: M) -> M:
 
 
 def from_bytes(kind: type[M], data: bytes) -> M:
-    """Read *data* as a *kind*.
-
-    Raises:
-        DecodeFailed: The bytes are not a valid message of that type.
-    """
+    """Read *data* as a *kind*; DecodeFailed: the bytes are not a valid message of that type."""
     try:
         return kind.FromString(data)
     except DecodeError as error:
@@ -173,11 +163,7 @@ def frame(parts: Iterable[bytes]) -> bytes:
 
 
 def unframe(data: bytes) -> list[bytes]:
-    """Return the parts that `frame` joined.
-
-    Raises:
-        DecodeFailed: A part is cut off.
-    """
+    """Return the parts that `frame` joined; DecodeFailed: one is cut off."""
     parts: list[bytes] = []
     at = 0
     while at < len(data):
@@ -190,11 +176,7 @@ def unframe(data: bytes) -> list[bytes]:
 
 
 def many_from_bytes(kind: type[M], data: bytes) -> list[M]:
-    """Read the messages that `value_bytes` wrote, all of them of *kind*.
-
-    Raises:
-        DecodeFailed: The bytes are not such a list.
-    """
+    """Read the messages that `value_bytes` wrote, all of them of *kind*; DecodeFailed: the bytes are no such list."""
     parts = unframe(data)
     names = parts[::2]
     expected = type_name(kind).encode()
@@ -208,7 +190,11 @@ def is_json_form(kind: type[Message], value: object) -> bool:
     if isinstance(value, dict):
         return True
     plain = value is None or isinstance(value, str | int | float | list)
-    return plain and type_name(kind) in _NOT_OBJECTS
+    return plain and _is_well_known(kind)
+
+
+def _is_well_known(kind: type[Message]) -> bool:
+    return type_name(kind).startswith("google.protobuf.")
 
 
 def from_json_object(kind: type[M], value: Any) -> M:
@@ -232,7 +218,7 @@ def _find_unknown(kind: type[Message], value: object) -> str | None:
     known = sorted({n for field in kind.DESCRIPTOR.fields for n in (field.json_name, field.name)})
     names = cast("dict[Any, object]", value) if isinstance(value, dict) else ()
     strange = next((str(name)[:60] for name in names if name not in known), None)
-    if strange is None or type_name(kind).startswith("google.protobuf."):
+    if strange is None or _is_well_known(kind):
         return None  # those have forms of their own
     hint = did_you_mean(strange, known)
     return f"there is no field {strange!r} in {type_name(kind)}; known: {', '.join(known)}{hint}"
@@ -271,11 +257,7 @@ def _find_json_fault(kind: type[Message], value: object) -> str:
 def check_size(
     what: str, size_bytes: int, limit_bytes: int, setting: str = "docket_max_message_bytes"
 ) -> None:
-    """Refuse what is over the limit, which is called *setting*.
-
-    Raises:
-        PayloadTooLarge: *size_bytes* is over *limit_bytes*.
-    """
+    """Refuse what is over the limit, which is called *setting*, with PayloadTooLarge."""
     if size_bytes > limit_bytes:
         raise PayloadTooLarge(what, size_bytes, limit_bytes, setting)
 
@@ -305,12 +287,7 @@ def to_view(message: Value) -> str | None:
 
 
 def brief(message: Message, limit: int = 200) -> str:
-    """Return a one-line text for logs, Flower and events: bounded, without the secrets.
-
-    Args:
-        message: What to show.
-        limit: Most characters to return.
-    """
+    """Return a one-line text for logs, Flower and events: at most *limit* characters, without the secrets."""
     return _cut(_brief(message, depth=2), limit)
 
 

@@ -15,16 +15,14 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 Seconds = float | int | timedelta
+Uniform = Callable[[float, float], float]
+"""Draws a number between two, as `random.uniform` does."""
 MAX_SECONDS = 100 * 366 * 86400.0
 """Longer waits are mistakes, and over what the platform's clocks take."""
 
 
 def to_seconds(value: Seconds, name: str) -> float:
-    """Return *value* in seconds.
-
-    Raises:
-        ValueError: It is negative, infinite, or not a number; *name* is named.
-    """
+    """Return *value* in seconds; ValueError, which says *name*: it is negative, infinite, or not a number."""
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         raise ValueError(f"{name} must be seconds or a timedelta, not {value!r}")
@@ -47,7 +45,7 @@ class Scope(enum.Enum):
 class Backoff(Protocol):
     """How long to wait before the next attempt."""
 
-    def delay_s(self, attempt: int, uniform: Callable[[float, float], float] = random.uniform) -> float:
+    def delay_s(self, attempt: int, uniform: Uniform = random.uniform) -> float:
         """Return the seconds to wait after *attempt* (from 1) failed; *uniform* draws the jitter."""
         ...
 
@@ -74,7 +72,7 @@ class ExponentialBackoff:
         if not self.factor >= 1:
             raise ValueError(f"ExponentialBackoff.factor must be at least 1, got {self.factor!r}")
 
-    def delay_s(self, attempt: int, uniform: Callable[[float, float], float] = random.uniform) -> float:
+    def delay_s(self, attempt: int, uniform: Uniform = random.uniform) -> float:
         initial, maximum = to_seconds(self.initial, "initial"), to_seconds(self.maximum, "maximum")
         try:
             full = min(maximum, initial * self.factor ** (attempt - 1))
@@ -92,11 +90,7 @@ class FixedBackoff:
     def __post_init__(self) -> None:
         to_seconds(self.delay, "FixedBackoff.delay")
 
-    def delay_s(  # the same after each attempt, without jitter
-        self,
-        attempt: int,  # noqa: ARG002
-        uniform: Callable[[float, float], float] = random.uniform,  # noqa: ARG002
-    ) -> float:
+    def delay_s(self, attempt: int, uniform: Uniform = random.uniform) -> float:  # noqa: ARG002 -- always the same
         return to_seconds(self.delay, "delay")
 
 

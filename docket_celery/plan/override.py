@@ -95,11 +95,7 @@ def read_overrides(wiring: Wiring, given: Mapping[Any, Substitute]) -> dict[str,
 
 
 def find_step(wiring: Wiring, key: Any) -> Step:
-    """Return the step that *key* means.
-
-    Raises:
-        SignatureFault: There is none; the text lists what there is.
-    """
+    """Return the step that *key* means, or raise the SignatureFault that lists what there is."""
     if isinstance(key, str):
         names = {step.name: step for step in wiring.steps}
         if key in names:

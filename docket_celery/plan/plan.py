@@ -10,7 +10,7 @@ from docket_celery.plan.options import Scope
 from docket_celery.plan.step import Step
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class PlannedStep:
     """A step with its place in a plan; the slots are those of the given values, then one for each step.
 
@@ -146,13 +146,7 @@ def assemble(
         for source in indexes:
             consumers[source].append(index)
     planned = tuple(
-        PlannedStep(
-            step=step,
-            index=index,
-            sources=sources[index],
-            slot=first + index,
-            consumers=tuple(consumers[index]),
-        )
+        PlannedStep(step, index, sources[index], first + index, tuple(consumers[index]))
         for index, step in enumerate(steps)
     )
     return Plan(

@@ -96,16 +96,13 @@ class Registry:
         return self._decorate(preset, options, aggregates=True)
 
     def _decorate(self, preset: Any, options: dict[str, Any], *, aggregates: bool) -> Any:
-        if callable(preset) and not isinstance(preset, StepOptions):
-            self._add(preset, self._options(None, options), aggregates=aggregates)
-            return preset
-        chosen = self._options(preset, options)
+        chosen = self._options(None if callable(preset) else preset, options)
 
         def decorate(function: F) -> F:
             self._add(function, chosen, aggregates=aggregates)
             return function
 
-        return decorate
+        return decorate(preset) if callable(preset) else decorate
 
     @overload
     def register(
@@ -336,8 +333,7 @@ def _check_defaults(defaults: StepOptions | None) -> StepOptions:
 def given_keys(kinds: Sequence[object], where: str) -> tuple[tuple[ValueKey, ...], ValueKey | None]:
     """Return the values that *kinds* stand for, and which of them is a batch: the one written ``list[T]``.
 
-    Raises:
-        InvalidArguments: One is no message type, or two are lists.
+    InvalidArguments: one is no message type, or two are lists.
     """
     read = [(value_key(item, where), many) for item, many in (read_many(k) or (k, "") for k in kinds)]
     lists = [key for key, many in read if many]
@@ -347,11 +343,7 @@ def given_keys(kinds: Sequence[object], where: str) -> tuple[tuple[ValueKey, ...
 
 
 def value_key(kind: object, where: str) -> ValueKey:
-    """Return what stands for values of the message type *kind*.
-
-    Raises:
-        InvalidArguments: It is no message type.
-    """
+    """Return what stands for values of the message type *kind*; InvalidArguments: it is none."""
     if not is_message_type(kind):
         shown = kind.__name__ if isinstance(kind, type) else repr(kind)
         raise InvalidArguments(where, f"expected a Protocol Buffers message type, got {shown}")

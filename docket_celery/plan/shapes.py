@@ -15,20 +15,19 @@ from google.protobuf.message import Message
 from docket_celery.errors import DecodeFailed
 
 _MOST_CHARS = 4096
-_VARINT = ("INT32", "INT64", "UINT32", "UINT64", "BOOL", "ENUM")
 _KINDS = {
-    **{getattr(FieldDescriptor, f"TYPE_{name}"): "varint" for name in _VARINT},
-    FieldDescriptor.TYPE_SINT32: "zigzag",
-    FieldDescriptor.TYPE_SINT64: "zigzag",
-    FieldDescriptor.TYPE_FIXED32: "fixed32",
-    FieldDescriptor.TYPE_SFIXED32: "fixed32",
-    FieldDescriptor.TYPE_FIXED64: "fixed64",
-    FieldDescriptor.TYPE_SFIXED64: "fixed64",
-    FieldDescriptor.TYPE_FLOAT: "float",
-    FieldDescriptor.TYPE_DOUBLE: "double",
-    FieldDescriptor.TYPE_STRING: "text",
-    FieldDescriptor.TYPE_BYTES: "text",
-    FieldDescriptor.TYPE_GROUP: "group",
+    getattr(FieldDescriptor, f"TYPE_{name}"): kind
+    for kind, names in {
+        "varint": ("INT32", "INT64", "UINT32", "UINT64", "BOOL", "ENUM"),
+        "zigzag": ("SINT32", "SINT64"),
+        "fixed32": ("FIXED32", "SFIXED32"),
+        "fixed64": ("FIXED64", "SFIXED64"),
+        "float": ("FLOAT",),
+        "double": ("DOUBLE",),
+        "text": ("STRING", "BYTES"),
+        "group": ("GROUP",),
+    }.items()
+    for name in names
 }
 """Types of one kind are read as each other, as the documentation of Protocol Buffers says under "Updating"."""
 

@@ -31,9 +31,7 @@ class Signature:
     """What a step takes and returns.
 
     Attributes:
-        inputs: What it takes, a parameter each.
         gathered: For each input '', or how an aggregate takes all items at once: 'list' or 'Iterable'.
-        output: What it returns.
         splits: It returns a list, whose messages are the items of a fan-out.
         positional: For each positional argument the index into `inputs`, or -1 for the StepContext.
         keywords: The same for keyword-only arguments.
@@ -236,21 +234,14 @@ def _closure(function: Any) -> dict[str, Any]:
 def _is_for_checkers(function: Any, name: str) -> bool:
     """Tell whether the module of *function* imports *name* where only type checkers look."""
     code = getattr(function, "__code__", None)
-    if code is None:
-        return False
     try:
-        tree = ast.parse("".join(linecache.getlines(code.co_filename)))
+        tree = ast.parse("".join(linecache.getlines(code.co_filename)) if code else "")
     except SyntaxError:
         return False
-    guarded = [node for node in ast.walk(tree) if isinstance(node, ast.If) and _names_checkers(node.test)]
-    imports = [node for block in guarded for node in ast.walk(block)]
-    return any(
-        name == (alias.asname or alias.name.partition(".")[0])
-        for node in imports
-        if isinstance(node, (ast.Import, ast.ImportFrom))
-        for alias in node.names
-    )
-
-
-def _names_checkers(test: ast.expr) -> bool:
-    return "TYPE_CHECKING" in {getattr(node, "id", getattr(node, "attr", "")) for node in ast.walk(test)}
+    blocks = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    ]
+    names = [node for block in blocks for node in ast.walk(block) if isinstance(node, ast.alias)]
+    return any(name == (node.asname or node.name.partition(".")[0]) for node in names)

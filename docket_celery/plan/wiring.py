@@ -5,7 +5,9 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 
 from docket_celery.errors import GraphError
 from docket_celery.plan.annotation import SignatureFault, ValueKey
@@ -22,7 +24,6 @@ class Wiring:
     """The steps of a graph whose signatures were read.
 
     Attributes:
-        graph: The graph's name.
         steps: In the order of registration.
         producers: Which step makes a value; the first one where there are two (a fault).
         faults: What is wrong, each as one line with its code.
@@ -86,7 +87,11 @@ class Wiring:
         if target is not None and not complete:
             steps = self.needed(target, known).values()
             if not self.unknown and not any(target in keys for keys in (self.producers, known, self.unread)):
-                faults.append(_unmade(self, target, known))
+                faults.append(
+                    f"DC122 no result: the caller asks for {target}, which no step returns and which is not given "
+                    f"(given: {_listed(known)}; the steps return {_listed(self.producers)}); register a step that "
+                    "returns it, or ask for one of those"
+                )
         if not self.unknown:
             faults += (
                 f"DC114 no producer: step {step.name!r} ({step.where}) needs {key}, which no step returns and the "
@@ -97,30 +102,27 @@ class Wiring:
             raise GraphError(self.graph, faults)
 
     def order(self, given: Collection[ValueKey], needed: Mapping[str, Step] | None = None) -> list[Step]:
-        """Return *needed* steps (None: all) in an order that respects their inputs; ties by registration.
+        """Return *needed* steps (None: all) in an order that respects their inputs, ties by registration.
 
-        Raises:
-            GraphError: Steps wait for each other.
+        GraphError: steps wait for each other.
         """
         if needed is None:
             needed = {step.name: step for step in self.steps if step.output not in given}
-        waiting: dict[str, int] = {}
-        users: dict[str, list[Step]] = {name: [] for name in needed}
-        for step in needed.values():
-            sources = {key for key in step.inputs if key not in given}
-            waiting[step.name] = len(sources)
-            for key in sources:
-                users[self.producers[key].name].append(step)
-        ready = [(step.order, step.name) for step in needed.values() if not waiting[step.name]]
-        heapq.heapify(ready)
+        sorter = TopologicalSorter(
+            {
+                step.name: [self.producers[key].name for key in step.inputs if key not in given]
+                for step in needed.values()
+            }
+        )
+        with suppress(CycleError):
+            sorter.prepare()
+        ready: list[tuple[int, str]] = []
         ordered: list[Step] = []
-        while ready:
-            step = needed[heapq.heappop(ready)[1]]
-            ordered.append(step)
-            for user in users[step.name]:
-                waiting[user.name] -= 1
-                if not waiting[user.name]:
-                    heapq.heappush(ready, (user.order, user.name))
+        while sorter.is_active():
+            for name in sorter.get_ready():
+                heapq.heappush(ready, (needed[name].order, name))
+            ordered.append(needed[heapq.heappop(ready)[1]])
+            sorter.done(ordered[-1].name)
         if len(ordered) != len(needed):
             self.check(given)
         return ordered
@@ -152,7 +154,11 @@ def read_wiring(graph: str, registrations: Iterable[Registration]) -> Wiring:
             unknown = unknown or fault.output is None
             continue
         if step.output in step.inputs:
-            problems.append(_never_runs(step))
+            problems.append(
+                f"DC123 never runs: {who} takes {step.output} and returns it; a value that is there is not made "
+                "again, so the step waits for itself: return another type, or tell the two apart with "
+                f'Annotated[{step.output.kind.__name__}, Named("...")]'
+            )
         faults += problems
         if problems or first is not registration:
             unread.add(step.output)
@@ -173,22 +179,6 @@ def read_wiring(graph: str, registrations: Iterable[Registration]) -> Wiring:
         faults=tuple(faults),
         unread=frozenset(unread),
         unknown=unknown,
-    )
-
-
-def _never_runs(step: Step) -> str:
-    return (
-        f"DC123 never runs: step {step.name!r} ({step.where}) takes {step.output} and returns it; a value that is "
-        f"there is not made again, so the step waits for itself: return another type, or tell the two apart with "
-        f'Annotated[{step.output.kind.__name__}, Named("...")]'
-    )
-
-
-def _unmade(wiring: Wiring, target: ValueKey, given: Collection[ValueKey]) -> str:
-    return (
-        f"DC122 no result: the caller asks for {target}, which no step returns and which is not given (given: "
-        f"{_listed(given)}; the steps return {_listed(wiring.producers)}); register a step that returns it, or ask "
-        "for one of those"
     )
 
 
