@@ -70,11 +70,7 @@ _last_read: WeakKeyDictionary[Celery, tuple[list[Any], Settings]] = WeakKeyDicti
 
 
 def app_settings(app: Celery) -> Settings:
-    """Return the settings in force for *app*, read again only if something has changed.
-
-    Raises:
-        InvalidSettings: A value cannot be used.
-    """
+    """Return the settings in force for *app*, read again only if something has changed; raises InvalidSettings."""
     # `current_app` is a proxy, which cannot be remembered weakly; the app behind it can.
     behind = getattr(app, "_get_current_object", None)
     app = app if behind is None else behind()
@@ -89,11 +85,7 @@ def app_settings(app: Celery) -> Settings:
 
 
 def check_settings(app: Celery) -> Settings:
-    """Like `app_settings`, and refuse ``docket_*`` keys and ``DOCKET_CELERY_*`` variables that do not exist.
-
-    Raises:
-        InvalidSettings: A key is unknown or a value cannot be used.
-    """
+    """Like `app_settings`, and refuse ``docket_*`` keys and ``DOCKET_CELERY_*`` variables that do not exist."""
     # Listing the keys has Celery load the configuration; only then is the namespace known.
     names = [key.lower() for key in app.conf if isinstance(key, str)]
     namespace = (app.conf.prefix or "").lower()

@@ -36,11 +36,7 @@ def graph_tasks(app: Celery) -> Iterator[AnyTask]:
 
 
 def find_unused(app: Celery) -> list[str]:
-    """Return the steps of *app*'s graphs that no task's plan holds, as text for people.
-
-    Raises:
-        GraphError: A graph has faults.
-    """
+    """Return the steps of *app*'s graphs, which have no faults, that no task's plan holds, as text for people."""
     plans: dict[Graph, list[Plan]] = {}
     for task in graph_tasks(app):
         plans.setdefault(task.graph, []).append(task.plan())

@@ -243,11 +243,7 @@ def _next_part(part: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def revive(app: Celery, lost: LostRun) -> None:
-    """Publish a copy of the body of a batch that nobody advances.
-
-    Raises:
-        Exception: It could not be published; the next look finds the run again.
-    """
+    """Publish a copy of the body of a batch that nobody advances; if that raises, the next look finds it again."""
     again: Any = signature(loads(lost.message.decode()), app=app)
     headers: dict[str, Any] = again.options["headers"]
     headers[PART] = {"stage": lost.stage}

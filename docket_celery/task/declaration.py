@@ -60,16 +60,12 @@ NameFunction = (
     | Callable[[Any, Any, Any, Any, Any], str]
 )
 """From a task's messages, the name of their run. By arity, since strict checkers refuse a lambda for ``...``."""
-_EMPTY_BODIES = [
-    f"{docstring}{body}"
-    for docstring in ("", "'text'; ")
-    for body in (
-        "pass",
-        "raise NotImplementedError",
-        "raise NotImplementedError()",
-        "raise NotImplementedError('text')",
-    )
-]
+_EMPTY_BODIES = (
+    "pass",
+    "raise NotImplementedError",
+    "raise NotImplementedError()",
+    "raise NotImplementedError('text')",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,19 +88,11 @@ class Declaration:
     form: Literal["one", "list", "BatchResult"] = "one"
 
     def compile(self, graph: Graph) -> Plan:
-        """Return what *graph* does for it.
-
-        Raises:
-            GraphError: The graph has faults.
-        """
+        """Return what *graph* does for it, or raise the graph's faults as a GraphError."""
         return graph.compiled(self.target, self.given, self.batch, collects=self.form != "one")
 
     def check_sizes(self, values: Iterable[Value], settings: Settings, *, lists: bool = True) -> None:
-        """Refuse what is too large to travel: a message, or, among *lists*, all messages of one together.
-
-        Raises:
-            PayloadTooLarge: One is.
-        """
+        """Raise PayloadTooLarge for a message that is too large to travel, or, among *lists*, for all of one list."""
         for value in values:
             messages = [value] if isinstance(value, Message) else value
             sizes = [message.ByteSize() for message in messages]
@@ -141,11 +129,7 @@ class Declaration:
         return tuple(self._value(name, key, bound.arguments[name]) for name, key in self._named())
 
     def bind_item(self, index: int, value: Any) -> Message:
-        """Return the message for an item of the batch.
-
-        Raises:
-            InvalidArguments: It is of another type.
-        """
+        """Return the message for an item of the batch; one of another type raises InvalidArguments."""
         assert self.batch is not None
         name = list(self.signature.parameters)[self.given.index(self.batch)]
         return self._message(f"{name}[{index}]", self.batch, value)
@@ -153,8 +137,7 @@ class Declaration:
     def bind_others(self, values: Sequence[Any]) -> tuple[Message, ...]:
         """Return the messages that all items of a batch share, in the order of the other parameters.
 
-        Raises:
-            InvalidArguments: One is missing, too many, or of another type; or the task takes no batch.
+        One that is missing, too many or of another type raises InvalidArguments, as does a task that takes no batch.
         """
         if self.batch is None:
             raise self._refusal("it takes no list[...]; submit its job with delay or apply_async")
@@ -226,11 +209,7 @@ class Declaration:
 
 
 def read_function(task: str, function: Callable[..., Any]) -> Declaration:
-    """Read the declared function of a task.
-
-    Raises:
-        InvalidDeclaration: An annotation is missing or is no message type, or the body is not empty.
-    """
+    """Read the declared function of a task; raises InvalidDeclaration, as for a body that is not empty."""
     with _explained(task):
         if not is_empty(function):
             raise SignatureFault(
@@ -248,11 +227,7 @@ def read_function(task: str, function: Callable[..., Any]) -> Declaration:
 
 
 def read_generic(task: str, arguments: tuple[Any, ...]) -> Declaration:
-    """Read the types of ``class X(GraphTask[[Order], Shipment])``.
-
-    Raises:
-        InvalidDeclaration: They are not message types.
-    """
+    """Read the types of ``class X(GraphTask[[Order], Shipment])``; raises InvalidDeclaration."""
     with _explained(task):
         if len(arguments) != 2 or not isinstance(arguments[0], (list, tuple)):
             raise SignatureFault("write GraphTask[[InputType], OutputType]")
@@ -272,8 +247,7 @@ def _explained(task: str) -> Generator[None]:
 def declare(cls: type[AnyTask], base: type[AnyTask]) -> None:
     """Check a new subclass of *base*, `GraphTask`, and write what it declares onto it.
 
-    Raises:
-        InvalidDeclaration, InvalidArguments: It cannot work.
+    One that cannot work raises InvalidDeclaration or InvalidArguments.
     """
     own = cls.__dict__
     name, decorated = str(own.get("name") or cls.__name__), bool(own.get("_decorated"))
@@ -367,7 +341,7 @@ def is_empty(function: Callable[..., Any]) -> bool:
 def _empty_bodies() -> frozenset[tuple[Any, ...]]:
     """Return what the running interpreter makes of bodies that do nothing."""
     codes: list[types.CodeType] = []
-    for text in _EMPTY_BODIES:
+    for text in (*_EMPTY_BODIES, *(f"'text'; {body}" for body in _EMPTY_BODIES)):
         module = compile(f"def empty(): {text}", "empty", "exec", dont_inherit=True)
         codes += [each for each in module.co_consts if isinstance(each, types.CodeType)]
     return frozenset(_body(code) for code in codes)

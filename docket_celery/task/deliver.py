@@ -171,11 +171,7 @@ def _tell(task: AnyTask, outcome: RunOutcome, submission: Submission, settings: 
 
 
 def _retry_or_raise(task: AnyTask, outcome: RunOutcome, error: BaseException) -> NoReturn:
-    """Fail the task, or have Celery deliver it again.
-
-    Raises:
-        BaseException: Always.
-    """
+    """Fail the task, or have Celery deliver it again: raises what tells Celery so."""
     if isinstance(error, RunTimedOut):
         error = SoftTimeLimitExceeded(error.timeout_s)
     countdown = outcome.park_s
@@ -207,9 +203,7 @@ def _retry_or_raise(task: AnyTask, outcome: RunOutcome, error: BaseException) ->
 def _send_again(task: AnyTask, busy_s: float) -> NoReturn:
     """Come back later, since another delivery advances this run: no state is written.
 
-    Raises:
-        Ignore: The copy is published.
-        Reject: It could not be; the broker keeps the original.
+    If the copy cannot be published, the broker keeps the original.
     """
     request, headers = task.request, _headers(task.request)
     most_s = min(busy_s, longest_wait_s(task.app))

@@ -114,11 +114,7 @@ class Types:
             register_type(kind, MARKER, encode, cast("Any", decode))
 
     def find(self, name: str) -> type[Message]:
-        """Return the allowed type called *name*.
-
-        Raises:
-            UnknownMessageType: No declared task uses it.
-        """
+        """Return the type called *name*; raises UnknownMessageType if no declared task uses it."""
         kind = self._kinds.get(name)
         if kind is None:
             raise UnknownMessageType(name)

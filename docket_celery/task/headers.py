@@ -50,11 +50,7 @@ _MAX_INT_BITS: Final = 1024
 
 
 def write_context(context: object) -> str:
-    """Return the JSON text that carries *context*.
-
-    Raises:
-        InvalidArguments: It is no mapping of JSON values, or is too deep or too large to travel.
-    """
+    """Return the JSON text that carries *context*; raises InvalidArguments."""
     if not isinstance(context, Mapping):
         raise InvalidArguments("context", f"must be a mapping of JSON values, not {type(context).__name__}")
     values = _plain(cast("Any", context), "context", MAX_DEPTH)
@@ -69,8 +65,7 @@ def write_context(context: object) -> str:
 def read_context(header: object) -> Mapping[str, Any]:
     """Return the values that a header holds: a text of `write_context`, or the mapping that older versions sent.
 
-    Raises:
-        DecodeFailed: It is something else.
+    Anything else raises DecodeFailed.
     """
     if not header:
         return {}

@@ -87,8 +87,7 @@ def arrange(
     The reference to a large result of another task stays: it is not stored a second time. A job that does not leave
     runs here and now, and goes to no store before its run does.
 
-    Raises:
-        PayloadTooLarge: Another message is too large to travel, and there is no store for it or it is for that too.
+    Another message raises PayloadTooLarge if it is too large to travel, and has no store or is too large for that.
     """
     declared = task.declaration
     values: dict[str, Any] = dict(zip(declared.signature.parameters, messages, strict=True))
@@ -156,11 +155,7 @@ def send(
 
 
 def keep_s(options: Mapping[str, Any], settings: Settings) -> float:
-    """Return for how many seconds a run is kept that no worker takes; *options* are Celery's, of the submission.
-
-    Raises:
-        InvalidArguments: The countdown is over a century.
-    """
+    """Return for how many seconds a run is kept that no worker takes; *options* as for `wait_s`."""
     return min(wait_s(options) + max(settings.retention, UNDELIVERED_KEPT_S), MAX_SECONDS)
 
 
@@ -173,8 +168,7 @@ def refer(run: RunRequest, message: Message) -> Stored:
 def wait_s(options: Mapping[str, Any]) -> float:
     """Return in how many seconds a task submitted with these options of Celery's may begin.
 
-    Raises:
-        InvalidArguments: The countdown is over a century.
+    A countdown over a century raises InvalidArguments.
     """
     countdown, eta = options.get("countdown"), options.get("eta")
     if countdown is not None:
@@ -282,10 +276,8 @@ def wrap(
 ) -> Result | Stored:
     """Return what a task returns for the outcome of its run: the value itself, or a reference to it.
 
-    Of a message that was read from the run's row, *stored* is what the row has.
-
-    Raises:
-        PayloadTooLarge: It is too large, and its run is in no store.
+    Of a message that was read from the run's row, *stored* is what the row has. One that is too large raises
+    PayloadTooLarge if its run is in no store.
     """
     if isinstance(value, StoredBatch):
         items = value.items

@@ -34,21 +34,13 @@ SERIALIZERS: Final = ("json", "auth")
 
 
 def check_serializer(serializer: str | None) -> None:
-    """Refuse a serializer that cannot carry messages; None: the app's, or JSON in its place.
-
-    Raises:
-        InvalidArguments: It cannot.
-    """
+    """Raise InvalidArguments for a serializer that cannot carry messages; None: the app's, or JSON in its place."""
     if serializer not in (None, *SERIALIZERS):
         raise InvalidArguments("serializer", f"is {serializer!r}, and messages travel in JSON; leave it out")
 
 
 def check_options(task: str, options: Mapping[str, Any], known: Collection[str] | None) -> None:
-    """Refuse what is no option of a task; a class, for which *known* is None, may have attributes of its own.
-
-    Raises:
-        InvalidDeclaration: One belongs to a step, or does not exist.
-    """
+    """Raise InvalidDeclaration for what is no option of a task; a class (*known* is None) may have others."""
     for name, value in options.items():
         # `retry` is a method of Celery's tasks, which a class may override.
         meant = known is not None or name in _PLAIN_STEP_OPTIONS or isinstance(value, (RetryPolicy, Scope))
@@ -70,11 +62,7 @@ def check_options(task: str, options: Mapping[str, Any], known: Collection[str] 
 
 
 def check_name_function(task: str, function: Callable[..., Any], given: Sequence[ValueKey]) -> None:
-    """Refuse an ``execution_id`` that does not take the messages, one parameter for each.
-
-    Raises:
-        InvalidDeclaration: It does not.
-    """
+    """Raise InvalidDeclaration for an ``execution_id`` that does not take the messages, one parameter for each."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -90,14 +78,11 @@ def check_name_function(task: str, function: Callable[..., Any], given: Sequence
 
 
 def read_batch_options(
-    task: AnyTask | type[AnyTask],
-    asked: Mapping[str, Any] | None = None,
-    threads: int = 1,
+    task: AnyTask | type[AnyTask], asked: Mapping[str, Any] | None = None, threads: int = 1
 ) -> BatchOptions:
     """Return how a batch of *task* is worked on: as the submission *asked*, else as the task or its class says.
 
-    Raises:
-        InvalidArguments: A value cannot be used.
+    A value that cannot be used raises InvalidArguments.
     """
     asked = {name: value for name, value in (asked or {}).items() if value is not None}
     usual = "collect" if task.declaration.form == "BatchResult" else "fail"
@@ -116,8 +101,7 @@ def read_batch_options(
 def take_batch_options(options: dict[str, Any]) -> dict[str, Any]:
     """Take out of a submission's *options* what it asks of its batch, and return it.
 
-    Raises:
-        InvalidArguments: An option reads like one of ours, and is none; or a serializer cannot carry messages.
+    An option that reads like one of ours and is none, or an unfit serializer, raises InvalidArguments.
     """
     check_serializer(options.get("serializer"))
     ours = (*_BATCH_OPTIONS, "execution_id")

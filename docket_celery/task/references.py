@@ -142,11 +142,7 @@ StoredResult = Stored
 
 
 def read_arguments(args: Sequence[Any], kwargs: Mapping[str, Any], app: Celery) -> Arguments:
-    """Return the arguments with references to results of other tasks read.
-
-    Raises:
-        DocketError: As from `Stored.read`.
-    """
+    """Return the arguments with references to results of other tasks read; errors as from `Stored.read`."""
 
     def read(value: Any) -> Any:
         return value.read(app) if isinstance(value, Stored) and value.kind not in OWN else value
@@ -155,11 +151,7 @@ def read_arguments(args: Sequence[Any], kwargs: Mapping[str, Any], app: Celery) 
 
 
 def read_value(value: Any, app: Celery) -> Any:
-    """Return what a task's result stands for.
-
-    Raises:
-        DocketError: It cannot be read; as from `Stored.read`.
-    """
+    """Return what a task's result stands for; errors as from `Stored.read`."""
     if (fault := envelope.find_fault(value)) is not None:
         raise fault
     return value.read(app) if isinstance(value, Stored) else value

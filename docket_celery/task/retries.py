@@ -130,11 +130,7 @@ def longest_wait_s(app: Celery) -> float:
 
 
 def send_copy(task: Any, request: Any, countdown_s: float, headers: Mapping[str, Any]) -> None:
-    """Publish a copy of a delivery, which uses up no retry. The worker took it in time: it does not expire any more.
-
-    Raises:
-        Exception: It could not be published.
-    """
+    """Publish a copy of a delivery, which uses up no retry. The worker took it in time: it expires no more."""
     changed: dict[str, Any] = {**(request.headers or {}), **headers}
     copy = task.signature_from_request(
         request, countdown=countdown_s, retries=request.retries, headers=changed, expires=None

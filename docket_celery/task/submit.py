@@ -58,9 +58,10 @@ def submit(
     options.setdefault("kwargsrepr", f"{{{', '.join(f'{k}={_brief(v)}' for k, v in kwargs.items())}}}")
     # A copy that waits for its turn carries what its original did: only that may have been stored.
     first = not options.get("retries") and PART not in headers and WAITS_FOR_OTHER not in headers
-    if first and not call.travels((*args, *kwargs.values())):
-        send = upload.send if large_jobs.wants_upload(task, args, kwargs, call.settings) else large_jobs.send
-        args, kwargs = send(task, args, kwargs, *call.ask(), call.settings)
+    if first and large_jobs.wants_upload(task, args, kwargs, call.settings):
+        args, kwargs = upload.send(task, args, kwargs, *call.ask(), call.settings)
+    elif first and any(large_jobs.is_large(value, call.settings) for value in (*args, *kwargs.values())):
+        args, kwargs = large_jobs.send(task, args, kwargs, *call.ask(), call.settings)
     return call.publish(publish, args, kwargs)
 
 
@@ -146,21 +147,10 @@ class _Call:
         if self.execution_id is None and self.headers.get(EXECUTION_ID) is None:
             self.execution_id = None if task.execution_id is None else task.execution_id(*messages)
         self.write_headers()
-        if refers or not self.travels(messages):
-            return large_jobs.arrange(task, messages, args, kwargs, self.settings, leaves=leaves)
-        return declared.as_given(messages, kwargs)
-
-    def travels(self, values: Iterable[Any]) -> bool:
-        """Tell whether a job goes by the ordinary door: single messages, none of them too large."""
-        large = any(large_jobs.is_large(value, self.settings) for value in values)
-        return self._task.declaration.batch is None and not large
+        return large_jobs.arrange(task, messages, args, kwargs, self.settings, leaves=leaves)
 
     def write_headers(self) -> None:
-        """Write what names the run, its context, and what is asked of its batch.
-
-        Raises:
-            InvalidArguments: It cannot be used.
-        """
+        """Write what names the run, its context, and what is asked of its batch; raises InvalidArguments."""
         headers, task = self.headers, self._task
         for name in (*OF_ONE_DELIVERY, BATCH):
             # They speak of one delivery; a caller that passes on a running task's headers passes on these too.
