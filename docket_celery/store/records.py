@@ -45,8 +45,7 @@ class Checkpoint:
         execution_id: None for a GLOBAL checkpoint.
         item: Text path of the item in a batch: '', '7', '7/3'.
         input_hash: `input_digest` in hex.
-        output_type: Full Protocol Buffers name of *output_data*'s type.
-        output_json: JSON view for people, or None.
+        output_json: JSON view of *output_data* for people.
         output_shape: `plan.messages.message_shape` of the type as it was then; None: not known.
         ttl_s: Seconds to live: from now (GLOBAL), from the run's end (WORKFLOW), or None: for ever.
     """
@@ -97,12 +96,8 @@ class Checkpoint:
 class StepExecution:
     """One row of ``docket_executions``: how a step ended in one delivery.
 
-    Attributes:
-        attempts: Calls made; 0 when the output was restored.
-        cached: Whether the output came from a checkpoint.
-        status: 'SUCCEEDED', 'FAILED', 'TIMED_OUT' or 'CANCELLED'.
-        started_at: Time zone aware.
-        duration_ms: From the first call to the last return, waits included.
+    ``attempts`` are the calls made, 0 when the output was restored (``cached``); ``duration_ms`` goes from the first
+    call to the last return, waits included. ``status`` is SUCCEEDED, FAILED, TIMED_OUT or CANCELLED.
     """
 
     graph: str
@@ -127,8 +122,7 @@ class RunRequest:
 
     Attributes:
         target: Full Protocol Buffers name of the result's type.
-        job: The submitted inputs, framed by the caller; kept for people and later tools.
-        job_digest: `job_digest` over the submitted bytes.
+        job: The submitted inputs, framed by the caller.
         owner: Random text, new for each delivery; repeating an acquire with it is idempotent.
         lease_s: Seconds until others may take over unless the lease is extended.
         max_deliveries: Takeovers of never released leases at which the run is quarantined.
@@ -158,13 +152,7 @@ class RunRequest:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Chunk:
-    """Items of one stage that one task handles.
-
-    Attributes:
-        stage: Counted from 1.
-        lo: Index of the first item.
-        hi: Index after the last item.
-    """
+    """Items *lo* to before *hi* of one stage, counted from 1, that one task handles."""
 
     stage: int
     lo: int
@@ -204,11 +192,8 @@ class Lease:
 class RunRow:
     """A run as ``docket_runs`` has it.
 
-    Attributes:
-        result: Deterministic bytes of the target message, once SUCCEEDED.
-        error: `errors.to_record` of what ended it.
-        lease_left_s: Seconds until the lease expires, by the database's clock; not positive: expired.
-        progress: Of the open stage of a batch, or of its last one.
+    ``error`` is `errors.to_record` of what ended it, ``progress`` that of the open stage of a batch or of its last
+    one. ``lease_left_s`` are the seconds until its lease expires, by the database's clock; not positive: expired.
     """
 
     graph: str
@@ -234,7 +219,6 @@ class RunEnd:
 
     Attributes:
         state: An ended state, or WAITING: parked for another delivery.
-        result: The target's bytes when SUCCEEDED.
         error: `errors.to_record` of what ended or parked it.
         failed_once: Count an ordinary retry (``failures + 1``).
         wake_in_s: WAITING only: when the next delivery is due, in seconds from now.
@@ -306,11 +290,9 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """A limit over all workers: chunks of one lane are worked on one after the other.
+    """A limit over all workers: *most* items under way at once, in *count* <= *most* lanes.
 
-    Attributes:
-        most: Items under way at once.
-        count: How many lanes there are, no more than *most*.
+    Chunks of one lane are worked on one after the other.
     """
 
     most: int
@@ -325,10 +307,8 @@ class Lanes:
 class LostRun:
     """A run that no worker seems to advance.
 
-    Attributes:
-        retries: The greatest count of its task's deliveries that took it.
-        stage: The part that was opened last.
-        message: What `BatchStore.open_stage` was given for this case.
+    ``retries`` is the greatest count of its task's deliveries that took it, ``stage`` the one that was opened last,
+    ``message`` what `BatchStore.open_stage` was given for this case.
     """
 
     graph: str
@@ -343,11 +323,8 @@ class LostRun:
 class ChunkRow:
     """A row of ``docket_chunks``.
 
-    Attributes:
-        state: QUEUED, RUNNING, SUCCEEDED (each item was worked on), FAILED (stopped before), CANCELLED,
-            QUARANTINED.
-        failed: How many of its items failed.
-        errors: `errors.to_record` of failed items by index, and under 'fatal' of what stopped the chunk.
+    SUCCEEDED: each item was worked on, and ``failed`` of them failed; FAILED: stopped before. ``errors`` has
+    `errors.to_record` of failed items by index, and under 'fatal' of what stopped the chunk.
     """
 
     chunk: Chunk
@@ -373,7 +350,11 @@ class ChunkRequest:
 
 
 class ChunkStop(enum.StrEnum):
-    """Why a chunk is not to be worked on."""
+    """Why a chunk is not to be worked on.
+
+    DONE: it has ended. STALE: the run is not at this stage any more, or there is no such chunk. FAILING: more items
+    of the stage failed than may. QUARANTINED: its workers died too often. BUSY: another one has it.
+    """
 
     DONE = "DONE"
     STALE = "STALE"
@@ -384,14 +365,7 @@ class ChunkStop(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkRefusal:
-    """A chunk that may not be taken.
-
-    Attributes:
-        reason: DONE: it has ended. STALE: the run is not at this stage any more, or there is no such chunk.
-            FAILING: more items of the stage failed than may. QUARANTINED: its workers died too often. BUSY:
-            another one has it.
-        lease_left_s: BUSY only: seconds until that one's lease expires.
-    """
+    """A chunk that may not be taken; BUSY: for as many seconds as another one's lease has left."""
 
     reason: ChunkStop
     lease_left_s: float = 0.0
@@ -399,15 +373,10 @@ class ChunkRefusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkEnd:
-    """How a delivery leaves its chunk.
+    """How a delivery leaves its chunk: SUCCEEDED, FAILED, or QUEUED for another delivery in ``wake_in_s`` seconds.
 
-    Attributes:
-        state: SUCCEEDED, FAILED, or QUEUED: for another delivery.
-        checkpoints: Outputs not yet saved.
-        executions: Rows not yet written with a save.
-        errors: As in `ChunkRow`.
-        stops: Nothing of the stage may start any more.
-        wake_in_s: QUEUED only: seconds until the other delivery is due.
+    Checkpoints and executions are those not yet saved, errors as in `ChunkRow`. ``stops``: nothing of the stage may
+    start any more.
     """
 
     state: RunState

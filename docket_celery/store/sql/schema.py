@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from sqlalchemy import (
     JSON,
@@ -57,6 +58,12 @@ def _is_32_bytes(column: str) -> CheckConstraint:
     return CheckConstraint(f"length({column}) = 32", name=column)
 
 
+def _index_filled(name: str, first: Column[Any], *others: Column[Any]) -> None:
+    """Make an index over the rows in which *first* is not NULL."""
+    is_filled = first.is_not(None)
+    Index(name, first, *others, postgresql_where=is_filled, sqlite_where=is_filled)
+
+
 docket_cache = Table(
     "docket_cache",
     metadata,
@@ -75,30 +82,22 @@ docket_cache = Table(
     Column("ttl", Double, comment="in seconds; WORKFLOW: counted from the end of the run"),
     Column("created_at", _TIME, nullable=False),
     Column("expires_at", _TIME),
-    Column(
-        "claimed_at", _TIME, comment="GLOBAL: when the step that made it began"
-    ),  # written by release 0.1.0
+    # Written by release 0.1.0.
+    Column("claimed_at", _TIME, comment="GLOBAL: when the step that made it began"),
     Column("output_shape", Text, comment="fields of output_type when output_data was written"),
     _is_32_bytes("cache_key"),
     _is_32_bytes("checksum"),
 )
 # execution_id leads: people look for it alone, the store with graph beside it, a chunk with its items too.
-Index(
+_index_filled(
     "ix_docket_cache_run",
     docket_cache.c.execution_id,
     docket_cache.c.graph,
     docket_cache.c.step_name,
     docket_cache.c.item_index,
-    postgresql_where=docket_cache.c.execution_id.is_not(None),
-    sqlite_where=docket_cache.c.execution_id.is_not(None),
 )
 Index("ix_docket_cache_step", docket_cache.c.step_name, docket_cache.c.created_at)
-Index(
-    "ix_docket_cache_expired",
-    docket_cache.c.expires_at,
-    postgresql_where=docket_cache.c.expires_at.is_not(None),
-    sqlite_where=docket_cache.c.expires_at.is_not(None),
-)
+_index_filled("ix_docket_cache_expired", docket_cache.c.expires_at)
 
 docket_executions = Table(
     "docket_executions",
@@ -162,18 +161,8 @@ docket_runs = Table(
 )
 Index("ix_docket_runs_id", docket_runs.c.execution_id)
 Index("ix_docket_runs_lease", docket_runs.c.state, docket_runs.c.lease_until)
-Index(
-    "ix_docket_runs_wake",
-    docket_runs.c.wake_at,
-    postgresql_where=docket_runs.c.wake_at.is_not(None),
-    sqlite_where=docket_runs.c.wake_at.is_not(None),
-)
-Index(
-    "ix_docket_runs_expired",
-    docket_runs.c.expires_at,
-    postgresql_where=docket_runs.c.expires_at.is_not(None),
-    sqlite_where=docket_runs.c.expires_at.is_not(None),
-)
+_index_filled("ix_docket_runs_wake", docket_runs.c.wake_at)
+_index_filled("ix_docket_runs_expired", docket_runs.c.expires_at)
 
 docket_claims = Table(
     "docket_claims",
@@ -271,16 +260,14 @@ def find_version(connection: Connection) -> int | None:
     return version
 
 
-_MISSING_STATES = frozenset({"42P01", "42703"})
-_MISSING_WORDS = ("no such table", "no such column", "has no column named")
+_MISSING = ("no such table", "no such column", "has no column named")  # SQLite's words
 
 
 def misses_something(error: DBAPIError) -> bool:
     """Tell whether a statement failed for a table or a column that is missing."""
     cause = error.orig
-    return getattr(cause, "sqlstate", None) in _MISSING_STATES or any(
-        words in str(cause) for words in _MISSING_WORDS
-    )
+    lacks = getattr(cause, "sqlstate", None) in {"42P01", "42703"}
+    return lacks or any(words in str(cause) for words in _MISSING)
 
 
 def check(connection: Connection) -> None:
