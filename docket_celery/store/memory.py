@@ -44,8 +44,9 @@ class _Stored:
     def run(self) -> tuple[str, str | None]:
         return self.checkpoint.graph, self.checkpoint.execution_id
 
-    def read(self) -> Checkpoint:
-        return self.checkpoint.verify(self.checksum)
+    def read(self, lease: Lease | None = None) -> Checkpoint:
+        run = ("", None) if lease is None else (lease.graph, lease.execution_id)
+        return check_owner(self.checkpoint.verify(self.checksum), *run)
 
 
 @dataclass(slots=True)
@@ -135,7 +136,7 @@ class MemoryStore:
             run.epoch, run.failures, run.owner = changes["epoch"], changes["failures"], request.owner
             run.lease_until = now + request.lease_s
             run.error = run.result = run.result_checksum = run.expires_at = None
-            return lease_from(request, epoch=run.epoch, lost=run.lost, failures=run.failures)
+            return lease_from(request, request.target, epoch=run.epoch, lost=run.lost, failures=run.failures)
 
     def restore(self, lease: Lease, keys: Sequence[bytes], *, items: bool = False) -> list[Checkpoint]:
         """See `Store.restore`."""
@@ -146,7 +147,7 @@ class MemoryStore:
                 for key, stored in self._cache.items()
                 if key in wanted or (stored.run == lease.name and (items or stored.checkpoint.item == ""))
             ]
-            checkpoints = [check_owner(stored.read(), lease.graph, lease.execution_id) for stored in found]
+            checkpoints = [stored.read(lease) for stored in found]
             if self._held(lease) is not None:
                 self._date_checkpoints(lease.name, None)
         return checkpoints
@@ -158,7 +159,7 @@ class MemoryStore:
                 raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
             stored = self._cache.get(checkpoint.key)
             if stored is not None:
-                return check_owner(stored.read(), lease.graph, lease.execution_id)
+                return stored.read(lease)
             if execution is not None:
                 self._executions.append(execution)
             return self._store(checkpoint)
@@ -169,7 +170,7 @@ class MemoryStore:
             now = self._clock()
             stored = self._live(key, now)
             if stored is not None:
-                return check_owner(stored.read(), "", None)
+                return stored.read()
             claim = self._claims.get(key)
             if claim is not None and claim.owner != owner and claim.lease_until > now:
                 return False
@@ -187,7 +188,7 @@ class MemoryStore:
                 self._executions.append(execution)
             stored = self._live(checkpoint.key, now)
             if stored is not None and not replace:
-                return check_owner(stored.read(), "", None)
+                return stored.read()
             return self._store(checkpoint, None if checkpoint.ttl_s is None else now + checkpoint.ttl_s)
 
     def forget(self, key: bytes) -> bool:

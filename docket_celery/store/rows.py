@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
+from datetime import UTC
 from typing import Any, Protocol
 
 from docket_celery.errors import CorruptCheckpoint
@@ -15,7 +16,6 @@ from docket_celery.store.records import (
     Chunk,
     ChunkRequest,
     ChunkRow,
-    Lanes,
     Lease,
     Progress,
     RunEnd,
@@ -82,14 +82,10 @@ def _refuse_constant(name: str) -> None:
 
 
 def dump_json(value: Any, *, exact: bool = False) -> str:
-    """Return *value* as JSON text that jsonb takes.
-
-    Args:
-        value: Made of JSON values; what is not is written as its text.
-        exact: Refuse instead of cleaning.
+    """Return *value* as JSON text that jsonb takes; what of it is no JSON value is written as its text.
 
     Raises:
-        ValueError: With *exact*, a text holds lone surrogates or a number has no JSON form.
+        ValueError: With *exact*, which does not clean, a text holds lone surrogates or a number has no JSON form.
     """
     cleaned = value if exact else _clean_value(value)
     dumped = json.dumps(cleaned, ensure_ascii=False, allow_nan=False, default=str)
@@ -124,12 +120,14 @@ def cleaned_values(record: object, names: Iterable[str]) -> dict[str, Any]:
 
 
 def execution_values(execution: StepExecution) -> dict[str, Any]:
-    """Return the columns of *execution* with every text cleaned."""
-    return cleaned_values(execution, EXECUTION_COLUMNS)
+    """Return the columns of *execution* with every text cleaned, its time in UTC."""
+    # SQLite keeps the hour of the day as it is given.
+    values = cleaned_values(execution, EXECUTION_COLUMNS)
+    return values | {"started_at": execution.started_at.astimezone(UTC)}
 
 
-_NAMES = "graph execution_id task_name task_id retries target job job_digest owner"
-_REQUEST_COLUMNS = tuple(_NAMES.split())
+_OF_RUN = ("graph", "execution_id")
+_REQUEST_COLUMNS = (*_OF_RUN, "task_name", "task_id", "retries", "target", "job", "job_digest", "owner")
 
 
 def request_values(request: RunRequest) -> dict[str, Any]:
@@ -139,24 +137,16 @@ def request_values(request: RunRequest) -> dict[str, Any]:
 
 def fence_values(lease: Lease) -> dict[str, Any]:
     """Return what a statement compares to tell whether *lease* still holds its run, or its chunk."""
-    values = cleaned_values(lease, ("graph", "execution_id", "epoch", "owner"))
+    values = cleaned_values(lease, (*_OF_RUN, "epoch", "owner"))
     if lease.chunk is not None:
         values |= {"stage": lease.chunk.stage, "lo": lease.chunk.lo}
     return values
 
 
-def lease_from(request: RunRequest, *, epoch: int, lost: int, failures: int) -> Lease:
-    """Return the lease that *request* got."""
-    return Lease(
-        graph=request.graph,
-        execution_id=request.execution_id,
-        target=request.target,
-        owner=request.owner,
-        epoch=epoch,
-        lease_s=request.lease_s,
-        lost=lost,
-        failures=failures,
-    )
+def lease_from(request: RunRequest | ChunkRequest, target: str, **granted: Any) -> Lease:
+    """Return the lease that *request* got: epoch, losses, failures and chunk are *granted*."""
+    asked = {name: getattr(request, name) for name in (*_OF_RUN, "owner", "lease_s")}
+    return Lease(**asked, target=target, **granted)
 
 
 def end_values(lease: Lease, end: RunEnd) -> dict[str, Any]:
@@ -181,14 +171,14 @@ def end_values(lease: Lease, end: RunEnd) -> dict[str, Any]:
     }
 
 
-def read_checkpoint(row: Row) -> Checkpoint:
-    """Return the checkpoint in *row*, verified.
+def read_checkpoint(row: Row, graph: str, execution_id: str | None) -> Checkpoint:
+    """Return the checkpoint in *row*, verified, of that run (GLOBAL: ``None``).
 
     Raises:
-        CorruptCheckpoint: It does not match its checksum.
+        CorruptCheckpoint: It does not match its checksum, or is of another run.
     """
     values = {field: row[column] for field, column in _CHECKPOINT_FIELDS.items()}
-    return Checkpoint(**values).verify(row["checksum"])
+    return check_owner(Checkpoint(**values).verify(row["checksum"]), graph, execution_id)
 
 
 def check_owner(checkpoint: Checkpoint, graph: str, execution_id: str | None) -> Checkpoint:
@@ -217,12 +207,11 @@ def read_run(row: Row) -> RunRow:
     """
     name = f"graph={row['graph']!r}, execution_id={row['execution_id']!r}"
     values = {f.name: row[f.name] for f in fields(RunRow)}
-    result, expected = values["result"], None
+    result, left_s, expected = values["result"], values["lease_left_s"], None
     if result is not None:
         expected = result_checksum(row["graph"], row["execution_id"], row["target"], result)
     if expected != row["result_checksum"]:
         raise CorruptCheckpoint("docket_runs", name, "the result does not match its checksum")
-    left_s = row["lease_left_s"]
     try:
         values["state"] = RunState(row["state"])
         values["error"] = None if row["error"] is None else json.loads(row["error"])
@@ -239,7 +228,7 @@ def read_in_order(rows: Iterable[Row], graph: str, execution_id: str) -> list[Ch
     Raises:
         CorruptCheckpoint: One does not match its checksum, or is of another run.
     """
-    found = [check_owner(read_checkpoint(row), graph, execution_id) for row in rows]
+    found = [read_checkpoint(row, graph, execution_id) for row in rows]
     return sorted(found, key=lambda one: -1 if one.item_index is None else one.item_index)
 
 
@@ -261,48 +250,14 @@ def read_chunk(row: Row) -> ChunkRow:
         raise CorruptCheckpoint("docket_chunks", name, str(problem)) from problem
 
 
-def chunk_values(request: ChunkRequest) -> dict[str, Any]:
-    """Return what of *request* a statement needs, every text cleaned."""
-    return cleaned_values(request, (f.name for f in fields(request)))
-
-
-def chunk_lease(request: ChunkRequest, row: Row) -> Lease:
-    """Return the lease that *request* got; *row* has the chunk as it is now, and the run's target."""
-    return Lease(
-        graph=request.graph,
-        execution_id=request.execution_id,
-        target=row["target"],
-        owner=request.owner,
-        epoch=row["epoch"],
-        lease_s=request.lease_s,
-        lost=row["lost"],
-        chunk=Chunk(request.stage, request.lo, row["hi"]),
-    )
-
-
 def without_view(checkpoint: Checkpoint) -> Checkpoint:
     """Return *checkpoint* as it would be read back."""
     return checkpoint if checkpoint.output_json is None else replace(checkpoint, output_json=None)
 
 
-def progress_values(progress: Progress | None) -> str | None:
-    """Return *progress* as ``docket_runs`` keeps it."""
-    return None if progress is None else json.dumps(asdict(progress))
-
-
 def read_progress(text: str | None) -> Progress | None:
-    """Return the progress that `progress_values` wrote."""
+    """Return the progress of which ``docket_runs`` has the JSON object *text*."""
     if text is None:
         return None
     found = json.loads(text)
     return Progress(**{field.name: found[field.name] for field in fields(Progress)})
-
-
-def lanes_values(lanes: Lanes | None) -> str | None:
-    """Return *lanes* as ``docket_runs`` keeps them."""
-    return None if lanes is None else json.dumps([lanes.most, lanes.count])
-
-
-def read_lanes(text: str | None) -> Lanes | None:
-    """Return the lanes that `lanes_values` wrote."""
-    return None if text is None else Lanes(*json.loads(text))

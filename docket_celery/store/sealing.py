@@ -40,7 +40,8 @@ _CHECK_BYTES: Final = 8
 
 V = TypeVar("V")
 R = TypeVar(
-    "R", bound=RunRequest | RunRow | RunEnd | Checkpoint | StepExecution | ChunkEnd | ChunkRow | LostRun
+    "R",
+    bound=RunRequest | RunRow | RunEnd | Checkpoint | StepExecution | ChunkEnd | ChunkRow | LostRun | None,
 )
 
 
@@ -95,11 +96,8 @@ class Seal:
 
     The codec is user code: call these methods while no connection is held.
 
-    Args:
-        codec: The codec, or None.
-
     Raises:
-        InvalidArguments: *codec* is none.
+        InvalidArguments: What is given as the codec is none.
     """
 
     def __init__(self, codec: Codec | None) -> None:
@@ -116,15 +114,13 @@ class Seal:
     def seal(self, record: R, **names: object) -> R:
         """Return *record* with all that is the user's encoded, and a checkpoint without its view for people.
 
-        Args:
-            record: What is to be stored.
-            **names: The parts of a value's place that *record* itself does not have, such as ``graph``.
+        *names* are the parts of a value's place that *record* itself does not have, such as ``graph``. None stays.
 
         Raises:
             CodecFailed: The codec failed on a job, an output or a result. A failure on an error's text is stored
                 in place of that text: a run must be able to end.
         """
-        if self.codec is None:
+        if self.codec is None or record is None:
             return record
         changed: dict[str, Any] = {
             field: self.seal_value(getattr(record, field), place, record, **names)
@@ -142,11 +138,13 @@ class Seal:
         return [self.seal(record) for record in records]
 
     def unseal(self, record: R, **names: object) -> R:
-        """Return the stored *record* decoded.
+        """Return the stored *record* decoded; None stays.
 
         Raises:
             CodecFailed: A value cannot be decoded, or was stored with another codec or none.
         """
+        if record is None:
+            return record
         changed: dict[str, Any] = {}
         for field, place in _PLACES[type(record)]:
             value = getattr(record, field)
@@ -166,13 +164,9 @@ class Seal:
         return self.unseal(stored)
 
     def seal_value(self, value: V, place: Place, record: object = None, **names: object) -> V:
-        """Return one *value* of the user's encoded; see `seal`.
+        """Return one *value* of the user's encoded: bytes, an error's text or record, or a mapping of such records.
 
-        Args:
-            value: Bytes, an error's text, an error's record, or a mapping of such records; None stays.
-            place: Where it is to be stored.
-            record: Has the parts of that place that *names* has not.
-            **names: See `seal`.
+        *record* has the parts of the place that *names* has not.
         """
         if self.codec is None or value is None:
             return value

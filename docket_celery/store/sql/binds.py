@@ -6,15 +6,14 @@ Without a prefix SQLAlchemy would take a value for one to set in the column of i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC
 from typing import Any
 
 import sqlalchemy as sa
 
 from docket_celery.store.records import StepExecution
-from docket_celery.store.rows import execution_values
+from docket_celery.store.rows import clean_text, execution_values
 from docket_celery.store.sql.constructs import as_json
-from docket_celery.store.sql.schema import docket_chunks, docket_runs
+from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_runs
 
 ONE: sa.Label[int] = sa.literal_column("1", sa.Integer).label("one")
 """What a statement selects that tells of a row."""
@@ -47,7 +46,12 @@ def is_state(table: sa.Table, *states: str) -> sa.ColumnElement[bool]:
     return table.c.state == found[0] if len(found) == 1 else table.c.state.in_(found)
 
 
-_FENCE = ("graph", "execution_id", "epoch", "owner")
+NAME = ("graph", "execution_id")
+"""The columns that name a run."""
+IS_RUN = matches(docket_runs, *NAME)
+OF_RUN = matches(docket_cache, *NAME)
+LEASE_S: sa.ColumnElement[float] = sa.bindparam("p_lease_s", type_=sa.Double())
+_FENCE = (*NAME, "epoch", "owner")
 HOLDS_RUN = sa.and_(matches(docket_runs, *_FENCE), is_state(docket_runs, "RUNNING"))
 """Whether a lease holds its run."""
 HOLDS_CHUNK = sa.and_(
@@ -68,11 +72,12 @@ def bound(values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"p_{name}": value for name, value in values.items()}
 
 
+def named(graph: str, execution_id: str) -> dict[str, str]:
+    """Return the name of a run as statements bind it."""
+    return {"p_graph": clean_text(graph), "p_execution_id": clean_text(execution_id)}
+
+
 def execution_binds(execution: StepExecution | None) -> dict[str, Any]:
     """Return the values of a step execution; none without one."""
-    if execution is None:
-        return {}
-    values = {f"x_{name}": value for name, value in execution_values(execution).items()}
-    if execution.started_at.tzinfo is not UTC:  # SQLite keeps hours and minutes as they are given
-        values["x_started_at"] = execution.started_at.astimezone(UTC)
-    return values
+    values = {} if execution is None else execution_values(execution)
+    return {f"x_{name}": value for name, value in values.items()}

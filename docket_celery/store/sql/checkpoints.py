@@ -19,7 +19,6 @@ from docket_celery.store.records import Checkpoint, Lease, StepExecution
 from docket_celery.store.rows import (
     CHECKPOINT_COLUMNS,
     EXECUTION_COLUMNS,
-    check_owner,
     checkpoint_values,
     clean_checkpoint,
     clean_text,
@@ -30,15 +29,19 @@ from docket_celery.store.rows import (
 from docket_celery.store.sql.binds import (
     HOLDS_CHUNK,
     HOLDS_RUN,
+    IS_RUN,
+    OF_RUN,
     ONE,
     bound,
     execution_binds,
     given,
     matches,
+    named,
     typed,
 )
 from docket_celery.store.sql.clock import after, began, later, now, writing
 from docket_celery.store.sql.constructs import one_of
+from docket_celery.store.sql.fenced import ADD_CHECKPOINTS, ADD_EXECUTIONS
 from docket_celery.store.sql.schema import (
     docket_cache,
     docket_chunks,
@@ -50,7 +53,7 @@ from docket_celery.store.sql.schema import (
 _TRIES = 3  # for a row that goes away between two statements: twice in a row is no accident
 _KEYS_AT_ONCE = 500  # SQLite before 3.32 binds at most 999 values
 
-_CACHE, _CLAIMS, _EXECUTIONS = docket_cache.c, docket_claims.c, docket_executions.c
+_CACHE, _CLAIMS = docket_cache.c, docket_claims.c
 _COLUMNS = [_CACHE[name] for name in CHECKPOINT_COLUMNS]
 _FIND = sa.select(*_COLUMNS).where(matches(docket_cache, "cache_key"))
 _IS_LIVE = sa.or_(_CACHE.expires_at.is_(None), _CACHE.expires_at > now())
@@ -68,17 +71,13 @@ def _add_execution(source: sa.CTE | None = None, *where: sa.ColumnElement[bool])
     return sa.insert(docket_executions).from_select(EXECUTION_COLUMNS, chosen)
 
 
-_ADD_EXECUTION = _add_execution()
-
-
 # --- a run's own ---------------------------------------------------------------------------------------------------
 
-_OF_RUN = matches(docket_cache, "graph", "execution_id")
 _KEYS = _CACHE.cache_key.in_(sa.bindparam("p_keys", expanding=True))
 _FOUND = sa.select(*_COLUMNS, _CACHE.expires_at.is_not(None).label("dated"))
 _RESTORE = {
     (items, keys): _FOUND.where(
-        sa.or_(_OF_RUN if items else sa.and_(_OF_RUN, _CACHE.item == ""), *((_KEYS,) if keys else ()))
+        sa.or_(OF_RUN if items else sa.and_(OF_RUN, _CACHE.item == ""), *((_KEYS,) if keys else ()))
     )
     for items in (False, True)
     for keys in (False, True)
@@ -87,7 +86,7 @@ _RESTORE_KEYS = _FOUND.where(_KEYS)
 PAGE = 20_000
 """Most checkpoints that one statement dates: a batch has very many, and a statement 15 seconds."""
 _DATED = (
-    sa.select(_CACHE.cache_key).where(_OF_RUN, _CACHE.expires_at.is_not(None)).limit(PAGE).scalar_subquery()
+    sa.select(_CACHE.cache_key).where(OF_RUN, _CACHE.expires_at.is_not(None)).limit(PAGE).scalar_subquery()
 )
 _UNDATE = (
     sa.update(docket_cache)
@@ -107,8 +106,7 @@ def restore(
     for start in range(0, len(rest), _KEYS_AT_ONCE):
         more = {"p_keys": list(rest[start : start + _KEYS_AT_ONCE])}
         rows |= {bytes(row["cache_key"]): row for row in connection.execute(_RESTORE_KEYS, more).mappings()}
-    run = values["p_graph"], values["p_execution_id"]
-    checkpoints = [check_owner(read_checkpoint(row), *run) for row in rows.values()]
+    checkpoints = [read_checkpoint(row, values["p_graph"], values["p_execution_id"]) for row in rows.values()]
     if any(row["dated"] for row in rows.values()):
         while connection.execute(_UNDATE, values).rowcount == PAGE:
             pass
@@ -118,13 +116,13 @@ def restore(
 # The run is locked: one that is being resumed at this moment keeps its checkpoints without a date.
 _ENDED_AT = (
     sa.select(docket_runs.c.ended_at)
-    .where(matches(docket_runs, "graph", "execution_id"), docket_runs.c.ended_at.is_not(None))
+    .where(IS_RUN, docket_runs.c.ended_at.is_not(None))
     .with_for_update(read=True)
     .scalar_subquery()
 )
 _EXPIRES_AT = later(_ENDED_AT, _CACHE.ttl)
 _UNDATED = sa.select(_CACHE.cache_key).where(
-    _OF_RUN, _EXPIRES_AT.is_not(None), _CACHE.expires_at.is_distinct_from(_EXPIRES_AT)
+    OF_RUN, _EXPIRES_AT.is_not(None), _CACHE.expires_at.is_distinct_from(_EXPIRES_AT)
 )
 _DATE = (
     sa.update(docket_cache)
@@ -141,27 +139,20 @@ def date_checkpoints(connection: sa.Connection, graph: str, execution_id: str) -
 
 def date_page(connection: sa.Connection, graph: str, execution_id: str) -> int:
     """Do so for at most `PAGE` of them; return how many."""
-    values = {"p_graph": clean_text(graph), "p_execution_id": clean_text(execution_id)}
-    return connection.execute(_DATE, values).rowcount
+    return connection.execute(_DATE, named(graph, execution_id)).rowcount
 
 
-_HELD = {
-    False: sa.select(ONE).where(HOLDS_RUN).with_for_update(read=True),
-    True: sa.select(ONE).where(HOLDS_CHUNK).with_for_update(read=True, of=docket_chunks),
+HELD = {
+    False: sa.select(docket_runs.c.graph).where(HOLDS_RUN).with_for_update(read=True),
+    True: sa.select(docket_chunks.c.graph).where(HOLDS_CHUNK).with_for_update(read=True),
 }
 """What finds the row of a lease that still holds, and locks it; by whether it is a chunk's."""
-_INSERT = (
-    upsert(docket_cache)
-    .values({name: given(docket_cache, name) for name in _INSERTED} | {"created_at": now()})
-    .on_conflict_do_nothing(index_elements=["cache_key"])
-    .execution_options(preserve_rowcount=True)
-)
 
 
 @cache
 def _save(*, chunk: bool, execution: bool) -> sa.Select[*tuple[Any, ...]]:
     """Return the statement of Postgres that tells whether the lease holds, and whether the row was new."""
-    held = _HELD[chunk].cte("f")
+    held = HELD[chunk].cte("f")
     values = sa.select(*(typed(docket_cache, name) for name in _INSERTED), now()).select_from(held)
     saved = (
         upsert(docket_cache)
@@ -180,7 +171,8 @@ def save(
 ) -> Checkpoint:
     """See `Store.save`."""
     ours = clean_checkpoint(checkpoint)
-    values = bound(checkpoint_values(ours) | fence_values(lease)) | execution_binds(execution)
+    row = checkpoint_values(ours)
+    values = bound(row | fence_values(lease)) | execution_binds(execution)
     chunk = lease.chunk is not None
     for _ in range(_TRIES):
         if connection.dialect.name == "postgresql":
@@ -188,17 +180,17 @@ def save(
             fenced, saved = connection.execute(statement, values).one()
         else:
             with writing(connection):
-                fenced = connection.execute(_HELD[chunk], values).first()
-                saved = fenced and connection.execute(_INSERT, values).rowcount
+                fenced = connection.execute(HELD[chunk], values).first()
+                saved = fenced and connection.execute(ADD_CHECKPOINTS.one, row).rowcount
                 if saved and execution is not None:
-                    connection.execute(_ADD_EXECUTION, values)
+                    ADD_EXECUTIONS.add_each(connection, [execution])
         if not fenced:
             raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
         if saved:
             return without_view(ours)
-        row = connection.execute(_FIND, values).mappings().first()
-        if row is not None:
-            return check_owner(read_checkpoint(row), values["p_graph"], values["p_execution_id"])
+        found = connection.execute(_FIND, values).mappings().first()
+        if found is not None:
+            return read_checkpoint(found, values["p_graph"], values["p_execution_id"])
     raise StoreUnavailable("save the checkpoint", "another's row is being deleted")
 
 
@@ -254,7 +246,7 @@ def lookup(connection: sa.Connection, key: bytes, owner: str, lease_s: float) ->
         if row is None:
             won = connection.execute(_CLAIM, values).rowcount > 0
             row = None if won else connection.execute(_FIND_LIVE, values).mappings().first()
-    return won if row is None else check_owner(read_checkpoint(row), "", None)
+    return won if row is None else read_checkpoint(row, "", None)
 
 
 def _put(insert: Any, *, replace: bool) -> sa.Insert:
@@ -331,7 +323,7 @@ def publish(
             return without_view(ours)
         row = connection.execute(_FIND_LIVE, values).mappings().first()
         if row is not None:
-            return check_owner(read_checkpoint(row), "", None)
+            return read_checkpoint(row, "", None)
     raise StoreUnavailable("publish the checkpoint", "another's row is being deleted")
 
 

@@ -5,7 +5,9 @@ What each chunk calls is one statement on Postgres, built once: `read_items`, `l
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, astuple, fields
 from functools import cache
 from typing import Any
 
@@ -28,20 +30,30 @@ from docket_celery.store.records import (
 )
 from docket_celery.store.rows import (
     CHECKPOINT_COLUMNS,
-    chunk_lease,
-    chunk_values,
     clean_text,
+    cleaned_values,
     dump_json,
     fence_values,
-    lanes_values,
-    progress_values,
+    lease_from,
     read_chunk,
     read_in_order,
-    read_lanes,
     read_progress,
 )
 from docket_celery.store.rules import STAGE_PATIENCE, refusal
-from docket_celery.store.sql.binds import HOLDS_CHUNK, HOLDS_RUN, bound, given, is_state, matches
+from docket_celery.store.sql.binds import (
+    HOLDS_CHUNK,
+    HOLDS_RUN,
+    IS_RUN,
+    LEASE_S,
+    NAME,
+    OF_RUN,
+    bound,
+    given,
+    is_state,
+    matches,
+    named,
+)
+from docket_celery.store.sql.checkpoints import HELD
 from docket_celery.store.sql.clock import after, now, seconds_left
 from docket_celery.store.sql.constructs import add_done, as_json
 from docket_celery.store.sql.fenced import (
@@ -49,30 +61,22 @@ from docket_celery.store.sql.fenced import (
     ADD_CHUNKS,
     ADD_EXECUTIONS,
     Fenced,
-    checkpoint_rows,
-    execution_rows,
 )
 from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_runs
 
 _CHUNKS, _RUNS, _CACHE = docket_chunks.c, docket_runs.c, docket_cache.c
-_NAME = ("graph", "execution_id")
-_IS_RUN = matches(docket_runs, *_NAME)
 _IS_OPEN = sa.and_(matches(docket_runs, "stage"), is_state(docket_runs, "RUNNING", "WAITING"))
-_IS_CHUNK = matches(docket_chunks, *_NAME, "stage", "lo")
+_IS_CHUNK = matches(docket_chunks, *NAME, "stage", "lo")
 
 
 # --- items ----------------------------------------------------------------------------------------------------------
 
-_SAVE_MANY = {
-    False: Fenced([sa.select(_RUNS.graph).where(HOLDS_RUN).with_for_update(read=True)]),
-    True: Fenced([sa.select(_CHUNKS.graph).where(HOLDS_CHUNK).with_for_update(read=True)]),
-}
-"""By whether a chunk saves."""
+_SAVE_MANY = {of_chunk: Fenced([held]) for of_chunk, held in HELD.items()}
 
 
 def save_many(connection: sa.Connection, lease: Lease, checkpoints: Sequence[Checkpoint]) -> None:
     """See `BatchStore.save_many`."""
-    save, rows = _SAVE_MANY[lease.chunk is not None], {ADD_CHECKPOINTS: checkpoint_rows(checkpoints)}
+    save, rows = _SAVE_MANY[lease.chunk is not None], {ADD_CHECKPOINTS: checkpoints}
     if save.run(connection, bound(fence_values(lease)), rows) is None:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
 
@@ -89,8 +93,8 @@ def _read_items(*, by_key: bool, of_job: bool) -> Any:
     if by_key:
         wanted.append(_CACHE.cache_key.in_(sa.bindparam("p_keys", expanding=True)))
     # In the statement that reads: no other run can come between.
-    is_its_job = [sa.exists().where(_IS_RUN, matches(docket_runs, "job_digest"))] if of_job else []
-    rows = sa.select(*(_CACHE[name] for name in CHECKPOINT_COLUMNS)).where(matches(docket_cache, *_NAME))
+    is_its_job = [sa.exists().where(IS_RUN, matches(docket_runs, "job_digest"))] if of_job else []
+    rows = sa.select(*(_CACHE[name] for name in CHECKPOINT_COLUMNS)).where(OF_RUN)
     return sa.union_all(*(rows.where(which, *is_its_job) for which in wanted))
 
 
@@ -114,12 +118,13 @@ def read_items(
 
 def find_names(connection: sa.Connection, graph: str, execution_id: str) -> set[str]:
     """See `BatchStore.find_names`."""
-    least = sa.select(sa.func.min(_CACHE.step_name).label("name")).where(*_of(_CACHE, graph, execution_id))
+    least = sa.select(sa.func.min(_CACHE.step_name).label("name")).where(OF_RUN)
     # One step into the index for each name, however many items there are.
     names = least.cte("names", recursive=True)
     following = least.where(_CACHE.step_name > names.c.name).scalar_subquery()
     names = names.union_all(sa.select(following).where(names.c.name.is_not(None)))
-    return set(connection.execute(sa.select(names.c.name).where(names.c.name.is_not(None))).scalars())
+    found = sa.select(names.c.name).where(names.c.name.is_not(None))
+    return set(connection.execute(found, named(graph, execution_id)).scalars())
 
 
 def measure_items(connection: sa.Connection, graph: str, execution_id: str, name: str) -> tuple[int, int]:
@@ -128,8 +133,8 @@ def measure_items(connection: sa.Connection, graph: str, execution_id: str, name
         _CACHE.step_name == clean_text(name), _CACHE.item == sa.cast(_CACHE.item_index, sa.Text)
     )
     size = sa.func.coalesce(sa.func.sum(sa.func.length(_CACHE.output_data)), 0)
-    statement = sa.select(sa.func.count(), size).where(*_of(_CACHE, graph, execution_id), is_item)
-    found = connection.execute(statement).one()
+    statement = sa.select(sa.func.count(), size).where(OF_RUN, is_item)
+    found = connection.execute(statement, named(graph, execution_id)).one()
     return int(found[0]), int(found[1])
 
 
@@ -149,11 +154,11 @@ def open_stage(
 ) -> Lanes | None:
     """See `BatchStore.open_stage`."""
     run = {"graph": clean_text(lease.graph), "execution_id": clean_text(lease.execution_id), "stage": stage}
-    of_stage = matches(docket_chunks, *_NAME, "stage")
+    of_stage = matches(docket_chunks, *NAME, "stage")
     failed = sa.select(sa.func.coalesce(sa.func.sum(_CHUNKS.failed), 0)).where(of_stage).scalar_subquery()
     new = {
-        _RUNS.progress: as_json(progress_values(progress)),
-        _RUNS.lanes: as_json(lanes_values(lanes)),
+        _RUNS.progress: as_json(None if progress is None else json.dumps(asdict(progress))),
+        _RUNS.lanes: as_json(None if lanes is None else json.dumps(astuple(lanes))),
         _RUNS.items_allowed: sa.literal(allowed),
         _RUNS.items_failed: failed,
     }
@@ -176,38 +181,38 @@ def open_stage(
     )
     rows = {
         ADD_CHUNKS: [run | {"lo": chunk.lo, "hi": chunk.hi} for chunk in chunks],
-        ADD_EXECUTIONS: execution_rows(executions),
+        ADD_EXECUTIONS: executions,
     }
     told, values = sa.select(sa.cast(_RUNS.lanes, sa.Text).label("lanes")), bound(fence_values(lease) | run)
-    row = Fenced([opened], tells=told.where(_IS_RUN)).run(connection, values, rows)
+    row = Fenced([opened], tells=told.where(IS_RUN)).run(connection, values, rows)
     if row is None:
-        is_ours = sa.and_(_IS_RUN, matches(docket_runs, "owner", "epoch"), _RUNS.state == RunState.WAITING)
+        is_ours = sa.and_(IS_RUN, matches(docket_runs, "owner", "epoch"), _RUNS.state == RunState.WAITING)
         row = connection.execute(told.where(is_ours), values).mappings().first()
     if row is None:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
-    return read_lanes(row["lanes"])
+    return None if row["lanes"] is None else Lanes(*json.loads(row["lanes"]))
 
 
 def find_chunks(connection: sa.Connection, graph: str, execution_id: str) -> list[ChunkRow]:
     """See `BatchStore.find_chunks`."""
-    return _find_chunks(connection, *_of(_CHUNKS, graph, execution_id))
+    return _find_chunks(connection, graph, execution_id)
 
 
 def find_failed(connection: sa.Connection, graph: str, execution_id: str, lo: int, hi: int) -> list[ChunkRow]:
     """See `BatchStore.find_failed`."""
     is_near = sa.and_(_CHUNKS.lo < hi, _CHUNKS.hi > lo, _CHUNKS.failed > 0)
-    return _find_chunks(connection, *_of(_CHUNKS, graph, execution_id), is_near)
+    return _find_chunks(connection, graph, execution_id, is_near)
 
 
-def _find_chunks(connection: sa.Connection, *which: sa.ColumnElement[bool]) -> list[ChunkRow]:
+def _find_chunks(
+    connection: sa.Connection, graph: str, execution_id: str, *which: sa.ColumnElement[bool]
+) -> list[ChunkRow]:
     names, errors = ("stage", "lo", "hi", "state", "failed"), sa.cast(_CHUNKS.errors, sa.Text).label("errors")
-    statement = sa.select(*(_CHUNKS[name] for name in names), errors).where(*which)
-    rows = connection.execute(statement.order_by(_CHUNKS.stage, _CHUNKS.lo)).mappings()
-    return [read_chunk(row) for row in rows]
-
-
-def _of(columns: Any, graph: str, execution_id: str) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:
-    return columns.graph == clean_text(graph), columns.execution_id == clean_text(execution_id)
+    statement = sa.select(*(_CHUNKS[name] for name in names), errors).where(
+        matches(docket_chunks, *NAME), *which
+    )
+    ordered = statement.order_by(_CHUNKS.stage, _CHUNKS.lo)
+    return [read_chunk(row) for row in connection.execute(ordered, named(graph, execution_id)).mappings()]
 
 
 # --- chunks ---------------------------------------------------------------------------------------------------------
@@ -226,13 +231,13 @@ def _take_chunk() -> Fenced:
     poison = sa.and_(crash, _CHUNKS.lost + 1 >= sa.bindparam("p_max_deliveries", type_=sa.Integer()))
     is_over = sa.or_(_CHUNKS.lease_until <= now(), ours, newer)
     is_free = sa.or_(_CHUNKS.state == RunState.QUEUED, sa.and_(running, is_over))
-    may_start = sa.exists().where(_IS_RUN, _IS_OPEN, _RUNS.items_failed <= _RUNS.items_allowed)
+    may_start = sa.exists().where(IS_RUN, _IS_OPEN, _RUNS.items_failed <= _RUNS.items_allowed)
     taken = (
         sa.update(docket_chunks)
         .where(_IS_CHUNK, is_free, may_start)
         .values(
             state=sa.case((poison, RunState.QUARANTINED), else_=RunState.RUNNING),
-            lease_until=sa.case((sa.not_(poison), after(sa.bindparam("p_lease_s", type_=sa.Double())))),
+            lease_until=sa.case((sa.not_(poison), after(LEASE_S))),
             lost=_CHUNKS.lost + sa.case((crash, 1), else_=0),
             epoch=_CHUNKS.epoch + sa.case((sa.and_(running, ours), 0), else_=1),
             owner=owner,
@@ -241,7 +246,7 @@ def _take_chunk() -> Fenced:
             retries=sa.case((sa.and_(same, _CHUNKS.retries > retries), _CHUNKS.retries), else_=retries),
         )
     )
-    target = sa.select(_RUNS.target).where(_IS_RUN).scalar_subquery().label("target")
+    target = sa.select(_RUNS.target).where(IS_RUN).scalar_subquery().label("target")
     told = sa.select(_CHUNKS.state, _CHUNKS.epoch, _CHUNKS.hi, _CHUNKS.lost, target).where(_IS_CHUNK)
     return Fenced([taken], tells=told)
 
@@ -254,22 +259,23 @@ _LOOK_AT_CHUNK = (
         _IS_OPEN.label("is_open"),
         (_RUNS.items_failed > _RUNS.items_allowed).label("failing"),
     )
-    .join_from(docket_chunks, docket_runs, _IS_RUN)
+    .join_from(docket_chunks, docket_runs, IS_RUN)
     .where(_IS_CHUNK)
 )
 _STOP = (
     sa.update(docket_runs)
-    .where(_IS_RUN, matches(docket_runs, "stage"), _RUNS.items_allowed >= 0)
+    .where(IS_RUN, matches(docket_runs, "stage"), _RUNS.items_allowed >= 0)
     .values(items_allowed=-1)
 )
 
 
 def lease_chunk(connection: sa.Connection, request: ChunkRequest) -> Lease | ChunkRefusal:
     """See `BatchStore.lease_chunk`."""
-    values = bound(chunk_values(request))
+    values = bound(cleaned_values(request, (field.name for field in fields(request))))
     taken = _TAKE_CHUNK.run(connection, values)
     if taken is not None and taken["state"] == RunState.RUNNING:
-        return chunk_lease(request, taken)
+        chunk = Chunk(request.stage, request.lo, taken["hi"])
+        return lease_from(request, taken["target"], epoch=taken["epoch"], lost=taken["lost"], chunk=chunk)
     row = connection.execute(_LOOK_AT_CHUNK, values).mappings().first()
     if row is None:
         return ChunkRefusal(reason=ChunkStop.STALE)
@@ -282,9 +288,8 @@ def lease_chunk(connection: sa.Connection, request: ChunkRequest) -> Lease | Chu
 def _end_chunk() -> Fenced:
     state, failed = given(docket_chunks, "state"), given(docket_chunks, "failed")
     wake_in_s: sa.ColumnElement[float] = sa.bindparam("p_wake_in_s", type_=sa.Double())
-    lease_s: sa.ColumnElement[float] = sa.bindparam("p_lease_s", type_=sa.Double())
     # The run is locked before its chunk, as by all statements that lock both.
-    lock = sa.select(_RUNS.graph).where(_IS_RUN, _IS_OPEN).with_for_update()
+    lock = sa.select(_RUNS.graph).where(IS_RUN, _IS_OPEN).with_for_update()
     ended = (
         sa.update(docket_chunks)
         .where(HOLDS_CHUNK)
@@ -297,11 +302,11 @@ def _end_chunk() -> Fenced:
     )
     items = sa.select(_CHUNKS.hi - _CHUNKS.lo).where(_IS_CHUNK).scalar_subquery()
     done = sa.and_(state == RunState.SUCCEEDED, _RUNS.progress.is_not(None))
-    kept_until = after(wake_in_s + lease_s * STAGE_PATIENCE)
+    kept_until = after(wake_in_s + LEASE_S * STAGE_PATIENCE)
     is_kept = sa.and_(_RUNS.state == RunState.WAITING, _RUNS.lease_until < kept_until)
     noted = (
         sa.update(docket_runs)
-        .where(_IS_RUN)
+        .where(IS_RUN)
         .values(
             updated_at=now(),
             lease_until=sa.case((is_kept, kept_until), else_=_RUNS.lease_until),
@@ -312,7 +317,7 @@ def _end_chunk() -> Fenced:
             progress=sa.case((done, add_done(_RUNS.progress, items)), else_=_RUNS.progress),
         )
     )
-    told = sa.select(sa.cast(_RUNS.progress, sa.Text).label("progress")).where(_IS_RUN)
+    told = sa.select(sa.cast(_RUNS.progress, sa.Text).label("progress")).where(IS_RUN)
     return Fenced([lock, ended], [noted], told)
 
 
@@ -330,8 +335,8 @@ def end_chunk(connection: sa.Connection, lease: Lease, ending: ChunkEnd) -> Prog
         "errors": dump_json(dict(ending.errors)) if ending.errors else None,
     }
     rows = {
-        ADD_CHECKPOINTS: checkpoint_rows(ending.checkpoints),
-        ADD_EXECUTIONS: execution_rows(ending.executions),
+        ADD_CHECKPOINTS: ending.checkpoints,
+        ADD_EXECUTIONS: ending.executions,
     }
     row = _END_CHUNK.run(connection, bound(values), rows)
     if row is not None:

@@ -11,20 +11,11 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import NullType, TypeEngine
 
-Construct = Callable[..., ColumnElement[Any]]
-
 
 def construct(
     name: str, on_postgres: str, on_sqlite: str, result: TypeEngine[Any] | None = None
-) -> Construct:
-    """Return a SQL function that each database has its own text for.
-
-    Args:
-        name: Names it in SQLAlchemy's cache of compiled statements.
-        on_postgres: The text, with '{0}', '{1}' for the arguments.
-        on_sqlite: The same for SQLite.
-        result: The type of what it returns.
-    """
+) -> Callable[..., ColumnElement[Any]]:
+    """Return a SQL function that each database has its own text for, with '{0}', '{1}' for the arguments."""
     made = type(name, (FunctionElement,), {"inherit_cache": True, "type": result or NullType()})
 
     def write(text: str) -> Callable[..., str]:

@@ -28,12 +28,7 @@ class Database(Engines):
 
         A server that restarted leaves dead connections in the pool; SQLAlchemy drops them all on the first
         error. Whether that error came before or after a commit is unknown, so every call must bear repeating.
-
-        Args:
-            action: What the database is asked to do, for errors: "save the checkpoint".
-            work: A function of a store call; its first argument is the connection.
-            *args: The others.
-            **kwargs: The others by name.
+        Errors name the *action* that the database is asked for: "save the checkpoint".
         """
         try:
             try:

@@ -98,7 +98,6 @@ class Engines:
         self.url = source.url if isinstance(source, Engine) else parse_url(source)
         if self._given is not None:
             _check_given(self._given)
-        self.dialect = self.url.get_backend_name()
         self.in_memory = is_memory(self.url)
         # SQLite in memory is one connection; statements of two threads must not mix in one transaction.
         self._lock: AbstractContextManager[Any] = threading.Lock() if self.in_memory else nullcontext()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql import insert as upsert  # SQLite's compiler takes it too
 
-from docket_celery.store.records import Checkpoint, StepExecution
+from docket_celery.store.records import Checkpoint
 from docket_celery.store.rows import (
     CHECKPOINT_COLUMNS,
     EXECUTION_COLUMNS,
@@ -56,13 +55,14 @@ class Rows:
     """How any number of rows go into a table at once.
 
     Attributes:
-        columns: The columns that each row gives.
+        read: Returns the values of a record by column.
         others: The same for all rows.
         resolve: Says in an insert what happens to a row that is there already; default: it stays.
     """
 
     table: sa.Table
     columns: Sequence[str]
+    read: Callable[[Any], Values]
     others: Mapping[str, sa.ColumnElement[Any]] = field(default_factory=dict[str, sa.ColumnElement[Any]])
     resolve: Callable[[Any], Any] = _keep
 
@@ -70,7 +70,8 @@ class Rows:
     def one(self) -> Any:
         """The insert of one row, for SQLite."""
         values = {name: given(self.table, name, "") for name in self.columns}
-        return self.resolve(upsert(self.table).values(values | dict(self.others)))
+        added = self.resolve(upsert(self.table).values(values | dict(self.others)))
+        return added.execution_options(preserve_rowcount=True)
 
     def after(self, gate: sa.CTE) -> Any:
         """Return the insert of all rows if *gate* has one, for Postgres."""
@@ -84,22 +85,33 @@ class Rows:
         rows = sa.select(*values, *self.others.values()).select_from(new.join(gate, sa.true()))
         return self.resolve(upsert(self.table).from_select([*self.columns, *self.others], rows))
 
-    def arrays(self, rows: Sequence[Values]) -> dict[str, Any]:
+    def arrays(self, records: Sequence[Any]) -> dict[str, Any]:
         """Return the parameters of `after`."""
+        rows = list(map(self.read, records))
         return {f"{self.table.name}_{name}": [row[name] for row in rows] for name in self.columns}
+
+    def add_each(self, connection: sa.Connection, records: Sequence[Any]) -> None:
+        """Insert all *records*, on SQLite."""
+        if records:
+            connection.execute(self.one, list(map(self.read, records)))
 
     def _array(self, name: str) -> sa.ColumnElement[Any]:
         kind: str = "TEXT" if name in JSON else self.table.c[name].type.compile(_POSTGRES())
         return as_array(sa.bindparam(f"{self.table.name}_{name}"), sa.literal_column(kind))
 
 
-_STORED = (docket_cache, (*CHECKPOINT_COLUMNS, "output_json"), {"created_at": now()})
+def _clean_values(checkpoint: Checkpoint) -> Values:
+    return checkpoint_values(clean_checkpoint(checkpoint))
+
+
+_STORED = (docket_cache, (*CHECKPOINT_COLUMNS, "output_json"), _clean_values, {"created_at": now()})
 ADD_CHECKPOINTS, PUT_CHECKPOINTS = Rows(*_STORED), Rows(*_STORED, _replace)
-ADD_EXECUTIONS = Rows(docket_executions, EXECUTION_COLUMNS)
+ADD_EXECUTIONS = Rows(docket_executions, EXECUTION_COLUMNS, execution_values)
 _NEW_CHUNK = {"state": "'QUEUED'"} | dict.fromkeys(("epoch", "retries", "lost", "failed"), "0")
 ADD_CHUNKS = Rows(
     docket_chunks,
     ("graph", "execution_id", "stage", "lo", "hi"),
+    dict[str, Any],
     {name: sa.literal_column(value) for name, value in _NEW_CHUNK.items()},
 )
 
@@ -123,14 +135,11 @@ class Fenced:
         self,
         connection: sa.Connection,
         values: Values | None = None,
-        rows: Mapping[Rows, Sequence[Values]] | None = None,
+        rows: Mapping[Rows, Sequence[Any]] | None = None,
     ) -> Row | None:
-        """Run it; return what it tells by name, or None: a gate had no row and nothing was written.
+        """Run it on a connection in autocommit and insert the records *rows*.
 
-        Args:
-            connection: In autocommit.
-            values: The parameters.
-            rows: What is inserted then.
+        Returned is what it tells by name, or None: a gate had no row and nothing was written.
         """
         values = dict(values or {})
         filled = {table: each for table, each in (rows or {}).items() if each}
@@ -144,7 +153,7 @@ class Fenced:
         return connection.execute(self._joined[tables], values).mappings().first()
 
     def _run_each(
-        self, connection: sa.Connection, values: Values, rows: Mapping[Rows, Sequence[Values]]
+        self, connection: sa.Connection, values: Values, rows: Mapping[Rows, Sequence[Any]]
     ) -> Row | None:
         with writing(connection):
             for gate in self.gates:
@@ -154,7 +163,7 @@ class Fenced:
             for write in self.writes:
                 connection.execute(write, values)
             for table, each in rows.items():
-                connection.execute(table.one, list(each))
+                table.add_each(connection, each)
             return {} if self.tells is None else connection.execute(self.tells, values).mappings().first()
 
     def _join(self, tables: Sequence[Rows]) -> Any:
@@ -179,17 +188,3 @@ def _after(gate: sa.CTE | None, statement: Any, told: Sequence[Any]) -> Any:
     graph = statement.table.c.graph
     changed = statement.returning(graph, *told)
     return changed if gate is None else changed.where(graph == gate.c.graph)
-
-
-def checkpoint_rows(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
-    """Return *checkpoints* for `ADD_CHECKPOINTS` and `PUT_CHECKPOINTS`."""
-    return [checkpoint_values(clean_checkpoint(checkpoint)) for checkpoint in checkpoints]
-
-
-def execution_rows(executions: Sequence[StepExecution]) -> list[dict[str, Any]]:
-    """Return *executions* for `ADD_EXECUTIONS`."""
-    # SQLite keeps the hour of the day as it is given.
-    return [
-        execution_values(execution) | {"started_at": execution.started_at.astimezone(UTC)}
-        for execution in executions
-    ]

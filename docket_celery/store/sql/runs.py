@@ -7,7 +7,7 @@ Each call may be repeated after a lost answer: acquire finds its owner, end its 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
@@ -16,82 +16,74 @@ from sqlalchemy.dialects.postgresql import insert as upsert  # SQLite's compiler
 
 from docket_celery.errors import LeaseLost, StoreUnavailable
 from docket_celery.store.records import Lease, RunEnd, RunRequest, RunRow, RunState
-from docket_celery.store.rows import clean_text, end_values, lease_from, read_run, request_values
+from docket_celery.store.rows import end_values, lease_from, read_run, request_values
 from docket_celery.store.rules import BODY_PATIENCE, KEPT_FOR_DELIVERY, take
-from docket_celery.store.sql.binds import HOLDS_RUN, ONE, bound, given, is_state, matches
+from docket_celery.store.sql.binds import (
+    HOLDS_RUN,
+    IS_RUN,
+    LEASE_S,
+    NAME,
+    OF_RUN,
+    ONE,
+    bound,
+    given,
+    is_state,
+    matches,
+    named,
+)
 from docket_celery.store.sql.checkpoints import PAGE, date_checkpoints
 from docket_celery.store.sql.clock import after, later, now, seconds_left, writing
 from docket_celery.store.sql.constructs import greatest, one_of
-from docket_celery.store.sql.fenced import ADD_EXECUTIONS, execution_rows
+from docket_celery.store.sql.fenced import ADD_EXECUTIONS
 from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_runs
 
 _TRIES = 5  # for a row that changes or goes between two statements
 
 _RUNS, _CHUNKS, _CACHE = docket_runs.c, docket_chunks.c, docket_cache.c
-_NAME = ("graph", "execution_id")
-_IS_RUN = matches(docket_runs, *_NAME)
-_LEASE_S: sa.ColumnElement[float] = sa.bindparam("p_lease_s", type_=sa.Double())
-
-_SHOWN = (
-    *(
-        "graph",
-        "execution_id",
-        "target",
-        "job_digest",
-        "state",
-        "epoch",
-        "owner",
-        "lost",
-        "failures",
-        "retries",
-    ),
-    *("task_name", "task_id", "result", "result_checksum", "lease_until"),
-)
+_MADE = {
+    "error": sa.cast(_RUNS.error, sa.Text).label("error"),
+    "progress": sa.cast(_RUNS.progress, sa.Text).label("progress"),
+    "lease_left_s": seconds_left(_RUNS.lease_until).label("lease_left_s"),
+}
 _COLUMNS = [
-    *(_RUNS[name] for name in _SHOWN),
-    sa.cast(_RUNS.error, sa.Text).label("error"),
-    sa.cast(_RUNS.progress, sa.Text).label("progress"),
-    seconds_left(_RUNS.lease_until).label("lease_left_s"),
+    *(_RUNS[field.name] for field in fields(RunRow) if field.name not in _MADE),
+    *(_RUNS.owner, _RUNS.result_checksum, _RUNS.lease_until, *_MADE.values()),
 ]
-_FIND = sa.select(*_COLUMNS).where(_IS_RUN)
-_FIND_JOB = sa.select(_RUNS.job).where(_IS_RUN)
+_FIND = sa.select(*_COLUMNS).where(IS_RUN)
+_FIND_JOB = sa.select(_RUNS.job).where(IS_RUN)
 
 
 def find_run(connection: sa.Connection, graph: str, execution_id: str) -> RunRow | None:
     """See `Store.find_run`."""
-    row = connection.execute(_FIND, _name(graph, execution_id)).mappings().first()
+    row = connection.execute(_FIND, named(graph, execution_id)).mappings().first()
     return None if row is None else read_run(row)
 
 
 def find_job(connection: sa.Connection, graph: str, execution_id: str) -> bytes | None:
     """See `Store.find_job`."""
-    return connection.execute(_FIND_JOB, _name(graph, execution_id)).scalar_one_or_none()
-
-
-def _name(graph: str, execution_id: str) -> dict[str, str]:
-    return {"p_graph": clean_text(graph), "p_execution_id": clean_text(execution_id)}
+    return connection.execute(_FIND_JOB, named(graph, execution_id)).scalar_one_or_none()
 
 
 # --- acquire and enqueue -------------------------------------------------------------------------------------------
 
 _ASKED = ("task_name", "task_id", "retries")
 _NEW = {
-    **{name: given(docket_runs, name) for name in (*_NAME, *_ASKED, "target", "job", "job_digest")},
+    **{name: given(docket_runs, name) for name in (*NAME, *_ASKED, "target", "job", "job_digest")},
     **dict.fromkeys(("stage", "lost", "failures"), 0),
     **dict.fromkeys(("created_at", "updated_at"), now()),
 }
-_TAKEN = {"owner": given(docket_runs, "owner"), "lease_until": after(_LEASE_S)}
+_TAKEN = {"owner": given(docket_runs, "owner"), "lease_until": after(LEASE_S)}
 _ADD = (
     upsert(docket_runs)
     .values({**_NEW, **_TAKEN, "state": RunState.RUNNING.value, "epoch": 1, "started_at": now()})
-    .on_conflict_do_nothing(index_elements=_NAME)
+    .on_conflict_do_nothing(index_elements=NAME)
     .execution_options(preserve_rowcount=True)
 )
 _KEEP_S: sa.ColumnElement[float] = sa.bindparam("p_keep_s", type_=sa.Double())
 _ENQUEUE = (
     upsert(docket_runs)
     .values({**_NEW, "state": RunState.QUEUED.value, "epoch": 0, "expires_at": after(_KEEP_S)})
-    .on_conflict_do_nothing(index_elements=_NAME)
+    .on_conflict_do_nothing(index_elements=NAME)
     .execution_options(preserve_rowcount=True)
 )
 _OF_STAGE = sa.and_(
@@ -102,7 +94,7 @@ _IS_KEPT = sa.or_(
     sa.and_(
         _RUNS.lease_until > now(),
         sa.or_(
-            _RUNS.updated_at > after(-BODY_PATIENCE * _LEASE_S),
+            _RUNS.updated_at > after(-BODY_PATIENCE * LEASE_S),
             sa.and_(
                 sa.func.coalesce(_RUNS.items_failed <= _RUNS.items_allowed, sa.true()),
                 sa.exists().where(_OF_STAGE, is_state(docket_chunks, "QUEUED")),
@@ -111,7 +103,7 @@ _IS_KEPT = sa.or_(
     ),
 )
 """Whether an open stage keeps the run for its own task."""
-_FIND_KEPT = sa.select(_IS_KEPT).where(_IS_RUN)
+_FIND_KEPT = sa.select(_IS_KEPT).where(IS_RUN)
 _FIND_HELD = _FIND.add_columns((_RUNS.lease_until <= now()).label("expired"))
 
 
@@ -148,7 +140,7 @@ _SAME = [
     _RUNS[name].is_not_distinct_from(sa.bindparam(f"was_{name}", type_=_RUNS[name].type)) for name in _WAS
 ]
 # Each chunk that ends extends the lease of an open stage, which says nothing of who may take it.
-_IS_AS_READ = sa.and_(_IS_RUN, *_SAME[:-1], sa.or_(is_state(docket_runs, "WAITING"), _SAME[-1]))
+_IS_AS_READ = sa.and_(IS_RUN, *_SAME[:-1], sa.or_(is_state(docket_runs, "WAITING"), _SAME[-1]))
 _TAKE = {
     RunState.RUNNING: sa.update(docket_runs)
     .where(_IS_AS_READ)
@@ -176,7 +168,7 @@ def acquire(connection: sa.Connection, request: RunRequest) -> Lease | RunRow:
     for _ in range(_TRIES):
         row = _add(connection, values)
         if row is None:
-            return lease_from(request, epoch=1, lost=0, failures=0)
+            return lease_from(request, request.target, epoch=1)
         waits = row["state"] == RunState.WAITING and row["lease_until"] is not None
         kept = waits and bool(connection.execute(_FIND_KEPT, values).scalar())
         cleaned = replace(request, **{name: asked[name] for name in ("target", "owner", "task_id")})
@@ -187,16 +179,15 @@ def acquire(connection: sa.Connection, request: RunRequest) -> Lease | RunRow:
         if connection.execute(_TAKE[changes["state"]], changed).rowcount:
             if changes["state"] is RunState.QUARANTINED:
                 return read_run({**row, **changes, "lease_left_s": None})
-            return lease_from(
-                request, epoch=changes["epoch"], lost=changes["lost"], failures=changes["failures"]
-            )
+            granted = {name: changes[name] for name in ("epoch", "lost", "failures")}
+            return lease_from(request, request.target, **granted)
     raise StoreUnavailable("acquire the run", "others change it at the same time")
 
 
 _KEEP = (
     sa.update(docket_runs)
     .where(
-        matches(docket_runs, *_NAME, "target", "job_digest"),
+        matches(docket_runs, *NAME, "target", "job_digest"),
         is_state(docket_runs, *KEPT_FOR_DELIVERY),
         _RUNS.expires_at.is_not(None),
     )
@@ -233,7 +224,7 @@ def _leave(*, ended: bool) -> sa.Update:
         values |= {"items_failed": given(docket_runs, "items_failed"), "items_allowed": None, "wake_at": None}
         values |= {"ended_at": now(), "expires_at": after(sa.bindparam("p_retention_s"))}
     else:
-        waits = sa.case((_RUNS.message.is_not(None), _LEASE_S), else_=None)
+        waits = sa.case((_RUNS.message.is_not(None), LEASE_S), else_=None)
         due_in_s: sa.ColumnElement[float] = sa.func.coalesce(
             sa.bindparam("p_wake_in_s", type_=sa.Double()), waits
         )
@@ -242,13 +233,12 @@ def _leave(*, ended: bool) -> sa.Update:
     return sa.update(docket_runs).where(HOLDS_RUN).values(values)
 
 
-_OF_RUN = matches(docket_cache, *_NAME)
 _HAS_TTL = _CACHE.ttl.is_not(None)
-_DATE = sa.update(docket_cache).where(_OF_RUN, _HAS_TTL).values(expires_at=after(_CACHE.ttl))
+_DATE = sa.update(docket_cache).where(OF_RUN, _HAS_TTL).values(expires_at=after(_CACHE.ttl))
 _RESET_CHUNKS = (
     sa.update(docket_chunks)
     .where(
-        matches(docket_chunks, *_NAME), sa.or_(_CHUNKS.state != RunState.SUCCEEDED.value, _CHUNKS.failed > 0)
+        matches(docket_chunks, *NAME), sa.or_(_CHUNKS.state != RunState.SUCCEEDED.value, _CHUNKS.failed > 0)
     )
     .values(state=RunState.QUEUED.value, failed=0, lost=0, errors=sa.null(), lease_until=None)
 )
@@ -261,7 +251,7 @@ def _end(*, ended: bool, failed: bool, executions: bool) -> sa.Select[*tuple[Any
     found = sa.select(sa.func.count().label("fenced")).select_from(left)
     has_left, ended_at = sa.exists(sa.select(left.c.one)), sa.select(left.c.ended_at).scalar_subquery()
     if ended:
-        page = sa.select(_CACHE.cache_key).where(_OF_RUN, _HAS_TTL).limit(PAGE).scalar_subquery()
+        page = sa.select(_CACHE.cache_key).where(OF_RUN, _HAS_TTL).limit(PAGE).scalar_subquery()
         dated = (
             sa.update(docket_cache)
             .where(has_left, one_of(_CACHE.cache_key, page))
@@ -281,7 +271,7 @@ def end(connection: sa.Connection, lease: Lease, ending: RunEnd) -> None:
     """See `Store.end`."""
     values = bound(end_values(lease, ending))
     ended, failed = ending.state.ended, ending.state is RunState.FAILED
-    rows = execution_rows(ending.executions)
+    rows = ending.executions
     if connection.dialect.name == "postgresql":
         statement = _end(ended=ended, failed=failed, executions=bool(rows))
         found = connection.execute(statement, values | ADD_EXECUTIONS.arrays(rows)).one()
@@ -293,8 +283,8 @@ def end(connection: sa.Connection, lease: Lease, ending: RunEnd) -> None:
                 connection.execute(_DATE, values)
             if fenced and failed:
                 connection.execute(_RESET_CHUNKS, values)
-            if fenced and rows:
-                connection.execute(ADD_EXECUTIONS.one, rows)
+            if fenced:
+                ADD_EXECUTIONS.add_each(connection, rows)
     if not fenced:
         row = connection.execute(_FIND, values).first()
         ours = (values["p_owner"], values["p_epoch"], values["p_state"])

@@ -82,7 +82,7 @@ class SQLStore:
     def enqueue(self, request: RunRequest, keep_s: float) -> RunRow | None:
         """See `Store.enqueue`."""
         found = self._run("queue the run", runs.enqueue, self._seal.seal(request), keep_s)
-        return None if found is None else self._seal.unseal(found)
+        return self._seal.unseal(found)
 
     def acquire(self, request: RunRequest) -> Lease | RunRow:
         """See `Store.acquire`."""
@@ -96,7 +96,7 @@ class SQLStore:
 
     def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:
         """See `Store.save`."""
-        sealed, row = self._seal.seal(checkpoint), self._seal_row(execution)
+        sealed, row = self._seal.seal(checkpoint), self._seal.seal(execution)
         found = self._run("save the checkpoint", checkpoints.save, lease, sealed, row)
         return self._seal.unseal_saved(found, sealed, checkpoint)
 
@@ -117,12 +117,12 @@ class SQLStore:
         """See `Store.cancel`."""
         sealed = self._seal.seal_value(error, ERROR, graph=graph, execution_id=execution_id)
         found = self._run("cancel the run", upkeep.cancel, graph, execution_id, sealed, retention_s)
-        return None if found is None else self._seal.unseal(found)
+        return self._seal.unseal(found)
 
     def find_run(self, graph: str, execution_id: str) -> RunRow | None:
         """See `Store.find_run`."""
         found = self._run("find the run", runs.find_run, graph, execution_id)
-        return None if found is None else self._seal.unseal(found)
+        return self._seal.unseal(found)
 
     def find_job(self, graph: str, execution_id: str) -> bytes | None:
         """See `Store.find_job`."""
@@ -140,7 +140,7 @@ class SQLStore:
         self, checkpoint: Checkpoint, owner: str, execution: StepExecution | None, *, replace: bool = False
     ) -> Checkpoint:
         """See `Store.publish`."""
-        sealed, row = self._seal.seal(checkpoint), self._seal_row(execution)
+        sealed, row = self._seal.seal(checkpoint), self._seal.seal(execution)
         found = self._run("publish the checkpoint", checkpoints.publish, sealed, owner, row, replace=replace)
         return self._seal.unseal_saved(found, sealed, checkpoint)
 
@@ -288,6 +288,3 @@ class SQLStore:
         for clone in self._clones:
             clone.close()
         self._database.dispose()
-
-    def _seal_row(self, execution: StepExecution | None) -> StepExecution | None:
-        return None if execution is None else self._seal.seal(execution)

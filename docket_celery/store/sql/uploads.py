@@ -11,25 +11,22 @@ from sqlalchemy.dialects.postgresql import insert as upsert  # SQLite's compiler
 from docket_celery.errors import LeaseLost, StoreUnavailable
 from docket_celery.store.records import UNFINISHED, Checkpoint, Lease, RunRequest, RunRow, RunState
 from docket_celery.store.rows import clean_text, fence_values, lease_from, request_values
-from docket_celery.store.sql.binds import bound, is_state, matches
+from docket_celery.store.sql.binds import LEASE_S, NAME, OF_RUN, bound, is_state, matches
 from docket_celery.store.sql.clock import after, now
-from docket_celery.store.sql.fenced import PUT_CHECKPOINTS, Fenced, checkpoint_rows
+from docket_celery.store.sql.fenced import PUT_CHECKPOINTS, Fenced
 from docket_celery.store.sql.runs import find_run
 from docket_celery.store.sql.schema import docket_cache, docket_runs
 
 _RUNS, _CACHE = docket_runs.c, docket_cache.c
 _TRIES = 3  # for a run that is deleted between two statements: twice in a row is no accident
-_NAME = ("graph", "execution_id")
-_OF_RUN = matches(docket_cache, *_NAME)
 # Once an upload is finished, no lease holds its run.
 _HOLDS = sa.and_(
-    matches(docket_runs, *_NAME, "epoch", "owner"),
+    matches(docket_runs, *NAME, "epoch", "owner"),
     is_state(docket_runs, "RUNNING", "QUEUED"),
     _RUNS.lease_until.is_not(None),
 )
-_LEASE_S: sa.ColumnElement[float] = sa.bindparam("p_lease_s", type_=sa.Double())
-_EXTEND = sa.update(docket_runs).where(_HOLDS).values(lease_until=after(_LEASE_S))
-_SURPLUS = sa.and_(_OF_RUN, matches(docket_cache, "step_name"), _CACHE.item_index >= sa.bindparam("p_count"))
+_EXTEND = sa.update(docket_runs).where(_HOLDS).values(lease_until=after(LEASE_S))
+_SURPLUS = sa.and_(OF_RUN, matches(docket_cache, "step_name"), _CACHE.item_index >= sa.bindparam("p_count"))
 _PUT = Fenced([_EXTEND])
 _CLOSE = Fenced([_EXTEND], [sa.delete(docket_cache).where(_SURPLUS)])
 
@@ -44,20 +41,20 @@ def begin_upload(connection: sa.Connection, request: RunRequest, keep_s: float) 
     is_free = sa.or_(_RUNS.lease_until <= now(), is_ours)
     changed = {name: insert.excluded[name] for name in run}
     begun = insert.on_conflict_do_update(
-        index_elements=_NAME,
+        index_elements=NAME,
         set_=changed | {"epoch": sa.case((is_ours, _RUNS.epoch), else_=_RUNS.epoch + 1)},
         where=sa.and_(_RUNS.state == RunState.QUEUED, _RUNS.job_digest == UNFINISHED, is_free),
     ).execution_options(preserve_rowcount=True)
     values = bound(run)
     for _ in range(_TRIES):
         if connection.execute(begun).rowcount:
-            found = sa.select(_RUNS.epoch).where(matches(docket_runs, *_NAME, "owner"))
+            found = sa.select(_RUNS.epoch).where(matches(docket_runs, *NAME, "owner"))
             epoch = connection.execute(found, values).scalar()
             if epoch is not None:
                 if epoch > 1:
-                    rest = sa.delete(docket_cache).where(_OF_RUN, sa.exists().where(_HOLDS))
+                    rest = sa.delete(docket_cache).where(OF_RUN, sa.exists().where(_HOLDS))
                     connection.execute(rest, values | {"p_epoch": epoch})
-                return lease_from(request, epoch=epoch, lost=0, failures=0)
+                return lease_from(request, request.target, epoch=epoch)
         row = find_run(connection, request.graph, request.execution_id)
         if row is not None:
             return row
@@ -80,7 +77,7 @@ def _write(
     connection: sa.Connection, lease: Lease, statement: Fenced, rows: Sequence[Checkpoint], **values: Any
 ) -> None:
     values |= fence_values(lease) | {"lease_s": lease.lease_s}
-    if statement.run(connection, bound(values), {PUT_CHECKPOINTS: checkpoint_rows(rows)}) is None:
+    if statement.run(connection, bound(values), {PUT_CHECKPOINTS: rows}) is None:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
 
 
@@ -97,6 +94,6 @@ def finish_upload(connection: sa.Connection, lease: Lease, digest: bytes, keep_s
     values = bound(fence_values(lease))
     if connection.execute(finished, values).rowcount:
         return
-    is_finished = sa.and_(matches(docket_runs, *_NAME, "owner"), _RUNS.job_digest == digest)
+    is_finished = sa.and_(matches(docket_runs, *NAME, "owner"), _RUNS.job_digest == digest)
     if connection.execute(sa.select(1).where(is_finished), values).first() is None:
         raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
