@@ -235,7 +235,6 @@ class BatchRun(Run):
         opened = OpenStage(
             stage=number,
             chunks=tuple(undone),
-            total=total,
             chunk_size=chunks[0].hi - chunks[0].lo,
             progress=progress,
             lanes=lanes,

@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from docket_celery.engine.process.hooks import MakeContext
+from docket_celery.engine.process.inline import InlineRuntime
 from docket_celery.engine.process.instances import Factory
 from docket_celery.engine.process.limits import Slot
 from docket_celery.engine.process.pool import Worker
@@ -252,7 +253,7 @@ class Attempt:
     def _ended(self, result: Result) -> Result | None:
         """Return *result* if it counts."""
         run = self._run
-        if run.runtime.inline:
+        if isinstance(run.runtime, InlineRuntime):
             run.runtime.catch_up()  # a deadline that only this thread can ring has waited for the step
         if self._close():
             return result

@@ -65,7 +65,7 @@ class StepRecord:
             return True
         found = self._store.lookup(self._shared_key, self._claimant, lease_s)
         if found is True:
-            # Watched before it is known: an abort drops the claims that it finds, watch included.
+            # Watched before `claims` says so: an abort that finds the claim then ends its watch too.
             context.heartbeat().watch_claim(self._shared_key, self._claimant, lease_s)
             self.claims = True
         return found

@@ -201,13 +201,12 @@ class Ending:
 class OpenStage:
     """A stage of a batch for other tasks to work on, counted from 1, with those of its *chunks* that are not done.
 
-    All its chunks but the last have *chunk_size* of its *total* items. *progress* is how far it is as it is opened,
+    All its chunks but the last have *chunk_size* of its items. *progress* is how far it is as it is opened,
     and *lanes* how it is to be worked on, if there is a limit over all workers.
     """
 
     stage: int
     chunks: tuple[Chunk, ...]
-    total: int
     chunk_size: int
     progress: Progress
     lanes: Lanes | None = None

@@ -124,7 +124,7 @@ class BatchDelivery:
         # The body has this task's id: it must look like a later delivery of it. A failed run it does not restart.
         body_headers = {
             **headers,
-            PART: {"stage": opened.stage, "total": opened.total},
+            PART: {"stage": opened.stage, "total": opened.progress.total},
             CELERY_RETRIES: self._submission.retries + 1,
             WAITS_FOR_OTHER: True,
         }
@@ -228,7 +228,7 @@ def _first_parts(opened: OpenStage) -> list[dict[str, Any]]:
         lane = chunk.lo
         if shares:
             lane = chunk.lo // size % len(shares)
-            part |= {"step": size * len(shares), "total": opened.total, "limit": shares[lane]}
+            part |= {"step": size * len(shares), "total": opened.progress.total, "limit": shares[lane]}
         parts.setdefault(lane, part)
     return list(parts.values())
 

@@ -32,9 +32,6 @@ class Runtime:
             _logger.warning("no step thread can be started, trying again in %g s: %s", _LATER_S, error)
             self.timer.after(_LATER_S, lambda: self.submit_or_retry(work))
 
-    def catch_up(self) -> None:
-        """Make the timer's calls that only the calling thread can make: none, as the timer has a thread."""
-
     @property
     def loop(self) -> StepLoop:
         """The loop for ``async def`` steps, made on first use."""

@@ -135,8 +135,8 @@ class Timer:
             while not self._closed:
                 if (call := self._take(self._clock.monotonic())) is not None:
                     return call
-                wait_s = None if not self._heap else self._heap[0][0] - self._clock.monotonic()
-                self._condition.wait(None if wait_s is None else min(max(0.0, wait_s), _MOST_WAIT_S))
+                wait_s = self.wait_s()
+                self._condition.wait(None if wait_s is None else min(wait_s, _MOST_WAIT_S))
         return None
 
     def _take(self, now: float) -> Work | None:
