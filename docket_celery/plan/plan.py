@@ -86,15 +86,13 @@ class Plan:
     def levels(self) -> tuple[tuple[str, ...], ...]:
         """The steps' names grouped by what may run together."""
         depth = [0] * len(self.steps)
-        groups: list[list[str]] = []
         for planned in self.steps:
-            at = depth[planned.index]
-            while len(groups) <= at:
-                groups.append([])
-            groups[at].append(planned.step.name)
             for consumer in planned.consumers:
-                depth[consumer] = max(depth[consumer], at + 1)
-        return tuple(tuple(group) for group in groups)
+                depth[consumer] = max(depth[consumer], depth[planned.index] + 1)
+        groups: list[list[str]] = [[] for _ in range(max(depth, default=-1) + 1)]
+        for planned in self.steps:
+            groups[depth[planned.index]].append(planned.step.name)
+        return tuple(map(tuple, groups))
 
     def mermaid(self) -> str:
         """Return the plan as a Mermaid flowchart."""

@@ -22,7 +22,7 @@ from docket_celery.plan.override import (
 )
 from docket_celery.plan.plan import Plan
 from docket_celery.plan.stages import compile_plan, find_faults
-from docket_celery.plan.step import Make, Registration, Step, default_name, locate
+from docket_celery.plan.step import Registration, Step, default_name, locate
 from docket_celery.plan.wiring import Wiring, read_wiring
 
 C = TypeVar("C", bound=Computes)
@@ -44,7 +44,12 @@ class Registry:
         if not is_name(name):
             raise InvalidArguments("Graph", f"name must be 1 to 200 printable characters, got {name!r}")
         self.name = name
-        self.defaults = _check_defaults(defaults)
+        self.defaults = StepOptions() if defaults is None else defaults
+        if not isinstance(self.defaults, StepOptions):
+            raise InvalidArguments("Graph", f"defaults= is a StepOptions, not {defaults!r}")
+        if named := [each for each in ("name", "renamed_from") if getattr(self.defaults, each)]:
+            problem = f"defaults= cannot have {', '.join(named)}: each step has a name of its own"
+            raise InvalidArguments("Graph", problem)
         self.registrations: list[Registration] = []
         self._read_last: tuple[int, Wiring] | None = None
         self._frozen = False
@@ -144,8 +149,7 @@ class Registry:
             TypeError: An option does not exist.
             GraphError: The graph is frozen because it has run, or the step needs ``name=``.
         """
-        make = None if factory is None else Make(target, factory)
-        self._add(target, self._options(preset, {**options}), make)
+        self._add(target, self._options(preset, {**options}), factory)
 
     def register_aggregate(
         self, target: object, preset: StepOptions | None = None, /, **options: Unpack[StepOptionFields]
@@ -167,7 +171,12 @@ class Registry:
             raise TypeError(f"{error}; did you mean {near}?" if near else str(error)) from None
 
     def _add(
-        self, target: Any, options: StepOptions, make: Make | None = None, *, aggregates: bool = False
+        self,
+        target: Any,
+        options: StepOptions,
+        make: Callable[[], Any] | None = None,
+        *,
+        aggregates: bool = False,
     ) -> None:
         name = options.name if options.name is not None else default_name(target)
         where = locate(target)
@@ -315,19 +324,6 @@ class Registry:
     def freeze(self) -> None:
         """Refuse further steps: a run of these has begun."""
         self._frozen = True
-
-
-def _check_defaults(defaults: StepOptions | None) -> StepOptions:
-    if defaults is None:
-        return StepOptions()
-    if not isinstance(defaults, StepOptions):
-        raise InvalidArguments("Graph", f"defaults= is a StepOptions, not {defaults!r}")
-    named = [name for name in ("name", "renamed_from") if getattr(defaults, name)]
-    if named:
-        raise InvalidArguments(
-            "Graph", f"defaults= cannot have {', '.join(named)}: each step has a name of its own"
-        )
-    return defaults
 
 
 def given_keys(kinds: Sequence[object], where: str) -> tuple[tuple[ValueKey, ...], ValueKey | None]:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from google.protobuf.message import Message
 
@@ -21,13 +21,6 @@ _WAYS: dict[str, Callable[[Any], Any]] = {"": lambda value: value, "list": list,
 """How an input is handed over: an aggregate may sort its list, and uses an iterator up."""
 
 
-class Make(NamedTuple):
-    """``factory=``: what returns the instance of a class, or a context manager to enter for it."""
-
-    kind: Any
-    call: Any
-
-
 class Mark:
     """Names one registration of a step: what a process keeps for the step, it keeps under this."""
 
@@ -38,7 +31,8 @@ class Mark:
 class Registration:
     """What was handed to the graph, before its signature is read: annotations may name later definitions.
 
-    A signature may be read more than once; the *mark* stays. *make* builds the instance of the class *target*.
+    A signature may be read more than once; the *mark* stays. *make* is ``factory=``: it returns an instance of the
+    class *target*, or a context manager to enter for it.
     """
 
     target: Any
@@ -47,7 +41,7 @@ class Registration:
     order: int
     where: str
     mark: Mark = field(default_factory=Mark)
-    make: Make | None = None
+    make: Callable[[], Any] | None = None
     aggregates: bool = False
 
 
@@ -186,7 +180,7 @@ def _code(registration: Registration) -> Callable[..., Any]:
     """Return what has the signature of the step."""
     target = registration.target
     if registration.make is not None:
-        return _compute_of(target, registration.make.call)
+        return _compute_of(target, registration.make)
     if isinstance(target, classmethod):
         raise SignatureFault(
             "it is a classmethod that belongs to no class yet; register Class.method below the class"

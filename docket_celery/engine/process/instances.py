@@ -11,21 +11,18 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
-from docket_celery.plan.step import Make
-
 _logger = logging.getLogger("docket_celery.process")
 
 
 class Factory:
     """Builds the instance of a step on first use in a process.
 
-    *make* has the class, and what returns an instance or a context manager that is entered for it; `close` calls
+    *make* returns an instance of the class *kind*, or a context manager that is entered for it; `close` calls
     the instance's own. *on_built* is called with this after each time it has built the instance.
     """
 
-    def __init__(self, make: Make, on_built: Callable[[Factory], object]) -> None:
-        self._kind, self._make = make
-        self._on_built = on_built
+    def __init__(self, kind: Any, make: Callable[[], Any], on_built: Callable[[Factory], object]) -> None:
+        self._kind, self._make, self._on_built = kind, make, on_built
         self._lock = threading.Lock()
         self._instance: Any = None
         self._close: Callable[[], Any] | None = None

@@ -17,7 +17,7 @@ from docket_celery.engine.process.pool import Pool
 from docket_celery.engine.process.runtime import Runtime
 from docket_celery.engine.process.settings import Settings, check_environment
 from docket_celery.engine.process.timer import Timer
-from docket_celery.plan.step import Make, Mark, Step
+from docket_celery.plan.step import Mark, Step
 from docket_celery.store.codec import Codec
 from docket_celery.store.contract import Store
 
@@ -124,10 +124,10 @@ class Process:
             return None
         return self._slots.get(step.mark) or self._slots.setdefault(step.mark, Slots(most))
 
-    def factory_of(self, step: Step, make: Make) -> Factory:
+    def factory_of(self, step: Step, make: Callable[[], Any]) -> Factory:
         """Return what builds the instance of *step* with its *make*."""
         found = self._factories.get(step.mark)
-        return found or self._factories.setdefault(step.mark, Factory(make, self._note_built))
+        return found or self._factories.setdefault(step.mark, Factory(step.target, make, self._note_built))
 
     def holds_thread(self, step: Step) -> bool:
         """Tell whether a call keeps the thread that makes it: a coroutine's does while its instance is built."""
