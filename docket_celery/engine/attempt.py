@@ -159,7 +159,8 @@ class Attempt:
                 return self._call()
         finally:
             # Here and not where the attempt ends: a thread that was given up still does what the limit protects.
-            self.release()
+            if slot is not None:
+                slot.cancel()
 
     def _call(self) -> Any:
         step = self._step

@@ -56,7 +56,7 @@ class Scheduler(Ending):
             if (name := (planned.step.name, context.item)) in context.stored
         }
         # In an item the caller's limit is one of items, not of steps.
-        limit = context.submission.max_concurrency if not context.item or context.runtime.inline else None
+        limit = context.max_concurrency if not context.item or context.runtime.inline else None
         self._limit = len(plan.steps) if limit is None else limit
         self._outputs = plan.output_slots if outputs is None else tuple(outputs)
         self._missing = len(self._outputs)

@@ -156,9 +156,7 @@ class StagedScheduler(Ending):
         super().__init__(context.cancellation, on_end)
         self._plan, self._context = plan, context
         self._policy = ONE_FAILS if context.item else context.submission.policy
-        self._limit = (
-            1 if context.item and context.submission.max_concurrency is not None else context.most_items
-        )
+        self._limit = 1 if context.item and context.max_concurrency is not None else context.most_items
         self._outputs = (plan.target,) if outputs is None else outputs
         self._values: dict[ValueKey, Any] = dict(zip(plan.given, inputs, strict=True))
         self._fan_outs = find_fan_outs(plan)

@@ -65,7 +65,7 @@ class Run:
         self.inline = inline = InlineRuntime(clock or system_clock) if settings.threads == 0 else None
         self.context = RunContext(
             graph=plan.graph,
-            submission=submission if inline is None else replace(submission, max_concurrency=1),
+            submission=submission,
             settings=settings,
             runtime=inline or process.runtime(settings.threads),
             cancellation=Cancellation() if inline is None else InlineCancellation(inline),

@@ -119,9 +119,14 @@ class RunContext:
         return self.submission.execution_id
 
     @property
+    def max_concurrency(self) -> int | None:
+        """Most steps at once, or, of a plan that fans out, most items; None: as many as there are threads."""
+        return 1 if self.runtime.inline else self.submission.max_concurrency
+
+    @property
     def most_items(self) -> int:
         """Most items of a fan-out at once."""
-        return self.submission.max_concurrency or max(1, self.settings.threads)
+        return self.max_concurrency or max(1, self.settings.threads)
 
     def heartbeat(self) -> Heartbeat:
         """Return what keeps the lease and claims of this delivery alive."""
