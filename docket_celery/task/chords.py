@@ -22,7 +22,6 @@ from docket_celery.batch.options import BatchOptions
 from docket_celery.batch.run import BatchRun
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.run_context import OpenStage, RunOutcome, Submission
-from docket_celery.engine.run_row import digest_job
 from docket_celery.engine.waiting import run_here, run_on_pool
 from docket_celery.plan.messages import Value
 from docket_celery.plan.mutation import checked
@@ -103,7 +102,7 @@ class BatchDelivery:
             return self._work(part)
         if values is not None and self._submission.job_digest is None:
             # Sent past `apply_async`: the parts to come must name the same job.
-            digest = digest_job(self._task.declaration.given, values)
+            digest = self._task.declaration.digest(values)
             self._submission = replace(self._submission, job_digest=digest)
         task, request, headers = self._task, self._request, self._headers()
         again: Any = task.signature_from_request(

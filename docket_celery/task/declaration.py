@@ -35,9 +35,11 @@ from docket_celery.plan.messages import (
     from_json_object,
     is_json_form,
     type_name,
+    value_digest,
 )
 from docket_celery.plan.plan import Plan
 from docket_celery.plan.signature import read_hints
+from docket_celery.store.identity import job_digest
 from docket_celery.task.envelope import Result, Undecodable
 from docket_celery.task.envelope import types as known_types
 from docket_celery.task.options import (
@@ -75,6 +77,7 @@ class Declaration:
     Attributes:
         signature: Binds arguments; parameters in the order of `given`.
         given: What goes in, one for each parameter.
+        labels: What a job's digest calls each of them, as `run_row.digest_job` does.
         target: What comes out.
         batch: Which of `given` comes as a list.
         form: How the target comes: 'one' message, a 'list' of them, or a 'BatchResult'.
@@ -83,6 +86,7 @@ class Declaration:
     task: str
     signature: inspect.Signature
     given: tuple[ValueKey, ...]
+    labels: tuple[str, ...]
     target: ValueKey
     batch: ValueKey | None = None
     form: Literal["one", "list", "BatchResult"] = "one"
@@ -90,6 +94,10 @@ class Declaration:
     def compile(self, graph: Graph) -> Plan:
         """Return what *graph* does for it, or raise the graph's faults as a GraphError."""
         return graph.compiled(self.target, self.given, self.batch, collects=self.form != "one")
+
+    def digest(self, values: Iterable[Value]) -> bytes:
+        """Return the digest of the job that `bind` returned."""
+        return job_digest(zip(self.labels, map(value_digest, values), strict=True))
 
     def check_sizes(self, values: Iterable[Value], settings: Settings, *, lists: bool = True) -> None:
         """Raise PayloadTooLarge for a message that is too large to travel, or, among *lists*, for all of one list."""
@@ -377,6 +385,7 @@ def _declaration(task: str, signature: inspect.Signature, hints: Mapping[str, An
         task=task,
         signature=signature,
         given=tuple(given),
+        labels=tuple(key.label("list" if key == batch else type_name(key.kind)) for key in given),
         target=target,
         batch=batch,
         form=form,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from celery import _state
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
+from google.protobuf.message import Message
 
 from docket_celery.engine.attempt import pushed
 from docket_celery.engine.process.settings import Settings
@@ -22,6 +23,7 @@ from docket_celery.errors import DocketError, RunTimedOut, StoreMissing, StoreUn
 from docket_celery.plan.messages import Value
 from docket_celery.store.identity import check_execution_id
 from docket_celery.task import app_settings, backends, chords, large_jobs
+from docket_celery.task.envelope import Result, is_large
 from docket_celery.task.headers import (
     BATCH,
     CELERY_RETRIES,
@@ -78,11 +80,15 @@ def _read_job(
         return None
     travelled = not (direct or request.is_eager)
     try:
-        if declared.batch is not None and large_jobs.holds_job(args, kwargs):
-            return None
-        refers = any(isinstance(value, Stored) for value in (*args, *kwargs.values()))
-        run = large_jobs.ask(task, headers, request.id, settings) if refers and not direct else None
-        return large_jobs.receive(task, args, kwargs, run, settings, travelled=travelled)
+        if any(isinstance(value, Stored) for value in (*args, *kwargs.values())):
+            if declared.batch is not None and large_jobs.holds_job(args, kwargs):
+                return None
+            run = None if direct else large_jobs.ask(task, headers, request.id, settings)
+            return large_jobs.receive(task, args, kwargs, run, settings, travelled=travelled)
+        values = declared.bind(args, kwargs)
+        if travelled:
+            # Checked at submit too, but beat and `celery call` send the JSON form past it.
+            declared.check_sizes(values, settings)
     except StoreUnavailable as error:
         wait_s = park_s(task, error, None, retries=request.retries, outages=_outages(request))
         _retry_or_raise(task, RunOutcome(error=error, park_s=None if direct else wait_s), error)
@@ -91,6 +97,7 @@ def _read_job(
             run = large_jobs.ask(task, headers, request.id, settings)
             large_jobs.give_up(task, run, error, settings)
         raise
+    return values
 
 
 def _run(
@@ -162,7 +169,9 @@ def _tell(task: AnyTask, outcome: RunOutcome, submission: Submission, settings: 
         raise AssertionError(f"a run ended without a value: {outcome!r}")
     if request.called_directly or request.is_eager:
         return value
-    result = large_jobs.wrap(task, value, submission.execution_id, outcome.stored, settings)
+    result: Any = Result(value)
+    if not isinstance(value, Message) or is_large(value, settings):
+        result = large_jobs.wrap(task, value, submission.execution_id, outcome.stored, settings)
     if outcome.replayed and backends.is_stored(task.backend, request, result):
         raise Ignore("a copy of a delivery that ended before")
     if outcome.held or outcome.replayed:

@@ -212,6 +212,11 @@ def wrap(value: Any) -> Any:
     return Result(cast("Any", value)) if isinstance(value, (Message, list, tuple)) else value
 
 
+def is_large(value: object, settings: Settings) -> bool:
+    """Tell whether a value is a message over the limit of one that travels."""
+    return isinstance(value, Message) and value.ByteSize() > settings.max_message_bytes
+
+
 # It encodes itself: the type is named for the decoder's sake. Types that no task declares stay as kombu has them.
 register_type(Undecodable, MARKER, Undecodable.__json__, cast("Any", decode))
 

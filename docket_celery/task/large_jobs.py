@@ -40,7 +40,7 @@ from docket_celery.store.contract import Store
 from docket_celery.store.identity import check_execution_id, job_digest
 from docket_celery.store.records import Lease, RunEnd, RunRequest, RunState
 from docket_celery.task import references
-from docket_celery.task.envelope import Result
+from docket_celery.task.envelope import Result, is_large
 from docket_celery.task.headers import DIGEST, EXECUTION_ID
 from docket_celery.task.references import JOB, RESULT, RESULTS, Arguments, Stored
 
@@ -180,11 +180,6 @@ def wait_s(options: Mapping[str, Any]) -> float:
         aware = eta if eta.tzinfo is not None else eta.replace(tzinfo=UTC)
         return max(0.0, (aware - datetime.now(UTC)).total_seconds())
     return 0.0
-
-
-def is_large(value: object, settings: Settings) -> bool:
-    """Tell whether a value is a message over the limit of one that travels."""
-    return isinstance(value, Message) and value.ByteSize() > settings.max_message_bytes
 
 
 def _store_for(task: AnyTask, settings: Settings) -> Store | None:
