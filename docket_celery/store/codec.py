@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 _LEAST_HASH_KEY_BYTES = 16
 
@@ -47,18 +47,9 @@ def find_fault(value: object) -> str | None:
     return None
 
 
-def hash_key_of(codec: Codec) -> bytes | None:
-    """Return the key for hashes over user bytes, or None: they are plain."""
-    return cast("bytes | None", getattr(codec, "hash_key", None))
-
-
 @functools.cache
 def import_codec(path: str) -> Any:
-    """Return what the import path ``package.module:name`` names.
-
-    Raises:
-        ValueError: It is of another form, or there is no such thing.
-    """
+    """Return what the path ``package.module:name`` names; raise `ValueError` if it has no such form or nothing."""
     module, colon, name = path.partition(":")
     if not (module and colon and name.isidentifier()):
         raise ValueError("must be a codec, or an import path such as 'package.module:name'")

@@ -33,6 +33,8 @@ class Store(Protocol):
         StoreUnavailable: No answer, or a passing refusal; trying again is safe.
         SchemaMismatch: The tables are missing.
         CodecFailed: The store's codec failed, or what is stored went through another one or none.
+        CorruptCheckpoint: What is stored does not match its checksum.
+        LeaseLost: To a write under a lease: the run or the chunk is no longer that lease's, and nothing was written.
     """
 
     persistent: bool
@@ -81,9 +83,6 @@ class Store(Protocol):
 
         A checkpoint counts as long as its row exists: ``ttl`` of a WORKFLOW row only says when a purge may
         delete it after the run's end, and resuming the run takes that date back.
-
-        Raises:
-            CorruptCheckpoint: A row fails its checksum.
         """
         ...
 
@@ -91,10 +90,6 @@ class Store(Protocol):
         """Store a WORKFLOW checkpoint under the lease's fence and return the one that counts.
 
         The first save wins: a second one gets the first one's checkpoint back, read in a new statement.
-
-        Raises:
-            LeaseLost: The lease's epoch is no longer the run's, or the run is not RUNNING.
-            CorruptCheckpoint: The winner's row fails its checksum.
         """
         ...
 
@@ -143,9 +138,6 @@ class Store(Protocol):
         Parking with ``wake_in_s`` counts the delivery to come as a retry: it is owed the run, not its lease, and
         waits where a copy of the task was quicker. Ending sets ``expires_at`` of the run's WORKFLOW checkpoints
         that have a ttl.
-
-        Raises:
-            LeaseLost: The run is no longer this lease's; nothing was written.
         """
         ...
 
@@ -183,11 +175,7 @@ class Store(Protocol):
         ...
 
     def check_schema(self) -> None:
-        """Check that the tables are of the version this release knows.
-
-        Raises:
-            SchemaMismatch: They are not.
-        """
+        """Check that the tables are of the version this release knows; raise `SchemaMismatch` if they are not."""
         ...
 
     def clone(self) -> Store:
@@ -204,11 +192,7 @@ class Store(Protocol):
 
 @runtime_checkable
 class BatchStore(Store, Protocol):
-    """A store over which several workers can share the items of a run.
-
-    Raises (methods that take a lease, beside what `Store` raises):
-        LeaseLost: The lease is no longer the run's, or the chunk's; nothing was written.
-    """
+    """A store over which several workers can share the items of a run."""
 
     def save_many(self, lease: Lease, checkpoints: Sequence[Checkpoint]) -> None:
         """Store checkpoints of a run under the lease's fence; those that are there already stay."""
@@ -251,9 +235,6 @@ class BatchStore(Store, Protocol):
         """Return what is stored of steps *names* for the items from *lo* to before *hi*, and what is under *keys*.
 
         Verified, the items in their order. With *job_digest* nothing where the run is gone or has another one.
-
-        Raises:
-            CorruptCheckpoint: A row fails its checksum.
         """
         ...
 

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator
 from docket_celery.errors import InvalidArguments
 
 MAX_EXECUTION_ID = 255
-
-
 _KEY_NAMESPACE = uuid.UUID("5f0c1f2e-6f5d-5b0a-9a53-6d1c0d0b6c11")
 
 
@@ -63,11 +61,7 @@ def idempotency_key(graph: str, execution_id: str, step: str, item: str = "") ->
 
 
 def check_execution_id(value: object) -> str:
-    """Return *value* if it can name a run.
-
-    Raises:
-        InvalidArguments: It is not text of 1 to 255 printable characters.
-    """
+    """Return *value* if it can name a run; raise `InvalidArguments` if it is not 1 to 255 printable characters."""
     if not isinstance(value, str):
         raise InvalidArguments("execution_id", f"must be a str, not {type(value).__name__}")
     if not 1 <= len(value) <= MAX_EXECUTION_ID:

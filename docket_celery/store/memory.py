@@ -102,7 +102,7 @@ class MemoryStore:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._cache: dict[bytes, _Stored] = {}
         self._runs: dict[tuple[str, str | None], _Run] = {}
         self._claims: dict[bytes, _Claim] = {}
@@ -183,7 +183,7 @@ class MemoryStore:
         """See `Store.publish`."""
         with self._lock:
             now = self._clock()
-            self._drop_claim(checkpoint.key, owner)
+            self.release_claim(checkpoint.key, owner)
             if execution is not None and execution not in self._executions:
                 self._executions.append(execution)
             stored = self._live(checkpoint.key, now)
@@ -203,7 +203,9 @@ class MemoryStore:
     def release_claim(self, key: bytes, owner: str) -> None:
         """See `Store.release_claim`."""
         with self._lock:
-            self._drop_claim(key, owner)
+            claim = self._claims.get(key)
+            if claim is not None and claim.owner == owner:
+                del self._claims[key]
 
     def extend(
         self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
@@ -338,8 +340,3 @@ class MemoryStore:
         for stored in self._cache.values():
             if stored.run == name and (ttl_s := stored.checkpoint.ttl_s) is not None:
                 stored.expires_at = None if ended_at is None else ended_at + ttl_s
-
-    def _drop_claim(self, key: bytes, owner: str) -> None:
-        claim = self._claims.get(key)
-        if claim is not None and claim.owner == owner:
-            del self._claims[key]

@@ -82,11 +82,7 @@ class Checkpoint:
         )
 
     def verify(self, checksum: bytes) -> Checkpoint:
-        """Return this checkpoint if it matches the stored *checksum*.
-
-        Raises:
-            CorruptCheckpoint: It does not.
-        """
+        """Return this checkpoint if it matches the stored *checksum*; else raise `CorruptCheckpoint`."""
         if self.checksum() != checksum:
             raise CorruptCheckpoint("docket_cache", f"cache_key={self.key.hex()}", "checksum mismatch")
         return self
@@ -163,12 +159,8 @@ class Chunk:
 class Lease:
     """The time-limited right to advance a run, or one chunk of it.
 
-    Attributes:
-        target: `RunRequest.target`; the checksum of the run's result covers it.
-        epoch: The fencing token; grows with each owner. Also the number of the delivery, from 1.
-        lost: Takeovers of leases that were never released: crashes.
-        failures: Ordinary Celery retries so far.
-        chunk: What of the run it is for; None: the run itself.
+    ``epoch`` is the fencing token; it grows with each owner, and is the number of the delivery, from 1. ``lost``
+    counts takeovers of leases that were never released (crashes), ``failures`` ordinary Celery retries.
     """
 
     graph: str

@@ -28,7 +28,6 @@ from docket_celery.store.records import (
 SCHEMA_VERSION = 6
 """The version of the tables and rules that this release reads and writes."""
 
-
 _RENAMED = {"key": "cache_key", "ttl_s": "ttl"}
 _CHECKPOINT_FIELDS = {
     f.name: _RENAMED.get(f.name, f.name) for f in fields(Checkpoint) if f.name != "output_json"
@@ -70,39 +69,27 @@ def clean_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 def _is_storable_json(view: str) -> bool:
     """Tell whether jsonb takes *view*; a view that it refuses would fail the save of the data itself."""
     try:
-        loaded = json.loads(view, parse_constant=_refuse_constant)
-        dump_json(loaded, exact=True)
+        # Lone surrogates and numbers without a JSON form are refused here.
+        json.dumps(json.loads(view), ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return False
     return "\\u0000" not in view
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(name)
-
-
-def dump_json(value: Any, *, exact: bool = False) -> str:
-    """Return *value* as JSON text that jsonb takes; what of it is no JSON value is written as its text.
-
-    Raises:
-        ValueError: With *exact*, which does not clean, a text holds lone surrogates or a number has no JSON form.
-    """
-    cleaned = value if exact else _clean_value(value)
-    dumped = json.dumps(cleaned, ensure_ascii=False, allow_nan=False, default=str)
-    dumped.encode()
-    return dumped
+def dump_json(value: Any) -> str:
+    """Return *value* as JSON text that jsonb takes; what of it is no JSON value is written as its text."""
+    return json.dumps(_clean_value(value), ensure_ascii=False, allow_nan=False)
 
 
 def _clean_value(value: Any) -> Any:
     if isinstance(value, str):
         return clean_text(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
     if isinstance(value, Mapping):
         return {clean_text(str(key)): _clean_value(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     if isinstance(value, list | tuple):
         return [_clean_value(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
-    return value
+    is_json = value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    return value if is_json else clean_text(str(value))
 
 
 def checkpoint_values(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -172,21 +159,13 @@ def end_values(lease: Lease, end: RunEnd) -> dict[str, Any]:
 
 
 def read_checkpoint(row: Row, graph: str, execution_id: str | None) -> Checkpoint:
-    """Return the checkpoint in *row*, verified, of that run (GLOBAL: ``None``).
-
-    Raises:
-        CorruptCheckpoint: It does not match its checksum, or is of another run.
-    """
+    """Return the checkpoint in *row*, or raise `CorruptCheckpoint`: its checksum differs, or it is of another run."""
     values = {field: row[column] for field, column in _CHECKPOINT_FIELDS.items()}
     return check_owner(Checkpoint(**values).verify(row["checksum"]), graph, execution_id)
 
 
 def check_owner(checkpoint: Checkpoint, graph: str, execution_id: str | None) -> Checkpoint:
-    """Return *checkpoint* if it belongs to that run (or, for GLOBAL, to none).
-
-    Raises:
-        CorruptCheckpoint: It belongs to another run, so its key cannot be right.
-    """
+    """Return *checkpoint* if it belongs to that run (for GLOBAL: to none); else its key cannot be right."""
     if checkpoint.execution_id != execution_id or (execution_id is not None and checkpoint.graph != graph):
         whose = "no run" if checkpoint.execution_id is None else f"run {checkpoint.execution_id!r}"
         problem = f"it belongs to {whose} of graph {checkpoint.graph!r}"
@@ -200,11 +179,7 @@ def result_checksum(graph: str, execution_id: str, target: str, result: bytes) -
 
 
 def read_run(row: Row) -> RunRow:
-    """Return the run in *row*, its result verified.
-
-    Raises:
-        CorruptCheckpoint: The result does not match its checksum, or a column holds what is never written.
-    """
+    """Return the run in *row*, its result verified; a column with what is never written is as corrupt."""
     name = f"graph={row['graph']!r}, execution_id={row['execution_id']!r}"
     values = {f.name: row[f.name] for f in fields(RunRow)}
     result, left_s, expected = values["result"], values["lease_left_s"], None
@@ -223,21 +198,13 @@ def read_run(row: Row) -> RunRow:
 
 
 def read_in_order(rows: Iterable[Row], graph: str, execution_id: str) -> list[Checkpoint]:
-    """Return the checkpoints of a run in *rows*, verified, its items in their order.
-
-    Raises:
-        CorruptCheckpoint: One does not match its checksum, or is of another run.
-    """
+    """Return the checkpoints of a run in *rows* as `read_checkpoint` does, its items in their order."""
     found = [read_checkpoint(row, graph, execution_id) for row in rows]
     return sorted(found, key=lambda one: -1 if one.item_index is None else one.item_index)
 
 
 def read_chunk(row: Row) -> ChunkRow:
-    """Return the chunk in *row*.
-
-    Raises:
-        CorruptCheckpoint: A column holds what is never written.
-    """
+    """Return the chunk in *row*, or raise `CorruptCheckpoint`: a column holds what is never written."""
     try:
         return ChunkRow(
             chunk=Chunk(row["stage"], row["lo"], row["hi"]),

@@ -10,7 +10,6 @@ from docket_celery.store.rows import Row
 QUEUE_PATIENCE = 10
 """For this many lease lengths all chunks of a stage may wait in a queue before they are taken for lost."""
 
-
 STAGE_PATIENCE, BODY_PATIENCE = QUEUE_PATIENCE + 2, 3
 """For this many lease lengths after the last activity only its own task may take the run of an open stage, and of one
 of which nothing more will be worked on: the sweep has looked for lost runs by then."""
@@ -18,10 +17,8 @@ of which nothing more will be worked on: the sweep has looked for lost runs by t
 CANCEL_LOOK_S = 5
 """Seconds after which the task of a cancelled batch is sent once more: its own messages may be lost."""
 
-
 LONGEST_LOOK_S = 3600
 """Most seconds between two looks at a run that seems lost: a long queue looks alike."""
-
 
 KEPT_FOR_DELIVERY = (RunState.QUEUED, RunState.FAILED, RunState.SUCCEEDED)
 """What a delivery can use: queueing the run again keeps it until then. The names of others become free in time."""
@@ -30,11 +27,8 @@ KEPT_FOR_DELIVERY = (RunState.QUEUED, RunState.FAILED, RunState.SUCCEEDED)
 def take(request: RunRequest, run: Row) -> dict[str, Any] | None:
     """Return what changes in a run that *request* takes, by column; None: it may not take the run.
 
-    Args:
-        request: Who asks for the run.
-        run: Its row: ``target``, ``job_digest``, ``state``, ``owner``, ``task_id``, ``retries``, ``epoch``, ``lost``,
-            ``failures``; ``expired``: whether its lease is over; ``kept``: whether an open stage keeps it for its
-            task.
+    Beside its columns the row of the run says whether its lease is over (``expired``) and whether an open stage keeps
+    it for its task (``kept``).
     """
     if (run["target"], bytes(run["job_digest"])) != (request.target, request.job_digest):
         return None
@@ -93,18 +87,10 @@ def halt(*, failing: object, stopped: object) -> Halt | None:
 def is_lost(*, state: str, is_busy: bool, is_queued: bool, idle_s: float, lease_s: float) -> bool:
     """Tell whether a run that is looked at is lost: no worker advances it.
 
-    Args:
-        state: The run's.
-        is_busy: Whether a chunk of its stage is worked on, or is to be tried again later.
-        is_queued: Whether chunks wait in a queue and may still start.
-        idle_s: Seconds since the stage was opened, or the last of its chunks ended or was found dead.
-        lease_s: As for new leases.
+    A chunk of its stage is worked on or is to be tried again later (*is_busy*), or chunks wait in a queue and may
+    still start (*is_queued*). *idle_s* seconds ago the stage was opened, or the last of its chunks ended or was found
+    dead.
     """
     if state != RunState.WAITING:
         return True  # its lease is over, or its task must hear that it was cancelled
     return not is_busy and idle_s >= (QUEUE_PATIENCE * lease_s if is_queued else lease_s)
-
-
-def next_look_s(*, lost: bool, idle_s: float, lease_s: float) -> float:
-    """Return the seconds until the next look: the longer nothing helps, the rarer a run is sent again."""
-    return min(LONGEST_LOOK_S, max(lease_s, idle_s)) if lost else lease_s

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeVar, cast
 
 from docket_celery.errors import CodecFailed, InvalidArguments, StoreUnavailable, to_record
-from docket_celery.store.codec import Codec, find_fault, hash_key_of
+from docket_celery.store.codec import Codec, find_fault
 from docket_celery.store.identity import digest
 from docket_celery.store.records import (
     Checkpoint,
@@ -95,9 +95,6 @@ class Seal:
     """Encodes what goes into a store and decodes what comes out; without a codec it only looks for the mark.
 
     The codec is user code: call these methods while no connection is held.
-
-    Raises:
-        InvalidArguments: What is given as the codec is none.
     """
 
     def __init__(self, codec: Codec | None) -> None:
@@ -105,7 +102,7 @@ class Seal:
         if fault is not None:
             raise InvalidArguments("codec", fault)
         self.codec = codec
-        self._hash_key = None if codec is None else hash_key_of(codec)
+        self._hash_key: bytes | None = getattr(codec, "hash_key", None)
 
     def hmac_digest(self, plain: bytes) -> bytes:
         """See `Store.hmac_digest`."""
@@ -115,10 +112,8 @@ class Seal:
         """Return *record* with all that is the user's encoded, and a checkpoint without its view for people.
 
         *names* are the parts of a value's place that *record* itself does not have, such as ``graph``. None stays.
-
-        Raises:
-            CodecFailed: The codec failed on a job, an output or a result. A failure on an error's text is stored
-                in place of that text: a run must be able to end.
+        Raises `CodecFailed` if the codec failed on a job, an output or a result. A failure on an error's text is
+        stored in place of that text: a run must be able to end.
         """
         if self.codec is None or record is None:
             return record
@@ -140,8 +135,7 @@ class Seal:
     def unseal(self, record: R, **names: object) -> R:
         """Return the stored *record* decoded; None stays.
 
-        Raises:
-            CodecFailed: A value cannot be decoded, or was stored with another codec or none.
+        Raises `CodecFailed` if a value cannot be decoded, or was stored with another codec or none.
         """
         if record is None:
             return record
@@ -154,11 +148,7 @@ class Seal:
         return replace(record, **changed) if changed else record
 
     def unseal_saved(self, stored: Checkpoint, sealed: Checkpoint, ours: Checkpoint) -> Checkpoint:
-        """Return what counts after a save: *ours*, whose encoded form is *sealed*, or another one decoded.
-
-        Raises:
-            CodecFailed: The other one cannot be decoded, or was stored with another codec or none.
-        """
+        """Return what counts after a save: *ours*, of which *sealed* is the encoded form, or another one decoded."""
         if stored.output_data == sealed.output_data:
             return replace(stored, output_data=ours.output_data)
         return self.unseal(stored)
@@ -171,15 +161,13 @@ class Seal:
         if self.codec is None or value is None:
             return value
         found: Any = value
-        name, identity = place.of(record, names)
+        where = place.of(record, names)
         if isinstance(value, bytes):
-            found = self._encode(name, value, identity)
-        elif isinstance(value, str):
-            found = self._encode_text(name, value, identity)
-        elif place is _CHUNK:
-            found = {key: self._encode_record(name, one, identity) for key, one in found.items()}
+            found = self._encode(*where, value)
+        elif isinstance(value, Mapping) and place is _CHUNK:
+            found = {key: self._encode_error(*where, one) for key, one in found.items()}
         else:
-            found = self._encode_record(name, found, identity)
+            found = self._encode_error(*where, found)
         return cast("V", found)
 
     def unseal_value(self, value: V, place: Place, record: object = None, **names: object) -> V:
@@ -200,10 +188,9 @@ class Seal:
             found = self._decode_record(found, place, record, names)
         return cast("V", found)
 
-    def _encode(self, name: str, data: bytes, identity: bytes) -> bytes:
-        return MARK + self._call(
-            name, "encode", _check(data, identity) + data, identity, "nothing was stored"
-        )
+    def _encode(self, name: str, identity: bytes, data: bytes) -> bytes:
+        data = _check(data, identity) + data
+        return MARK + self._call(name, "encode", data, identity, "nothing was stored")
 
     def _decode(self, name: str, identity: bytes, data: bytes) -> bytes:
         marked = data.startswith(MARK)
@@ -240,24 +227,21 @@ class Seal:
             problem = f"{shown} returned a {type(found).__name__}, not bytes; {advice}"
         raise CodecFailed(name, problem)
 
-    def _encode_text(self, name: str, text: str, identity: bytes) -> str:
-        """Return *text* encoded; if the codec fails, that is told in its place: a run must be able to end."""
-        try:
-            data = self._encode(name, clean_text(text).encode(), identity)
-        except CodecFailed as error:
-            return str(error)
-        return _TEXT_MARK + base64.b64encode(data).decode("ascii")
+    def _encode_error(self, name: str, identity: bytes, told: str | dict[str, Any]) -> str | dict[str, Any]:
+        """Return an error's text encoded, or its record but for the code.
 
-    def _encode_record(self, name: str, record: dict[str, Any], identity: bytes) -> dict[str, Any]:
-        """Return an error's *record* encoded but for its code; told as in `_encode_text` if that fails."""
-        if record.get("code") == CodecFailed.code:
+        If the codec fails, that is told in its place: a run must be able to end.
+        """
+        record = None if isinstance(told, str) else told
+        if record is not None and record.get("code") == CodecFailed.code:
             # It holds nothing of the user's, and with the right key it must be readable.
             return record
+        data = clean_text(told) if isinstance(told, str) else dump_json(told)
         try:
-            data = self._encode(name, dump_json(record).encode(), identity)
+            text = base64.b64encode(self._encode(name, identity, data.encode())).decode("ascii")
         except CodecFailed as error:
-            return to_record(error)
-        return {"code": record.get("code"), _SEALED: base64.b64encode(data).decode("ascii")}
+            return str(error) if record is None else to_record(error)
+        return _TEXT_MARK + text if record is None else {"code": record.get("code"), _SEALED: text}
 
     def _decode_record(
         self, error: dict[str, Any], place: Place, record: object, names: Mapping[str, object]

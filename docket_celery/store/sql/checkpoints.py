@@ -258,16 +258,8 @@ def _put(insert: Any, *, replace: bool) -> sa.Insert:
 
 
 _EXPIRES = after(sa.bindparam("p_ttl"))
-_PUT = {
-    replace: _put(
-        upsert(docket_cache).values(
-            {name: given(docket_cache, name) for name in _INSERTED}
-            | {"created_at": now(), "expires_at": _EXPIRES}
-        ),
-        replace=replace,
-    )
-    for replace in (False, True)
-}
+_NEW = {name: given(docket_cache, name) for name in _INSERTED} | {"created_at": now(), "expires_at": _EXPIRES}
+_PUT = {replace: _put(upsert(docket_cache).values(_NEW), replace=replace) for replace in (False, True)}
 _RELEASE = sa.delete(docket_claims).where(_CLAIMED)
 _RELEASE_LIVE = sa.delete(docket_claims).where(_IS_CLAIM)
 _SPEND = sa.update(docket_claims).where(_IS_CLAIM).values(lease_until=now())
@@ -327,8 +319,7 @@ def publish(
     raise StoreUnavailable("publish the checkpoint", "another's row is being deleted")
 
 
-_IS_SHARED = sa.and_(matches(docket_cache, "cache_key"), _CACHE.execution_id.is_(None))
-_FORGET = sa.delete(docket_cache).where(_IS_SHARED)
+_FORGET = sa.delete(docket_cache).where(matches(docket_cache, "cache_key"), _CACHE.execution_id.is_(None))
 _FORGET_LIVE, _FORGET_AND_TELL = _FORGET.where(_IS_LIVE), _FORGET.returning(_IS_LIVE)
 
 

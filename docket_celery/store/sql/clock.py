@@ -11,12 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, DateTime, Double
-from sqlalchemy.types import TypeEngine
 
 from docket_celery.store.sql.constructs import construct
 
 _TIME = DateTime(timezone=True)
-_SECONDS: TypeEngine[Any] = Double[float]()
 _NOW = "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
 # printf reads NULL as 0, so NULL is kept out of it.
 _LATER = """(CASE WHEN {1} IS NOT NULL
@@ -32,7 +30,7 @@ seconds_left = construct(
     "seconds_left",
     "EXTRACT(EPOCH FROM {0} - clock_timestamp())",
     "((julianday({0}) - julianday('now')) * 86400.0)",
-    _SECONDS,
+    Double[float](),
 )
 """The seconds from now until a moment; negative: it is over."""
 
@@ -44,21 +42,12 @@ def after(seconds: ColumnElement[Any] | float | None) -> ColumnElement[Any]:
 
 @contextmanager
 def writing(connection: Connection) -> Generator[None]:
-    """Hold a transaction that may write; in SQLite it takes the write lock first."""
-    with transaction(connection, "BEGIN IMMEDIATE" if connection.dialect.name == "sqlite" else "BEGIN"):
-        yield
+    """Hold a transaction that may write, in SQLite with the write lock; commit it, or roll it back on an error.
 
-
-@contextmanager
-def transaction(connection: Connection, begin: str = "BEGIN") -> Generator[None]:
-    """Begin a transaction with the statement *begin*; commit it, or roll it back on an error.
-
-    Args:
-        connection: In autocommit, outside of a transaction.
-        begin: "BEGIN IMMEDIATE" takes the write lock of SQLite.
+    The connection is in autocommit, outside of a transaction.
     """
     try:
-        connection.exec_driver_sql(begin)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.dialect.name == "sqlite" else "BEGIN")
         yield
         connection.exec_driver_sql("COMMIT")
     except BaseException:

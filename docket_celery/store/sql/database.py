@@ -54,7 +54,7 @@ class Database(Engines):
 
     def _once(self, work: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         engine = self.current()
-        with self.lock(), engine.connect() as connection:
+        with self.lock, engine.connect() as connection:
             try:
                 return work(connection, *args, **kwargs)
             except BaseException as error:

@@ -42,11 +42,7 @@ _SQLITE_BUSY_S = 5.0
 
 
 def parse_url(value: str | URL) -> URL:
-    """Return *value* with the driver that this library uses.
-
-    Raises:
-        InvalidSettings: It is no database URL, or names a database or driver that is not supported.
-    """
+    """Return *value* with the driver that this library uses, or raise `InvalidSettings`."""
     try:
         url = make_url(value)
     except (ArgumentError, ValueError):
@@ -85,12 +81,8 @@ def is_memory(url: URL) -> bool:
 class Engines:
     """One engine for each process that uses it; a forked child never touches its parent's connections.
 
-    Args:
-        source: A URL, or the user's own engine, which is used as it is.
-
-    Raises:
-        InvalidSettings: The URL cannot be used.
-        InvalidArguments: The engine cannot be used.
+    A user's own engine is used as it is. Raises `InvalidSettings` or `InvalidArguments` for a URL or an engine that
+    cannot be used.
     """
 
     def __init__(self, source: str | URL | Engine) -> None:
@@ -100,7 +92,7 @@ class Engines:
             _check_given(self._given)
         self.in_memory = is_memory(self.url)
         # SQLite in memory is one connection; statements of two threads must not mix in one transaction.
-        self._lock: AbstractContextManager[Any] = threading.Lock() if self.in_memory else nullcontext()
+        self.lock: AbstractContextManager[Any] = threading.Lock() if self.in_memory else nullcontext()
         self._made_by = os.getpid()
         self._engines: dict[int, Engine] = {}
 
@@ -108,10 +100,6 @@ class Engines:
     def shared(self) -> bool:
         """Whether there is but one engine to use: the user's own, or SQLite in memory."""
         return self.in_memory or self._given is not None
-
-    def lock(self) -> AbstractContextManager[Any]:
-        """Return what a call must hold while it uses a connection; free unless SQLite is in memory."""
-        return self._lock
 
     def current(self) -> Engine:
         """Return this process's engine: mostly a look-up, and never a lock that a fork could leave held."""
@@ -128,7 +116,7 @@ class Engines:
     def _make(self, pid: int) -> Engine:
         forked = pid != self._made_by
         if forked and self.in_memory:
-            self._lock = threading.Lock()  # a thread of the parent may have held it at the fork
+            self.lock = threading.Lock()  # a thread of the parent may have held it at the fork
         # Two threads may both make one: setdefault keeps one, the other never connected and is dropped.
         # The parent's stays where it is, unused: closing its connections would end the parent's sessions.
         if self._given is None:

@@ -52,12 +52,10 @@ def _replace(insert: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """How any number of rows go into a table at once.
+    """How any number of records go into a table at once.
 
-    Attributes:
-        read: Returns the values of a record by column.
-        others: The same for all rows.
-        resolve: Says in an insert what happens to a row that is there already; default: it stays.
+    *read* returns the values of one by column, *others* are the same for all. *resolve* says in an insert what
+    happens to a row that is there already.
     """
 
     table: sa.Table
@@ -118,12 +116,9 @@ ADD_CHUNKS = Rows(
 
 @dataclass(frozen=True, eq=False)
 class Fenced:
-    """Gates, and what is written if all of them have a row.
+    """Gates, and what is written if all of them have a row; each gate after the first changes something.
 
-    Attributes:
-        gates: At least one; those after the first change something.
-        writes: What else is changed.
-        tells: Columns of the row that the last of all of them has changed; on SQLite they are read with it.
+    *tells* selects columns of the row that the last of gates and writes has changed; on SQLite they are read with it.
     """
 
     gates: Sequence[Any]

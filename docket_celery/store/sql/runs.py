@@ -271,10 +271,9 @@ def end(connection: sa.Connection, lease: Lease, ending: RunEnd) -> None:
     """See `Store.end`."""
     values = bound(end_values(lease, ending))
     ended, failed = ending.state.ended, ending.state is RunState.FAILED
-    rows = ending.executions
     if connection.dialect.name == "postgresql":
-        statement = _end(ended=ended, failed=failed, executions=bool(rows))
-        found = connection.execute(statement, values | ADD_EXECUTIONS.arrays(rows)).one()
+        statement = _end(ended=ended, failed=failed, executions=bool(ending.executions))
+        found = connection.execute(statement, values | ADD_EXECUTIONS.arrays(ending.executions)).one()
         fenced, rest = found.fenced, ended and (not found.fenced or found.dated == PAGE)
     else:
         with writing(connection):
@@ -284,7 +283,7 @@ def end(connection: sa.Connection, lease: Lease, ending: RunEnd) -> None:
             if fenced and failed:
                 connection.execute(_RESET_CHUNKS, values)
             if fenced:
-                ADD_EXECUTIONS.add_each(connection, rows)
+                ADD_EXECUTIONS.add_each(connection, ending.executions)
     if not fenced:
         row = connection.execute(_FIND, values).first()
         ours = (values["p_owner"], values["p_epoch"], values["p_state"])

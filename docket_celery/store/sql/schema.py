@@ -273,9 +273,8 @@ def misses_something(error: DBAPIError) -> bool:
 def check(connection: Connection) -> None:
     """Check that the tables can be used as this release uses them.
 
-    Raises:
-        SchemaMismatch: They are missing or of another version.
-        StoreRefused: The encoding is not UTF8, or a table or a right is missing.
+    Raises `SchemaMismatch` if they are missing or of another version, `StoreRefused` if the encoding is not UTF8, a
+    table is missing or a right.
     """
     found = find_version(connection)
     if found != VERSION:
@@ -299,11 +298,7 @@ WHERE to_regclass(CAST(:table AS text)) IS NULL
 
 
 def check_encoding(connection: Connection) -> None:
-    """Check that a Postgres database can hold every text.
-
-    Raises:
-        StoreRefused: Its encoding is not UTF8.
-    """
+    """Check that a Postgres database can hold every text; raise `StoreRefused` if its encoding is not UTF8."""
     encoding = connection.execute(text("SHOW server_encoding")).scalar_one()
     if encoding != "UTF8":
         advice = "create a database with ENCODING 'UTF8' TEMPLATE template0"
@@ -340,9 +335,7 @@ def upgrade(
 ) -> int:
     """Bring the tables to *version* inside the transaction that *connection* is in, and return it.
 
-    Raises:
-        SchemaMismatch: They are of a newer version.
-        StoreRefused: They are older than the first release, or the encoding of the database is not UTF8.
+    Raises `SchemaMismatch` if they are of a newer version, `StoreRefused` if they are older than the first release.
     """
     if connection.dialect.name == "postgresql":
         check_encoding(connection)

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, and_, case, func, or_, select, update
 
 from docket_celery.store.records import LostRun, RunRow, RunState
 from docket_celery.store.rows import Row, clean_text, dump_json
-from docket_celery.store.rules import CANCEL_LOOK_S, QUEUE_PATIENCE, STAGE_PATIENCE, is_lost, next_look_s
+from docket_celery.store.rules import CANCEL_LOOK_S, LONGEST_LOOK_S, QUEUE_PATIENCE, STAGE_PATIENCE, is_lost
 from docket_celery.store.sql.binds import IS_RUN, NAME, matches, named
 from docket_celery.store.sql.checkpoints import PAGE, date_checkpoints, date_page
 from docket_celery.store.sql.clock import after, began, now, seconds_left, writing
@@ -42,10 +42,10 @@ def cancel(
         )
     )
     chunks = update(docket_chunks).where(_OF_RUN, _CHUNKS.state.in_(alive)).values(cancelled)
-    run = named(graph, execution_id)
+    name = named(graph, execution_id)
     with writing(connection):
-        if connection.execute(ended, run).rowcount:
-            connection.execute(chunks, run)
+        if connection.execute(ended, name).rowcount:
+            connection.execute(chunks, name)
         dated = date_page(connection, graph, execution_id)
     if dated == PAGE:
         date_checkpoints(connection, graph, execution_id)
@@ -114,7 +114,8 @@ def _look_at(connection: Connection, run: Row, lease_s: float, max_deliveries: i
         idle_s=idle_s,
         lease_s=lease_s,
     )
-    next_s = next_look_s(lost=lost and not died, idle_s=idle_s, lease_s=lease_s)
+    # The longer nothing helps, the rarer a run is sent again.
+    next_s = min(LONGEST_LOOK_S, max(lease_s, idle_s)) if lost and not died else lease_s
     changes: dict[str, Any] = {"wake_at": after(None if run["state"] == RunState.CANCELLED else next_s)}
     if died:
         kept_until = after(lease_s * STAGE_PATIENCE)

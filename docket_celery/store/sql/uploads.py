@@ -83,14 +83,9 @@ def _write(
 
 def finish_upload(connection: sa.Connection, lease: Lease, digest: bytes, keep_s: float) -> None:
     """See `BatchStore.finish_upload`."""
-    changes = {
-        "job_digest": digest,
-        "lease_until": None,
-        "epoch": 0,
-        "updated_at": now(),
-        "expires_at": after(keep_s),
-    }
-    finished = sa.update(docket_runs).where(_HOLDS, is_state(docket_runs, "QUEUED")).values(changes)
+    changes: dict[str, Any] = {"job_digest": digest, "lease_until": None, "epoch": 0}
+    times = {"updated_at": now(), "expires_at": after(keep_s)}
+    finished = sa.update(docket_runs).where(_HOLDS, is_state(docket_runs, "QUEUED")).values(changes | times)
     values = bound(fence_values(lease))
     if connection.execute(finished, values).rowcount:
         return
