@@ -279,18 +279,10 @@ class Graph(Registry):
         store: Store | None = None,
         loop: StepLoop | None = None,
     ) -> Run:
-        """Return the run of one delivery, not begun.
+        """Return the run of one delivery, not begun, or raise what `find_store` does.
 
-        Args:
-            plan: What to do.
-            inputs: The job, in the order of ``plan.given``; a list is a batch.
-            submission: Who asks for it, and how.
-            settings: Those in force; None: the process's.
-            store: As for `find_store`.
-            loop: Runs ``async def`` steps; None: the loop thread of the process.
-
-        Raises:
-            StoreMissing, InvalidSettings: As they say.
+        *inputs* are the job in the order of ``plan.given``; a list is a batch. *settings* and *loop*: None stands for
+        those of the process.
         """
         self.freeze()
         settings = process.settings() if settings is None else settings
@@ -307,8 +299,7 @@ class Graph(Registry):
     def find_batch_store(self, plan: Plan, settings: Settings) -> BatchStore | None:
         """Return the store over which several workers can share a run of *plan*; None: one of them does it all.
 
-        Raises:
-            StoreMissing, InvalidSettings: As from `find_store`, if the plan persists.
+        Raises what `find_store` does if the plan persists.
         """
         if not plan.fans_out or overrides() is not None or self in overridings():
             return None
@@ -319,8 +310,7 @@ class Graph(Registry):
         """Return the store in force: the call's, a test's, the graph's or that of ``docket_database_url``.
 
         Raises:
-            StoreMissing: There is none.
-            InvalidSettings: ``docket_codec`` is set, and the store was given without a codec.
+            StoreMissing, InvalidSettings: There is none, or ``docket_codec`` is set and it was given without a codec.
         """
         found = self.choose_store(settings, store)
         if found is None:
@@ -329,11 +319,7 @@ class Graph(Registry):
         return found
 
     def choose_store(self, settings: Settings, store: Store | None = None) -> Store | None:
-        """Like `find_store`, or None if there is none.
-
-        Raises:
-            InvalidSettings: ``docket_codec`` is set, and the store was given without a codec.
-        """
+        """Like `find_store`, or None if there is none."""
         around = overrides()
         stores = (store, None if around is None else around.store, self.store)
         given = next((each for each in stores if each is not None), None)
@@ -348,12 +334,7 @@ class Graph(Registry):
 def _submission(
     graph: Graph, where: str, options: RefreshOptions, *, may_help: bool = False, **more: Any
 ) -> Submission:
-    """Return who asks for a run in process.
-
-    Raises:
-        TypeError: An option does not exist.
-        InvalidArguments: The name or the limit cannot be used.
-    """
+    """Return who asks for a run in process, or raise TypeError or InvalidArguments for an option."""
     if unknown := options.keys() - RunOptions.__annotations__.keys():
         raise TypeError(f"{where}() got an unexpected keyword argument {min(unknown)!r}")
     given = cast("RunOptions", options)

@@ -64,10 +64,8 @@ class SignatureFault(Exception):
 def resolve(annotation: Any) -> tuple[Any, list[Any]]:
     """Return the type that an annotation stands for, behind aliases and ``Annotated``, and what ``Annotated`` adds.
 
-    An alias is ``type X = ...`` or a ``TypeAliasType`` of `typing` or ``typing_extensions``, also with parameters.
-
-    Raises:
-        SignatureFault: An alias leads to itself, or to a name that is not defined.
+    An alias is ``type X = ...`` or a ``TypeAliasType``, also with parameters; one that leads to itself, or to a name
+    that is not defined, is a SignatureFault.
     """
     extras: list[Any] = []
     for _ in range(_MOST_ALIASES):

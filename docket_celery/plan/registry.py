@@ -251,11 +251,7 @@ class Registry:
     ) -> Plan:
         """Return the plan for these values, compiled once.
 
-        Args:
-            target: What to make.
-            given: What is handed in.
-            batch: Which of *given* comes as a list, item by item.
-            collects: The target is wanted for each item.
+        *batch* is the one of *given* that comes as a list, item by item; *collects*: the target is wanted for each.
         """
         wiring, replaced = self._read(), overridings().get(self)
         wiring = wiring if replaced is None else replaced.rewired(wiring)

@@ -30,9 +30,7 @@ def compile_plan(
 ) -> Plan:
     """Return the plan that makes *target*, cut into stages if something fans out; arguments as for `Plan`.
 
-    Raises:
-        GraphError: The graph has faults, a needed value has no producer, or a step cannot be staged.
-        InvalidArguments: A type is given twice.
+    A GraphError has all faults of the graph, values without a producer and steps that cannot be staged.
     """
     if len(set(given)) != len(given):
         twice = next(key for key in given if given.count(key) > 1)

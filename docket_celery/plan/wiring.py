@@ -76,10 +76,7 @@ class Wiring:
         """Refuse the graph unless it is free of faults, where a caller hands in *given*; these break cycles.
 
         *complete*: every other input must have a producer. Else what no step returns counts as handed in, but for a
-        *target* and what the steps on the way to it take.
-
-        Raises:
-            GraphError: With all faults.
+        *target* and what the steps on the way to it take. All faults are raised as one GraphError.
         """
         known = dict.fromkeys(given)
         faults = [*self.faults, *_cycles(self, known)]
