@@ -199,7 +199,7 @@ def test_an_upload_that_cannot_be_finished_sends_nothing(
 ) -> None:
     """All items are there, but the run does not count; under the same name the next submission starts anew."""
     run, queue = unique("unfinished"), unique("never")
-    task, items = paced.look_at_all, movies(run, 1000)
+    task, items = paced.look_at_all, movies(run, 3000)
 
     def submit() -> None:
         if streams:
@@ -216,7 +216,7 @@ def test_an_upload_that_cannot_be_finished_sends_nothing(
         " AND item_index IS NOT NULL) FROM docket_runs AS r WHERE execution_id = %s",
         run,
     )
-    assert (state, bytes(digest), count) == ("QUEUED", UNFINISHED, 1000)
+    assert (state, bytes(digest), count) == ("QUEUED", UNFINISHED, 3000)
     wait_until(lambda: lease_is_over(urls, run), within_s=WAIT_S, what="the end of the upload's lease")
     again = task.submit_batch(movies(run, 3), execution_id=run, context=OPEN)
     assert [each.original.rating for each in again.get(timeout=WAIT_S)] == [0, 1, 2]

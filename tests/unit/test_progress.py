@@ -27,7 +27,7 @@ def called(tmp_path: Path) -> Called:
     def look(movie: Movie) -> EnrichedMovie:
         return EnrichedMovie(original=movie)
 
-    @graph_task(app, graph, name="progress.look_at_all")
+    @graph_task(app, graph, name="progress.look_at_all", shared=False)
     def look_at_all(movies: list[Movie]) -> list[EnrichedMovie]:
         raise NotImplementedError
 
