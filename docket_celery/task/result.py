@@ -134,7 +134,7 @@ class GraphResult(_TypedResult[R]):
         Raises:
             InvalidArguments, InvalidSettings, StoreUnavailable: As from `failed_items`.
         """
-        row = self._read_run(lambda store, *name: store.find_run(*name), execution_id)
+        row = self._read_run(lambda store, graph, name: store.find_run(graph, name), execution_id)
         return None if row is None else row.progress
 
     def _read_run(self, read: Callable[[BatchStore, str, str], T], execution_id: str | None) -> T:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import pytest
+from celery import _state
 
 from docket_celery import settings
 from docket_celery.errors import (
@@ -222,8 +223,14 @@ class TestWrongCalls:
         with pytest.raises(InvalidArguments, match=text):
             getattr(graph, call)(step, *inputs)
 
-    def test_without_a_store_there_is_nothing_to_change(self, call: str) -> None:
+    def test_without_a_store_there_is_nothing_to_change(
+        self, call: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """The error names the setting."""
+        # The app of another test of this process may be the current one, and have a database.
+        state: Any = _state
+        monkeypatch.setattr(state._tls, "current_app", None)
+        monkeypatch.setattr(state, "default_app", None)
         rates = Rates()
         rates.graph.store = None
         with pytest.raises(StoreMissing, match="docket_database_url"):
