@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from docket_celery.engine.process.heartbeat import Heartbeat
 from docket_celery.engine.process.instances import Factory
@@ -43,10 +42,10 @@ class Process:
         self._environment_checked = False
         self._runtimes: dict[int, Runtime] = {}
         self._stores: dict[tuple[str, int], Store] = {}
-        # By the store's life: a store that was made for one call goes with the call.
+        # For the life of a store, which may be that of one call; by its id, since equal stores are still two.
         self._heartbeats: dict[int, Heartbeat] = {}
-        self._slots: WeakKeyDictionary[Mark, Slots] = WeakKeyDictionary()
-        self._factories: WeakKeyDictionary[Mark, Factory] = WeakKeyDictionary()
+        self._slots: weakref.WeakKeyDictionary[Mark, Slots] = weakref.WeakKeyDictionary()
+        self._factories: weakref.WeakKeyDictionary[Mark, Factory] = weakref.WeakKeyDictionary()
         self._built: list[Factory] = []
 
     def begin_in_child(self) -> None:
@@ -111,11 +110,12 @@ class Process:
     def heartbeat(self, store: Store) -> Heartbeat:
         """Return what keeps this process's leases in *store* alive, over connections of its own."""
         with self.lock:
-            # By identity: a user's store may compare equal to another, or have no hash.
             found = self._heartbeats.get(id(store))
             if found is None:
-                found = self._heartbeats[id(store)] = Heartbeat(store)
+                found = Heartbeat(store)
+                # Before it is kept: the id of a store that takes no weak references could come again.
                 weakref.finalize(store, self._heartbeats.pop, id(store), None).atexit = False
+                self._heartbeats[id(store)] = found
             return found
 
     def slots_of(self, step: Step) -> Slots | None:
