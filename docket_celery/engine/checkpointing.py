@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.run_context import RunContext, Stored
+from docket_celery.engine.run_context import Restored, RunContext
 from docket_celery.errors import CacheMismatch, DocketError, GraphChanged, InvalidArguments
 from docket_celery.plan.messages import (
     Value,
@@ -183,7 +183,7 @@ def hash_inputs(values: Sequence[Value], store: Store) -> str:
     return store.hmac_digest(bytes.fromhex(plain)).hex()
 
 
-def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> Stored:
+def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> Restored:
     """Return the run's checkpoints, by step name and path of the item.
 
     Raises `GraphChanged` for one of a step that is gone, or that keeps nothing for the run any more.

@@ -21,7 +21,7 @@ from docket_celery.plan.context import Cancellation
 from docket_celery.store.contract import Store
 from docket_celery.store.records import Checkpoint, Chunk, Lanes, Lease, Progress, StepExecution
 
-Stored = Mapping[tuple[str, str], Checkpoint]
+Restored = Mapping[tuple[str, str], Checkpoint]
 """A run's checkpoints by step name and path of the item."""
 OnEnd = Callable[[Sequence[Any], BaseException | None], None]
 """Called once with the values of the outputs, or with none and an error, on the thread that ended the execution."""
@@ -104,7 +104,7 @@ class RunContext:
     beats: Heartbeat | None = None
     held: HeldLease | None = None
     number: int = 1
-    stored: Stored = field(default_factory=dict[tuple[str, str], Checkpoint])
+    stored: Restored = field(default_factory=dict[tuple[str, str], Checkpoint])
     item: str = ""
     loop: StepLoop | None = None
     hooks: Sequence[MakeContext] = ()
