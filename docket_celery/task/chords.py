@@ -125,7 +125,7 @@ class BatchDelivery:
             **headers,
             PART: {"stage": opened.stage, "total": opened.progress.total},
             CELERY_RETRIES: self._submission.retries + 1,
-            WAITS_FOR_OTHER: True,
+            WAITS_FOR_OTHER: 1,
         }
         body = self._signature(body_headers, ignore_result=True if self._request.ignore_result else None)
         chunks = [self._chunk({**headers, PART: part}) for part in _first_parts(opened)]
@@ -247,7 +247,7 @@ def revive(app: Celery, lost: LostRun) -> None:
     headers: dict[str, Any] = again.options["headers"]
     headers[PART] = {"stage": lost.stage}
     # As the body itself would: the same delivery of the task, should both come.
-    headers |= {CELERY_RETRIES: lost.retries + 1, WAITS_FOR_OTHER: True}
+    headers |= {CELERY_RETRIES: lost.retries + 1, WAITS_FOR_OTHER: 1}
     again.set(headers=headers, retries=0)
     again.apply_async(add_to_parent=False, **{PREPARED: True})
 

@@ -190,7 +190,7 @@ def _retry_or_raise(task: AnyTask, outcome: RunOutcome, error: BaseException) ->
     headers = {**_headers(request)}
     if outcome.held:
         # A delivery that advanced the run must not restart it if others end it before its retry.
-        headers |= {ENDED_CLEANLY: request.retries + 1, WAITS_FOR_OTHER: True}
+        headers |= {ENDED_CLEANLY: request.retries + 1, WAITS_FOR_OTHER: 1}
     elif isinstance(error, StoreUnavailable):
         # Not a retry in the sense of leases: the holder may be well, and must not be taken for dead.
         headers[OUTAGES] = outages + 1
