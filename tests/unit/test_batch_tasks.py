@@ -436,20 +436,27 @@ def test_the_text_of_a_failed_chunk_reads_after_celerys_succeeded() -> None:
     assert chords.Receipt({"lo": 0, "state": "BUSY"}).__json__() == {"lo": 0, "state": "BUSY"}
 
 
+def counting(app: Celery, checking: Graph) -> Any:
+    """Return a task that counts what *checking* has checked, whatever else fails."""
+
+    @checking.aggregate
+    def count(checked: list[EnrichedMovie]) -> BatchStats:
+        return BatchStats(count=len(checked))
+
+    class CountSome(GraphTask[[list[Movie]], BatchStats]):
+        graph = checking
+        on_error = "collect"
+
+    return app.register_task(CountSome())
+
+
 def test_items_that_an_aggregate_does_not_see_are_logged(
     app: Celery, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Once, with the first of them; a result that has its errors itself needs no line."""
     graph_of_both = Graph("unseen")
     graph_of_both.step(check)
-
-    @graph_of_both.aggregate
-    def count(checked: list[EnrichedMovie]) -> BatchStats:
-        return BatchStats(count=len(checked))
-
-    class CountSome(GraphTask[[list[Movie]], BatchStats]):
-        graph = graph_of_both
-        on_error = "collect"
+    count_some = counting(app, graph_of_both)
 
     class CheckSome(GraphTask[[list[Movie]], BatchResult[EnrichedMovie]]):
         graph = graph_of_both
@@ -457,7 +464,7 @@ def test_items_that_an_aggregate_does_not_see_are_logged(
     with caplog.at_level("WARNING", "docket_celery"):
         assert app.register_task(CheckSome())(MOVIES).errors
         assert not caplog.records
-        assert app.register_task(CountSome())(MOVIES).count == 4
+        assert count_some(MOVIES).count == 4
     (record,) = caplog.records
     assert "of graph 'unseen' succeeded, failed items left out: 1 (" in record.getMessage()
     assert "step 'check' of item 4 failed" in record.getMessage()
@@ -471,16 +478,8 @@ def test_a_codec_hides_the_errors_of_failed_items_from_the_log_too(
     store.migrate()
     hidden = Graph("hidden", store=store)
     hidden.register(check, persist=Scope.WORKFLOW)
-
-    @hidden.aggregate
-    def count(checked: list[EnrichedMovie]) -> BatchStats:
-        return BatchStats(count=len(checked))
-
-    class CountHidden(GraphTask[[list[Movie]], BatchStats]):
-        graph = hidden
-        on_error = "collect"
-
+    count_hidden = counting(app, hidden)
     with caplog.at_level("WARNING", "docket_celery"):
-        assert app.register_task(CountHidden())(MOVIES).count == 4
+        assert count_hidden(MOVIES).count == 4
     (record,) = caplog.records
     assert record.getMessage().endswith("failed items left out: 1 (item 4: DC201)")

@@ -11,6 +11,7 @@ import pytest
 from typing_extensions import TypeAliasType
 
 from docket_celery import BatchResult, InvalidArguments, InvalidDeclaration, Named, StepContext
+from docket_celery.engine.run_row import digest_job
 from docket_celery.errors import DecodeFailed
 from docket_celery.task.declaration import is_empty, read_function, read_generic
 from docket_celery.task.envelope import Result, Undecodable
@@ -241,3 +242,16 @@ def test_routing_is_taken_off_the_class_and_kept() -> None:
 def test_a_submission_says_otherwise(options: dict[str, Any], wanted: dict[str, Any]) -> None:
     """A destination replaces the declared one as a whole; the rest is added."""
     assert add_routing({"queue": "own", "priority": 1}, options) == wanted
+
+
+def test_the_digest_of_a_declared_job_is_the_engines() -> None:
+    """A job is named at submit by its declaration, and by its plan where it was sent without a digest."""
+
+    def declared(order: Order, tax: Annotated[Money, Named("tax")], charges: list[Charge]) -> list[Shipment]:
+        raise NotImplementedError
+
+    declaration = read_function("shop.ship", declared)
+    values: list[Any] = [Order(order_id="7"), Money(cents=7), [Charge(charge_id="1"), Charge(charge_id="2")]]
+    assert declaration.digest(values) == digest_job(declaration.given, values)
+    others: list[Any] = [*values[:2], [Charge(charge_id="12")]]
+    assert declaration.digest(others) != declaration.digest(values)

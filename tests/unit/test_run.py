@@ -336,11 +336,19 @@ def test_a_copy_that_met_a_holder_comes_back_without_sending_the_job() -> None:
     shop.before_ship = lambda: pass_on(shipping, go)
     first = start(lambda: shop.graph.execute(Shipment, Order(order_id="7"), execution_id="o-1"))
     reached(shipping)
-    copy = Submission(execution_id="o-1", task_id="t", waits_for_other=True, waits=False)
+    told: list[tuple[EventKind, str]] = []
+    copy = Submission(
+        execution_id="o-1",
+        task_id="t",
+        waits_for_other=True,
+        waits=False,
+        listeners=[lambda event: told.append((event.kind, event.detail))],
+    )
     plan = shop.graph.compiled(ValueKey(Shipment), (ValueKey(Order),))
     outcome = within(lambda: shop.graph.deliver(plan, [Order(order_id="7")], copy))
     assert outcome.busy_s is not None
     assert 0 < outcome.busy_s <= 30
+    assert told[-1] == (EventKind.RUN_ENDED, "another delivery advances the run")
     assert store.calls.count("acquire") == 1
     go.set()
     assert first.result(WAIT_S) == Shipment(tracking_id="7 1")
