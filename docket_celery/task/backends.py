@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any, Final, cast
 
 from celery import states
-from celery.backends.redis import RedisBackend
 from celery.exceptions import OperationalError
 from kombu.exceptions import EncodeError
 
@@ -75,10 +74,18 @@ def is_stored(backend: Any, request: Any, result: object = None) -> bool:
         return False
     if stored != states.SUCCESS:
         return False
-    if request.chord and isinstance(backend, RedisBackend):
+    if request.chord and counts_parts_by_id(backend):
         made = backend.get_result(request.id) if result is None else result
         backend.on_chord_part_return(request, states.SUCCESS, made)
     return True
+
+
+def counts_parts_by_id(backend: Any) -> bool:
+    """Tell whether a backend counts a chord's parts by their ids, once each and without their results."""
+    # It imports the client of Redis, which an app may not use.
+    from celery.backends.redis import RedisBackend
+
+    return isinstance(backend, RedisBackend)
 
 
 class _Patient:

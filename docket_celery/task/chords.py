@@ -13,7 +13,6 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from celery import Celery, chord, signature
-from celery.backends.redis import RedisBackend
 from celery.exceptions import Ignore, SoftTimeLimitExceeded
 from kombu.utils.json import dumps, loads
 
@@ -28,6 +27,7 @@ from docket_celery.plan.mutation import checked
 from docket_celery.plan.plan import Plan
 from docket_celery.store.contract import BatchStore
 from docket_celery.store.records import ChunkStop, LostRun, Progress, RunState
+from docket_celery.task.backends import counts_parts_by_id
 from docket_celery.task.headers import (
     BATCH,
     CELERY_RETRIES,
@@ -173,7 +173,7 @@ class BatchDelivery:
         """Return the signature of a chunk's task; its receipt is what the chord counts."""
         # Redis counts parts without their results. Of a stored one Celery believes that it was counted, though its
         # child died before that: no retry would come, and the chord never end.
-        return self._signature(headers, ignore_result=isinstance(self._task.backend, RedisBackend))
+        return self._signature(headers, ignore_result=counts_parts_by_id(self._task.backend))
 
     def _signature(self, headers: dict[str, Any], *, ignore_result: bool | None) -> Any:
         """Return the signature of a part, which travels where and how the job did."""

@@ -17,16 +17,22 @@ ROOT = Path(__file__).resolve().parents[2]
 PERSISTS = "tests.integration.apps.faulty"
 KEEPS_NOTHING = "tests.integration.apps.declared"
 DATABASE = "DOCKET_CELERY_DATABASE_URL"
+COMMAND = """
+import atexit, sys
+from celery.__main__ import main
+atexit.register(lambda: print(*sys.modules, file=sys.stderr))
+main()
+"""
 SECRET = "postgresql+psycopg://ann:s3cret@127.0.0.1:1/shop"
 
 
 def run(
-    *words: str, env: Mapping[str, str] | None = None, python: tuple[str, ...] = ()
+    *words: str, env: Mapping[str, str] | None = None, python: tuple[str, ...] = ("-m", "celery")
 ) -> subprocess.CompletedProcess[str]:
     """Run ``celery WORDS`` as a user does."""
     hidden = {key: value for key, value in os.environ.items() if not key.startswith("DOCKET_CELERY_")}
     return subprocess.run(
-        [sys.executable, *python, "-m", "celery", *words],
+        [sys.executable, *python, *words],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -36,11 +42,11 @@ def run(
     )
 
 
-def imported(done: subprocess.CompletedProcess[str]) -> set[str]:
-    """Return the top-level packages that ``-X importtime`` saw."""
-    lines = (line for line in done.stderr.splitlines() if line.startswith("import time:"))
-    names = (line.rpartition("|")[2].strip() for line in lines)
-    return {name.partition(".")[0] for name in names}
+def loaded_by(*words: str) -> tuple[set[str], str]:
+    """Run ``celery WORDS``; return the modules that are loaded at its end, and what it printed."""
+    done = run(*words, python=("-c", COMMAND))
+    assert done.returncode == 0, done.stdout
+    return set(done.stderr.splitlines()[-1].split()), done.stdout
 
 
 @pytest.fixture
@@ -67,13 +73,22 @@ def test_celery_lists_the_group_and_the_group_its_commands() -> None:
     ids=["help", "plan", "check"],
 )
 def test_without_a_database_no_sql_is_loaded(words: tuple[str, ...]) -> None:
-    """Every celery command loads the entry point, so it must cost little."""
-    done = run(*words, python=("-X", "importtime"))
-    assert done.returncode == 0, done.stdout
-    assert "docket" in done.stdout
-    packages = imported(done)
-    assert "celery" in packages
-    assert not packages & {"sqlalchemy", "psycopg"}
+    """Nothing is read from one or kept in one."""
+    modules, text = loaded_by(*words)
+    assert "docket" in text
+    assert "docket_celery.cli" in modules
+    assert not modules & {"sqlalchemy", "psycopg"}
+
+
+@pytest.mark.parametrize("words", [("--version",), ("worker", "--help")], ids=" ".join)
+def test_a_celery_command_loads_of_this_library_the_entry_point_alone(words: tuple[str, ...]) -> None:
+    """Celery loads it before every command, in every environment that has the library."""
+    modules, _ = loaded_by(*words)
+    assert {name for name in modules if name.partition(".")[0] == "docket_celery"} == {
+        "docket_celery",
+        "docket_celery.cli",
+    }
+    assert not modules & {"google.protobuf", "sqlalchemy", "psycopg"}
 
 
 def test_check_and_migrate_tell_what_to_do_and_what_was_done(sqlite: dict[str, str]) -> None:

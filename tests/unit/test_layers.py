@@ -21,7 +21,7 @@ print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules} & set(s
 """
 RUN = """
 from docket_celery import Graph
-from tests.unit.protos.shop_pb2 import Charge, Label, Order
+from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order
 
 graph = Graph("plain")
 
@@ -46,7 +46,25 @@ def make_label(order: Order) -> Label:
 
 assert make_label.delay(Order(order_id="1")).get().text == "1"
 """
-HEAVY = "celery,kombu,sqlalchemy,psycopg,gevent"
+DECLARED = """
+from celery import Celery
+from docket_celery import Scope, configure, graph_task
+
+app = Celery("keeping", broker="redis://127.0.0.1:1", backend="redis://127.0.0.1:1")
+app.conf.docket_database_url = "postgresql+psycopg://127.0.0.1:1/docket"
+configure(app)
+
+@graph.step(persist=Scope.WORKFLOW)
+def kept(label: Label) -> Money:
+    return Money(cents=len(label.text))
+
+@graph_task(app, graph)
+def keep(order: Order) -> Money:
+    raise NotImplementedError
+
+app.finalize()
+"""
+HEAVY = "celery,kombu,sqlalchemy,psycopg,redis,flower,gevent"
 
 
 def lint_imports(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -107,9 +125,14 @@ def test_a_graph_in_process_loads_neither_celery_nor_sql() -> None:
     assert loaded_after(RUN + '\nassert graph.execute(Label, Order(order_id="1")).text == "1"\n') == "[]"
 
 
-def test_a_task_whose_graph_persists_nothing_loads_no_sql() -> None:
-    """On Celery: neither sqlalchemy nor psycopg."""
+def test_a_task_whose_graph_persists_nothing_loads_neither_sql_nor_redis() -> None:
+    """On Celery, which itself loads the client of a broker or result backend when it connects."""
     assert loaded_after(RUN + TASK) == '["celery", "kombu"]'
+
+
+def test_a_process_that_declares_a_task_loads_neither_sql_nor_redis() -> None:
+    """Though the graph persists, and Redis carries jobs and results: a process may never submit one."""
+    assert loaded_after(RUN + DECLARED) == '["celery", "kombu"]'
 
 
 def test_a_store_in_memory_loads_no_sql_and_a_database_does() -> None:
