@@ -128,6 +128,27 @@ class TestConnections:
         assert engine.pool is pool
         engine.dispose()
 
+    def test_connections_that_were_opened_are_kept(self, bench: SQLBench) -> None:
+        """Five threads at once use the same five sessions again and again: none is opened for each use."""
+        assert isinstance(bench.store, SQLStore)
+        engine, sessions = bench.store.engine, list[int]()
+        together = threading.Barrier(5)
+
+        def use() -> None:
+            for _ in range(3):
+                with engine.connect() as connection:
+                    sessions.append(connection.execute(text("SELECT pg_backend_pid()")).scalar_one())
+                    together.wait()
+                together.wait()
+
+        threads = [threading.Thread(target=use) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(sessions) == 15
+        assert len(set(sessions)) == 5
+
     def test_a_connection_that_the_server_ended_is_replaced_at_once(self, bench: SQLBench) -> None:
         """All pooled connections die; the next call succeeds, without a pause or an error."""
         lease = bench.take()

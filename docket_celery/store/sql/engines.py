@@ -18,7 +18,15 @@ from docket_celery.errors import InvalidArguments, InvalidSettings
 
 SETTING = "docket_database_url"
 _DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg", "sqlite": "sqlite+pysqlite"}
-_POOL: Mapping[str, Any] = {"pool_size": 2, "max_overflow": 3, "pool_timeout": 15.0, "pool_use_lifo": True}
+# What is opened is kept: overflow connections would be closed on return, and opening one costs as much as a run.
+# What an error leaves open is rolled back where it is caught, so nothing is left to reset on return.
+_POOL: Mapping[str, Any] = {
+    "pool_size": 5,
+    "max_overflow": 0,
+    "pool_timeout": 15.0,
+    "pool_use_lifo": True,
+    "pool_reset_on_return": None,
+}
 _POSTGRES_ARGS: Mapping[str, Any] = {
     "application_name": "docket_celery",
     "client_encoding": "utf8",
