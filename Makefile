@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.stamps/project
 LOCK := requirements/dev.txt
 IMAGE_LOCK := requirements/image.txt
+BENCH_LOCK := requirements/bench.txt
 PYTEST_ARGS ?=
 
 # An ordinary user may have no home that can be written: then the cache moves into the checkout.
@@ -161,13 +162,32 @@ demo: $(READY) ## Show the main job: a graph in parallel, a killed worker, one c
 	$(call say,the demo: real servers and a real worker)
 	@exec $(BIN)/python -m examples.demo
 
+# ----------------------------------------------------------------- benchmarks
+
+# The peers' packages have an environment of their own: they must not decide what the tests run with.
+PEERS := $(VENV)/bench
+
+$(VENV)/.stamps/bench: $(BENCH_LOCK) $(VENV)/.stamps/lock
+	$(call say,installing the peers from $(BENCH_LOCK))
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(PEERS)
+	@$(BIN)/uv pip install --quiet --python $(PEERS)/bin/python --require-hashes -r $(BENCH_LOCK)
+	@touch $@
+
 .PHONY: bench
-bench: $(READY) ## Measure the budgets against their yardsticks
-	@exec $(BIN)/python -m benchmarks
+bench: $(READY) $(VENV)/.stamps/bench ## Measure beside the peers, resuming; ONLY=persisted_chain FRESH=1
+	@exec $(BIN)/python -m benchmarks run --only "$(ONLY)" $(if $(FRESH),--fresh)
+
+.PHONY: bench-compare
+bench-compare: $(READY) ## Measure this library at REF=COMMIT and as it is, in turns; ONLY=...
+	@exec $(BIN)/python -m benchmarks compare "$(REF)" --only "$(ONLY)"
 
 .PHONY: bench-batches
 bench-batches: $(READY) ## Measure batches of up to 100,000 items on a real worker, beside plain chords; ARGS=...
 	@exec $(BIN)/python -m docket_celery.devserver -- $(BIN)/python -m benchmarks.batches $(ARGS)
+
+.PHONY: bench-keep
+bench-keep: $(READY) ## Make what `make bench` measured of this code the committed results
+	@$(BIN)/python -m benchmarks keep
 
 # ---------------------------------------------------------- lock and delivery
 
@@ -175,23 +195,26 @@ COMPILE := pip compile --quiet --universal --python-version 3.11 --generate-hash
     --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock'
 COMPILE_DEV := $(COMPILE) --extra dev --extra gevent --group dev pyproject.toml
 COMPILE_IMAGE := $(COMPILE) --group image pyproject.toml
+COMPILE_BENCH := $(COMPILE) --group bench pyproject.toml
 
 .PHONY: lock
 lock: $(READY) ## Bring requirements/*.txt up to date with pyproject.toml; UPGRADE=1 takes newer versions
 	$(call say,resolving)
 	@$(BIN)/uv $(COMPILE_DEV) $(if $(UPGRADE),--upgrade) -o $(LOCK) > /dev/null
 	@$(BIN)/uv $(COMPILE_IMAGE) $(if $(UPGRADE),--upgrade) --constraint $(LOCK) -o $(IMAGE_LOCK) > /dev/null
+	@$(BIN)/uv $(COMPILE_BENCH) $(if $(UPGRADE),--upgrade) --constraint $(LOCK) -o $(BENCH_LOCK) > /dev/null
 
 # Resolves again with the committed pins as preferences: a lock that satisfies pyproject.toml comes back unchanged.
 .PHONY: lock-check
 lock-check: $(READY) ## Check that requirements/*.txt are what pyproject.toml asks for
 	$(call say,lock)
-	@mkdir -p $(VENV)/.stamps/lock-check && cp $(LOCK) $(IMAGE_LOCK) $(VENV)/.stamps/lock-check/
+	@mkdir -p $(VENV)/.stamps/lock-check && cp $(LOCK) $(IMAGE_LOCK) $(BENCH_LOCK) $(VENV)/.stamps/lock-check/
 	@for try in 1 2 3; do \
 	    if $(BIN)/uv $(COMPILE_DEV) -o $(VENV)/.stamps/lock-check/dev.txt > /dev/null && \
-	        $(BIN)/uv $(COMPILE_IMAGE) --constraint $(LOCK) -o $(VENV)/.stamps/lock-check/image.txt > /dev/null; \
+	        $(BIN)/uv $(COMPILE_IMAGE) --constraint $(LOCK) -o $(VENV)/.stamps/lock-check/image.txt > /dev/null && \
+	        $(BIN)/uv $(COMPILE_BENCH) --constraint $(LOCK) -o $(VENV)/.stamps/lock-check/bench.txt > /dev/null; \
 	    then break; elif [ $$try = 3 ]; then exit 1; else sleep $$((try * 5)); fi; done
-	@for lock in $(LOCK) $(IMAGE_LOCK); do \
+	@for lock in $(LOCK) $(IMAGE_LOCK) $(BENCH_LOCK); do \
 	    diff -u $$lock $(VENV)/.stamps/lock-check/$${lock##*/} || { echo "$$lock is out of date: run make lock" >&2; exit 1; }; \
 	    done
 

@@ -1,1 +1,1 @@
-"""Measures the budgets of the design as ratios within one run. Nothing here decides a test."""
+"""What a run, a step and a task cost, beside the peers and the work written by hand. Nothing here decides a test."""

@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
-LOCKS = ["dev.txt", "image.txt"]
+LOCKS = ["dev.txt", "image.txt", "bench.txt"]
 PIN = re.compile(r"^(?P<name>[a-z0-9-]+)==(?P<version>\S+)(?: ; (?P<marker>[^\\]+))?(?: \\)?$")
 HASH = re.compile(r"^ {4}--hash=sha256:[0-9a-f]{64}(?: \\)?$")
 
@@ -60,16 +60,16 @@ def group(project: Project, name: str) -> Iterator[Requirement]:
 def everything(project: Project) -> Iterator[Requirement]:
     """Yield what development needs: the build backend, the dependencies, all extras and groups."""
     yield from map(Requirement, project["build-system"]["requires"])
-    yield from image(project)
+    yield from beside_the_project(project, "image")
     for extra in project["project"]["optional-dependencies"].values():
         yield from map(Requirement, extra)
     yield from group(project, "dev")
 
 
-def image(project: Project) -> Iterator[Requirement]:
-    """Yield what the container image holds beside the project."""
+def beside_the_project(project: Project, name: str) -> Iterator[Requirement]:
+    """Yield the project's dependencies, and those of a group that has a lock of its own."""
     yield from map(Requirement, project["project"]["dependencies"])
-    yield from group(project, "image")
+    yield from group(project, name)
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +96,20 @@ def test_the_lock_satisfies_every_requirement(project: Project) -> None:
     assert unmet(everything(project), read("dev.txt")) == []
 
 
-def test_the_image_is_locked_at_the_versions_that_were_tested(project: Project) -> None:
-    """A package in both locks has one version."""
-    pins = read("image.txt")
-    assert unmet(image(project), pins) == []
+@pytest.mark.parametrize("lock", ["image", "bench"])
+def test_the_image_and_the_peers_are_locked_at_the_versions_that_were_tested(
+    project: Project, lock: str
+) -> None:
+    """A package in two locks has one version."""
+    pins = read(f"{lock}.txt")
+    assert unmet(beside_the_project(project, lock), pins) == []
     tested = read("dev.txt")
-    assert {name: pin for name, pin in pins.items() if tested.get(name) != pin} == {}
+    assert {name: pin for name, pin in pins.items() if tested.get(name, pin) != pin} == {}
+
+
+def test_the_image_holds_nothing_that_was_not_tested() -> None:
+    """Development's lock has every package of the image's."""
+    assert read("image.txt").keys() - read("dev.txt").keys() == set()
 
 
 @pytest.mark.parametrize(
