@@ -1,8 +1,9 @@
 """Runs one plan: which steps are ready, which thread takes them, and how the run ends.
 
-Every ready step may run at once. Ready steps are kept in one list; each submission to the pool is only a hint that
-there is something to take. A thread that finishes a step takes the next one itself, so a chain costs no hop, and a
-thread that wakes too late finds nothing to do. Nothing here waits on the pool.
+Every ready step may run at once. Ready steps are kept in one list; each submission to the pool only calls a thread to
+take one. A thread that finishes a step takes the next one itself, so a chain costs no hop. A thread that takes a step
+and leaves others behind calls one more, which does the same: of steps that wait, all soon run; of steps that end at
+once, none waits for a thread. A thread that wakes too late finds nothing to do. Nothing here waits on the pool.
 
 The life of a step is the generator of `step_run`. This module drives it and alone knows threads, timers and the
 order of things; it knows nothing of retries, saves or claims.
@@ -35,7 +36,7 @@ class Scheduler(Ending):
     """One plan being resolved for one delivery; what is stored does not run, nor do steps that only that needs.
 
     Of the *inputs*, in the order of ``plan.given``, those are None that only restored steps would use. *outputs*
-    are the slots that are wanted; None: those of the plan. With *may_help* the thread that starts it may run steps.
+    are the slots that are wanted; None: those of the plan. The thread that starts it runs the steps that it *may*.
     """
 
     def __init__(
@@ -46,10 +47,10 @@ class Scheduler(Ending):
         on_end: OnEnd,
         *,
         outputs: Sequence[int] | None = None,
-        may_help: bool = False,
+        may: Callable[[PlannedStep], bool] | None = None,
     ) -> None:
         super().__init__(context.cancellation, on_end)
-        self._plan, self._context, self._may_help = plan, context, may_help
+        self._plan, self._context, self._may = plan, context, may
         self._checkpoints = {
             planned.index: context.stored[name]
             for planned in (plan.steps if context.stored else ())
@@ -63,6 +64,7 @@ class Scheduler(Ending):
         self._values: list[Value | None] = [*inputs, *([None] * len(plan.steps))]
         self._pending: list[int] = []
         self._ready: deque[PlannedStep] = deque()
+        self._called = False
         self._runs: set[StepRun] = set()
         self._waiting: dict[StepRun, Alarm | Slot] = {}
         self._seized: dict[StepRun, Alarm | Slot] = {}
@@ -85,12 +87,10 @@ class Scheduler(Ending):
         if not self._missing:
             self._end()
             return
-        if self._may_help:
-            # Synchronous steps that neither persist nor have a deadline run here, the others on the pool.
-            self._hint(min(len(self._ready), self._limit) - 1)
-            while (run := self._take(_may_help)) is not None:
-                self._drive(run)
-        self._hint(min(len(self._ready), self._limit))
+        if self._may is None:
+            self._call_thread()
+        else:
+            self._work(self._may)
 
     def _restore(self, restored: Sequence[PlannedStep]) -> None:
         for planned in restored:
@@ -230,7 +230,6 @@ class Scheduler(Ending):
         if isinstance(end, Stop):
             self.abort(end.error)
             return
-        fresh = 0
         with self.lock:
             self._runs.discard(run)
             if self.closed:
@@ -238,29 +237,25 @@ class Scheduler(Ending):
             if isinstance(end, StepFailed):
                 self._failures.append(end)
             elif end is not None:
-                fresh = self._complete(run.planned, end)
+                self._complete(run.planned, end)
             over = not self._missing or (self.failing and not self._runs)
         if isinstance(end, StepFailed):
             self.hold()
         elif over:
             self._end()
-        elif fresh > 1:
-            # This thread takes one of the fresh steps itself.
-            self._hint(fresh - 1)
 
-    def _complete(self, planned: PlannedStep, value: Value) -> int:
-        """Take a value and return how many steps it made ready; the caller holds the lock."""
+    def _complete(self, planned: PlannedStep, value: Value) -> None:
+        """Take a value and see which steps it makes ready; the caller holds the lock."""
         self._values[planned.slot] = value
         self._missing -= planned.slot in self._outputs
-        fresh = 0
+        fresh = False
         for index in () if self.failing else planned.consumers:
             self._pending[index] -= 1
             if self._pending[index] == 0:
                 self._ready.append(self._plan.steps[index])
-                fresh += 1
+                fresh = True
         if fresh and self._context.runtime.inline:
             self._ready = deque(sorted(self._ready, key=attrgetter("index")))
-        return fresh
 
     def _end(self) -> None:
         """End with the outputs, or without them: with what failed, if anything did."""
@@ -271,32 +266,45 @@ class Scheduler(Ending):
 
     # --- which step is next ------------------------------------------------------------------------------------
 
-    def _hint(self, count: int) -> None:
-        """Tell the pool that there is something to take for *count* threads."""
-        for _ in range(count):
-            self._context.runtime.pool.submit(self._work)
+    def _call_thread(self) -> None:
+        """Call a thread of the pool to take a step, unless one is on its way."""
+        with self.lock:
+            if self._called:
+                return
+            self._called = True
+        self._context.runtime.pool.submit(self._come)
 
-    def _work(self) -> None:
+    def _come(self) -> None:
+        self._called = False
+        self._work()
+
+    def _work(self, may: Callable[[PlannedStep], bool] | None = None) -> None:
+        """Take steps and run them, of those that this thread *may*; None: all."""
         thread = threading.current_thread()
         while not (isinstance(thread, Worker) and thread.given_up):
-            if (run := self._take()) is None:
+            run, leaves = self._take(may)
+            if leaves:
+                self._call_thread()
+            if run is None:
                 return
             self._drive(run)
         if self._ready:
             # The pool has replaced this thread; what it would have taken is for another.
-            self._hint(1)
+            self._call_thread()
 
-    def _take(self, may: Callable[[PlannedStep], bool] | None = None) -> StepRun | None:
+    def _take(self, may: Callable[[PlannedStep], bool] | None) -> tuple[StepRun | None, bool]:
+        """Return the next step for this thread, and whether there is one for another."""
+        run = None
         with self.lock:
             if self.closed or self.failing or len(self._runs) >= self._limit:
-                return None
+                return None, False
             for index, planned in enumerate(self._ready):
                 if may is None or may(planned):
                     del self._ready[index]
                     run = StepRun(planned, self._inputs_of(planned), self._context, self)
                     self._runs.add(run)
-                    return run
-        return None
+                    break
+            return run, bool(self._ready) and len(self._runs) < self._limit and not self._called
 
     def _inputs_of(self, planned: PlannedStep) -> list[Value]:
         return [value for slot in planned.sources if (value := self._values[slot]) is not None]
@@ -317,6 +325,12 @@ def _drop_claims(runs: Sequence[StepRun]) -> None:
         run.drop_claim()
 
 
-def _may_help(planned: PlannedStep) -> bool:
+def any_step(_: PlannedStep) -> bool:
+    """For a thread of the pool: it may run all steps."""
+    return True
+
+
+def waits_for_none(planned: PlannedStep) -> bool:
+    """For the caller's thread: it may run synchronous steps that neither persist nor have a deadline."""
     step = planned.step
     return not step.is_async and step.persist is None and step.timeout_s is None

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from docket_celery.engine.checkpointing import read_checkpoints
-from docket_celery.engine.execution import Scheduler
+from docket_celery.engine.execution import Scheduler, any_step, waits_for_none
 from docket_celery.engine.process.heartbeat import Heartbeat, HeldLease
 from docket_celery.engine.process.hooks import django_hooks, load_hook
 from docket_celery.engine.process.inline import InlineCancellation, InlineRuntime
@@ -32,7 +32,7 @@ from docket_celery.errors import (
 from docket_celery.observe.events import EventKind
 from docket_celery.plan.context import Cancellation
 from docket_celery.plan.messages import Value
-from docket_celery.plan.plan import Plan
+from docket_celery.plan.plan import Plan, PlannedStep
 from docket_celery.store.contract import Store
 from docket_celery.store.records import Lease, RunRequest, RunRow, RunState
 
@@ -188,9 +188,14 @@ class Run:
             from docket_celery.engine.fan_out import StagedScheduler
 
             return StagedScheduler(plan, self._inputs, context, end)
-        threads = self.inline is None and self._until is None and context.store is None
-        may_help = threads and context.submission.may_help
-        return Scheduler(plan, self._inputs, context, end, may_help=may_help)
+        return Scheduler(plan, self._inputs, context, end, may=self._find_may())
+
+    def _find_may(self) -> Callable[[PlannedStep], bool] | None:
+        """Tell which steps the thread that starts the execution may run."""
+        if self.context.store is not None:
+            return any_step  # it has opened the run, on the pool
+        helps = self.inline is None and self._until is None and self.context.submission.may_help
+        return waits_for_none if helps else None
 
     def _begin(self, execution: Ending) -> None:
         """Start *execution*, unless the run has been stopped before a stop could find it."""
@@ -201,6 +206,11 @@ class Run:
             execution.start()
 
     def _end_on_pool(self, values: Sequence[Any], error: BaseException | None) -> None:
+        """End the run on the thread that has finished its last step, or on another where that may run no SQL."""
+        if self.context.cancellation.error is None and self.pool.has_thread():
+            self._end(values, error)
+            return
+        # Something stops the run: Celery's thread, the timer, a loop, a step that cancels its own run.
         self.context.runtime.submit_or_retry(functools.partial(self._end, values, error))
 
     def _end(self, values: Sequence[Any], error: BaseException | None, /) -> None:

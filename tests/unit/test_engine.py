@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from docket_celery.engine.attempt import Attempt
-from docket_celery.engine.execution import Scheduler
+from docket_celery.engine.execution import Scheduler, any_step
 from docket_celery.engine.process.inline import InlineRuntime
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
@@ -141,41 +141,6 @@ def test_steps_that_one_step_makes_ready_overlap() -> None:
     sides = ["a", "b", "c", "d"]
     graph = build({"tip": [], **{side: ["tip"] for side in sides}, "end": sides}, meet)
     assert deliver(graph, "end", threads=4, helps=False).value == Money(cents=9)
-
-
-@pytest.mark.parametrize(
-    ("shape", "helps", "expected"),
-    [
-        ("chain", False, 1),
-        ("chain", True, 0),
-        ("fan", False, 3),
-        ("fan", True, 2),
-        ("roots", False, 3),
-        ("roots", True, 2),
-    ],
-)
-def test_the_pool_is_told_only_of_what_another_thread_could_take(
-    shape: str, helps: bool, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A chain costs no hop; of steps that are ready together, the thread that is there takes one itself."""
-    sides = ["a", "b", "c"]
-    edges: dict[str, dict[str, list[str]]] = {
-        "chain": {"a": [], "b": ["a"], "c": ["b"], "end": ["c"]},
-        "fan": {"tip": [], **{side: ["tip"] for side in sides}, "end": sides},
-        "roots": {**{side: [] for side in sides}, "end": sides},
-    }
-    pool, told = process.runtime(4).pool, list[int]()
-    submit = pool.submit
-
-    def count(work: Callable[[], None]) -> None:
-        told.append(1)
-        # A caller that helps can do all of this alone: how many are told of what comes later is then no race.
-        if not helps:
-            submit(work)
-
-    monkeypatch.setattr(pool, "submit", count)
-    deliver(build(edges[shape], total), "end", helps=helps)
-    assert len(told) == expected
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
@@ -496,7 +461,7 @@ def test_a_step_that_a_stop_keeps_from_beginning_leaves_no_trace(monkeypatch: py
     monkeypatch.setattr(Attempt, "start", stop_first)
     outcomes: list[Ended] = []
     plan = graph.plan(Charge, Order)
-    executions.append(Scheduler(plan, [Order()], context, telling(outcomes.append), may_help=True))
+    executions.append(Scheduler(plan, [Order()], context, telling(outcomes.append), may=any_step))
     executions[0].start()
     assert [type(outcome.error) for outcome in outcomes] == [RunCancelled]
     assert context.rows == []
@@ -528,7 +493,7 @@ def test_only_what_is_wanted_of_a_plan_is_computed() -> None:
     both = replace(plan, output_slots=(slots["charge"], slots["reserve"]))
     context = make_context(runtime=InlineRuntime())
     end, wanted = telling(outcomes.append), [slots["reserve"]]
-    execution = Scheduler(both, [Order()], context, end, outputs=wanted, may_help=True)
+    execution = Scheduler(both, [Order()], context, end, outputs=wanted, may=any_step)
     execution.start()
     assert outcomes == [Ended(values=(Reservation(reservation_id="kept"),))]
     assert calls == ["reserve"]
@@ -543,7 +508,7 @@ def test_an_execution_that_has_ended_is_not_aborted_any_more() -> None:
         return Charge(charge_id="paid")
 
     end = telling(outcomes.append)
-    execution = Scheduler(graph.plan(Charge, Order), [Order()], context, end, may_help=True)
+    execution = Scheduler(graph.plan(Charge, Order), [Order()], context, end, may=any_step)
     execution.start()
     execution.abort(RunCancelled("o-1", "too late"))
     assert outcomes == [Ended(values=(Charge(charge_id="paid"),))]
@@ -562,7 +527,7 @@ def test_an_execution_tells_its_end_while_no_exception_is_handled() -> None:
         handled.append(sys.exception())
 
     context = make_context(runtime=InlineRuntime())
-    Scheduler(graph.plan(Charge, Order), [Order()], context, note, may_help=True).start()
+    Scheduler(graph.plan(Charge, Order), [Order()], context, note, may=any_step).start()
     assert handled == [None]
 
 

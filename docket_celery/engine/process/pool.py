@@ -85,14 +85,18 @@ class Pool:
             work()
         return True
 
+    def has_thread(self) -> bool:
+        """Tell whether the calling thread is of this pool."""
+        thread = threading.current_thread()
+        return isinstance(thread, Worker) and thread.pool is self
+
     @contextmanager
     def blocking(self) -> Generator[None]:
         """Put another thread in the place of the calling one, if it is of this pool, while it waits for its work.
 
         Raises `RuntimeError` if no other thread can be started; the caller must not wait.
         """
-        thread = threading.current_thread()
-        if not isinstance(thread, Worker) or thread.pool is not self:
+        if not self.has_thread():
             yield
             return
         with self._lock:
