@@ -19,7 +19,7 @@ from pytest_celery.vendors.worker.tasks import add, xsum
 
 from docket_celery.store.sql.schema import VERSION
 from tests.conftest import StartFlower, StartWorker
-from tests.infra import leaks, servers
+from tests.infra import leaks, servers, wire
 from tests.infra.nodes import NodeDatabase, PostgresNode
 from tests.infra.process_docker import uses_docker
 from tests.infra.processes import ROOT, GuardedProcess, wait_until
@@ -365,3 +365,25 @@ def is_alive(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def test_the_wire_counts_what_a_client_waits_for(database_url: str) -> None:
+    """However many statements go together; neither a log-in nor the preparation of a statement."""
+    with wire.Wire(database_url) as proxy, proxy.counted() as trips, servers.connect(proxy.url) as connection:
+        assert trips == []
+        for number in range(7):  # psycopg has a statement prepared at its sixth use
+            connection.execute("SELECT %s::int", (number,))
+        assert trips == ["SELECT $1::int"] * 7
+        trips.clear()
+        with connection.pipeline():
+            for number in range(3):
+                connection.execute("SELECT %s::int + 1", (number,))
+        assert trips == ["; ".join(["SELECT $1::int + 1"] * 3)]
+        trips.clear()
+        with connection.transaction():
+            connection.execute("SELECT 2")
+        assert trips == ["BEGIN", "SELECT 2", "COMMIT"]
+        trips.clear()
+        rows = connection.execute("SELECT repeat('x', 200000)").fetchall()
+        assert len(str(rows[0][0])) == 200_000
+        assert len(trips) == 1

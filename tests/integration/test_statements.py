@@ -1,14 +1,12 @@
-"""How many statements a run costs on Postgres, counted where they leave for the server."""
+"""How many round trips to Postgres a run costs, counted on the wire."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Annotated, Any
 
 import pytest
-from sqlalchemy import event
 
 from docket_celery import Graph, Named, PayloadUnavailable, Scope
 from docket_celery.engine.stored_items import PAGE, StoredItems
@@ -16,49 +14,41 @@ from docket_celery.store import SQLStore
 from docket_celery.store.records import Lease
 from tests.conformance.samples import GRAPH, RUN, ending, output, request
 from tests.infra.servers import connect
+from tests.infra.wire import Wire
 from tests.unit.protos.shop_pb2 import Money, Order
 
 pytestmark = [pytest.mark.integration]
 
 
 @pytest.fixture
-def store(database_url: str) -> Generator[SQLStore]:
-    """A store on Postgres whose heartbeat has connections, and so an engine, of its own."""
-    made = SQLStore(database_url)
+def wire(database_url: str) -> Generator[Wire]:
+    """What counts, before the Postgres of the test run."""
+    with Wire(database_url) as made:
+        yield made
+
+
+@pytest.fixture
+def store(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> Generator[SQLStore]:
+    """A store on it, with a connection; its heartbeat, at a quarter of a lease, never beats within a test."""
+    monkeypatch.setenv("DOCKET_CELERY_LEASE_SECONDS", "3600")
+    made = SQLStore(wire.url)
+    made.check_schema()
     yield made
     made.close()
 
 
-@contextmanager
-def counted(store: SQLStore) -> Generator[list[str]]:
-    """Collect the statements of *store*.
-
-    Those of the heartbeat go over another engine and are left out: they depend on how long a run takes, not on
-    what it does, and one statement extends all runs of the process at once.
-    """
-    found: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        found.append(" ".join(statement.split())[:60])
-
-    event.listen(store.engine, "before_cursor_execute", note)
-    try:
-        yield found
-    finally:
-        event.remove(store.engine, "before_cursor_execute", note)
-
-
-def chain(length: int, **options: Any) -> Graph:
-    """Return a graph of *length* steps, each over the one before."""
-    graph = Graph(f"chain-{length}-{len(options)}")
+def chain(length: int, persist: Scope | None = None, *, target: bool = False) -> Graph:
+    """Return a graph of *length* steps that persist, each over the one before, with or without the *target*."""
+    graph = Graph(f"chain-{length}-{persist}-{target}")
 
     def first(order: Order) -> Annotated[Money, Named("1")]:
         return Money(cents=order.amount_cents)
 
-    graph.register(first, name="step-1", **options)
-    for number in range(2, length + 1):
-        graph.register(_next(number), name=f"step-{number}", **options)
-    graph.register(_total(length), name="total")
+    between = length - target
+    graph.register(first, name="step-1", persist=persist)
+    for number in range(2, between + 1):
+        graph.register(_next(number), name=f"step-{number}", persist=persist)
+    graph.register(_total(between), name="total", persist=persist if target else None)
     return graph
 
 
@@ -75,41 +65,99 @@ def _next(number: int) -> Any:
 
 def _total(length: int) -> Any:
     def total(money: Money) -> Money:
-        return money
+        return Money(cents=money.cents)
 
     total.__annotations__ = {"money": Annotated[Money, Named(str(length))], "return": Money}
     return total
 
 
+def fan() -> Graph:
+    """Return a graph of three steps side by side and one over them all; each persists."""
+    graph = Graph("fan")
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def left(order: Order) -> Annotated[Money, Named("left")]:
+        return Money(cents=order.amount_cents)
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def middle(order: Order) -> Annotated[Money, Named("middle")]:
+        return Money(cents=order.amount_cents)
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def right(order: Order) -> Annotated[Money, Named("right")]:
+        return Money(cents=order.amount_cents)
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def join(
+        one: Annotated[Money, Named("left")],
+        two: Annotated[Money, Named("middle")],
+        three: Annotated[Money, Named("right")],
+    ) -> Money:
+        return Money(cents=one.cents + two.cents + three.cents)
+
+    return graph
+
+
 @pytest.mark.parametrize("length", [1, 4, 8])
-def test_a_run_of_n_saved_steps_makes_n_plus_three_statements(store: SQLStore, length: int) -> None:
+def test_a_run_of_n_saved_steps_makes_n_plus_three_round_trips(
+    wire: Wire, store: SQLStore, length: int
+) -> None:
     """Acquire, restore, n saves, end; the rows of the executions travel with them."""
-    graph = chain(length, persist=Scope.WORKFLOW)
-    with counted(store) as statements:
-        money = graph.execute(Money, Order(amount_cents=5), store=store, execution_id="counted")
+    graph = chain(length, Scope.WORKFLOW)
+    graph.execute(Money, Order(amount_cents=5), store=store)
+    with wire.counted() as trips:
+        money = graph.execute(Money, Order(amount_cents=5), store=store)
     assert money.cents == 5 + length - 1
-    assert len(statements) == length + 3, statements
-    with counted(store) as statements:
-        assert graph.execute(Money, Order(amount_cents=5), store=store, execution_id="counted") == money
-    # The run is not taken but read: nothing is restored, since nothing runs.
-    assert len(statements) == 1, statements
+    assert len(trips) == length + 3, trips
 
 
-def test_a_shared_step_makes_two_statements_on_a_miss_and_one_on_a_hit(store: SQLStore) -> None:
-    """Looked up and published; or found. The run's own lease is taken and given back around it."""
-    graph = chain(1, persist=Scope.GLOBAL)
-    with counted(store) as bare:
-        chain(1, persist=Scope.WORKFLOW).execute(Money, Order(amount_cents=1), store=store)
-    around = len(bare) - 2  # without its restore and its save
-    with counted(store) as miss:
+@pytest.mark.parametrize("length", [2, 4, 8])
+def test_a_saved_target_costs_a_round_trip_like_any_step(wire: Wire, store: SQLStore, length: int) -> None:
+    """It is saved, and then the run ends."""
+    graph = chain(length, Scope.WORKFLOW, target=True)
+    graph.execute(Money, Order(amount_cents=5), store=store)
+    with wire.counted() as trips:
         graph.execute(Money, Order(amount_cents=5), store=store)
-    with counted(store) as hit:
+    assert len(trips) == length + 3, trips
+
+
+def test_a_fan_makes_as_many_round_trips_as_a_chain(wire: Wire, store: SQLStore) -> None:
+    """Side by side, three steps are saved each for itself."""
+    graph = fan()
+    graph.execute(Money, Order(amount_cents=5), store=store)
+    with wire.counted() as trips:
+        assert graph.execute(Money, Order(amount_cents=5), store=store) == Money(cents=15)
+    assert len(trips) == 4 + 3, trips
+
+
+@pytest.mark.parametrize("target", [False, True])
+def test_a_finished_run_submitted_again_makes_one_round_trip(
+    wire: Wire, store: SQLStore, target: bool
+) -> None:
+    """The run is not taken but read; nothing is restored, since nothing runs."""
+    graph = chain(4, Scope.WORKFLOW, target=target)
+    money = graph.execute(Money, Order(amount_cents=5), store=store, execution_id="again")
+    with wire.counted() as trips:
+        assert graph.execute(Money, Order(amount_cents=5), store=store, execution_id="again") == money
+    assert len(trips) == 1, trips
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_shared_step_makes_two_round_trips_on_a_miss_and_one_on_a_hit(
+    wire: Wire, store: SQLStore, length: int
+) -> None:
+    """Looked up and published; or found. The run's own lease is taken and given back around them."""
+    graph = chain(length, Scope.GLOBAL)
+    graph.execute(Money, Order(amount_cents=1), store=store)
+    with wire.counted() as miss:
         graph.execute(Money, Order(amount_cents=5), store=store)
-    assert len(miss) == around + 2, miss
-    assert len(hit) == around + 1, hit
+    with wire.counted() as hit:
+        graph.execute(Money, Order(amount_cents=5), store=store)
+    assert len(miss) == 2 * length + 2, miss
+    assert len(hit) == length + 2, hit
 
 
-def test_a_refresh_makes_three_statements_and_forgetting_one(store: SQLStore) -> None:
+def test_a_refresh_makes_three_round_trips_and_forgetting_one(wire: Wire, store: SQLStore) -> None:
     """It is a run: acquire, publish, end. To forget is to delete."""
     graph = Graph("rates", store=store)
 
@@ -119,15 +167,15 @@ def test_a_refresh_makes_three_statements_and_forgetting_one(store: SQLStore) ->
 
     order = Order(amount_cents=5)
     for _ in range(2):
-        with counted(store) as statements:
+        with wire.counted() as trips:
             assert graph.refresh(find_rate, order) == Money(cents=5)
-        assert len(statements) == 3, statements
-    with counted(store) as statements:
+        assert len(trips) == 3, trips
+    with wire.counted() as trips:
         assert graph.forget(find_rate, order)
-    assert len(statements) == 1, statements
+    assert len(trips) == 1, trips
 
 
-def test_a_page_of_a_batch_makes_one_statement(store: SQLStore) -> None:
+def test_a_page_of_a_batch_makes_one_round_trip(wire: Wire, store: SQLStore) -> None:
     """That it is of the same job is part of it; only where nothing is found the run is asked why."""
     lease, total = store.acquire(request()), 2 * PAGE + 1
     assert isinstance(lease, Lease)
@@ -144,23 +192,26 @@ def test_a_page_of_a_batch_makes_one_statement(store: SQLStore) -> None:
         total=total,
         job_digest=b"d" * 32,
     )
-    with counted(store) as statements:
+    with wire.counted() as trips:
         found = list(iter(items))
     assert found == [Money(cents=7)] * total
-    assert len(statements) == 3, statements
-    with counted(store) as statements, pytest.raises(PayloadUnavailable, match="has another job now"):
+    assert len(trips) == 3, trips
+    with wire.counted() as trips, pytest.raises(PayloadUnavailable, match="has another job now"):
         replace(items, job_digest=b"e" * 32).page(0)
-    assert len(statements) == 2, statements
+    assert len(trips) == 2, trips
 
 
-def test_a_run_that_saves_nothing_does_not_even_connect(store: SQLStore, database_url: str) -> None:
+def test_a_run_that_saves_nothing_does_not_even_connect(
+    wire: Wire, store: SQLStore, database_url: str
+) -> None:
     """With a store at hand, a graph without checkpoints leaves the database alone."""
-    with connect(database_url) as watcher, counted(store) as statements:
+    store.close()
+    with connect(database_url) as watcher, wire.counted() as trips:
         money = chain(4).execute(Money, Order(amount_cents=5), store=store)
         sessions = watcher.execute(
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
             " AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
         ).fetchone()
     assert money.cents == 8
-    assert statements == []
+    assert trips == []
     assert sessions == (0,)
