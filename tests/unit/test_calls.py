@@ -1,0 +1,52 @@
+"""How many functions are called for a run whose steps do nothing, on all threads: what it costs, without a clock.
+
+`BUDGETS` says how many calls of this package's own functions a run takes, exactly, and how many calls in all, those
+of Celery, the standard library and C included, to a tenth: releases differ. ``python -m tests.unit.counted`` prints
+what they are now. If they are lower, write them here; if they are higher, find out first what the calls are for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.infra.processes import ROOT
+
+BUDGETS = {
+    "chain of three": {"own": 113, "all": 340},
+    "fan of three and join": {"own": 143, "all": 410},
+    "delivery of the chain": {"own": 162, "all": 1176},
+    "submitting it": {"own": 46, "all": 916},
+}
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, dict[str, int]]:
+    """The calls of each kind of run, counted in a process of its own."""
+    argv = [sys.executable, "-W", "error", "-m", "tests.unit.counted"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("run", ["chain of three", "delivery of the chain", "submitting it"])
+def test_a_run_calls_as_many_functions_of_ours_as_is_known(
+    counted: dict[str, dict[str, int]], run: str
+) -> None:
+    """One thread after the other works on it, so that the number is the same each time."""
+    assert (run, counted[run]["own"]) == (run, BUDGETS[run]["own"])
+
+
+@pytest.mark.parametrize("run", BUDGETS)
+def test_a_run_calls_about_as_many_functions_as_is_known(
+    counted: dict[str, dict[str, int]], run: str
+) -> None:
+    """In a fan it depends on the threads which of them does what."""
+    assert counted[run] == pytest.approx(BUDGETS[run], rel=0.1)
