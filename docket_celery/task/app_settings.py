@@ -14,7 +14,7 @@ from celery import Celery, _state
 from celery.utils.collections import ConfigurationView
 
 from docket_celery.engine.process.pool import Worker
-from docket_celery.engine.process.settings import ENVIRONMENT, PREFIX, Settings, check_environment
+from docket_celery.engine.process.settings import PREFIX, Settings, check_environment, read_environment
 from docket_celery.engine.process.state import process
 from docket_celery.task import envelope
 
@@ -65,7 +65,7 @@ def settings(**values: Any) -> Settings:
     return process.set({k if k.startswith(PREFIX) else PREFIX + k: v for k, v in values.items()})
 
 
-_last_read: WeakKeyDictionary[Celery, tuple[list[Any], Settings]] = WeakKeyDictionary()
+_last_read: WeakKeyDictionary[Celery, tuple[Any, Settings]] = WeakKeyDictionary()
 """What the settings of an app were read from last, and what they were then."""
 
 
@@ -75,7 +75,7 @@ def app_settings(app: Celery) -> Settings:
     behind = getattr(app, "_get_current_object", None)
     app = app if behind is None else behind()
     values = _find_values(app)
-    seen, last = [values, process.own, *map(os.environ.get, ENVIRONMENT)], _last_read.get(app)
+    seen, last = (values, process.own, read_environment()), _last_read.get(app)
     if last is not None and last[0] == seen:
         return last[1]
     found = process.settings(values)

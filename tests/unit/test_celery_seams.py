@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -187,6 +188,16 @@ def rejections_say_why() -> None:
     assert resolve("celery.exceptions.Reject")("no broker").reason == "no broker"
 
 
+def the_environment_has_its_own_dict() -> None:
+    """A variable that is set now is in it, under its encoded name; one that is taken back is not."""
+    environ: Any = os.environ
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DOCKET_CELERY_THREADS", "3")
+        assert environ.encodekey("DOCKET_CELERY_THREADS") in environ._data
+        patch.delenv("DOCKET_CELERY_THREADS")
+        assert environ.encodekey("DOCKET_CELERY_THREADS") not in environ._data
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     "_orig_run": retries_are_left_alone,
     "_decorated": classes_of_decorated_functions_are_marked,
@@ -202,6 +213,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "_key": configuration_has("_key"),
     "pool_cls": sources_name(WorkController, "self.pool_cls = "),
     "concurrency": sources_name(WorkController, "self.concurrency = "),
+    "_data": the_environment_has_its_own_dict,
+    "encodekey": the_environment_has_its_own_dict,
     "__json__": values_encode_themselves,
     "__type__": values_encode_themselves,
     "_backend_cache": attribute_of_app("_backend_cache"),

@@ -74,7 +74,7 @@ class Settings:
         Keys without the prefix are not looked at; None counts as not set. Raises `InvalidSettings` where a
         ``docket_*`` key is unknown, or a value is of the wrong kind or out of range.
         """
-        environ = os.environ if environ is None else environ
+        environ = read_environment() if environ is None else environ
         for key in values:
             if key.startswith(PREFIX) and key not in _TWINS:
                 raise InvalidSettings(key, _unknown(key, PREFIX, [name for name, _ in _TWINS.values()]))
@@ -108,8 +108,15 @@ def _unknown(key: str, prefix: str, known: list[str]) -> str:
 _TWINS: Final = {
     PREFIX + field.name: (field.name, ENV_PREFIX + field.name.upper()) for field in fields(Settings)
 }
-ENVIRONMENT: Final = tuple(twin for _, twin in _TWINS.values())
-"""The variables that settings are read from."""
+_environ: Any = os.environ
+_VARIABLES: Final = tuple((twin, _environ.encodekey(twin)) for _, twin in _TWINS.values())
+
+
+def read_environment() -> dict[str, str]:
+    """Return those of the settings' variables that are set."""
+    # Most are not: `os.environ` raises and catches an error for each of them, its own dict does not.
+    is_set = _environ._data
+    return {twin: os.environ[twin] for twin, key in _VARIABLES if key in is_set}
 
 
 def _text(key: str, value: Any) -> str:
