@@ -15,7 +15,7 @@ import threading
 import types
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 from docket_celery.engine.process.hooks import MakeContext
@@ -263,14 +263,19 @@ class Attempt:
         return None
 
 
-@contextmanager
-def pushed(*pairs: tuple[Any, Any]) -> Generator[None]:
-    """Keep the second of each pair on top of the first, a stack of the host with ``push`` and ``pop``."""
-    with ExitStack() as pushes:
-        for stack, value in pairs:
+class Pushed:
+    """Keeps the second of each pair on top of the first, a stack of the host with ``push`` and ``pop``."""
+
+    def __init__(self, *pairs: tuple[Any, Any]) -> None:
+        self._pairs = pairs
+
+    def __enter__(self) -> None:
+        for stack, value in self._pairs:
             stack.push(value)
-            pushes.callback(stack.pop)
-        yield
+
+    def __exit__(self, *_: object) -> None:
+        for stack, _value in self._pairs:
+            stack.pop()
 
 
 async def await_within(

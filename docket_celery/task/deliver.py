@@ -15,7 +15,7 @@ from celery import _state
 from celery.exceptions import Ignore, Reject, Retry, SoftTimeLimitExceeded
 from google.protobuf.message import Message
 
-from docket_celery.engine.attempt import pushed
+from docket_celery.engine.attempt import Pushed
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
 from docket_celery.engine.run_context import RunOutcome, Submission
@@ -154,7 +154,7 @@ def _submission(task: AnyTask, values: Sequence[Value]) -> Submission:
         listeners=task.graph.listeners,
         passthrough=(Ignore, Reject, Retry, SoftTimeLimitExceeded),
         hands_back=(Ignore, Reject, Retry),
-        scopes=(functools.partial(pushed, (_tasks, task), (task.request_stack, request)),),
+        scopes=(functools.partial(Pushed, (_tasks, task), (task.request_stack, request)),),
         park_s=functools.partial(park_s, task, retries=request.retries, outages=outages),
         worker=f"{request.hostname}/{os.getpid()}",
     )
