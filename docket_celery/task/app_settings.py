@@ -14,7 +14,7 @@ from celery import Celery, _state
 from celery.utils.collections import ConfigurationView
 
 from docket_celery.engine.process.pool import Worker
-from docket_celery.engine.process.settings import PREFIX, Settings, check_environment, read_environment
+from docket_celery.engine.process.settings import ENVIRONMENT, PREFIX, VARIABLES, Settings, check_environment
 from docket_celery.engine.process.state import process
 from docket_celery.task import envelope
 
@@ -75,7 +75,7 @@ def app_settings(app: Celery) -> Settings:
     behind = getattr(app, "_get_current_object", None)
     app = app if behind is None else behind()
     values = _find_values(app)
-    seen, last = (values, process.own, read_environment()), _last_read.get(app)
+    seen, last = [values, process.own, *map(ENVIRONMENT.get, VARIABLES)], _last_read.get(app)
     if last is not None and last[0] == seen:
         return last[1]
     found = process.settings(values)
@@ -110,27 +110,24 @@ def deadline_s(task: Any, request: Any) -> float | None:
 
 
 def _find_values(app: Celery) -> dict[str, Any]:
-    """Return the ``docket_*`` values of *app*, as Celery finds them, in a fifth of its time."""
+    """Return the ``docket_*`` values of *app*, as Celery finds them, in a tenth of its time."""
     conf: Any = app.conf
     layers = list(_layers(conf))  # loads the configuration; only then is the namespace known
+    spellings = _spellings(conf.prefix or "")
+    there = {name for layer in layers for name in filter(layer.__contains__, spellings)}
     found: dict[str, Any] = {}
-    for name, key in _spellings(conf.prefix or ""):
-        if key not in found:
-            for layer in layers:
-                if name in layer:
-                    value = layer[name]
-                    # A list may be changed where it is.
-                    found[key] = value.copy() if isinstance(value, list) else value
-                    break
+    for name in filter(there.__contains__, spellings if there else ()):
+        value = next(layer[name] for layer in layers if name in layer)
+        # A list may be changed where it is.
+        found.setdefault(spellings[name], value.copy() if isinstance(value, list) else value)
     return found
 
 
 @functools.cache
-def _spellings(prefix: str) -> tuple[tuple[str, str], ...]:
+def _spellings(prefix: str) -> dict[str, str]:
     """Return under which names Celery looks for which key, the one that wins first."""
     match_case = str.upper if prefix.isupper() else str.lower
-    names = [(name, key) for key in _KEYS for name in (match_case(prefix + key), key, key.upper())]
-    return tuple(dict.fromkeys(names))
+    return {name: key for key in _KEYS for name in (match_case(prefix + key), key, key.upper())}
 
 
 def _layers(conf: ConfigurationView) -> Iterator[Mapping[str, Any]]:
