@@ -58,7 +58,7 @@ class ChunkRun(Run):
         lo: int,
         limit: int | None = None,
     ) -> None:
-        super().__init__(plan, (), replace(submission, max_concurrency=limit), settings, store)
+        super().__init__(plan, (), replace(submission, max_concurrency=limit, has_row=True), settings, store)
         self._batches, self._number, self._lo = store, number, lo
         self._policy = options.policy
         self._layout = Layout.of(plan, submission.execution_id)

@@ -57,7 +57,7 @@ class BatchRun(Run):
         options: BatchOptions,
         message: bytes | None = None,
     ) -> None:
-        super().__init__(plan, inputs or (), submission, settings, store)
+        super().__init__(plan, inputs or (), replace(submission, has_row=True), settings, store)
         self._batches, self._options, self._message = store, options, message
         self._given = None if inputs is None else dict(zip(plan.given, inputs, strict=True))
         self._layout = Layout.of(plan, submission.execution_id)

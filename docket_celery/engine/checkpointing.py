@@ -63,7 +63,8 @@ class StepRecord:
         context, lease_s = self._context, self._context.settings.lease_seconds
         if context.submission.refreshes:
             return True
-        found = self._store.lookup(self._shared_key, self._claimant, lease_s)
+        hit = self.row("SUCCEEDED", attempts=0, cached=True)
+        found = self._store.lookup(self._shared_key, self._claimant, lease_s, hit)
         if found is True:
             # Watched before `claims` says so: an abort that finds the claim then ends its watch too.
             context.heartbeat().watch_claim(self._shared_key, self._claimant, lease_s)
@@ -188,9 +189,8 @@ def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> Restored:
 
     Raises `GraphChanged` for one of a step that is gone, or that keeps nothing for the run any more.
     """
-    if not plan.keeps_run and (not plan.persists or lease.epoch == 1):
-        # Nothing to restore; a run that an earlier delivery advanced may hold what another deploy has kept.
-        return {}
+    if lease.epoch == 1:
+        return {}  # no delivery before this one has advanced it
     names: dict[str, str] = {}
     other_scope: dict[str, str] = {}
     keys: list[bytes] = []

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from google.protobuf.message import Message
+
 from docket_celery.engine.checkpointing import read_checkpoints
 from docket_celery.engine.execution import Scheduler, any_step, waits_for_none
 from docket_celery.engine.process.heartbeat import Heartbeat, HeldLease
@@ -49,6 +51,9 @@ class Run:
     *inputs* are the given values, in the order of ``plan.given``. Without *loop*, ``async def`` steps run on the
     loop thread of the process; *clock* is the time of a run on the calling thread. Where there is `inline`, the
     calling thread is to drive it until the run has `concluded`; else the run advances by itself.
+
+    A run of which something is kept has a row and takes its lease before anything else. Without WORKFLOW steps it
+    only takes it at its end, and only if its result is too large for a message and is to be read from the row.
     """
 
     def __init__(
@@ -78,6 +83,8 @@ class Run:
         )
         self.pool = self.context.runtime.pool
         self.concluded = False
+        self._leases = store is not None and (plan.keeps_run or submission.has_row)
+        self._made: RunOutcome | None = None
         self._report: Callable[[RunOutcome], None] | None = None
         self._execution: Ending | None = None
         self._began = self.context.cancellation.now()
@@ -93,10 +100,10 @@ class Run:
         """
         self._report = report
         self.context.tell(EventKind.RUN_STARTED)
-        if self.context.store is None:
-            self._begin(self._make())
-        else:
+        if self._leases:
             self.pool.submit(self._open)
+        else:
+            self._begin(self._make())
 
     def poll(self) -> float:
         """Stop the run if its deadline has passed or its lease is lost; return in how many seconds to look again."""
@@ -114,7 +121,7 @@ class Run:
 
     def watch(self) -> None:
         """Poll from the timer until the run ends: no thread waits for it."""
-        if not self.concluded and (self._until is not None or self.context.store is not None):
+        if not self.concluded and (self._until is not None or self._leases):
             self.context.runtime.timer.after(self.poll(), self.watch)
 
     def stop(self, error: BaseException) -> None:
@@ -176,13 +183,17 @@ class Run:
 
     def _advance(self, lease: Lease) -> None:
         """Restore and begin; the lease is held, and what is raised here ends the run in order."""
+        if self._made is not None:
+            self._end_with(self._made)
+            return
         self.context.stored = read_checkpoints(self._plan, self._store, lease)
+        self.context.closing = self._plan.closing
         self._begin(self._make())
 
     def _make(self) -> Ending:
         """Return what executes the plan."""
         plan, context = self._plan, self.context
-        end = self._end if context.store is None else self._end_on_pool
+        end = self._end_on_pool if self._leases else self._end
         if plan.stages:
             # Imported here: a run of a plan without stages does not need it.
             from docket_celery.engine.fan_out import StagedScheduler
@@ -192,7 +203,7 @@ class Run:
 
     def _find_may(self) -> Callable[[PlannedStep], bool] | None:
         """Tell which steps the thread that starts the execution may run."""
-        if self.context.store is not None:
+        if self._leases:
             return any_step  # it has opened the run, on the pool
         helps = self.inline is None and self._until is None and self.context.submission.may_help
         return waits_for_none if helps else None
@@ -217,13 +228,19 @@ class Run:
         """Close or park the run, then report."""
         held = self.context.held
         if error is not None:
-            result = self.parked_or_failed(error, None if held is None else held.lease)
+            self._end_with(self.parked_or_failed(error, None if held is None else held.lease))
         else:
-            result = RunOutcome(value=values[0] if values else None, failed=self.context.failed)
-        if held is None:
+            self._end_with(RunOutcome(value=values[0] if values else None, failed=self.context.failed))
+
+    def _end_with(self, result: RunOutcome) -> None:
+        context = self.context
+        if context.held is not None:
+            self._write_end(result, context.held, tries=1)
+        elif context.store is not None and self._made is None and _is_referred_to(result, context):
+            self._made = result
+            context.runtime.submit_or_retry(self._open)
+        else:
             self._conclude(result)
-        else:
-            self._write_end(result, held, tries=1)
 
     def _write_end(self, result: RunOutcome, held: HeldLease, tries: int) -> None:
         runtime = self.context.runtime
@@ -307,6 +324,13 @@ class Run:
     def _store(self) -> Store:
         assert self.context.store is not None
         return self.context.store
+
+
+def _is_referred_to(result: RunOutcome, context: RunContext) -> bool:
+    """Tell whether a task returns a reference to the result in the run's row, as it is too large for a message."""
+    value, limit = result.value, context.settings.max_message_bytes
+    is_task = context.submission.task_id is not None
+    return is_task and isinstance(value, Message) and value.ByteSize() > limit
 
 
 def _warn_of(failed: Mapping[int, StepFailed], plan: Plan, context: RunContext) -> None:

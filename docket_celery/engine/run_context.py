@@ -49,6 +49,7 @@ class Submission:
         passthrough: Exceptions of a step that stop the run and reach the caller as they are.
         scopes: Context managers of the host, entered around each stretch of a step on a thread.
         worker: Where it runs, for the record.
+        has_row: The run has a row that holds its job: it takes a lease whatever its steps keep.
         refreshes: Compute GLOBAL outputs although they are stored, and replace them.
     """
 
@@ -74,6 +75,7 @@ class Submission:
     scopes: Sequence[MakeContext] = ()
     park_s: Callable[[BaseException, Lease | None], float | None] | None = None
     worker: str = ""
+    has_row: bool = False
     refreshes: bool = False
 
 
@@ -86,6 +88,7 @@ class RunContext:
     asked for yet. *number* is that of the delivery, from 1; the lease counts them.
 
     *stored* has the run's checkpoints that were restored, *rows* the step executions that no save has carried yet.
+    The checkpoint of the step called *closing* is not saved but kept as *last*, for the run's end.
     The outputs of the steps in *keeps* are needed by others, whatever their ``persist`` says: *kept* has those that
     are not yet saved. *failed* tells why items of the batch failed, by index, once it succeeded all the same.
 
@@ -109,6 +112,8 @@ class RunContext:
     loop: StepLoop | None = None
     hooks: Sequence[MakeContext] = ()
     rows: list[StepExecution] = field(default_factory=list[StepExecution])
+    closing: str = ""
+    last: Checkpoint | None = None
     keeps: frozenset[str] = frozenset()
     kept: list[Checkpoint] = field(default_factory=list[Checkpoint])
     failed: Mapping[int, StepFailed] = field(default_factory=dict[int, StepFailed])

@@ -138,10 +138,11 @@ def run_end(outcome: RunOutcome, context: RunContext) -> RunEnd:
     submission, settings = context.submission, context.settings
     end = RunEnd(state=RunState.SUCCEEDED, executions=tuple(context.rows), retention_s=settings.retention)
     if outcome.value is not None:
-        result = _result_bytes(outcome.value)
+        last = context.last
+        result = _result_bytes(outcome.value) if last is None else last.output_data
         what = f"the result of run {context.execution_id!r}"
         check_size(what, len(result), settings.max_stored_bytes, _STORED)
-        return replace(end, result=result, items_failed=len(outcome.failed) or None)
+        return replace(end, result=result, checkpoint=last, items_failed=len(outcome.failed) or None)
     error = outcome.error
     record = to_record(error) if isinstance(error, DocketError) else None
     if outcome.park_s is not None:

@@ -107,7 +107,8 @@ class StepRun:
             if step.options.on_input_change == "error":
                 raise InputsChanged(self._context.execution_id, step.name)
             self._context.tell(EventKind.INPUTS_CHANGED, step.name, detail="checkpoint reused")
-        self._report_restored()
+        self._report("SUCCEEDED", cached=True)
+        self._context.tell(EventKind.STEP_RESTORED, step.name)
 
     def report_cancelled(self, error: BaseException) -> None:
         """Record that the run ended while the step was running."""
@@ -163,7 +164,7 @@ class StepRun:
         if not isinstance(found, Checkpoint):
             return None
         value = read_value(self.step, found, self._context)
-        self._report_restored()
+        self._context.tell(EventKind.STEP_RESTORED, self.step.name)
         record.keep(value)
         return value
 
@@ -240,11 +241,15 @@ class StepRun:
         context, tries = self._context, 1
         row = record.row("SUCCEEDED", attempts=self.attempts)
         checkpoint = record.checkpoint(value, shared=self.step.persist is Scope.GLOBAL)
+        if self.step.name == context.closing:
+            context.last = checkpoint
+            context.rows.append(row)
+            return value
         while True:
             try:
                 winner = record.save(checkpoint, row)
             except StoreUnavailable as error:
-                if tries >= _SAVE_TRIES or context.held is None or not context.held.trusted():
+                if tries >= _SAVE_TRIES or not (context.held is None or context.held.trusted()):
                     raise
                 _logger.warning(
                     "run %r: saving %s, try %d: %s", context.execution_id, row.step_name, tries, error
@@ -258,14 +263,10 @@ class StepRun:
     # --- reports -----------------------------------------------------------------------------------------------
 
     def _report(self, status: str, *, cached: bool = False, error: DocketError | None = None) -> None:
-        """Keep a row for the run's next statement; nothing without a store."""
-        if self._record is not None:
+        """Keep a row for the run's end; nothing where no row of the run is kept."""
+        if self._record is not None and self._context.held is not None:
             row = self._record.row(status, attempts=self.attempts, cached=cached, error=error)
             self._context.rows.append(row)
-
-    def _report_restored(self) -> None:
-        self._report("SUCCEEDED", cached=True)
-        self._context.tell(EventKind.STEP_RESTORED, self.step.name)
 
     def _report_failed(self, status: str, error: DocketError) -> None:
         self._report(status, error=error)

@@ -56,6 +56,10 @@ class Plan:
         output_slots: The slots that must be filled, the target's first.
         pending: For each step, how many other steps it waits for.
         known_names: Every present or former step name of the whole graph.
+        persists: A step keeps its output; else there is no store.
+        keeps_run: A step keeps its output for the run, which then has a row and a lease; GLOBAL ones need neither.
+        closing: The step that makes the target, if it is the only output and kept for the run: its checkpoint is
+            saved with the end.
         stages: The same steps cut at the aggregates, in order; empty where nothing fans out.
         batch: Which of the given values is a batch, one item after the other.
         collects: The target is made for each item of a fan-out, and wanted as a list.
@@ -71,6 +75,7 @@ class Plan:
     known_names: frozenset[str]
     persists: bool
     keeps_run: bool
+    closing: str = ""
     stages: tuple[Stage, ...] = ()
     batch: ValueKey | None = None
     collects: bool = False
@@ -147,6 +152,9 @@ def assemble(
         PlannedStep(step, index, sources[index], first + index, tuple(consumers[index]))
         for index, step in enumerate(steps)
     )
+    closing = [
+        step.name for step in steps if [step.output] == list(outputs) and step.persist is Scope.WORKFLOW
+    ]
     return Plan(
         graph=graph,
         target=outputs[0],
@@ -157,6 +165,7 @@ def assemble(
         known_names=known_names,
         persists=any(step.persist is not None for step in steps),
         keeps_run=any(step.persist is Scope.WORKFLOW for step in steps),
+        closing=closing[0] if closing else "",
     )
 
 

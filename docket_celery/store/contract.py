@@ -93,11 +93,13 @@ class Store(Protocol):
         """
         ...
 
-    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+    def lookup(
+        self, key: bytes, owner: str, lease_s: float, hit: StepExecution | None = None
+    ) -> Checkpoint | bool:
         """Return a live GLOBAL checkpoint, verified, or claim the right to compute it for *lease_s* seconds.
 
         True: *owner* now holds the claim; False: another live owner does. *owner* names one step call of one
-        delivery; repeating a look-up with it is idempotent.
+        delivery; repeating a look-up with it is idempotent. With a checkpoint, the row *hit* is written.
         """
         ...
 
@@ -132,11 +134,12 @@ class Store(Protocol):
         ...
 
     def end(self, lease: Lease, end: RunEnd) -> None:
-        """Leave the run: close it or park it, and write the remaining step executions, in one statement.
+        """Leave the run: close it or park it, and write what no save has written, in one statement.
 
-        Repeating it with the same lease and state does nothing, so that a lost answer can be asked for again.
-        Parking with ``wake_in_s`` counts the delivery to come as a retry: it is owed the run, not its lease, and
-        waits where a copy of the task was quicker. Ending sets ``expires_at`` of the run's WORKFLOW checkpoints
+        Those are step executions and, of a run that succeeds, the checkpoint of its target. Repeating it with the
+        same lease and state does nothing, so that a lost answer can be asked for again. Parking with ``wake_in_s``
+        counts the delivery to come as a retry: it is owed the run, not its lease, and waits where a copy of the task
+        was quicker. Ending sets ``expires_at`` of the run's WORKFLOW checkpoints
         that have a ttl.
         """
         ...

@@ -164,12 +164,16 @@ class MemoryStore:
                 self._executions.append(execution)
             return self._store(checkpoint)
 
-    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+    def lookup(
+        self, key: bytes, owner: str, lease_s: float, hit: StepExecution | None = None
+    ) -> Checkpoint | bool:
         """See `Store.lookup`."""
         with self._lock:
             now = self._clock()
             stored = self._live(key, now)
             if stored is not None:
+                if hit is not None:
+                    self._executions.append(hit)
                 return stored.read()
             claim = self._claims.get(key)
             if claim is not None and claim.owner != owner and claim.lease_until > now:
@@ -240,6 +244,8 @@ class MemoryStore:
             if end.wake_in_s is not None:
                 run.request = replace(run.request, retries=run.request.retries + 1)
             self._executions.extend(end.executions)
+            if end.checkpoint is not None:
+                self._store(end.checkpoint)
             if end.state.ended:
                 run.expires_at = None if end.retention_s is None else now + end.retention_s
                 self._date_checkpoints(lease.name, now)

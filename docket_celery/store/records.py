@@ -215,6 +215,7 @@ class RunEnd:
         failed_once: Count an ordinary retry (``failures + 1``).
         wake_in_s: WAITING only: when the next delivery is due, in seconds from now.
         executions: Rows not yet written with a save.
+        checkpoint: SUCCEEDED only: that of the target, if it is kept; there is none under its key.
         retention_s: Seconds until purging may delete the run; counted from its end.
         items_failed: SUCCEEDED only: how many items of the batch failed, if any.
     """
@@ -225,6 +226,7 @@ class RunEnd:
     failed_once: bool = False
     wake_in_s: float | None = None
     executions: Sequence[StepExecution] = field(default=())
+    checkpoint: Checkpoint | None = None
     retention_s: float | None = None
     items_failed: int | None = None
 

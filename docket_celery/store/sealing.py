@@ -124,6 +124,8 @@ class Seal:
         for field in _NESTED:
             if hasattr(record, field):
                 changed[field] = self.seal_all(getattr(record, field))
+        if isinstance(record, RunEnd):
+            changed["checkpoint"] = self.seal(record.checkpoint)
         if isinstance(record, Checkpoint):
             changed["output_json"] = None
         return replace(record, **changed)

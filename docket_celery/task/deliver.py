@@ -61,7 +61,7 @@ def deliver(task: AnyTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     if backends.is_redelivered(request) and backends.is_stored(task.backend, request):
         raise Ignore("the task has ended before; its message came once more")
     values = _read_job(task, args, kwargs, settings)
-    submission = _submission(task, values or ())
+    submission = _submission(task, values or (), has_row=_refers(args, kwargs))
     outcome = _run(task, values, submission, settings)
     if outcome.busy_s is not None:
         _send_again(task, outcome.busy_s)
@@ -80,7 +80,7 @@ def _read_job(
         return None
     travelled = not (direct or request.is_eager)
     try:
-        if any(isinstance(value, Stored) for value in (*args, *kwargs.values())):
+        if _refers(args, kwargs):
             if declared.batch is not None and large_jobs.holds_job(args, kwargs):
                 return None
             run = None if direct else large_jobs.ask(task, headers, request.id, settings)
@@ -118,7 +118,7 @@ def _run(
     return graph.deliver(plan, values, submission, settings)
 
 
-def _submission(task: AnyTask, values: Sequence[Value]) -> Submission:
+def _submission(task: AnyTask, values: Sequence[Value], *, has_row: bool) -> Submission:
     """Return who asks for the run, and how: the message's headers and the task say."""
     request, name_run = task.request, task.execution_id
     if request.called_directly:
@@ -157,6 +157,7 @@ def _submission(task: AnyTask, values: Sequence[Value]) -> Submission:
         scopes=(functools.partial(Pushed, (_tasks, task), (task.request_stack, request)),),
         park_s=functools.partial(park_s, task, retries=request.retries, outages=outages),
         worker=f"{request.hostname}/{os.getpid()}",
+        has_row=has_row,
     )
 
 
@@ -222,6 +223,11 @@ def _send_again(task: AnyTask, busy_s: float) -> NoReturn:
     except Exception as error:
         raise keep(request.id, error) from error
     raise Ignore(f"another delivery advances this run; back in {countdown:.1f} s")
+
+
+def _refers(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a part of the job is in the store, perhaps in the run's own row."""
+    return any(isinstance(value, Stored) for value in (*args, *kwargs.values()))
 
 
 def _headers(request: Any) -> Mapping[str, Any]:

@@ -235,4 +235,6 @@ class _WatchedStore:
     def end(self, lease: Lease, end: RunEnd) -> None:
         self._watch.reach(END)
         self._store.end(lease, end)
+        if end.checkpoint is not None:
+            self._watch.reach(SAVED, end.checkpoint.step_name)
         self._watch.reach(ENDED)

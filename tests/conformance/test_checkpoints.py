@@ -29,6 +29,31 @@ def test_what_was_saved_is_restored(bench: Bench) -> None:
     assert bench.executions() == [("charge", 1)]
 
 
+def test_the_last_checkpoint_is_saved_with_the_end(bench: Bench) -> None:
+    """It comes back like one that was saved before; repeating the end after a lost answer adds nothing."""
+    lease, last = bench.take(), output(item_index=3, ttl_s=60.0)
+    end = ending(executions=[execution()], checkpoint=last, retention_s=3600.0)
+    for _ in range(2):
+        bench.store.end(lease, end)
+    assert bench.state() is RunState.SUCCEEDED
+    assert bench.store.restore(lease, []) == [without_view(last)]
+    assert bench.executions() == [("charge", 1)]
+    bench.pass_time(61)
+    bench.store.purge(10)
+    assert bench.store.restore(lease, []) == []
+
+
+def test_a_stale_owner_saves_nothing_with_its_end(bench: Bench) -> None:
+    """After a takeover neither the state nor the checkpoint is written."""
+    stale = bench.take()
+    bench.pass_time(31)
+    lease = bench.take(owner="second")
+    with pytest.raises(LeaseLost):
+        bench.store.end(stale, ending(checkpoint=output(), executions=[execution()]))
+    assert bench.state() is RunState.RUNNING
+    assert (bench.store.restore(lease, []), bench.executions()) == ([], [])
+
+
 def test_a_second_saver_gets_the_first_ones_checkpoint(bench: Bench) -> None:
     """Whoever saved first wins; the loser's execution is not counted."""
     lease = bench.take()
@@ -151,6 +176,17 @@ def test_a_published_checkpoint_is_found_by_all(bench: Bench) -> None:
     bench.store.lookup(shared().key, "a", 30.0)
     assert bench.store.publish(shared(), "a", execution("infer")) == shared()
     assert bench.store.lookup(shared().key, "b", 30.0) == shared()
+    assert bench.executions() == [("infer", 1)]
+
+
+def test_a_hit_writes_the_row_of_the_step_and_a_miss_does_not(bench: Bench) -> None:
+    """The row is of the run that reads the entry; asked again after a lost answer, it is still one row."""
+    hit = execution("infer", execution_id="order-18", attempts=0, cached=True)
+    assert bench.store.lookup(shared().key, "a", 30.0, hit) is True
+    assert bench.store.lookup(shared().key, "b", 30.0, hit) is False
+    bench.store.publish(shared(), "a", None)
+    assert bench.executions() == []
+    assert bench.store.lookup(shared().key, "b", 30.0, hit) == shared()
     assert bench.executions() == [("infer", 1)]
 
 

@@ -7,10 +7,10 @@ import pytest
 from sqlalchemy import Connection, create_engine, event, make_url
 from sqlalchemy.pool import QueuePool
 
-from docket_celery.errors import LeaseLost
+from docket_celery.errors import LeaseLost, StoreRefused
 from docket_celery.store import SQLStore
 from docket_celery.store.records import Checkpoint, Lease, RunState
-from docket_celery.store.sql import checkpoints, runs
+from docket_celery.store.sql import checkpoints, heartbeat, runs
 from tests.conformance.blocking import blocked
 from tests.conformance.samples import GRAPH, RUN, SQLBench, ending, execution, output, request, shared
 
@@ -84,6 +84,27 @@ class TestInterleaving:
         assert isinstance(end.exception(), LeaseLost)
         assert (bench.state(), bench.executions()) == (RunState.RUNNING, [])
         assert bench.sql("SELECT expires_at FROM docket_cache")[0][0] is None
+
+    def test_an_end_that_waits_for_a_heartbeat_is_written_with_its_checkpoint(
+        self, bench: SQLBench, rival: Connection
+    ) -> None:
+        """The row that it waited for is a newer version of the same; the holder is still its own."""
+        lease = bench.take()
+        heartbeat.extend(rival, [lease], [])
+        last = ending(executions=[execution("x")], checkpoint=output())
+        with blocked(bench, lambda: bench.store.end(lease, last)) as end:
+            rival.commit()
+        assert end.exception() is None
+        assert (bench.state(), bench.executions()) == (RunState.SUCCEEDED, [("x", 1)])
+        assert [found.key for found in bench.store.restore(lease, [])] == [output().key]
+
+    def test_an_end_whose_checkpoint_is_there_already_writes_nothing(self, bench: SQLBench) -> None:
+        """The holder has restored what there was: this is a defect, and two values may not both count."""
+        lease = bench.take()
+        bench.store.save(lease, output(data=b"first"), None)
+        with pytest.raises(StoreRefused):
+            bench.store.end(lease, ending(checkpoint=output(data=b"second")))
+        assert bench.state() is RunState.RUNNING
 
     def test_a_heartbeat_that_waits_for_a_takeover_extends_nothing(
         self, bench: SQLBench, rival: Connection
@@ -196,7 +217,7 @@ class TestStatements:
     def test_a_happy_run_costs_one_statement_a_call(
         self, bench: SQLBench, count: Callable[[Callable[[], Any]], int]
     ) -> None:
-        """acquire, restore, each save, each heartbeat and the end: one each, so n steps cost n + 3."""
+        """acquire, restore, each save, each heartbeat and the end, the last checkpoint with it: one each."""
         store, lease = bench.store, bench.take(owner="first")
         assert count(lambda: bench.take(execution_id="order-18")) == 1
         assert count(lambda: store.restore(lease, [output().key])) == 1
@@ -204,7 +225,8 @@ class TestStatements:
         assert count(lambda: store.save(lease, output("ship"), None)) == 1
         assert count(lambda: store.extend([lease, lease], [(shared().key, "a", 1.0)])) == 1
         assert count(lambda: store.extend([lease])) == 1
-        assert count(lambda: store.end(lease, ending(executions=[execution("a"), execution("b")]))) == 1
+        end = ending(executions=[execution("a"), execution("b")], checkpoint=output("pack"))
+        assert count(lambda: store.end(lease, end)) == 1
         assert count(lambda: store.find_run(GRAPH, RUN)) == 1
 
     def test_a_global_hit_costs_one_statement_and_a_miss_two(
@@ -215,7 +237,7 @@ class TestStatements:
         assert count(lambda: store.lookup(shared().key, "a", 30.0)) == 1
         assert count(lambda: store.lookup(shared().key, "b", 30.0)) == 1
         assert count(lambda: store.publish(shared(), "a", execution("infer"))) == 1
-        assert count(lambda: store.lookup(shared().key, "b", 30.0)) == 1
+        assert count(lambda: store.lookup(shared().key, "b", 30.0, execution("infer", delivery=2))) == 1
         assert count(lambda: store.release_claim(shared().key, "b")) == 1
 
     def test_the_unhappy_ways_cost_one_more(
@@ -308,7 +330,8 @@ class TestStatements:
         pool = bench.store.engine.pool
         assert isinstance(pool, QueuePool)
         assert (pool.checkedout(), pool.size()) == (0, 2)
-        assert bench.sql("SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in%'")[0][0] == 0
+        held = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in%' AND datname = current_database()"
+        assert bench.sql(held)[0][0] == 0
 
     def test_spent_claims_are_swept_by_later_publishers(self, bench: SQLBench) -> None:
         """A published claim stays a minute for late readers, then goes: the table does not grow for ever."""

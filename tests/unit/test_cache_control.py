@@ -22,7 +22,7 @@ from docket_celery.plan.annotation import Named
 from docket_celery.plan.context import StepContext
 from docket_celery.plan.options import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore
-from docket_celery.store.records import Checkpoint, RunState
+from docket_celery.store.records import Checkpoint, StepExecution
 from tests.unit.graphs import WAIT_S, pass_on, reached, start, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Money, Order, Shipment
 
@@ -41,8 +41,10 @@ class WatchedStore(MemoryStore):
         """How many runs have been told to wait."""
         return len(self._told)
 
-    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
-        found = super().lookup(key, owner, lease_s)
+    def lookup(
+        self, key: bytes, owner: str, lease_s: float, hit: StepExecution | None = None
+    ) -> Checkpoint | bool:
+        found = super().lookup(key, owner, lease_s, hit)
         if found is False:
             self._told.add(owner)
         return found
@@ -260,15 +262,14 @@ class TestRefresh:
         assert rates.ask() == "rates 1"
 
     def test_it_is_a_run_of_its_own(self) -> None:
-        """It shows in the history, with what it computed, and nobody's run has its name."""
+        """It shows in the history under a name of its own, and keeps no run."""
         rates = Rates()
         within(lambda: rates.graph.execute(Charge, ORDER, execution_id="o-1"))
         rates.refresh()
         (_, row) = rates.store.executions
         assert (row.step_name, row.cached, row.attempts) == ("charge", False, 1)
-        run = rates.store.find_run("rates", row.execution_id)
-        assert run is not None
-        assert (run.state, run.target) == (RunState.SUCCEEDED, "docket.tests.unit.Charge")
+        assert row.execution_id != "o-1"
+        assert rates.store.find_run("rates", row.execution_id) is None
 
     def test_the_step_runs_under_its_policy(self) -> None:
         """Attempts, waits and the caller's values are those of any run."""

@@ -547,7 +547,7 @@ def test_what_others_need_of_a_step_is_noted_for_the_run(persist: Scope | None) 
     (kept,) = context.kept
     assert kept.key == workflow_key("shop", "o-1", "charge")
     assert Charge.FromString(kept.output_data) == Charge(charge_id="paid")
-    assert context.rows[0].cached is (persist is not None)
+    assert [row.cached for row in store.executions] == ([] if persist is None else [False, True])
 
 
 def test_a_success_tells_how_long_the_step_took() -> None:

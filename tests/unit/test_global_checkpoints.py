@@ -32,8 +32,10 @@ class WatchedStore(MemoryStore):
         self.waited, self.released = threading.Event(), threading.Event()
         self.refusals = 0
 
-    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
-        found = super().lookup(key, owner, lease_s)
+    def lookup(
+        self, key: bytes, owner: str, lease_s: float, hit: StepExecution | None = None
+    ) -> Checkpoint | bool:
+        found = super().lookup(key, owner, lease_s, hit)
         if found is False:
             self.waited.set()
         return found
@@ -269,9 +271,15 @@ def test_a_run_aborted_beside_a_claim_gives_it_up() -> None:
     assert waiting.result(WAIT_S) == "7 2"
 
 
+def ship(charge: Charge) -> Shipment:
+    """Ship what was charged."""
+    return Shipment(tracking_id=charge.charge_id)
+
+
 def test_a_claim_that_comes_after_the_lease_was_lost_is_given_up() -> None:
     """The look-up answers when the run has ended: nobody may wait for a step that will never run."""
     rates = Rates()
+    rates.graph.register(ship, persist=Scope.WORKFLOW)
     asked, answer = threading.Event(), threading.Event()
     look_up = rates.store.lookup
 
@@ -280,7 +288,7 @@ def test_a_claim_that_comes_after_the_lease_was_lost_is_given_up() -> None:
         return look_up(*args, **options)
 
     rates.store.lookup = slow  # type: ignore[method-assign]
-    run = rates.graph.start(Charge, Order(order_id="7"))
+    run = rates.graph.start(Shipment, Order(order_id="7"))
     reached(asked)
     held = run._run.context.held
     assert held is not None

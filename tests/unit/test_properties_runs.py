@@ -86,7 +86,7 @@ class Trial:
             assert calls == []
             assert outcome.replayed or isinstance(outcome.error, StoreUnavailable)
             return outcome
-        number = epoch + 1 if self.persists else 1
+        number = epoch + 1 if self.keeps_run else 1
         expected = forecast(self.scripts, number, before, known)
         self.learn_shared(expected, calls)
         check = Check(self.scripts, expected, calls, outcome, number)
@@ -97,8 +97,9 @@ class Trial:
         else:
             check.end_follows_the_model(inline=threads == 0)
             check.events_agree(events)
-            check.rows_agree(self.shelf.rows()[first_row:], events) if self.persists else None
-            if self.persists and not store.dead:
+            rows = self.shelf.rows()[first_row:]
+            check.rows_agree(rows, events) if self.keeps_run else check.cache_rows_agree(rows)
+            if self.keeps_run and not store.dead:
                 succeeded = RunState.SUCCEEDED if outcome.error is None else RunState.FAILED
                 assert state_of(self.shelf.store, run) == (succeeded, number)
         self.shelf.expire()
@@ -107,14 +108,14 @@ class Trial:
     def finish(self, run: str, threads: Sequence[int], limit: int | None = None) -> None:
         """Run as many deliveries as there are thread counts; by then every fault is healed."""
         outcomes = [self.deliver(run, count, limit) for count in threads]
-        # Where nothing persists nobody counts deliveries, and faults do not heal.
-        assert outcomes[-1].error is None or not self.persists
+        # Where no run is kept nobody counts deliveries, and faults do not heal.
+        assert outcomes[-1].error is None or not self.keeps_run
 
     @property
-    def persists(self) -> bool:
-        """Whether the plan has a step that persists."""
+    def keeps_run(self) -> bool:
+        """Whether the plan has a step that persists for its run."""
         found = forecast(self.scripts, 1, {}, {})
-        return any(self.scripts[index].persist is not None for index in found.needed)
+        return any(self.scripts[index].persist is Scope.WORKFLOW for index in found.needed)
 
     def saved(self, run: str) -> dict[int, int]:
         """Return the values of the run's checkpoints; each is of its step's type."""
@@ -231,6 +232,15 @@ class Check:
         found = {index for index in self.expected.shared if self.scripts[index].name in ended}
         assert self.outcome.error is not None or found == self.expected.shared
         return found
+
+    def cache_rows_agree(self, rows: Sequence[StepExecution]) -> None:
+        """Where no run is kept each shared value that was found or made has a row, and nothing else has."""
+        made = Counter(call.step for call in self.calls)
+        for row in rows:
+            index = int(row.step_name[1:])
+            assert (self.scripts[index].persist, row.status) == (Scope.GLOBAL, "SUCCEEDED")
+            restored = index in self.expected.shared
+            assert (row.cached, row.attempts) == (restored, 0 if restored else made[index])
 
     def rows_agree(self, rows: Sequence[StepExecution], events: Sequence[Event]) -> None:
         """Each step execution has one row, which tells what the calls and the outcome tell."""

@@ -81,9 +81,11 @@ class FaultyStore(MemoryStore):
         self._meet_fault("save")
         return super().save(lease, checkpoint, execution)
 
-    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+    def lookup(
+        self, key: bytes, owner: str, lease_s: float, hit: StepExecution | None = None
+    ) -> Checkpoint | bool:
         self._meet_fault("lookup")
-        return super().lookup(key, owner, lease_s)
+        return super().lookup(key, owner, lease_s, hit)
 
     def publish(
         self,
@@ -547,11 +549,50 @@ def test_nothing_that_persists_means_no_store_call() -> None:
     assert store.calls == []
 
 
-def test_a_run_of_n_persisted_steps_takes_n_plus_3_calls() -> None:
-    """Acquire, restore, a save for each, end."""
+def test_a_run_of_n_persisted_steps_takes_n_plus_2_calls() -> None:
+    """Acquire, a save for each, end; what no delivery has advanced has nothing to restore."""
     store = FaultyStore()
     Shop(store).run()
-    assert store.calls == ["acquire", "restore", "save", "end"]
+    assert store.calls == ["acquire", "save", "end"]
+
+
+def test_a_target_that_persists_is_saved_with_the_end() -> None:
+    """One call less; it counts as any other checkpoint."""
+    store = FaultyStore()
+    graph = Graph("shop", store=store)
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def charge(order: Order) -> Charge:
+        return Charge(charge_id=order.order_id)
+
+    within(lambda: graph.execute(Charge, Order(order_id="7"), execution_id="o-1"))
+    assert store.calls == ["acquire", "end"]
+    (row,) = store.executions
+    assert (row.step_name, row.status, row.attempts) == ("charge", "SUCCEEDED", 1)
+    lease = Lease(graph="shop", execution_id="o-1", target="", owner="", epoch=0, lease_s=1.0)
+    (kept,) = store.restore(lease, [])
+    assert Charge.FromString(kept.output_data) == Charge(charge_id="7")
+
+
+def test_a_run_that_was_advanced_before_restores() -> None:
+    """After a failure its next delivery reads what is saved."""
+    store = FaultyStore()
+    shop = Shop(store)
+    shop.fail()
+    store.calls.clear()
+    shop.run()
+    assert store.calls == ["acquire", "restore", "end"]
+
+
+def test_a_plan_of_shared_steps_keeps_no_run() -> None:
+    """It takes no lease: one call for a hit, two for a miss."""
+    store = FaultyStore()
+    shop = Shop(store, persist=Scope.GLOBAL)
+    shop.run("o-1")
+    shop.run("o-2")
+    assert store.calls == ["lookup", "publish", "lookup"]
+    assert [(row.execution_id, row.cached) for row in store.executions] == [("o-1", False), ("o-2", True)]
+    assert store.find_run("shop", "o-1") is None
 
 
 def test_a_step_that_persists_needs_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -647,19 +688,28 @@ def test_a_save_is_not_tried_again_under_a_lease_that_may_be_another_workers() -
 @pytest.mark.parametrize("name", ["acquire", "restore"])
 def test_a_store_that_is_away_at_the_start_fails_the_run_typed(name: str) -> None:
     """The caller may try again; no step was called."""
-    store = FaultyStore(**{name: down()})
+    store = FaultyStore()
     shop = Shop(store)
+    shop.fail()
+    shop.calls.clear()
+    store.faults[name] = down()
     with pytest.raises(StoreUnavailable):
         shop.run()
     assert shop.calls == []
     assert shop.run() == Shipment(tracking_id="7 1")
+    assert shop.calls == ["ship"]
 
 
 @pytest.mark.parametrize("name", ["acquire", "restore", "save", "end"])
 def test_a_store_that_breaks_fails_the_run_instead_of_hanging_it(name: str) -> None:
     """An error that no store should raise still reaches the caller."""
+    store = FaultyStore()
+    shop = Shop(store)
+    if name == "restore":
+        shop.fail()
+    store.faults[name] = ZeroDivisionError("broken store")
     with pytest.raises((StepFailed, ZeroDivisionError), match="broken store"):
-        Shop(FaultyStore(**{name: ZeroDivisionError("broken store")})).run()
+        shop.run()
 
 
 def test_a_store_that_breaks_under_a_second_attempt_is_blamed_on_its_step() -> None:
@@ -673,8 +723,9 @@ def test_a_store_that_breaks_under_a_second_attempt_is_blamed_on_its_step() -> N
             raise ConnectionError("again")
         return Charge()
 
+    graph.register(shop.ship)
     with pytest.raises(StepFailed, match="ZeroDivisionError: broken store") as caught:
-        within(lambda: graph.execute(Charge, Order()))
+        within(lambda: graph.execute(Shipment, Order()))
     assert caught.value.step == "charge"
 
 
@@ -686,8 +737,9 @@ def test_a_store_that_breaks_behind_a_coroutine_is_blamed_on_its_step() -> None:
     async def charge(order: Order) -> Charge:
         return Charge()
 
+    graph.register(Shop().ship)
     with pytest.raises(StepFailed, match="ZeroDivisionError: broken store") as caught:
-        within(lambda: graph.execute(Charge, Order()))
+        within(lambda: graph.execute(Shipment, Order()))
     assert caught.value.step == "charge"
 
 

@@ -142,6 +142,21 @@ def date_page(connection: sa.Connection, graph: str, execution_id: str) -> int:
     return connection.execute(_DATE, named(graph, execution_id)).rowcount
 
 
+_EXPIRES = after(sa.bindparam("p_ttl"))
+_NEW = {name: given(docket_cache, name) for name in _INSERTED} | {"created_at": now(), "expires_at": _EXPIRES}
+ADD_LAST = sa.insert(docket_cache).values(_NEW)
+"""What adds the checkpoint of a run that ends; a ttl counts from now.
+
+The holder of the lease has restored what there was, so there is none; else the end fails as a whole.
+"""
+
+
+def add_last(ended: sa.CTE) -> sa.Insert:
+    """Return the same as a part of a statement of Postgres, if *ended* has a row."""
+    values = sa.select(*(typed(docket_cache, name) for name in _INSERTED), now(), _EXPIRES)
+    return sa.insert(docket_cache).from_select([*_NEW], values.select_from(ended))
+
+
 HELD = {
     False: sa.select(docket_runs.c.graph).where(HOLDS_RUN).with_for_update(read=True),
     True: sa.select(docket_chunks.c.graph).where(HOLDS_CHUNK).with_for_update(read=True),
@@ -196,6 +211,15 @@ def save(
 
 # --- shared by all runs --------------------------------------------------------------------------------------------
 
+_IS_WRITTEN = sa.exists().where(
+    matches(
+        docket_executions, "execution_id", "graph", "step_name", "item", "delivery", "started_at", prefix="x_"
+    )
+)
+"""Whether the step's row is there: a call that is repeated after a lost answer adds none."""
+# A step that did run has its row even where another's output counts.
+_ADD_NEW_EXECUTION = _add_execution(None, sa.not_(_IS_WRITTEN))
+
 _CLAIMED = matches(docket_claims, "cache_key", "owner")
 _IS_CLAIM = sa.and_(_CLAIMED, _CLAIMS.lease_until > now())
 
@@ -224,28 +248,34 @@ def _claim(live: Any) -> sa.Insert:
     return statement.execution_options(preserve_rowcount=True)
 
 
-def _lookup() -> sa.Select[*tuple[Any, ...]]:
-    """Return the statement of Postgres that looks and claims."""
+@cache
+def _lookup(*, execution: bool) -> sa.Select[*tuple[Any, ...]]:
+    """Return the statement of Postgres that looks and claims, and adds the step's row to what it finds."""
     live = _FIND_LIVE.cte("live")
     claimed = _claim(sa.select(ONE).select_from(live)).returning(ONE).cte("claimed")
     claims = sa.select(sa.func.count().label("won")).select_from(claimed).subquery("claims")
-    return sa.select(claims.c.won, *live.c).select_from(claims.outerjoin(live, sa.true()))
+    found = sa.select(claims.c.won, *live.c).select_from(claims.outerjoin(live, sa.true()))
+    return found.add_cte(_add_execution(live, sa.not_(_IS_WRITTEN)).cte("e")) if execution else found
 
 
-_LOOKUP, _CLAIM = _lookup(), _claim(_FIND_LIVE)
+_CLAIM = _claim(_FIND_LIVE)
 
 
-def lookup(connection: sa.Connection, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
-    """See `Store.lookup`; in SQLite a hit takes no write lock."""
-    values = {"p_cache_key": key, "p_owner": clean_text(owner), "p_lease_s": lease_s}
+def lookup(
+    connection: sa.Connection, key: bytes, owner: str, lease_s: float, hit: StepExecution | None = None
+) -> Checkpoint | bool:
+    """See `Store.lookup`."""
+    values = {"p_cache_key": key, "p_owner": clean_text(owner), "p_lease_s": lease_s} | execution_binds(hit)
     if connection.dialect.name == "postgresql":
-        found = connection.execute(_LOOKUP, values).mappings().one()
+        found = connection.execute(_lookup(execution=hit is not None), values).mappings().one()
         row, won = (None if found["cache_key"] is None else found), bool(found["won"])
     else:
         row, won = connection.execute(_FIND_LIVE, values).mappings().first(), False
         if row is None:
             won = connection.execute(_CLAIM, values).rowcount > 0
             row = None if won else connection.execute(_FIND_LIVE, values).mappings().first()
+        if row is not None and hit is not None:
+            connection.execute(_ADD_NEW_EXECUTION, values)
     return won if row is None else read_checkpoint(row, "", None)
 
 
@@ -257,8 +287,6 @@ def _put(insert: Any, *, replace: bool) -> sa.Insert:
     return put.execution_options(preserve_rowcount=True)
 
 
-_EXPIRES = after(sa.bindparam("p_ttl"))
-_NEW = {name: given(docket_cache, name) for name in _INSERTED} | {"created_at": now(), "expires_at": _EXPIRES}
 _PUT = {replace: _put(upsert(docket_cache).values(_NEW), replace=replace) for replace in (False, True)}
 _RELEASE = sa.delete(docket_claims).where(_CLAIMED)
 _RELEASE_LIVE = sa.delete(docket_claims).where(_IS_CLAIM)
@@ -270,22 +298,13 @@ _DEAD = (
     .with_for_update(skip_locked=True)
 )
 _SWEEP = sa.delete(docket_claims).where(_CLAIMS.cache_key.in_(_DEAD))
-# The step did run, so its row is written even if another's output counts; a repeated publish adds none.
-_IS_WRITTEN = sa.exists().where(
-    matches(
-        docket_executions, "execution_id", "graph", "step_name", "item", "delivery", "started_at", prefix="x_"
-    )
-)
-_ADD_NEW_EXECUTION = _add_execution(None, sa.not_(_IS_WRITTEN))
 
 
 @cache
 def _publish(*, replace: bool, execution: bool) -> sa.Select[*tuple[Any, ...]]:
     """Return the statement of Postgres that stores, spends the claim, sweeps dead ones and adds the step's row."""
     values = sa.select(*(typed(docket_cache, name) for name in _INSERTED), now(), _EXPIRES)
-    put = _put(
-        upsert(docket_cache).from_select([*_INSERTED, "created_at", "expires_at"], values), replace=replace
-    )
+    put = _put(upsert(docket_cache).from_select([*_NEW], values), replace=replace)
     found = sa.select(_count(put.returning(ONE).cte("s"))).add_cte(_SPEND.cte("spent"), _SWEEP.cte("swept"))
     return found.add_cte(_ADD_NEW_EXECUTION.cte("e")) if execution else found
 

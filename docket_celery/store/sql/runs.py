@@ -16,7 +16,14 @@ from sqlalchemy.dialects.postgresql import insert as upsert  # SQLite's compiler
 
 from docket_celery.errors import LeaseLost, StoreUnavailable
 from docket_celery.store.records import Lease, RunEnd, RunRequest, RunRow, RunState
-from docket_celery.store.rows import end_values, lease_from, read_run, request_values
+from docket_celery.store.rows import (
+    checkpoint_values,
+    clean_checkpoint,
+    end_values,
+    lease_from,
+    read_run,
+    request_values,
+)
 from docket_celery.store.rules import BODY_PATIENCE, KEPT_FOR_DELIVERY, take
 from docket_celery.store.sql.binds import (
     HOLDS_RUN,
@@ -31,7 +38,7 @@ from docket_celery.store.sql.binds import (
     matches,
     named,
 )
-from docket_celery.store.sql.checkpoints import PAGE, date_checkpoints
+from docket_celery.store.sql.checkpoints import ADD_LAST, PAGE, add_last, date_checkpoints
 from docket_celery.store.sql.clock import after, later, now, seconds_left, writing
 from docket_celery.store.sql.constructs import greatest, one_of
 from docket_celery.store.sql.fenced import ADD_EXECUTIONS
@@ -245,7 +252,7 @@ _RESET_CHUNKS = (
 
 
 @cache
-def _end(*, ended: bool, failed: bool, executions: bool) -> sa.Select[*tuple[Any, ...]]:
+def _end(*, ended: bool, failed: bool, executions: bool, checkpoint: bool) -> sa.Select[*tuple[Any, ...]]:
     """Return the statement of Postgres that ends the run, dates its checkpoints and writes rows."""
     left = _leave(ended=ended).returning(ONE, _RUNS.ended_at).cte("f")
     found = sa.select(sa.func.count().label("fenced")).select_from(left)
@@ -264,20 +271,26 @@ def _end(*, ended: bool, failed: bool, executions: bool) -> sa.Select[*tuple[Any
         )
     if failed:
         found = found.add_cte(_RESET_CHUNKS.where(has_left).cte("c"))
+    if checkpoint:
+        found = found.add_cte(add_last(left).cte("s"))
     return found.add_cte(ADD_EXECUTIONS.after(left).cte("e")) if executions else found
 
 
 def end(connection: sa.Connection, lease: Lease, ending: RunEnd) -> None:
     """See `Store.end`."""
-    values = bound(end_values(lease, ending))
+    last = {} if ending.checkpoint is None else checkpoint_values(clean_checkpoint(ending.checkpoint))
+    values = bound(last | end_values(lease, ending))
     ended, failed = ending.state.ended, ending.state is RunState.FAILED
     if connection.dialect.name == "postgresql":
-        statement = _end(ended=ended, failed=failed, executions=bool(ending.executions))
+        executions = bool(ending.executions)
+        statement = _end(ended=ended, failed=failed, executions=executions, checkpoint=bool(last))
         found = connection.execute(statement, values | ADD_EXECUTIONS.arrays(ending.executions)).one()
         fenced, rest = found.fenced, ended and (not found.fenced or found.dated == PAGE)
     else:
         with writing(connection):
             fenced, rest = connection.execute(_leave(ended=ended), values).rowcount, False
+            if fenced and last:
+                connection.execute(ADD_LAST, values)
             if fenced and ended:
                 connection.execute(_DATE, values)
             if fenced and failed:

@@ -131,9 +131,12 @@ class SQLStore:
 
     # --- shared checkpoints ----------------------------------------------------------------------------------------
 
-    def lookup(self, key: bytes, owner: str, lease_s: float) -> Checkpoint | bool:
+    def lookup(
+        self, key: bytes, owner: str, lease_s: float, hit: StepExecution | None = None
+    ) -> Checkpoint | bool:
         """See `Store.lookup`."""
-        found = self._run("look the checkpoint up", checkpoints.lookup, key, owner, lease_s)
+        row = self._seal.seal(hit)
+        found = self._run("look the checkpoint up", checkpoints.lookup, key, owner, lease_s, row)
         return found if isinstance(found, bool) else self._seal.unseal(found)
 
     def publish(
