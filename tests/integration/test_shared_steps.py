@@ -128,7 +128,7 @@ class TestProcesses:
         assert wait_for_owner(book) == owner.pid
         go(others)
         wait_until(
-            lambda: book.rows("SELECT count(*) FROM docket_runs WHERE state = 'RUNNING'") == [(32,)],
+            lambda: len(book.acts(step="ask")) == 32,
             within_s=WITHIN_S,
             what="all have begun",
         )

@@ -43,6 +43,13 @@ ON CONFLICT (idempotency_key) DO UPDATE SET calls = test_ledger.calls + 1
 """
 
 
+def note(execution_id: str, step: str) -> None:
+    """Write that something began which is no call of a step."""
+    with open_database() as connection:
+        values = {"execution_id": execution_id, "step": step, "delivery": 1, "pid": os.getpid()}
+        connection.execute(_BEGIN, values)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Act:
     """One call of a step's body.

@@ -93,8 +93,10 @@ def main(prefix: str, calls: int) -> None:
     order.stock.update({name: int(value) for name, value in (word.split("=") for word in sys.argv[3:])})
 
     def ask(number: int) -> str:
+        name = f"{prefix}-{number}"
+        book.note(name, "ask")
         try:
-            return str(rates.execute(Charge, order, execution_id=f"{prefix}-{number}").amount_cents)
+            return str(rates.execute(Charge, order, execution_id=name).amount_cents)
         except StepFailed as error:
             return error.cause_text
 
