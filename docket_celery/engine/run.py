@@ -184,7 +184,8 @@ class Run:
     def _advance(self, lease: Lease) -> None:
         """Restore and begin; the lease is held, and what is raised here ends the run in order."""
         if self._made is not None:
-            self._end_with(self._made)
+            assert self.context.held is not None
+            self._write_end(self._made, self.context.held, tries=1)
             return
         self.context.stored = read_checkpoints(self._plan, self._store, lease)
         self.context.closing = self._plan.closing
@@ -226,16 +227,13 @@ class Run:
 
     def _end(self, values: Sequence[Any], error: BaseException | None, /) -> None:
         """Close or park the run, then report."""
-        held = self.context.held
+        context, held = self.context, self.context.held
         if error is not None:
-            self._end_with(self.parked_or_failed(error, None if held is None else held.lease))
+            result = self.parked_or_failed(error, None if held is None else held.lease)
         else:
-            self._end_with(RunOutcome(value=values[0] if values else None, failed=self.context.failed))
-
-    def _end_with(self, result: RunOutcome) -> None:
-        context = self.context
-        if context.held is not None:
-            self._write_end(result, context.held, tries=1)
+            result = RunOutcome(value=values[0] if values else None, failed=context.failed)
+        if held is not None:
+            self._write_end(result, held, tries=1)
         elif context.store is not None and self._made is None and _is_referred_to(result, context):
             self._made = result
             context.runtime.submit_or_retry(self._open)

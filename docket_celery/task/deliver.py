@@ -60,8 +60,10 @@ def deliver(task: AnyTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     settings = app_settings.app_settings(task.app)
     if backends.is_redelivered(request) and backends.is_stored(task.backend, request):
         raise Ignore("the task has ended before; its message came once more")
-    values = _read_job(task, args, kwargs, settings)
-    submission = _submission(task, values or (), has_row=_refers(args, kwargs))
+    # A part of the job is in the store, perhaps in the run's own row.
+    refers = any(isinstance(value, Stored) for value in (*args, *kwargs.values()))
+    values = _read_job(task, args, kwargs, settings, refers=refers)
+    submission = _submission(task, values or (), has_row=refers)
     outcome = _run(task, values, submission, settings)
     if outcome.busy_s is not None:
         _send_again(task, outcome.busy_s)
@@ -71,7 +73,7 @@ def deliver(task: AnyTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
 
 
 def _read_job(
-    task: AnyTask, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings
+    task: AnyTask, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings, *, refers: bool
 ) -> tuple[Value, ...] | None:
     """Return the messages of the job; None: its parts are in the store."""
     request, declared = task.request, task.declaration
@@ -80,7 +82,7 @@ def _read_job(
         return None
     travelled = not (direct or request.is_eager)
     try:
-        if _refers(args, kwargs):
+        if refers:
             if declared.batch is not None and large_jobs.holds_job(args, kwargs):
                 return None
             run = None if direct else large_jobs.ask(task, headers, request.id, settings)
@@ -223,11 +225,6 @@ def _send_again(task: AnyTask, busy_s: float) -> NoReturn:
     except Exception as error:
         raise keep(request.id, error) from error
     raise Ignore(f"another delivery advances this run; back in {countdown:.1f} s")
-
-
-def _refers(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether a part of the job is in the store, perhaps in the run's own row."""
-    return any(isinstance(value, Stored) for value in (*args, *kwargs.values()))
 
 
 def _headers(request: Any) -> Mapping[str, Any]:
