@@ -25,7 +25,7 @@ from docket_celery.store.records import (
     StepExecution,
 )
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 """The version of the tables and rules that this release reads and writes."""
 
 _RENAMED = {"key": "cache_key", "ttl_s": "ttl"}

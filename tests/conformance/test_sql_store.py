@@ -126,6 +126,8 @@ def test_a_failing_call_leaves_no_transaction(store: SQLStore, path: Path) -> No
 @pytest.mark.parametrize("statement", ["BEGIN", "DELETE FROM docket_cache", "COMMIT"])
 def test_a_call_that_is_interrupted_leaves_no_transaction(sql_bench: SQLBench, statement: str) -> None:
     """A time limit may raise anywhere in it; what is written afterwards is committed, as other processes see."""
+    sql_bench.store.end(sql_bench.take(execution_id="due"), ending(retention_s=60.0))
+    sql_bench.pass_time(120)
     lease, engine = sql_bench.take(), sql_bench.engine
     with interrupted(engine, statement), pytest.raises(InterruptedCall):
         sql_bench.store.purge(10)

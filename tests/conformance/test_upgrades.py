@@ -149,6 +149,23 @@ def test_lanes_move_out_of_the_progress(databases: Databases) -> None:
     assert row.progress == Progress(done=1, total=9, stage=1, stages=2)
 
 
+@pytest.mark.parametrize("databases", ["postgresql"], indirect=True)
+def test_indexes_may_be_made_before_the_migration(databases: Databases) -> None:
+    """By the statements of docs/persistence.md, while workers run: it takes them over and makes none."""
+    store = databases.open_frozen(6)
+    bench = SQLBench(store)
+    page = (Path(__file__).parents[2] / "docs" / "persistence.md").read_text(encoding="utf-8")
+    for statement in page.split("```sql\n")[1].split("```")[0].split(";")[:-1]:
+        bench.sql(statement)
+    made = "SELECT pg_relation_filenode(indexrelid) FROM pg_index WHERE indrelid = to_regclass('docket_runs')"
+    before = set(bench.sql(made))
+    store.migrate()
+    assert set(bench.sql(made)) < before
+    new = databases.open()
+    new.migrate()
+    assert shape(store) == shape(new)
+
+
 def test_every_version_is_frozen_for_both_databases() -> None:
     """Whoever raises the version freezes its tables: ``python -m tests.conformance.schema.freeze``."""
     names = {freeze.snapshot(dialect, version).name for dialect in freeze.DIALECTS for version in VERSIONS}

@@ -41,10 +41,12 @@ def test_the_statements_run_and_find_what_the_page_says(database_url: str) -> No
     url = make_url(database_url).set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(url) as connection:
         connection.execute(
-            "UPDATE docket_runs SET state = 'RUNNING', lease_until = now() - interval '1 hour' "
+            "UPDATE docket_runs SET state = 'RUNNING', lease_until = now() - interval '1 hour', ended_at = NULL "
             "WHERE execution_id = 'left'"
         )
-        connection.execute("UPDATE docket_runs SET state = 'QUEUED' WHERE execution_id = 'queued'")
+        connection.execute(
+            "UPDATE docket_runs SET state = 'QUEUED', ended_at = NULL WHERE execution_id = 'queued'"
+        )
         found: list[list[tuple[object, ...]]] = []
         for statement in statements():
             cursor = connection.execute(statement.encode())

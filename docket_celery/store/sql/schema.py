@@ -58,10 +58,9 @@ def _is_32_bytes(column: str) -> CheckConstraint:
     return CheckConstraint(f"length({column}) = 32", name=column)
 
 
-def _index_filled(name: str, first: Column[Any], *others: Column[Any]) -> None:
-    """Make an index over the rows in which *first* is not NULL."""
-    is_filled = first.is_not(None)
-    Index(name, first, *others, postgresql_where=is_filled, sqlite_where=is_filled)
+def _index_where(name: str, condition: str, *columns: Column[Any]) -> None:
+    """Make an index over the rows that meet *condition*; statements use it if their own text implies it."""
+    Index(name, *columns, postgresql_where=text(condition), sqlite_where=text(condition))
 
 
 docket_cache = Table(
@@ -89,15 +88,15 @@ docket_cache = Table(
     _is_32_bytes("checksum"),
 )
 # execution_id leads: people look for it alone, the store with graph beside it, a chunk with its items too.
-_index_filled(
+_index_where(
     "ix_docket_cache_run",
+    "execution_id IS NOT NULL",
     docket_cache.c.execution_id,
     docket_cache.c.graph,
     docket_cache.c.step_name,
     docket_cache.c.item_index,
 )
-Index("ix_docket_cache_step", docket_cache.c.step_name, docket_cache.c.created_at)
-_index_filled("ix_docket_cache_expired", docket_cache.c.expires_at)
+_index_where("ix_docket_cache_expired", "expires_at IS NOT NULL", docket_cache.c.expires_at)
 
 docket_executions = Table(
     "docket_executions",
@@ -153,16 +152,24 @@ docket_runs = Table(
     Column("items_allowed", _BIG, comment="how many may fail; -1: nothing of it starts any more"),
     Column("message", LargeBinary, comment="what is sent to continue the run if it is lost"),
     Column("lanes", _JSON, comment="of the open stage: most items at once, number of lanes"),
-    PrimaryKeyConstraint("graph", "execution_id"),
+    # execution_id leads: people look for it alone.
+    PrimaryKeyConstraint("execution_id", "graph"),
     CheckConstraint(f"state IN ({_STATES})", name="state"),
     CheckConstraint("length(execution_id) BETWEEN 1 AND 255", name="execution_id"),
     _is_32_bytes("job_digest"),
     _is_32_bytes("result_checksum"),
 )
-Index("ix_docket_runs_id", docket_runs.c.execution_id)
-Index("ix_docket_runs_lease", docket_runs.c.state, docket_runs.c.lease_until)
-_index_filled("ix_docket_runs_wake", docket_runs.c.wake_at)
-_index_filled("ix_docket_runs_expired", docket_runs.c.expires_at)
+# None has lease_until: the update of a heartbeat changes no index. None has a live state: while the planner knows
+# nothing of the table, it would find the row of a lease through all runs of that state.
+_index_where(
+    "ix_docket_runs_due",
+    "message IS NOT NULL AND (wake_at IS NOT NULL OR state = 'RUNNING')",
+    docket_runs.c.wake_at,
+)
+_index_where("ix_docket_runs_expired", "expires_at IS NOT NULL", docket_runs.c.expires_at)
+# For people, who look at what is under way and at what failed.
+_index_where("ix_docket_runs_live", "ended_at IS NULL", docket_runs.c.created_at)
+_index_where("ix_docket_runs_failed", "state IN ('FAILED', 'QUARANTINED')", docket_runs.c.ended_at)
 
 docket_claims = Table(
     "docket_claims",
@@ -196,7 +203,6 @@ docket_chunks = Table(
     CheckConstraint(f"state IN ({_STATES})", name="state"),
     CheckConstraint("lo >= 0 AND hi >= lo", name="bounds"),
 )
-Index("ix_docket_chunks_lease", docket_chunks.c.state, docket_chunks.c.lease_until)
 
 docket_schema = Table(
     "docket_schema",
@@ -242,8 +248,50 @@ def _to_6(connection: Connection) -> None:
         run(f"COMMENT ON COLUMN {column} IS '{comment}'")
 
 
+_GONE_7 = (
+    "ix_docket_cache_step",
+    "ix_docket_chunks_lease",
+    "ix_docket_runs_id",
+    "ix_docket_runs_lease",
+    "ix_docket_runs_wake",
+)
+_NEW_7 = {
+    "ix_docket_runs_due": "(wake_at) WHERE message IS NOT NULL AND (wake_at IS NOT NULL OR state = 'RUNNING')",
+    "ix_docket_runs_live": "(created_at) WHERE ended_at IS NULL",
+    "ix_docket_runs_failed": "(ended_at) WHERE state IN ('FAILED', 'QUARANTINED')",
+}
+
+
+def _to_7(connection: Connection) -> None:
+    """Look for lost runs through an index of what is due, and drop the indexes that no call needs.
+
+    On Postgres the new indexes may be there already: docs/persistence.md tells how to make them CONCURRENTLY.
+    """
+    run = connection.exec_driver_sql
+    if connection.dialect.name == "postgresql":
+        # All locks at once, or statements that hold one and wait for another could be in a deadlock with this.
+        run("LOCK TABLE docket_runs, docket_cache, docket_chunks IN ACCESS EXCLUSIVE MODE")
+    for name in _GONE_7:
+        run(f"DROP INDEX IF EXISTS {name}")
+    if connection.dialect.name == "postgresql":
+        run("CREATE UNIQUE INDEX IF NOT EXISTS pk_docket_runs_7 ON docket_runs (execution_id, graph)")
+        run("ALTER TABLE docket_runs DROP CONSTRAINT pk_docket_runs")
+        run("ALTER TABLE docket_runs ADD CONSTRAINT pk_docket_runs PRIMARY KEY USING INDEX pk_docket_runs_7")
+    else:
+        # SQLite cannot change a key: the rows move into a table that has the new one.
+        found = run("SELECT sql FROM sqlite_master WHERE name = 'docket_runs'").scalar_one()
+        made = found.replace("docket_runs (", "docket_runs_7 (", 1)
+        run(made.replace("PRIMARY KEY (graph, execution_id)", "PRIMARY KEY (execution_id, graph)"))
+        run("INSERT INTO docket_runs_7 SELECT * FROM docket_runs")
+        run("DROP TABLE docket_runs")
+        run("ALTER TABLE docket_runs_7 RENAME TO docket_runs")
+        run("CREATE INDEX ix_docket_runs_expired ON docket_runs (expires_at) WHERE expires_at IS NOT NULL")
+    for name, rows in _NEW_7.items():
+        run(f"CREATE INDEX IF NOT EXISTS {name} ON docket_runs {rows}")
+
+
 # A migration is written in plain SQL and never changed: it starts from the tables as they were then.
-MIGRATIONS: Mapping[int, Migration] = {5: _to_5, 6: _to_6}
+MIGRATIONS: Mapping[int, Migration] = {5: _to_5, 6: _to_6, 7: _to_7}
 """How to reach a version from the one before; an empty database gets the newest tables at once."""
 OLDEST = min(MIGRATIONS) - 1
 """The version of the first release."""

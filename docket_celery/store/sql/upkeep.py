@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from sqlalchemy import Connection, and_, case, func, or_, select, update
+from sqlalchemy import Connection, Integer, and_, bindparam, case, func, or_, select, union_all, update
 
 from docket_celery.store.records import LostRun, RunRow, RunState
 from docket_celery.store.rows import Row, clean_text, dump_json
 from docket_celery.store.rules import CANCEL_LOOK_S, LONGEST_LOOK_S, QUEUE_PATIENCE, STAGE_PATIENCE, is_lost
-from docket_celery.store.sql.binds import IS_RUN, NAME, matches, named
+from docket_celery.store.sql.binds import IS_RUN, NAME, is_state, matches, named
 from docket_celery.store.sql.checkpoints import PAGE, date_checkpoints, date_page
 from docket_celery.store.sql.clock import after, began, now, seconds_left, writing
 from docket_celery.store.sql.constructs import as_json
@@ -52,36 +52,50 @@ def cancel(
     return find_run(connection, graph, execution_id)
 
 
+# States are in the text: of bound values the planner cannot tell that `ix_docket_runs_due` has the rows.
+_IS_WATCHED = and_(_RUNS.message.is_not(None), _RUNS.task_name.in_(bindparam("p_task_names", expanding=True)))
+_IS_OVER = and_(is_state(docket_runs, "RUNNING"), _RUNS.lease_until <= began())
+_IS_TIME = and_(
+    _IS_WATCHED, _RUNS.wake_at <= began(), or_(is_state(docket_runs, "WAITING", "CANCELLED"), _IS_OVER)
+)
+_NEVER_LOOKED = and_(_IS_WATCHED, _RUNS.wake_at.is_(None), _IS_OVER)
+
+
+def _look() -> Any:
+    """Return the statement that finds what is due: two ranges of the index, however many runs there are."""
+    name, most = select(_RUNS.graph, _RUNS.execution_id), bindparam("p_most", type_=Integer())
+    over = name.where(_NEVER_LOOKED).limit(most).subquery("over")
+    timely = name.where(_IS_TIME).order_by(_RUNS.wake_at).limit(most).subquery("timely")
+    return union_all(select(over), select(timely)).limit(most)
+
+
+_LOOK = _look()
+_SHOWN = tuple(field.name for field in fields(LostRun))
+_LOCK = (
+    select(
+        *(_RUNS[name] for name in _SHOWN),
+        _RUNS.state,
+        (_RUNS.items_failed > _RUNS.items_allowed).label("failing"),
+        (-seconds_left(_RUNS.updated_at)).label("idle_s"),
+    )
+    .where(IS_RUN, or_(_NEVER_LOOKED, _IS_TIME))
+    .with_for_update(skip_locked=True)
+)
+
+
 def find_lost(
     connection: Connection, task_names: Sequence[str], lease_s: float, max_deliveries: int, limit: int
 ) -> list[LostRun]:
     """See `BatchStore.find_lost`."""
-    names = tuple(field.name for field in fields(LostRun))
-    woken = _RUNS.wake_at <= began()
-    is_over = and_(_RUNS.state == RunState.RUNNING, _RUNS.lease_until <= began())
-    is_due = or_(
-        and_(_RUNS.state.in_([RunState.WAITING, RunState.CANCELLED]), woken),
-        and_(is_over, or_(_RUNS.wake_at.is_(None), woken)),
-    )
-    failing, idle_s = _RUNS.items_failed > _RUNS.items_allowed, -seconds_left(_RUNS.updated_at)
-    shown = (*(_RUNS[name] for name in names), _RUNS.state, failing.label("failing"), idle_s.label("idle_s"))
-    due = (
-        select(*shown)
-        .where(_RUNS.message.is_not(None), _RUNS.task_name.in_(list(map(clean_text, task_names))), is_due)
-        .order_by(_RUNS.wake_at.is_not(None), _RUNS.wake_at)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    )
+    asked = {"p_task_names": list(map(clean_text, task_names)), "p_most": limit}
     lost = list[Row]()
-    for _ in range(limit):
-        # One run in each transaction: a look takes it off the list, and the others are not locked for long.
+    for name in connection.execute(_LOOK, asked).all():
+        # One run in each transaction: the others are not locked for long. Another process may have been faster.
         with writing(connection):
-            row = connection.execute(due).mappings().first()
-            if row is None:
-                break
-            if _look_at(connection, row, lease_s, max_deliveries):
+            row = connection.execute(_LOCK, asked | named(*name)).mappings().first()
+            if row is not None and _look_at(connection, row, lease_s, max_deliveries):
                 lost.append(row)
-    return [LostRun(**{name: row[name] for name in names}) for row in lost]
+    return [LostRun(**{name: row[name] for name in _SHOWN}) for row in lost]
 
 
 def _look_at(connection: Connection, run: Row, lease_s: float, max_deliveries: int) -> bool:
