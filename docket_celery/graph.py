@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack, cast, overload
 
 from google.protobuf.message import Message
 
 from docket_celery.engine.checkpointing import find_entry, forget
 from docket_celery.engine.handles import StartedRun
 from docket_celery.engine.overrides import overrides
-from docket_celery.engine.process.loops import StepLoop
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
 from docket_celery.engine.run import Run
@@ -31,6 +29,9 @@ from docket_celery.plan.plan import Plan
 from docket_celery.plan.registry import Registry, value_key
 from docket_celery.store.contract import BatchStore, Store
 from docket_celery.store.identity import check_execution_id
+
+if TYPE_CHECKING:
+    from docket_celery.engine.process.loops import StepLoop
 
 T = TypeVar("T", bound=Message)
 
@@ -102,8 +103,10 @@ class Graph(Registry):
             asyncio.CancelledError: The awaiting task was cancelled; the lease was given back before.
             DocketError: As from `execute`.
         """
+        from docket_celery.engine.process.loops import running_loop
+
         plan = self.plan_for(value_key(target, "aexecute"), inputs)
-        submission, loop = _submission(self, "aexecute", options), StepLoop(asyncio.get_running_loop())
+        submission, loop = _submission(self, "aexecute", options), running_loop()
         run = self.prepare(plan, inputs, submission, store=options.get("store"), loop=loop)
         return read_value(await run_on_loop(run, loop), target)
 

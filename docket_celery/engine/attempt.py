@@ -8,7 +8,6 @@ call: it is entered before and exited after.
 from __future__ import annotations
 
 import _thread
-import asyncio
 import functools
 import logging
 import threading
@@ -168,6 +167,8 @@ class Attempt:
         return step.invoke(call, self._values, self.context() if step.takes_context else None)
 
     def _spawn(self) -> None:
+        import asyncio
+
         run = self._run
         submit = (run.runtime.loop if run.loop is None else run.loop).submit
         try:
@@ -207,6 +208,8 @@ class Attempt:
 
     async def _await(self) -> Result:
         """Return the step's result or error; asyncio would let SystemExit and KeyboardInterrupt end the loop."""
+        import asyncio
+
         bind_context(self.context)
         if self._slot is not None:
             self._slot.bind()

@@ -7,7 +7,7 @@ import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import Message
 
@@ -16,7 +16,6 @@ from docket_celery.engine.execution import Scheduler, any_step, waits_for_none
 from docket_celery.engine.process.heartbeat import Heartbeat, HeldLease
 from docket_celery.engine.process.hooks import django_hooks, load_hook
 from docket_celery.engine.process.inline import InlineCancellation, InlineRuntime
-from docket_celery.engine.process.loops import StepLoop
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
 from docket_celery.engine.process.timer import Clock, system_clock
@@ -37,6 +36,9 @@ from docket_celery.plan.messages import Value
 from docket_celery.plan.plan import Plan, PlannedStep
 from docket_celery.store.contract import Store
 from docket_celery.store.records import Lease, RunRequest, RunRow, RunState
+
+if TYPE_CHECKING:
+    from docket_celery.engine.process.loops import StepLoop
 
 _logger = logging.getLogger("docket_celery.run")
 _SLICE_S = 0.5

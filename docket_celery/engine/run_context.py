@@ -6,11 +6,10 @@ import contextvars
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from docket_celery.engine.process.heartbeat import Heartbeat, HeldLease
 from docket_celery.engine.process.hooks import MakeContext
-from docket_celery.engine.process.loops import StepLoop
 from docket_celery.engine.process.runtime import Runtime
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
@@ -20,6 +19,9 @@ from docket_celery.plan.batch import ONE_FAILS, BatchPolicy
 from docket_celery.plan.context import Cancellation
 from docket_celery.store.contract import Store
 from docket_celery.store.records import Checkpoint, Chunk, Lanes, Lease, Progress, StepExecution
+
+if TYPE_CHECKING:
+    from docket_celery.engine.process.loops import StepLoop
 
 Restored = Mapping[tuple[str, str], Checkpoint]
 """A run's checkpoints by step name and path of the item."""

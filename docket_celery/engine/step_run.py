@@ -5,7 +5,6 @@ It is a generator, read from top to bottom, which yields what it waits for; `exe
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -193,6 +192,8 @@ class StepRun:
 
     def _judge(self, error: BaseException, on_host: bool) -> tuple[StepFailed | Stop, float | None]:
         """Return what *error* means for the step, and in how many seconds it is called again, if at all."""
+        import asyncio
+
         step, context, number = self.step, self._context, self.attempts
         stop = context.cancellation.error
         if stop is not None:

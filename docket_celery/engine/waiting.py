@@ -6,7 +6,6 @@ waits, where a signal may interrupt it without leaving a lock or a transaction b
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import logging
@@ -14,16 +13,21 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.process.loops import LoopOwner, StepLoop
+from docket_celery.engine.process.hooks import LoopOwner
 from docket_celery.engine.process.state import process
 from docket_celery.engine.run import Run
 from docket_celery.engine.run_context import RunOutcome
 from docket_celery.engine.stored_items import StoredBatch
 from docket_celery.errors import InvalidArguments, InvalidSettings
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from docket_celery.engine.process.loops import StepLoop
 
 T = TypeVar("T", bound=Message)
 R = TypeVar("R")
@@ -70,6 +74,8 @@ async def run_on_loop(run: Run, loop: StepLoop) -> RunOutcome:
 
     If the waiting task is cancelled, so is the run, and its lease is given up before.
     """
+    import asyncio
+
     check_threads(run)
     ended: asyncio.Future[RunOutcome] = asyncio.get_running_loop().create_future()
 

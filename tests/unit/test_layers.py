@@ -64,7 +64,7 @@ def keep(order: Order) -> Money:
 
 app.finalize()
 """
-HEAVY = "celery,kombu,sqlalchemy,psycopg,redis,flower,gevent,docket_celery.store.memory"
+HEAVY = "celery,kombu,sqlalchemy,psycopg,redis,flower,gevent,asyncio,docket_celery.store.memory"
 
 
 def lint_imports(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

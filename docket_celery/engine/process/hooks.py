@@ -6,7 +6,6 @@ Nothing here imports Django: a process that has not set it up needs none of this
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import logging
@@ -115,6 +114,10 @@ class StepThread(threading.Thread):
             _close_connections()
 
 
+class LoopOwner(StepThread):
+    """The thread of the loop on which ``async def`` steps run."""
+
+
 def django_hooks() -> tuple[MakeContext, ...]:
     """Return what keeps the Django connections of steps fresh, if Django is set up."""
     return (functools.partial(_Entered, f"{__name__}:django_hooks", _connections),) if _uses_django() else ()
@@ -129,6 +132,8 @@ def _uses_django() -> bool:
 def _connections() -> AbstractContextManager[None]:
     if not isinstance(threading.current_thread(), StepThread):
         return contextlib.nullcontext()  # the host takes care of its own threads
+    import asyncio
+
     return _fresh_connections() if asyncio._get_running_loop() is None else _own_orm_thread()
 
 

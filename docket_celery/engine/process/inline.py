@@ -7,72 +7,20 @@ its context, and while an ``async def`` step waits.
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import threading
-from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from docket_celery.engine.process.loops import StepLoop
 from docket_celery.engine.process.pool import Pool
 from docket_celery.engine.process.runtime import Runtime
 from docket_celery.engine.process.timer import Clock, Timer, system_clock
-from docket_celery.errors import InvalidSettings
 from docket_celery.plan.context import Cancellation
+
+if TYPE_CHECKING:
+    from docket_celery.engine.process.loops import StepLoop
 
 _IDLE_WAIT_S = 0.1
 _CANCEL_LOOK_S = 0.01
-_LOOP_FAULT = (
-    "0 runs async steps on the calling thread, and an asyncio loop runs there already; "
-    "await aexecute with at least 1"
-)
-
-
-class InlineLoop(StepLoop):
-    """A private asyncio loop that runs one ``async def`` step at a time, to its end."""
-
-    def __init__(self, runtime: InlineRuntime) -> None:
-        super().__init__(runtime.clock.new_loop())
-        self._runtime = runtime
-
-    def submit(
-        self, coroutine: Coroutine[Any, Any, Any], on_end: Callable[[], object] = lambda: None
-    ) -> Future[Any]:
-        """Keep *coroutine* for the calling thread; raise `InvalidSettings` if a loop runs on that already."""
-        if asyncio._get_running_loop() is not None:
-            coroutine.close()
-            raise InvalidSettings("docket_threads", _LOOP_FAULT)
-        ended = self._loop.create_future()
-
-        def end() -> None:
-            ended.set_result(None)
-            on_end()
-
-        future = super().submit(coroutine, end)
-        self._runtime.pool.submit(functools.partial(self._drive, future, ended))
-        return future
-
-    def close(self) -> None:
-        """Close the loop."""
-        if asyncio._get_running_loop() is None:
-            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.close()
-
-    def _drive(self, future: Future[Any], ended: asyncio.Future[None]) -> None:
-        try:
-            self._loop.run_until_complete(self._watch(ended))
-        except BaseException:
-            # Ctrl-C came while the loop waited: the step sees its cancellation before the run ends.
-            future.cancel()
-            self._loop.run_until_complete(asyncio.wait([ended]))
-            raise
-
-    async def _watch(self, ended: asyncio.Future[None]) -> None:
-        """Wait for the step; let alarms ring meanwhile: a deadline cancels it."""
-        while not ended.done():
-            await asyncio.wait([ended], timeout=self._runtime.wait_s())
-            self._runtime.catch_up()
 
 
 class InlineRuntime(Runtime):
@@ -82,9 +30,14 @@ class InlineRuntime(Runtime):
 
     def __init__(self, clock: Clock = system_clock) -> None:
         self.clock = clock
-        super().__init__(Pool(0), Timer(clock, threaded=False), lambda: InlineLoop(self))
+        super().__init__(Pool(0), Timer(clock, threaded=False))
         self._thread = threading.get_ident()
         self._ringing = False
+
+    def _make_loop(self) -> StepLoop:
+        from docket_celery.engine.process.loops import InlineLoop
+
+        return InlineLoop(self.clock.new_loop(), self.pool.submit, self.wait_s, self.catch_up)
 
     def catch_up(self) -> None:
         """Make the timer's calls that are due, if this is the run's thread."""

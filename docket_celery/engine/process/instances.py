@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import logging
@@ -54,6 +53,8 @@ class Factory:
         try:
             closed = None if close is None else close()
             if inspect.iscoroutine(closed):
+                import asyncio
+
                 asyncio.run(closed)
         except Exception:
             _logger.exception("the instance of %r was not closed properly", self)

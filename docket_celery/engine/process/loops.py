@@ -1,16 +1,26 @@
-"""Where ``async def`` steps run: the caller's loop, or one loop thread per process."""
+"""Where ``async def`` steps run: the caller's loop, one loop thread per process, or a loop on the calling thread.
+
+Imported when it is needed, like asyncio itself, which takes 10 ms of a process that has no such step.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
-from docket_celery.engine.process.hooks import StepThread
+from docket_celery.engine.process.hooks import LoopOwner
+from docket_celery.engine.process.timer import Work
+from docket_celery.errors import InvalidSettings
 
 _logger = logging.getLogger("docket_celery.process")
+_LOOP_FAULT = (
+    "0 runs async steps on the calling thread, and an asyncio loop runs there already; "
+    "await aexecute with at least 1"
+)
 
 
 class StepLoop:
@@ -72,8 +82,9 @@ class StepLoop:
                 raise
 
 
-class LoopOwner(StepThread):
-    """The thread of a `LoopThread`."""
+def running_loop() -> StepLoop:
+    """Return the loop that runs on this thread; raise `RuntimeError` if none does."""
+    return StepLoop(asyncio.get_running_loop())
 
 
 class LoopThread(StepLoop):
@@ -109,3 +120,62 @@ class LoopThread(StepLoop):
             task.cancel()
         # Two rounds: one for the tasks to see it, one for their futures to be told.
         self._loop.call_soon(self._loop.call_soon, self._loop.stop)
+
+
+class InlineLoop(StepLoop):
+    """A private asyncio loop that runs one ``async def`` step at a time, to its end, on the calling thread.
+
+    Args:
+        loop: The loop.
+        queue: Keeps work for the calling thread.
+        wait_s: Tells for how many seconds no alarm is due.
+        catch_up: Makes the calls of alarms that are due.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        queue: Callable[[Work], object],
+        wait_s: Callable[[], float],
+        catch_up: Work,
+    ) -> None:
+        super().__init__(loop)
+        self._queue, self._wait_s, self._catch_up = queue, wait_s, catch_up
+
+    def submit(
+        self, coroutine: Coroutine[Any, Any, Any], on_end: Callable[[], object] = lambda: None
+    ) -> Future[Any]:
+        """Keep *coroutine* for the calling thread; raise `InvalidSettings` if a loop runs on that already."""
+        if asyncio._get_running_loop() is not None:
+            coroutine.close()
+            raise InvalidSettings("docket_threads", _LOOP_FAULT)
+        ended = self._loop.create_future()
+
+        def end() -> None:
+            ended.set_result(None)
+            on_end()
+
+        future = super().submit(coroutine, end)
+        self._queue(functools.partial(self._drive, future, ended))
+        return future
+
+    def close(self) -> None:
+        """Close the loop."""
+        if asyncio._get_running_loop() is None:
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    def _drive(self, future: Future[Any], ended: asyncio.Future[None]) -> None:
+        try:
+            self._loop.run_until_complete(self._watch(ended))
+        except BaseException:
+            # Ctrl-C came while the loop waited: the step sees its cancellation before the run ends.
+            future.cancel()
+            self._loop.run_until_complete(asyncio.wait([ended]))
+            raise
+
+    async def _watch(self, ended: asyncio.Future[None]) -> None:
+        """Wait for the step; let alarms ring meanwhile: a deadline cancels it."""
+        while not ended.done():
+            await asyncio.wait([ended], timeout=self._wait_s())
+            self._catch_up()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from docket_celery.engine.process.loops import LoopThread, StepLoop
 from docket_celery.engine.process.pool import Pool
 from docket_celery.engine.process.timer import Timer, Work
+
+if TYPE_CHECKING:
+    from docket_celery.engine.process.loops import StepLoop
 
 _logger = logging.getLogger("docket_celery.process")
 _LATER_S = 1.0
@@ -19,8 +21,8 @@ class Runtime:
 
     inline = False
 
-    def __init__(self, pool: Pool, timer: Timer, make_loop: Callable[[], StepLoop] = LoopThread) -> None:
-        self.pool, self.timer, self._make_loop = pool, timer, make_loop
+    def __init__(self, pool: Pool, timer: Timer) -> None:
+        self.pool, self.timer = pool, timer
         self._loop: StepLoop | None = None
         self._lock = threading.Lock()
 
@@ -39,6 +41,11 @@ class Runtime:
             if self._loop is None:
                 self._loop = self._make_loop()
             return self._loop
+
+    def _make_loop(self) -> StepLoop:
+        from docket_celery.engine.process.loops import LoopThread
+
+        return LoopThread()
 
     def close(self) -> None:
         """End all threads that are not inside a step."""

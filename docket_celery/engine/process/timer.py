@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import heapq
 import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import asyncio
 
 _logger = logging.getLogger("docket_celery.process")
 
@@ -37,6 +40,8 @@ class Clock:
 
     def new_loop(self) -> asyncio.AbstractEventLoop:
         """Return an asyncio loop with the same time."""
+        import asyncio
+
         return asyncio.new_event_loop()
 
 
