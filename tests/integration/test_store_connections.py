@@ -64,6 +64,8 @@ class TestConnections:
             "default_transaction_isolation",
             "application_name",
             "search_path",
+            "plan_cache_mode",
+            "enable_seqscan",
         ]
         with store.engine.connect() as connection:
             found = {name: str(connection.execute(text(f"SHOW {name}")).scalar_one()) for name in names}
@@ -78,7 +80,7 @@ class TestConnections:
         return found
 
     def test_every_wait_has_a_limit(self, database_url: str) -> None:
-        """Connecting, a statement, a pause in a transaction, unanswered data; nothing is prepared on the server."""
+        """Connecting, a statement, a pause in a transaction, unanswered data."""
         assert self.settings(database_url) == {
             "statement_timeout": "15s",
             "idle_in_transaction_session_timeout": "15s",
@@ -87,7 +89,9 @@ class TestConnections:
             "keepalives_idle": "10",
             "tcp_user_timeout": "10000",
             "search_path": '"$user", public',
-            "prepare_threshold": "None",
+            "plan_cache_mode": "force_generic_plan",
+            "enable_seqscan": "off",
+            "prepare_threshold": "1000000000",
             "autocommit": "True",
             "connect_timeout": "5",
         }
@@ -106,10 +110,13 @@ class TestConnections:
         assert (found["connect_timeout"], found["prepare_threshold"]) == ("7", "3")
         assert (found["search_path"], found["statement_timeout"]) == ("shop", "1s")
         assert found["default_transaction_isolation"] == "read committed"
+        assert (found["plan_cache_mode"], found["enable_seqscan"]) == ("auto", "on")
 
     def test_empty_options_send_none(self, database_url: str) -> None:
-        """For poolers that refuse start-up options."""
-        assert self.settings(f"{database_url}?options=")["statement_timeout"] == "0"
+        """For poolers that refuse start-up options; they seldom keep prepared statements either."""
+        found = self.settings(f"{database_url}?options=")
+        assert (found["statement_timeout"], found["enable_seqscan"]) == ("0", "on")
+        assert found["prepare_threshold"] == "None"
         url = make_url(database_url).update_query_dict({"options": ""})
         with SQLStore(url).engine.connect() as connection:
             assert connection.execute(text("SHOW statement_timeout")).scalar_one() == "0"

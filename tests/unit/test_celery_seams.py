@@ -1,4 +1,4 @@
-"""What docs/contributing/seams.md says of the private parts of Celery, kombu, asgiref and CPython is so."""
+"""What docs/contributing/seams.md says of the private parts of Celery, kombu, psycopg, asgiref and CPython is so."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ from celery.backends.base import Backend
 from celery.signals import worker_init
 from celery.worker import WorkController, request
 from kombu.utils.json import dumps, loads
+from psycopg._connection_base import BaseConnection
+from psycopg._preparing import PrepareManager
+from psycopg._queries import PostgresRawQuery
+from psycopg.adapt import Transformer
 
 from docket_celery import Graph, GraphTask, graph_task
 from docket_celery.task.checks import find_faults
@@ -198,7 +202,18 @@ def the_environment_has_its_own_dict() -> None:
         assert environ.encodekey("DOCKET_CELERY_THREADS") not in environ._data
 
 
+def names_are_counted_on() -> None:
+    """Psycopg names what it prepares by a number, which can be set."""
+    manager, query = PrepareManager(), PostgresRawQuery(Transformer())
+    query.convert(b"SELECT $1", [1])
+    manager._prepared_idx = 77
+    assert manager.get(query, prepare=True)[1] == b"_pg3_77"
+    assert manager._prepared_idx == 78
+
+
 CHECKS: dict[str, Callable[[], None]] = {
+    "_prepared": sources_name(BaseConnection, "self._prepared: PrepareManager = PrepareManager()"),
+    "_prepared_idx": names_are_counted_on,
     "_orig_run": retries_are_left_alone,
     "_decorated": classes_of_decorated_functions_are_marked,
     "always_retry": backends_have("always_retry"),

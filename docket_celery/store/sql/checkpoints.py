@@ -40,7 +40,7 @@ from docket_celery.store.sql.binds import (
     typed,
 )
 from docket_celery.store.sql.clock import after, began, later, now, writing
-from docket_celery.store.sql.constructs import one_of
+from docket_celery.store.sql.constructs import among, one_of
 from docket_celery.store.sql.fenced import ADD_CHECKPOINTS, ADD_EXECUTIONS
 from docket_celery.store.sql.schema import (
     docket_cache,
@@ -49,15 +49,18 @@ from docket_celery.store.sql.schema import (
     docket_executions,
     docket_runs,
 )
+from docket_celery.store.sql.statement import Statement
 
 _TRIES = 3  # for a row that goes away between two statements: twice in a row is no accident
 _KEYS_AT_ONCE = 500  # SQLite before 3.32 binds at most 999 values
 
 _CACHE, _CLAIMS = docket_cache.c, docket_claims.c
 _COLUMNS = [_CACHE[name] for name in CHECKPOINT_COLUMNS]
-_FIND = sa.select(*_COLUMNS).where(matches(docket_cache, "cache_key"))
+_FIND_ROW = sa.select(*_COLUMNS).where(matches(docket_cache, "cache_key"))
+_FIND = Statement(_FIND_ROW)
 _IS_LIVE = sa.or_(_CACHE.expires_at.is_(None), _CACHE.expires_at > now())
-_FIND_LIVE = _FIND.where(_IS_LIVE)
+_FIND_LIVE_ROW = _FIND_ROW.where(_IS_LIVE)
+_FIND_LIVE = Statement(_FIND_LIVE_ROW)
 _INSERTED = (*CHECKPOINT_COLUMNS, "output_json")
 
 
@@ -73,16 +76,18 @@ def _add_execution(source: sa.CTE | None = None, *where: sa.ColumnElement[bool])
 
 # --- a run's own ---------------------------------------------------------------------------------------------------
 
-_KEYS = _CACHE.cache_key.in_(sa.bindparam("p_keys", expanding=True))
+_KEYS = among(_CACHE.cache_key, "p_keys")
 _FOUND = sa.select(*_COLUMNS, _CACHE.expires_at.is_not(None).label("dated"))
 _RESTORE = {
-    (items, keys): _FOUND.where(
-        sa.or_(OF_RUN if items else sa.and_(OF_RUN, _CACHE.item == ""), *((_KEYS,) if keys else ()))
+    (items, keys): Statement(
+        _FOUND.where(
+            sa.or_(OF_RUN if items else sa.and_(OF_RUN, _CACHE.item == ""), *((_KEYS,) if keys else ()))
+        )
     )
     for items in (False, True)
     for keys in (False, True)
 }
-_RESTORE_KEYS = _FOUND.where(_KEYS)
+_RESTORE_KEYS = Statement(_FOUND.where(_KEYS))
 PAGE = 20_000
 """Most checkpoints that one statement dates: a batch has very many, and a statement 15 seconds."""
 _DATED = (
@@ -101,11 +106,11 @@ def restore(
     """See `Store.restore`."""
     values = bound(fence_values(lease))
     first, rest = list(keys[:_KEYS_AT_ONCE]), keys[_KEYS_AT_ONCE:]
-    found = connection.execute(_RESTORE[items, bool(first)], values | {"p_keys": first}).mappings()
-    rows = {bytes(row["cache_key"]): row for row in found}
+    found = _RESTORE[items, bool(first)].run(connection, values | {"p_keys": first})
+    rows = {bytes(row["cache_key"]): row for row in found.rows}
     for start in range(0, len(rest), _KEYS_AT_ONCE):
         more = {"p_keys": list(rest[start : start + _KEYS_AT_ONCE])}
-        rows |= {bytes(row["cache_key"]): row for row in connection.execute(_RESTORE_KEYS, more).mappings()}
+        rows |= {bytes(row["cache_key"]): row for row in _RESTORE_KEYS.run(connection, more).rows}
     checkpoints = [read_checkpoint(row, values["p_graph"], values["p_execution_id"]) for row in rows.values()]
     if any(row["dated"] for row in rows.values()):
         while connection.execute(_UNDATE, values).rowcount == PAGE:
@@ -165,7 +170,7 @@ HELD = {
 
 
 @cache
-def _save(*, chunk: bool, execution: bool) -> sa.Select[*tuple[Any, ...]]:
+def _save(*, chunk: bool, execution: bool) -> Statement:
     """Return the statement of Postgres that tells whether the lease holds, and whether the row was new."""
     held = HELD[chunk].cte("f")
     values = sa.select(*(typed(docket_cache, name) for name in _INSERTED), now()).select_from(held)
@@ -176,9 +181,9 @@ def _save(*, chunk: bool, execution: bool) -> sa.Select[*tuple[Any, ...]]:
         .returning(ONE)
         .cte("s")
     )
-    found = sa.select(_count(held), _count(saved))
+    found = sa.select(_count(held).label("fenced"), _count(saved).label("saved"))
     # From s, not from f: a repeated save finds its own row and must not count the step twice.
-    return found.add_cte(_add_execution(saved).cte("e")) if execution else found
+    return Statement(found.add_cte(_add_execution(saved).cte("e")) if execution else found)
 
 
 def save(
@@ -192,7 +197,8 @@ def save(
     for _ in range(_TRIES):
         if connection.dialect.name == "postgresql":
             statement = _save(chunk=chunk, execution=execution is not None)
-            fenced, saved = connection.execute(statement, values).one()
+            found = statement.run(connection, values).one
+            fenced, saved = found["fenced"], found["saved"]
         else:
             with writing(connection):
                 fenced = connection.execute(HELD[chunk], values).first()
@@ -203,9 +209,9 @@ def save(
             raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
         if saved:
             return without_view(ours)
-        found = connection.execute(_FIND, values).mappings().first()
-        if found is not None:
-            return read_checkpoint(found, values["p_graph"], values["p_execution_id"])
+        winner = _FIND.run(connection, values).first
+        if winner is not None:
+            return read_checkpoint(winner, values["p_graph"], values["p_execution_id"])
     raise StoreUnavailable("save the checkpoint", "another's row is being deleted")
 
 
@@ -237,28 +243,31 @@ def _claim(live: Any) -> sa.Insert:
     new, seen = claim.excluded, docket_claims.alias("seen")
     # Not the columns themselves: SQLAlchemy would add their table to the subquery.
     same = (column == sa.literal_column(f"docket_claims.{column.name}") for column in seen.c[:3])
+    # With an offset Postgres looks it up by key; else it may hash all claims.
+    is_same = sa.select(ONE).where(*same).offset(sa.literal_column("0"))
     statement: sa.Insert = claim.on_conflict_do_update(
         index_elements=["cache_key"],
         set_={"owner": new.owner, "lease_until": new.lease_until},
         where=sa.or_(
             sa.and_(_CLAIMS.owner == new.owner, _CLAIMS.lease_until > now()),
-            sa.and_(_CLAIMS.lease_until <= now(), sa.exists(sa.select(ONE).where(*same))),
+            sa.and_(_CLAIMS.lease_until <= now(), sa.exists(is_same)),
         ),
     )
     return statement.execution_options(preserve_rowcount=True)
 
 
 @cache
-def _lookup(*, execution: bool) -> sa.Select[*tuple[Any, ...]]:
+def _lookup(*, execution: bool) -> Statement:
     """Return the statement of Postgres that looks and claims, and adds the step's row to what it finds."""
-    live = _FIND_LIVE.cte("live")
+    live = _FIND_LIVE_ROW.cte("live")
     claimed = _claim(sa.select(ONE).select_from(live)).returning(ONE).cte("claimed")
     claims = sa.select(sa.func.count().label("won")).select_from(claimed).subquery("claims")
     found = sa.select(claims.c.won, *live.c).select_from(claims.outerjoin(live, sa.true()))
-    return found.add_cte(_add_execution(live, sa.not_(_IS_WRITTEN)).cte("e")) if execution else found
+    hit = _add_execution(live, sa.not_(_IS_WRITTEN)).cte("e")
+    return Statement(found.add_cte(hit) if execution else found)
 
 
-_CLAIM = _claim(_FIND_LIVE)
+_CLAIM = _claim(_FIND_LIVE_ROW)
 
 
 def lookup(
@@ -267,13 +276,13 @@ def lookup(
     """See `Store.lookup`."""
     values = {"p_cache_key": key, "p_owner": clean_text(owner), "p_lease_s": lease_s} | execution_binds(hit)
     if connection.dialect.name == "postgresql":
-        found = connection.execute(_lookup(execution=hit is not None), values).mappings().one()
+        found = _lookup(execution=hit is not None).run(connection, values).one
         row, won = (None if found["cache_key"] is None else found), bool(found["won"])
     else:
-        row, won = connection.execute(_FIND_LIVE, values).mappings().first(), False
+        row, won = _FIND_LIVE.run(connection, values).first, False
         if row is None:
             won = connection.execute(_CLAIM, values).rowcount > 0
-            row = None if won else connection.execute(_FIND_LIVE, values).mappings().first()
+            row = None if won else _FIND_LIVE.run(connection, values).first
         if row is not None and hit is not None:
             connection.execute(_ADD_NEW_EXECUTION, values)
     return won if row is None else read_checkpoint(row, "", None)
@@ -289,7 +298,7 @@ def _put(insert: Any, *, replace: bool) -> sa.Insert:
 
 _PUT = {replace: _put(upsert(docket_cache).values(_NEW), replace=replace) for replace in (False, True)}
 _RELEASE = sa.delete(docket_claims).where(_CLAIMED)
-_RELEASE_LIVE = sa.delete(docket_claims).where(_IS_CLAIM)
+_RELEASE_LIVE = Statement(sa.delete(docket_claims).where(_IS_CLAIM))
 _SPEND = sa.update(docket_claims).where(_IS_CLAIM).values(lease_until=now())
 _DEAD = (
     sa.select(_CLAIMS.cache_key)
@@ -297,16 +306,17 @@ _DEAD = (
     .limit(sa.literal_column("2"))
     .with_for_update(skip_locked=True)
 )
-_SWEEP = sa.delete(docket_claims).where(_CLAIMS.cache_key.in_(_DEAD))
+_SWEEP = sa.delete(docket_claims).where(one_of(_CLAIMS.cache_key, _DEAD.scalar_subquery()))
 
 
 @cache
-def _publish(*, replace: bool, execution: bool) -> sa.Select[*tuple[Any, ...]]:
+def _publish(*, replace: bool, execution: bool) -> Statement:
     """Return the statement of Postgres that stores, spends the claim, sweeps dead ones and adds the step's row."""
     values = sa.select(*(typed(docket_cache, name) for name in _INSERTED), now(), _EXPIRES)
     put = _put(upsert(docket_cache).from_select([*_NEW], values), replace=replace)
-    found = sa.select(_count(put.returning(ONE).cte("s"))).add_cte(_SPEND.cte("spent"), _SWEEP.cte("swept"))
-    return found.add_cte(_ADD_NEW_EXECUTION.cte("e")) if execution else found
+    stored = _count(put.returning(ONE).cte("s")).label("stored")
+    found = sa.select(stored).add_cte(_SPEND.cte("spent"), _SWEEP.cte("swept"))
+    return Statement(found.add_cte(_ADD_NEW_EXECUTION.cte("e")) if execution else found)
 
 
 def publish(
@@ -323,7 +333,7 @@ def publish(
     for _ in range(_TRIES):
         if connection.dialect.name == "postgresql":
             statement = _publish(replace=replace, execution=execution is not None)
-            stored = connection.execute(statement, values).scalar_one()
+            stored = statement.run(connection, values).one["stored"]
         else:
             with writing(connection):
                 connection.execute(_RELEASE, values)
@@ -332,7 +342,7 @@ def publish(
                 stored = connection.execute(_PUT[replace], values).rowcount
         if stored:
             return without_view(ours)
-        row = connection.execute(_FIND_LIVE, values).mappings().first()
+        row = _FIND_LIVE.run(connection, values).first
         if row is not None:
             return read_checkpoint(row, "", None)
     raise StoreUnavailable("publish the checkpoint", "another's row is being deleted")
@@ -355,4 +365,4 @@ def forget(connection: sa.Connection, key: bytes) -> bool:
 
 def release_claim(connection: sa.Connection, key: bytes, owner: str) -> None:
     """See `Store.release_claim`."""
-    connection.execute(_RELEASE_LIVE, {"p_cache_key": key, "p_owner": clean_text(owner)})
+    _RELEASE_LIVE.run(connection, {"p_cache_key": key, "p_owner": clean_text(owner)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -14,6 +15,13 @@ from docket_celery.store.sql import faults, schema
 from docket_celery.store.sql.clock import roll_back
 from docket_celery.store.sql.engines import Engines
 
+_logger = logging.getLogger("docket_celery.store")
+_UNPREPARED = (
+    "a statement that was prepared is not there: %s; a pooler seems to share connections in between, so this process "
+    "prepares no more statements, and each takes the database longer; set ?prepare_threshold=none in "
+    "docket_database_url if that is so, or have the pooler keep prepared statements (PgBouncer: "
+    "max_prepared_statements)"
+)
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -28,13 +36,16 @@ class Database(Engines):
 
         A server that restarted leaves dead connections in the pool; SQLAlchemy drops them all on the first
         error. Whether that error came before or after a commit is unknown, so every call must bear repeating.
+        So is one whose prepared statement a pooler has mislaid; this process prepares none from then on.
         Errors name the *action* that the database is asked for: "save the checkpoint".
         """
         try:
             try:
                 return self._once(work, *args, **kwargs)
             except DBAPIError as error:
-                if not (error.connection_invalidated or faults.leaves_server(error)):
+                if faults.misses_prepared(error):
+                    self._prepare_no_more(error)
+                elif not faults.leaves_server(error):
                     raise
                 return self._once(work, *args, **kwargs)
         except (DBAPIError, PoolTimeout) as error:
@@ -64,6 +75,11 @@ class Database(Engines):
                     connection.invalidate(error)
                     engine.dispose()
                 raise
+
+    def _prepare_no_more(self, error: DBAPIError) -> None:
+        if self.preparing.asked is not False:
+            self.preparing.asked = False
+            _logger.warning(_UNPREPARED, faults.describe(error, self.url))
 
     def _find_mismatch(self, action: str, error: DBAPIError | PoolTimeout) -> DocketError | None:
         """Return the error for a table or a column that is missing; None: nothing is."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from sqlalchemy import URL, Engine, create_engine, make_url
+from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import StaticPool
 
 from docket_celery.errors import InvalidArguments, InvalidSettings
+from docket_celery.store.sql.statement import PREPARING, Preparing
 
 SETTING = "docket_database_url"
 _DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg", "sqlite": "sqlite+pysqlite"}
@@ -27,6 +29,9 @@ _POOL: Mapping[str, Any] = {
     "pool_use_lifo": True,
     "pool_reset_on_return": None,
 }
+_ONLY_WHEN_ASKED = (
+    1_000_000_000  # executions after which the driver would prepare a statement that does not ask
+)
 _POSTGRES_ARGS: Mapping[str, Any] = {
     "application_name": "docket_celery",
     "client_encoding": "utf8",
@@ -36,7 +41,7 @@ _POSTGRES_ARGS: Mapping[str, Any] = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
-    "prepare_threshold": None,
+    "prepare_threshold": _ONLY_WHEN_ASKED,
 }
 # READ COMMITTED is not left to the server's default: the fence re-reads rows that it waited for.
 # A worker that is stopped within a transaction would keep its locks; the server ends its session.
@@ -44,6 +49,9 @@ _POSTGRES_OPTIONS = (
     "-c statement_timeout=15000 -c idle_in_transaction_session_timeout=15000 "
     r"-c default_transaction_isolation=read\ committed"
 )
+# A prepared statement is planned once for a connection. The tables may have been empty then, where reading all of a
+# table costs least; each statement that is prepared finds its rows by key.
+_PREPARED_OPTIONS = "-c plan_cache_mode=force_generic_plan -c enable_seqscan=off"
 _EMPTY_OPTIONS = re.compile(r"[?&]options=(&|$)")
 _USER = re.compile(r"^[\w+]+://(?:[^:/]*(?::[^@]*)?@)?")
 _SQLITE_BUSY_S = 5.0
@@ -101,6 +109,7 @@ class Engines:
         self.in_memory = is_memory(self.url)
         # SQLite in memory is one connection; statements of two threads must not mix in one transaction.
         self.lock: AbstractContextManager[Any] = threading.Lock() if self.in_memory else nullcontext()
+        self.preparing = Preparing(_asks_to_prepare(self.url) if self._given is None else None)
         self._made_by = os.getpid()
         self._engines: dict[int, Engine] = {}
 
@@ -128,13 +137,14 @@ class Engines:
         # Two threads may both make one: setdefault keeps one, the other never connected and is dropped.
         # The parent's stays where it is, unused: closing its connections would end the parent's sessions.
         if self._given is None:
-            engine = self._engines.setdefault(pid, _create(self.url, self.in_memory))
+            engine = self._engines.setdefault(pid, _create(self.url, self.in_memory, self.preparing))
             # A store without references gives its connections back.
             weakref.finalize(self, _release, engine, pid).atexit = False
             return engine
         if forked:
             self._given.dispose(close=False)
-        return self._engines.setdefault(pid, self._given.execution_options(isolation_level="AUTOCOMMIT"))
+        options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT", PREPARING: self.preparing}
+        return self._engines.setdefault(pid, self._given.execution_options(**options))
 
 
 _of_parents: list[Engine] = []
@@ -158,9 +168,15 @@ def _check_given(engine: Engine) -> None:
         raise InvalidArguments("SQLStore", problem)
 
 
-def _create(url: URL, in_memory: bool) -> Engine:
+def _asks_to_prepare(url: URL) -> bool | None:
+    """Tell whether statements ask to be prepared; None: the URL says how often they run before that, or never."""
+    return None if "prepare_threshold" in url.query or url.query.get("options") == "" else True
+
+
+def _create(url: URL, in_memory: bool, preparing: Preparing) -> Engine:
     options: dict[str, Any] = {
         "isolation_level": "AUTOCOMMIT",
+        "execution_options": {PREPARING: preparing},
         "hide_parameters": True,  # error texts and logs never show what was stored
     }
     if url.get_backend_name() == "sqlite":
@@ -170,12 +186,28 @@ def _create(url: URL, in_memory: bool) -> Engine:
         return create_engine(url, connect_args=given, **options, **pool)
     arguments = dict(_POSTGRES_ARGS)
     query = dict(url.query)
-    if "prepare_threshold" in query:
-        text = str(query.pop("prepare_threshold"))
-        arguments["prepare_threshold"] = int(text) if text.isdigit() else None
     # Theirs come last and win; an explicit empty value sends none, for poolers that refuse start-up options.
     theirs = query.pop("options", None)
-    arguments["options"] = "" if theirs == "" else f"{_POSTGRES_OPTIONS} {theirs or ''}".rstrip()
+    ours = f"{_POSTGRES_OPTIONS} {_PREPARED_OPTIONS}" if preparing.asked else _POSTGRES_OPTIONS
+    arguments["options"] = "" if theirs == "" else f"{ours} {theirs or ''}".rstrip()
+    if not preparing.asked:
+        text = str(query.pop("prepare_threshold", ""))
+        arguments["prepare_threshold"] = int(text) if text.isdigit() else None
     given = {name: value for name, value in arguments.items() if name not in query}
     url = url.set(query=query)
-    return create_engine(url, connect_args=given, use_native_hstore=False, **options, **_POOL)
+    engine = create_engine(url, connect_args=given, use_native_hstore=False, **options, **_POOL)
+    event.listen(engine, "connect", _name_apart)
+    return engine
+
+
+def _name_apart(connection: Any, _record: object) -> None:
+    """Make the names of what *connection* prepares its own.
+
+    Psycopg counts them from 0 on each connection. A pooler may give a connection the server of another one, where the
+    same name stands for another statement; a name that is unknown there is an error, and the statement is repeated.
+    """
+    names: Any = getattr(connection, "_prepared", None)
+    if hasattr(names, "_prepared_idx"):
+        names._prepared_idx = secrets.randbits(60)
+    else:
+        connection.prepare_threshold = None

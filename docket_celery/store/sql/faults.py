@@ -20,6 +20,7 @@ from docket_celery.store.sql.engines import SETTING
 _PASSING_CLASSES = ("08", "53", "57")
 _PASSING_STATES = frozenset({"25006", "25P03", "40001", "40P01", "55P03"})
 _LEFT_STATES = frozenset({"25006", "57P01", "57P02", "57P03"})
+_PREPARED_STATES = frozenset({"26000", "42P05"})
 _ADVICE = {
     "42501": "grant the right to the role in docket_database_url",
     "22021": "use a database whose encoding is UTF8",
@@ -54,8 +55,13 @@ def sqlstate(error: DBAPIError) -> str | None:
 
 
 def leaves_server(error: DBAPIError) -> bool:
-    """Tell whether all connections to this server are to be closed: it is read-only now, or it is shutting down."""
-    return sqlstate(error) in _LEFT_STATES
+    """Tell whether all connections are to be closed: one is dead, or the server is read-only now or shutting down."""
+    return error.connection_invalidated or sqlstate(error) in _LEFT_STATES
+
+
+def misses_prepared(error: DBAPIError) -> bool:
+    """Tell whether the server lacks a statement that was prepared, or has another one of its name."""
+    return sqlstate(error) in _PREPARED_STATES
 
 
 def find_setting_fault(error: DBAPIError, url: URL) -> InvalidSettings | None:

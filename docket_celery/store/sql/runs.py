@@ -43,6 +43,7 @@ from docket_celery.store.sql.clock import after, later, now, seconds_left, writi
 from docket_celery.store.sql.constructs import greatest, one_of
 from docket_celery.store.sql.fenced import ADD_EXECUTIONS
 from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_runs
+from docket_celery.store.sql.statement import Statement
 
 _TRIES = 5  # for a row that changes or goes between two statements
 
@@ -56,13 +57,14 @@ _COLUMNS = [
     *(_RUNS[field.name] for field in fields(RunRow) if field.name not in _MADE),
     *(_RUNS.owner, _RUNS.result_checksum, _RUNS.lease_until, *_MADE.values()),
 ]
-_FIND = sa.select(*_COLUMNS).where(IS_RUN)
+_FIND_ROW = sa.select(*_COLUMNS).where(IS_RUN)
+_FIND = Statement(_FIND_ROW)
 _FIND_JOB = sa.select(_RUNS.job).where(IS_RUN)
 
 
 def find_run(connection: sa.Connection, graph: str, execution_id: str) -> RunRow | None:
     """See `Store.find_run`."""
-    row = connection.execute(_FIND, named(graph, execution_id)).mappings().first()
+    row = _FIND.run(connection, named(graph, execution_id)).first
     return None if row is None else read_run(row)
 
 
@@ -111,7 +113,7 @@ _IS_KEPT = sa.or_(
 )
 """Whether an open stage keeps the run for its own task."""
 _FIND_KEPT = sa.select(_IS_KEPT).where(IS_RUN)
-_FIND_HELD = _FIND.add_columns((_RUNS.lease_until <= now()).label("expired"))
+_FIND_HELD = _FIND_ROW.add_columns((_RUNS.lease_until <= now()).label("expired"))
 
 
 def _add_or_find() -> sa.Select[*tuple[Any, ...]]:
@@ -122,19 +124,20 @@ def _add_or_find() -> sa.Select[*tuple[Any, ...]]:
     return sa.select(news.c.new, *held.c).select_from(news.outerjoin(held, sa.true()))
 
 
-_ADD_OR_FIND = _add_or_find()
+_ADD_OR_FIND = Statement(_add_or_find())
 
 
-def _add(connection: sa.Connection, values: Mapping[str, Any]) -> sa.RowMapping | None:
+def _add(connection: sa.Connection, values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Add an unknown run and return None, or return the row that is there."""
-    row: sa.RowMapping | None
+    row: Mapping[str, Any] | None
     for _ in range(_TRIES):
         if connection.dialect.name == "postgresql":
-            row = connection.execute(_ADD_OR_FIND, values).mappings().one()
+            row = _ADD_OR_FIND.run(connection, values).one
             added = row["new"] > 0
         else:
             added = connection.execute(_ADD, values).rowcount > 0
-            row = None if added else connection.execute(_FIND_HELD, values).mappings().first()
+            found = None if added else connection.execute(_FIND_HELD, values).mappings().first()
+            row = None if found is None else dict(found)
         if added:
             return None
         if row is not None and row["state"] is not None:
@@ -148,7 +151,7 @@ _SAME = [
 ]
 # Each chunk that ends extends the lease of an open stage, which says nothing of who may take it.
 _IS_AS_READ = sa.and_(IS_RUN, *_SAME[:-1], sa.or_(is_state(docket_runs, "WAITING"), _SAME[-1]))
-_TAKE = {
+_CHANGES = {
     RunState.RUNNING: sa.update(docket_runs)
     .where(_IS_AS_READ)
     .values(
@@ -166,6 +169,7 @@ _TAKE = {
         | {"lease_until": None, "wake_at": None, "ended_at": now(), "updated_at": now()}
     ),
 }
+_TAKE = {state: Statement(change) for state, change in _CHANGES.items()}
 
 
 def acquire(connection: sa.Connection, request: RunRequest) -> Lease | RunRow:
@@ -183,7 +187,7 @@ def acquire(connection: sa.Connection, request: RunRequest) -> Lease | RunRow:
         if changes is None:
             return read_run(row)
         changed = values | bound(changes) | {f"was_{name}": row[name] for name in _WAS}
-        if connection.execute(_TAKE[changes["state"]], changed).rowcount:
+        if _TAKE[changes["state"]].run(connection, changed).count:
             if changes["state"] is RunState.QUARANTINED:
                 return read_run({**row, **changes, "lease_left_s": None})
             granted = {name: changes[name] for name in ("epoch", "lost", "failures")}
@@ -208,7 +212,7 @@ def enqueue(connection: sa.Connection, request: RunRequest, keep_s: float) -> Ru
     for _ in range(_TRIES):
         if connection.execute(_ENQUEUE, values).rowcount or connection.execute(_KEEP, values).rowcount:
             return None
-        row = connection.execute(_FIND, values).mappings().first()
+        row = _FIND.run(connection, values).first
         if row is not None:
             same = (row["target"], bytes(row["job_digest"])) == (values["p_target"], values["p_job_digest"])
             return None if same else read_run(row)
@@ -252,7 +256,7 @@ _RESET_CHUNKS = (
 
 
 @cache
-def _end(*, ended: bool, failed: bool, executions: bool, checkpoint: bool) -> sa.Select[*tuple[Any, ...]]:
+def _end(*, ended: bool, failed: bool, executions: bool, checkpoint: bool) -> Statement:
     """Return the statement of Postgres that ends the run, dates its checkpoints and writes rows."""
     left = _leave(ended=ended).returning(ONE, _RUNS.ended_at).cte("f")
     found = sa.select(sa.func.count().label("fenced")).select_from(left)
@@ -273,7 +277,7 @@ def _end(*, ended: bool, failed: bool, executions: bool, checkpoint: bool) -> sa
         found = found.add_cte(_RESET_CHUNKS.where(has_left).cte("c"))
     if checkpoint:
         found = found.add_cte(add_last(left).cte("s"))
-    return found.add_cte(ADD_EXECUTIONS.after(left).cte("e")) if executions else found
+    return Statement(found.add_cte(ADD_EXECUTIONS.after(left).cte("e")) if executions else found)
 
 
 def end(connection: sa.Connection, lease: Lease, ending: RunEnd) -> None:
@@ -284,8 +288,8 @@ def end(connection: sa.Connection, lease: Lease, ending: RunEnd) -> None:
     if connection.dialect.name == "postgresql":
         executions = bool(ending.executions)
         statement = _end(ended=ended, failed=failed, executions=executions, checkpoint=bool(last))
-        found = connection.execute(statement, values | ADD_EXECUTIONS.arrays(ending.executions)).one()
-        fenced, rest = found.fenced, ended and (not found.fenced or found.dated == PAGE)
+        found = statement.run(connection, values | ADD_EXECUTIONS.arrays(ending.executions)).one
+        fenced, rest = found["fenced"], ended and (not found["fenced"] or found["dated"] == PAGE)
     else:
         with writing(connection):
             fenced, rest = connection.execute(_leave(ended=ended), values).rowcount, False
@@ -298,9 +302,9 @@ def end(connection: sa.Connection, lease: Lease, ending: RunEnd) -> None:
             if fenced:
                 ADD_EXECUTIONS.add_each(connection, ending.executions)
     if not fenced:
-        row = connection.execute(_FIND, values).first()
+        row = _FIND.run(connection, values).first
         ours = (values["p_owner"], values["p_epoch"], values["p_state"])
-        if row is None or (row.owner, row.epoch, row.state) != ours:
+        if row is None or (row["owner"], row["epoch"], row["state"]) != ours:
             raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
     if rest:
         date_checkpoints(connection, lease.graph, lease.execution_id)

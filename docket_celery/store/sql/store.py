@@ -283,6 +283,7 @@ class SQLStore:
         if self._database.shared:
             return self
         clone = SQLStore(self._database.url, codec=self.codec)
+        clone._database.preparing = self._database.preparing
         self._clones.append(clone)
         return clone
 
