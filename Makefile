@@ -174,16 +174,12 @@ $(VENV)/.stamps/bench: $(BENCH_LOCK) $(VENV)/.stamps/lock
 	@touch $@
 
 .PHONY: bench
-bench: $(READY) $(VENV)/.stamps/bench ## Measure beside the peers, resuming; ONLY=persisted_chain FRESH=1
-	@exec $(BIN)/python -m benchmarks run --only "$(ONLY)" $(if $(FRESH),--fresh)
+bench: $(READY) $(VENV)/.stamps/bench ## Measure beside the peers, resuming; ONLY=persisted_chain FRESH=1 FULL=1
+	@exec $(BIN)/python -m benchmarks run --only "$(ONLY)" $(if $(FRESH),--fresh) $(if $(FULL),--full)
 
 .PHONY: bench-compare
 bench-compare: $(READY) ## Measure this library at REF=COMMIT and as it is, in turns; ONLY=...
 	@exec $(BIN)/python -m benchmarks compare "$(REF)" --only "$(ONLY)"
-
-.PHONY: bench-batches
-bench-batches: $(READY) ## Measure batches of up to 100,000 items on a real worker, beside plain chords; ARGS=...
-	@exec $(BIN)/python -m docket_celery.devserver -- $(BIN)/python -m benchmarks.batches $(ARGS)
 
 .PHONY: bench-keep
 bench-keep: $(READY) ## Make what `make bench` measured of this code the committed results

@@ -30,17 +30,26 @@ Chosen = list[tuple[Scenario, list[Figure]]]
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
-def choose(only: str, scenarios: Sequence[Scenario] = SCENARIOS) -> Chosen:
+def choose(only: str, scenarios: Sequence[Scenario] = SCENARIOS, *, full: bool = False) -> Chosen:
     """Return the figures whose full name begins with one of the words of *only*; "" stands for all.
+
+    Args:
+        only: Words between blanks or commas.
+        scenarios: What there is.
+        full: Also figures that take minutes.
 
     Raises:
         SystemExit: There is none.
     """
     words = tuple(only.replace(",", " ").split()) or ("",)
+
+    def is_chosen(scenario: Scenario, figure: Figure) -> bool:
+        return scenario.full_name(figure).startswith(words) and (full or not figure.full)
+
     chosen = [
         (scenario, found)
         for scenario in scenarios
-        if (found := [each for each in scenario.figures if scenario.full_name(each).startswith(words)])
+        if (found := [each for each in scenario.figures if is_chosen(scenario, each)])
     ]
     if not chosen:
         names = ", ".join(scenario.full_name(each) for scenario in scenarios for each in scenario.figures)
@@ -93,18 +102,16 @@ def show(figures: table.Results) -> None:
     for row in table.rows(figures):
         shown.add_row(*row)
     console.print(shown)
-    for name, figure in figures.items():
-        for way, found in figure["ways"].items():
-            if "error" in found:
-                print(f"{name}: {way} failed: {found['error'].strip().splitlines()[-1]}")
+    for line in table.failures(figures):
+        print(line)
     for verdict in table.verdicts(BUDGETS, figures):
         print(table.verdict_text(verdict, figures[verdict.budget.figure]["unit"]))
     print(f"{os.cpu_count()} cores, load average {results.load_average()}")
 
 
-def bench(only: str, *, fresh: bool, hurry: bool) -> None:
+def bench(only: str, *, fresh: bool, full: bool, hurry: bool) -> None:
     """Measure all ways, resuming what an interrupted call for the same code has measured."""
-    chosen = choose(only)
+    chosen = choose(only, full=full)
     kept = results.Kept(results.KEPT / f"{results.state_of_code()}{'-hurry' if hurry else ''}")
     names = [scenario.full_name(figure) for scenario, figures in chosen for figure in figures]
     for name in names if fresh else ():
@@ -139,20 +146,24 @@ def package_at(commit: str) -> Generator[Path]:
 def compare(commit: str, only: str, *, hurry: bool) -> None:
     """Measure our ways as of *commit* and as they are, in turns, and print the ratios."""
     chosen = [(each, figures) for each, figures in choose(only) if any(way.ours for way in each.ways)]
+    peers = PEERS_PYTHON.exists()
     with package_at(commit) as package:
         entrants: dict[str, list[Entrant]] = {}
         for scenario, _ in chosen:
             entrants[scenario.name] = [
                 Entrant(label=f"{way.name} {side}", way=way, package=folder)
                 for way in scenario.ways
-                if way.ours
+                if way.ours and (peers or not way.peer)
                 for side, folder in (("then", package), ("now", None))
             ]
         with tempfile.TemporaryDirectory() as folder:
             kept = results.Kept(Path(folder))
             measure(chosen, entrants, kept, hurry=hurry)
             names = [scenario.full_name(figure) for scenario, figures in chosen for figure in figures]
-            show_ratios(kept.read(names))
+            found = kept.read(names)
+            show_ratios(found)
+            for line in table.failures(found):
+                print(line)
 
 
 def show_ratios(figures: table.Results) -> None:
@@ -162,8 +173,6 @@ def show_ratios(figures: table.Results) -> None:
         for label, then in figure["ways"].items():
             now = figure["ways"].get(label.removesuffix(" then") + " now", {})
             if not label.endswith(" then") or "seconds" not in then or "seconds" not in now:
-                if "error" in then:
-                    print(f"{figure['title']}: {label} failed: {then['error'].strip().splitlines()[-1]}")
                 continue
             ratio = ratios(now["seconds"], then["seconds"])
             cpu = spread(now["cpu"]).median / max(spread(then["cpu"]).median, 1e-9)
@@ -202,6 +211,7 @@ def main() -> None:
         command.add_argument("--hurry", action="store_true", help="one short round: to see that it works")
         if name == "run":
             command.add_argument("--fresh", action="store_true", help="measure again what is finished")
+            command.add_argument("--full", action="store_true", help="also what takes minutes")
         else:
             command.add_argument("commit", help="what the checkout is compared with")
     commands.add_parser("keep")
@@ -210,7 +220,7 @@ def main() -> None:
         signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
         if options.command == "run":
-            bench(options.only, fresh=options.fresh, hurry=options.hurry)
+            bench(options.only, fresh=options.fresh, full=options.full, hurry=options.hurry)
         elif options.command == "compare":
             compare(options.commit, options.only, hurry=options.hurry)
         else:

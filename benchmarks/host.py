@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import sys
 import time
 import traceback
@@ -41,10 +42,11 @@ def find(target: str) -> Callable[[Mapping[str, Any]], AbstractContextManager[Ma
 
 
 def cpu_s() -> float:
-    """Return the CPU seconds of this process and of the processes below it that are alive."""
+    """Return the CPU seconds of this process and of those below it, alive or ended."""
     import psutil
 
-    total = time.process_time()
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    total = time.process_time() + ended.ru_utime + ended.ru_stime
     for child in psutil.Process().children(recursive=True):
         try:
             times = child.cpu_times()

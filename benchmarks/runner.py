@@ -51,10 +51,8 @@ class Track:
         }
 
 
-def runs_per_round(figure: Figure, tried: Measured, round_s: float) -> int:
-    """Return how many runs make a round, after one try of them."""
-    if figure.runs is not None:
-        return figure.runs
+def runs_per_round(tried: Measured, round_s: float) -> int:
+    """Return how many runs make a round, after a try of one."""
     return max(1, min(MOST_RUNS, round(round_s / max(tried.wall, 1e-9))))
 
 
@@ -151,9 +149,7 @@ class Runner:
     ) -> None:
         try:
             if warm_up:
-                process.measure(figure.name, 1)
-                tried = process.measure(figure.name, 1)
-                track.runs = runs_per_round(figure, tried, self._round_s(scenario))
+                track.runs = figure.runs or self._find_runs(scenario, figure, process)
             measured = process.measure(figure.name, track.runs)
         except WayFailed as error:
             track.error = str(error)
@@ -161,6 +157,12 @@ class Runner:
         if not warm_up:
             track.seconds.append(measured.seconds)
             track.cpu.append(measured.cpu)
+
+    def _find_runs(self, scenario: Scenario, figure: Figure, process: Process) -> int:
+        """Try one run until it is warm: the first one opens connections and compiles what it can keep."""
+        for _ in range(2):
+            process.measure(figure.name, 1)
+        return runs_per_round(process.measure(figure.name, 1), self._round_s(scenario))
 
     def _rounds(self, scenario: Scenario) -> int:
         return 1 if self._hurry else scenario.rounds

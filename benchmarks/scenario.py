@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Unit = Literal["s", "runs/s", "MB"]
+Unit = Literal["s", "runs/s", "MB", "KB"]
 
 OURS = "docket_celery"
 
@@ -44,6 +44,7 @@ class Figure:
         unit: What is shown; all times are kept in seconds a run.
         runs: How many runs make a round; None: as many as take the scenario's `round_s`.
         note: Why a row is as it is, for the page.
+        full: Measured only when everything is asked for: it takes minutes.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Figure:
     unit: Unit = "s"
     runs: int | None = None
     note: str = ""
+    full: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,14 +13,14 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def text_of(value: float, unit: str) -> str:
-    """Return a measured value as text: seconds in their best unit, rates, megabytes.
+    """Return a measured value as text: seconds in their best unit, rates, sizes.
 
     Args:
-        value: Seconds of one run, also for a rate; megabytes.
-        unit: "s", "runs/s" or "MB".
+        value: Seconds of one run, also for a rate; megabytes, kilobytes.
+        unit: "s", "runs/s", "MB" or "KB".
     """
-    if unit == "MB":
-        return f"{_digits(value)} MB"
+    if unit in {"MB", "KB"}:
+        return f"{_digits(value)} {unit}"
     if unit == "runs/s":
         return f"{1 / value:,.0f}/s"
     for factor, name in ((1.0, "s"), (1e3, "ms"), (1e6, "us")):
@@ -55,9 +55,20 @@ def rows(figures: Results) -> Iterator[tuple[str, str, str, str, str, str]]:
                 way,
                 text_of(seen.median, figure["unit"]),
                 quartiles(seen, figure["unit"]),
-                "" if figure["unit"] == "MB" else text_of(spread(found["cpu"]).median, "s"),
+                "" if figure["unit"] in {"MB", "KB"} else text_of(spread(found["cpu"]).median, "s"),
                 "" if against is None else f"{against.median:.2f} x",
             )
+
+
+def failures(figures: Results) -> list[str]:
+    """Return a line for each way that failed, however many figures it failed in for the same reason."""
+    lines = [
+        f"{figure['heading']}: {way} failed: {found['error'].strip().splitlines()[-1]}"
+        for figure in figures.values()
+        for way, found in figure["ways"].items()
+        if "error" in found
+    ]
+    return list(dict.fromkeys(lines))
 
 
 def verdicts(budgets: Sequence[Budget], figures: Results) -> list[Verdict]:

@@ -25,7 +25,6 @@ WAYS = (
     Way(name=SELECTS, target="by_hand:selects"),
     Way(name=DBOS, target="dbos:steps", peer=True),
     Way(name=LANGGRAPH, target="langgraph:tasks", peer=True),
-    Way(name="Prefect", target="prefect:tasks", peer=True),
 )
 
 SCENARIOS = (
@@ -33,7 +32,7 @@ SCENARIOS = (
         name="persisted",
         title="Persisted steps, Postgres with fsync",
         figures=FIGURES,
-        ways=WAYS,
+        ways=(*WAYS, Way(name="Prefect, SQLite", target="prefect:tasks", peer=True)),
         servers=("postgres",),
     ),
     Scenario(
