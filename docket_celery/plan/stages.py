@@ -49,7 +49,8 @@ def compile_plan(
         raise GraphError(wiring.graph, faults)
     stages = levels.stages(steps, (), [target])
     fans_out = any(stage.fan_out is not None for stage in stages)
-    return replace(plan, stages=stages, batch=batch, collects=collects, fans_out=fans_out)
+    closing = plan.closing if not stages else ""
+    return replace(plan, stages=stages, closing=closing, batch=batch, collects=collects, fans_out=fans_out)
 
 
 def find_faults(wiring: Wiring, given: Sequence[ValueKey], batch: ValueKey | None) -> list[str]:

@@ -297,7 +297,7 @@ def test_a_result_that_could_not_be_read_back_is_refused_before_it_is_stored(
     with pytest.raises(WrongResult, match=shown) as caught:
         within(lambda: graph.execute(type(value), Order(), execution_id="run", store=store))
     assert (caught.value.step, caught.value.attempts, calls) == ("make", 1, [1])
-    if persist is not None:
+    if persist is Scope.WORKFLOW:
         assert [(row.step_name, row.status) for row in store.executions] == [("make", "FAILED")]
 
 

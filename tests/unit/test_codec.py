@@ -287,18 +287,15 @@ def test_hashes_over_user_bytes_depend_on_the_hash_key(open_store: OpenStore, tm
         for scope in Scope:
             one_step(scope)[0].execute(Label, Order(), execution_id=scope.value, store=store)
         with store.engine.connect() as connection:
-            query = (
-                "SELECT cache_key, input_hash, job_digest FROM docket_runs "
-                "LEFT JOIN docket_cache USING (execution_id) ORDER BY execution_id"
-            )
+            query = "SELECT cache_key, input_hash, job_digest FROM docket_runs JOIN docket_cache USING (execution_id)"
             shared = connection.exec_driver_sql(
-                "SELECT cache_key FROM docket_cache WHERE execution_id IS NULL"
+                "SELECT cache_key, input_hash FROM docket_cache WHERE execution_id IS NULL"
             )
-            own = connection.exec_driver_sql(query).all()
-            found.append((shared.scalar_one(), *own[0][1:], *own[1]))
+            own = connection.exec_driver_sql(query)
+            found.append((*shared.one(), *own.one()))
         store.close()
-    columns = [len(set(values)) for values in zip(*found, strict=True) if values != (None, None, None)]
-    # Shared key, then the digest of its run's job, the run's own key (the same for all), input hash and digest.
+    columns = [len(set(values)) for values in zip(*found, strict=True)]
+    # Shared key and input hash, then the run's own key (the same for all), input hash and job's digest.
     assert columns == [3, 3, 1, 3, 3]
 
 
@@ -404,9 +401,14 @@ def test_what_does_not_fit_is_told_apart(
     run(graph, open_store(wrote))
     if isinstance(reads, Double):
         reads.identities = wrote.identities
+    if scope is Scope.GLOBAL and getattr(wrote, "hash_key", None) != getattr(reads, "hash_key", None):
+        # Under another hash key the entry has another name.
+        run(graph, open_store(reads))
+        assert len(calls) == 2
+        return
     with pytest.raises(CodecFailed, match=problem):
         run(graph, open_store(reads))
-    if scope is Scope.GLOBAL and getattr(wrote, "hash_key", None) == getattr(reads, "hash_key", None):
+    if scope is Scope.GLOBAL:
         with pytest.raises(CodecFailed, match=problem):
             graph.execute(Label, Order(order_id=SECRET, amount_cents=1), store=open_store(reads))
     assert len(calls) == 1
@@ -462,8 +464,8 @@ def failing(*fails: int, error: Exception | None = None) -> Double:
     ("number", "what", "state"),
     [
         (1, "the job of run 'o-1'", None),
-        (2, "row cache_key=", RunState.FAILED),
-        (3, "the result of run 'o-1'", RunState.FAILED),
+        (2, "the result of run 'o-1'", RunState.FAILED),
+        (3, "row cache_key=", RunState.FAILED),
     ],
 )
 def test_an_encode_that_raises_fails_the_run(

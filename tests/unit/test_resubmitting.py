@@ -140,13 +140,11 @@ def test_a_step_that_keeps_nothing_for_the_run_any_more_runs_nothing(persist: Sc
     assert within(lambda: third.execute(Shipment, ORDER, execution_id="o-1")) == Shipment(tracking_id=KEY)
 
 
-def test_the_only_step_that_kept_its_output_may_not_become_shared(store: MemoryStore) -> None:
-    """No step restores anything, and yet a run that was begun before is looked at."""
+def test_a_job_that_only_caches_now_starts_from_the_beginning(store: MemoryStore) -> None:
+    """No run is kept any more, so none that was begun before is looked at."""
     changed = Deploy(store, persist=Scope.GLOBAL)
-    with pytest.raises(GraphChanged, match=r"now has persist=Scope\.GLOBAL"):
-        changed.run()
-    assert changed.calls == []
-    assert changed.run("o-2").tracking_id
+    assert changed.run().tracking_id
+    assert changed.calls == ["charge 7", "ship"]
 
 
 def test_a_step_that_returns_another_type_now_runs_nothing(store: MemoryStore) -> None:

@@ -313,12 +313,16 @@ def test_a_run_that_is_stopped_while_there_is_no_thread_ends_in_its_row(
     def charge(order: Order) -> Charge:
         raise ValueError("again")
 
+    @graph.step(persist=Scope.WORKFLOW)
+    def ship(charge: Charge) -> Shipment:
+        return Shipment()
+
     def listen(event: Event) -> None:
         if event.kind is EventKind.STEP_RETRYING:
             waiting.set()
 
     graph.listeners.append(listen)
-    run = graph.start(Charge, Order(), execution_id="run")
+    run = graph.start(Shipment, Order(), execution_id="run")
     reached(waiting)
     poll(lambda: run._run.pool._outstanding == 0)
     monkeypatch.setattr("docket_celery.engine.process.runtime._LATER_S", 0.01)

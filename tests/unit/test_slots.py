@@ -368,12 +368,16 @@ def test_a_slot_is_not_held_while_the_result_is_saved() -> None:
     def charge(order: Order) -> Charge:
         return Charge(charge_id=order.order_id)
 
-    slow = start(lambda: graph.execute(Charge, Order(order_id="s"), execution_id="slow"))
+    @graph.step
+    def ship(charge: Charge) -> Shipment:
+        return Shipment(tracking_id=charge.charge_id)
+
+    slow = start(lambda: graph.execute(Shipment, Order(order_id="s"), execution_id="slow"))
     reached(saving)
-    quick = within(lambda: graph.execute(Charge, Order(order_id="q"), execution_id="quick"))
-    assert quick == Charge(charge_id="q")
+    quick = within(lambda: graph.execute(Shipment, Order(order_id="q"), execution_id="quick"))
+    assert quick == Shipment(tracking_id="q")
     go_on.set()
-    assert slow.result(WAIT_S) == Charge(charge_id="s")
+    assert slow.result(WAIT_S) == Shipment(tracking_id="s")
 
 
 def test_a_cancelled_run_leaves_the_line() -> None:
