@@ -51,6 +51,9 @@ class RunOptions(RefreshOptions, total=False):
     max_concurrency: int | None
 
 
+_RUN_OPTIONS = frozenset(RunOptions.__annotations__)
+
+
 class Graph(Registry):
     """A set of typed steps; their types are the graph.
 
@@ -251,10 +254,14 @@ class Graph(Registry):
         Raises:
             InvalidArguments, GraphError: As they say.
         """
+        plans, asked = self.wiring().plans, (target, tuple(map(type, inputs)), collects)
+        if (found := plans.get(asked)) is not None:
+            return found
         lists = [value for value in inputs if isinstance(value, (list, tuple))]
         shared = [_kind(value) for value in inputs if not isinstance(value, (list, tuple))]
         if not lists:
-            return self.compiled(target, tuple(shared), collects=collects)
+            plans[asked] = found = self.compiled(target, tuple(shared), collects=collects)
+            return found
         # Of an empty list there is nothing to read the type from: it is the one that is missing.
         batch, given = _item_kind(lists) or _only(self.missing(target, shared)), iter(shared)
         keys = tuple(batch if isinstance(value, (list, tuple)) else next(given) for value in inputs)
@@ -338,8 +345,9 @@ def _submission(
     graph: Graph, where: str, options: RefreshOptions, *, may_help: bool = False, **more: Any
 ) -> Submission:
     """Return who asks for a run in process, or raise TypeError or InvalidArguments for an option."""
-    if unknown := options.keys() - RunOptions.__annotations__.keys():
-        raise TypeError(f"{where}() got an unexpected keyword argument {min(unknown)!r}")
+    if not options.keys() <= _RUN_OPTIONS:
+        unknown = min(options.keys() - _RUN_OPTIONS)
+        raise TypeError(f"{where}() got an unexpected keyword argument {unknown!r}")
     given = cast("RunOptions", options)
     named, timeout, most = given.get("execution_id"), given.get("timeout"), given.get("max_concurrency")
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):

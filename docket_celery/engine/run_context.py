@@ -29,9 +29,9 @@ OnEnd = Callable[[Sequence[Any], BaseException | None], None]
 """Called once with the values of the outputs, or with none and an error, on the thread that ended the execution."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Submission:
-    """Who asks for a run, and how.
+    """Who asks for a run, and how; not changed once it is made.
 
     Attributes:
         job_digest: Taken where the job was submitted; None: taken here over the inputs.
@@ -224,9 +224,9 @@ class OpenStage:
     lanes: Lanes | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class RunOutcome:
-    """How a delivery ended: with the target as *value* (of a batch a list or a `BatchResult`), or with an *error*.
+    """How a delivery ended, not changed once it is told: with the target as *value* (of a batch a list or a `BatchResult`), or with an *error*.
 
     Or another holder advances the run, and its lease expires in *busy_s* seconds; or it is parked, to be delivered
     again in *park_s*; or it waits for the stage that it has *opened*. A *replayed* run had ended before and nothing

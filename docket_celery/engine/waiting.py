@@ -52,6 +52,8 @@ def run_here(run: Run) -> RunOutcome:
             run.watch()
             run.inline.drive(lambda: run.concluded)
             return outcomes.get()
+        if run.concluded:
+            return outcomes.get()  # this thread has run all steps itself
         # A step may execute a graph: its thread then waits for work of the pool that it belongs to.
         with run.pool.blocking():
             while True:

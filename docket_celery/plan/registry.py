@@ -253,8 +253,7 @@ class Registry:
 
         *batch* is the one of *given* that comes as a list, item by item; *collects*: the target is wanted for each.
         """
-        wiring, replaced = self._read(), overridings().get(self)
-        wiring = wiring if replaced is None else replaced.rewired(wiring)
+        wiring = self.wiring()
         asked = target, given, batch, collects
         found = wiring.plans.get(asked)
         if found is None:
@@ -309,6 +308,11 @@ class Registry:
             raise InvalidArguments(f"graph {self.name!r}", f"{key!r}: {fault}") from None
         replaced = overridings().get(self)
         return found if replaced is None else replaced.steps.get(found.name, found)
+
+    def wiring(self) -> Wiring:
+        """Return the steps as they are wired where this is called, with what stands in for them there."""
+        wiring, replaced = self._read(), overridings().get(self)
+        return wiring if replaced is None else replaced.rewired(wiring)
 
     def _read(self) -> Wiring:
         # No lock: where two threads come first at once, both read the same.

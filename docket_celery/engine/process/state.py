@@ -14,7 +14,7 @@ from docket_celery.engine.process.instances import Factory
 from docket_celery.engine.process.limits import Slots
 from docket_celery.engine.process.pool import Pool
 from docket_celery.engine.process.runtime import Runtime
-from docket_celery.engine.process.settings import Settings, check_environment
+from docket_celery.engine.process.settings import ENVIRONMENT, VARIABLES, Settings, check_environment
 from docket_celery.engine.process.timer import Timer
 from docket_celery.plan.step import Mark, Step
 from docket_celery.store.codec import Codec
@@ -40,6 +40,7 @@ class Process:
     def _begin(self) -> None:
         self.lock = threading.RLock()
         self._environment_checked = False
+        self._last_read: tuple[object, list[Any], Settings] | None = None
         self._runtimes: dict[int, Runtime] = {}
         self._stores: dict[tuple[str, int], Store] = {}
         # For the life of a store, which may be that of one call; by its id, since equal stores are still two.
@@ -79,9 +80,14 @@ class Process:
         if not self._environment_checked:
             check_environment()
             self._environment_checked = True
-        if values is None and (found := self._host()) is not None:
+        if values is not None:
+            return Settings.read({**values, **self.own})
+        if (found := self._host()) is not None:
             return found
-        return Settings.read({**(values or {}), **self.own})
+        own, seen, last = self.own, [*map(ENVIRONMENT.get, VARIABLES)], self._last_read
+        if last is None or last[0] is not own or last[1] != seen:
+            last = self._last_read = own, seen, Settings.read(own)
+        return last[2]
 
     def store(self, url: str | None, codec: Codec | None = None) -> Store | None:
         """Return the process's store for *url* and *codec*, opened on first use; None without a URL."""
