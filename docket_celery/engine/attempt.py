@@ -60,7 +60,7 @@ class Attempt:
     result: Result | None = None
     go_on: Callable[[Callable[[], Result | None]], None]
     _context: StepContext | None = None
-    _alarm: Alarm | None = None
+    _alarm: Alarm | None
     _future: Future[Any] | None = None
 
     def __init__(
@@ -73,17 +73,16 @@ class Attempt:
         slot: Slot | None,
         began: float,
     ) -> None:
-        self._step, self._number, self._values = step, number, values
-        self._run, self._gate, self._slot, self._began = run, gate, slot, began
+        self._step, self._number, self._values, self._began = step, number, values, began
+        self._run, self._gate, self._slot, self._alarm = run, gate, slot, None
 
-    def start(self) -> bool:
-        """Call the user's code, unless the execution is closed: then return False."""
-        step, run, timeout_s = self._step, self._run, self._step.timeout_s
-        thread = threading.current_thread()
-        with self._gate.lock:
-            if self._gate.closed:
+    def start(self, thread: Worker | None) -> bool:
+        """Call the user's code on the calling *thread*, unless the execution is closed: then return False."""
+        step, run, gate, timeout_s = self._step, self._run, self._gate, self._step.timeout_s
+        with gate.lock:
+            if gate.closed:
                 return False
-            if isinstance(thread, Worker) and (not step.is_async or process.holds_thread(step)):
+            if thread is not None and (not step.is_async or process.holds_thread(step)):
                 self.worker = thread
             if timeout_s is not None:
                 context = self.context()
@@ -98,7 +97,7 @@ class Attempt:
         try:
             result: Result = run.base.copy().run(self._invoke), None
         except BaseException as error:  # noqa: BLE001 -- user code; every kind is judged
-            self.on_host = not isinstance(thread, Worker)
+            self.on_host = thread is None
             result = None, trim_traceback(error)
         self.result = self._ended(result)
         return True
@@ -148,11 +147,12 @@ class Attempt:
     def _invoke(self) -> Any:
         bind_context(self.context)
         slot, scopes, hooks = self._slot, self._run.submission.scopes, self._run.hooks
+        if slot is None and not scopes and not hooks:
+            code = self._step.plain_code
+            return self._call() if code is None else code(*self._values)
         if slot is not None:
             slot.bind()
         try:
-            if not scopes and not hooks:
-                return self._call()
             with ExitStack() as stack:
                 _enter(stack, (*scopes, *hooks))
                 return self._call()
@@ -227,8 +227,9 @@ class Attempt:
             return None, trim_traceback(error)
 
     def _close(self, *, late: bool = False) -> bool:
-        with self._gate.lock:
-            if not self.in_flight or self._gate.closed:
+        gate = self._gate
+        with gate.lock:
+            if not self.in_flight or gate.closed:
                 return False
             self.in_flight = False
             if late:
@@ -257,8 +258,8 @@ class Attempt:
     def _ended(self, result: Result) -> Result | None:
         """Return *result* if it counts."""
         run = self._run
-        if isinstance(run.runtime, InlineRuntime):
-            run.runtime.catch_up()  # a deadline that only this thread can ring has waited for the step
+        if (runtime := run.runtime).inline and isinstance(runtime, InlineRuntime):
+            runtime.catch_up()  # a deadline that only this thread can ring has waited for the step
         if self._close():
             return result
         elapsed_s = run.cancellation.now() - self._began

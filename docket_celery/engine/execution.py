@@ -11,17 +11,17 @@ order of things; it knows nothing of retries, saves or claims.
 
 from __future__ import annotations
 
+import enum
 import functools
+import heapq
 import logging
-import threading
-from collections import deque
-from collections.abc import Callable, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from docket_celery.engine.attempt import Attempt, Result
 from docket_celery.engine.checkpointing import read_value
 from docket_celery.engine.process.limits import Slot
-from docket_celery.engine.process.pool import Worker
+from docket_celery.engine.process.pool import Worker, current_worker
 from docket_celery.engine.process.timer import Alarm
 from docket_celery.engine.run_context import Ending, OnEnd, RunContext
 from docket_celery.engine.step_run import End, GivenUp, Sleep, StepRun, Stop
@@ -32,11 +32,17 @@ from docket_celery.plan.plan import Plan, PlannedStep, count_pending, find_neede
 _logger = logging.getLogger("docket_celery.engine")
 
 
+class Help(enum.Enum):
+    """Which steps the thread that starts an execution may run itself: none, those that are `simple`, or all."""
+
+    NONE, SIMPLE, ALL = range(3)
+
+
 class Scheduler(Ending):
     """One plan being resolved for one delivery; what is stored does not run, nor do steps that only that needs.
 
     Of the *inputs*, in the order of ``plan.given``, those are None that only restored steps would use. *outputs*
-    are the slots that are wanted; None: those of the plan. The thread that starts it runs the steps that it *may*.
+    are the slots that are wanted; None: those of the plan. The thread that starts it *helps*.
     """
 
     def __init__(
@@ -47,10 +53,10 @@ class Scheduler(Ending):
         on_end: OnEnd,
         *,
         outputs: Sequence[int] | None = None,
-        may: Callable[[PlannedStep], bool] | None = None,
+        helps: Help = Help.NONE,
     ) -> None:
         super().__init__(context.cancellation, on_end)
-        self._plan, self._context, self._may = plan, context, may
+        self._plan, self._context, self._helps = plan, context, helps
         self._checkpoints = {
             planned.index: context.stored[name]
             for planned in (plan.steps if context.stored else ())
@@ -63,7 +69,10 @@ class Scheduler(Ending):
         self._missing = len(self._outputs)
         self._values: list[Value | None] = [*inputs, *([None] * len(plan.steps))]
         self._pending: list[int] = []
-        self._ready: deque[PlannedStep] = deque()
+        # Heaps of indexes: the first in plan order is taken first. Where a thread helps, others wait for the pool.
+        self._ready: list[int] = []
+        self._ready_on_pool: list[int] = []
+        self._pool_only = plan.pool_only if helps is Help.SIMPLE else frozenset[int]()
         self._called = False
         self._runs: set[StepRun] = set()
         self._waiting: dict[StepRun, Alarm | Slot] = {}
@@ -77,20 +86,22 @@ class Scheduler(Ending):
         plan = self._plan
         if not self._checkpoints and len(self._outputs) == len(plan.output_slots):
             self._pending = list(plan.pending)
-            self._ready.extend(planned for planned in plan.steps if not plan.pending[planned.index])
+            ready: Iterable[int] = (index for index, pending in enumerate(plan.pending) if not pending)
         else:
             needed, restored = find_needed(plan, self._outputs, self._checkpoints)
             self._restore([plan.steps[index] for index in restored])
             self._pending = count_pending(plan, needed)
-            self._ready.extend(plan.steps[i] for i in sorted(needed) if not self._pending[i])
+            ready = (index for index in needed if not self._pending[index])
+        for index in ready:
+            self._make_ready(index)
         self._missing = sum(self._values[slot] is None for slot in self._outputs)
         if not self._missing:
             self._end()
             return
-        if self._may is None:
+        if self._helps is Help.NONE:
             self._call_thread()
         else:
-            self._work(self._may)
+            self._work(on_pool=self._helps is Help.ALL)
 
     def _restore(self, restored: Sequence[PlannedStep]) -> None:
         for planned in restored:
@@ -106,18 +117,18 @@ class Scheduler(Ending):
             if self.closed:
                 return
             self.failing = True
-            self._ready.clear()
+            self._drop_ready()
             waiting, self._waiting = self._waiting, {}
             over = not self._runs
         # Taken under the lock, they are ours to end, even where an alarm has rung: it finds them gone.
         for run, waits_for in waiting.items():
             waits_for.cancel()
-            self._drive(run, GivenUp())
+            self._drive(run, None, GivenUp())
         if over:
             self._end()
 
     def _seize(self) -> None:
-        self._ready.clear()
+        self._drop_ready()
         # Taken under the lock, they are ours to end: an alarm or a slot that comes now finds them gone.
         self._seized, self._waiting = self._waiting, {}
         for run in self._runs:
@@ -139,15 +150,18 @@ class Scheduler(Ending):
 
     # --- driving a step ----------------------------------------------------------------------------------------
 
-    def _drive(self, run: StepRun, given: Result | GivenUp | None = None) -> None:
-        """Resume a step until it waits or ends. Nothing that it raises can leave the run hanging."""
+    def _drive(self, run: StepRun, worker: Worker | None, given: Result | GivenUp | None = None) -> None:
+        """Resume a step until it waits or ends. Nothing that it raises can leave the run hanging.
+
+        The calling thread is that *worker* of the pool, or another one.
+        """
         life, end = run.life, None
         try:
             try:
                 while True:
                     effect = life.throw(given) if isinstance(given, GivenUp) else life.send(given)
                     if isinstance(effect, Attempt):
-                        if (given := self._call(run, effect)) is None:
+                        if (given := self._call(run, effect, worker)) is None:
                             return
                     elif self._wait(run, effect):
                         return
@@ -165,13 +179,13 @@ class Scheduler(Ending):
         except BaseException as error:  # noqa: BLE001 -- whatever it is, the run must end
             self.abort(error)
 
-    def _call(self, run: StepRun, attempt: Attempt) -> Result | None:
+    def _call(self, run: StepRun, attempt: Attempt, worker: Worker | None) -> Result | None:
         """Make an attempt; None: it ends later, or its end does not count."""
-        if run.step.is_async or run.step.timeout_s is not None:
+        if not run.step.ends_here:
             attempt.go_on = functools.partial(self._go_on, run)
         begun = False
         try:
-            begun = attempt.start()
+            begun = attempt.start(worker)
         finally:
             # An attempt that has begun gives its slot back itself, whenever it ends.
             if not begun:
@@ -217,7 +231,7 @@ class Scheduler(Ending):
                 self.abort(error)
                 return
             if find is None or given is not None:
-                self._drive(run, given)
+                self._drive(run, current_worker(), given)
             self._work()
 
         # This may be the timer's thread, or another run's that gave a slot back: no error may reach it.
@@ -237,25 +251,18 @@ class Scheduler(Ending):
             if isinstance(end, StepFailed):
                 self._failures.append(end)
             elif end is not None:
-                self._complete(run.planned, end)
+                planned, pending = run.planned, self._pending
+                self._values[planned.slot] = end
+                self._missing -= planned.slot in self._outputs
+                for index in () if self.failing else planned.consumers:
+                    pending[index] -= 1
+                    if not pending[index]:
+                        self._make_ready(index)
             over = not self._missing or (self.failing and not self._runs)
         if isinstance(end, StepFailed):
             self.hold()
         elif over:
             self._end()
-
-    def _complete(self, planned: PlannedStep, value: Value) -> None:
-        """Take a value and see which steps it makes ready; the caller holds the lock."""
-        self._values[planned.slot] = value
-        self._missing -= planned.slot in self._outputs
-        fresh = False
-        for index in () if self.failing else planned.consumers:
-            self._pending[index] -= 1
-            if self._pending[index] == 0:
-                self._ready.append(self._plan.steps[index])
-                fresh = True
-        if fresh and self._context.runtime.inline:
-            self._ready = deque(sorted(self._ready, key=attrgetter("index")))
 
     def _end(self) -> None:
         """End with the outputs, or without them: with what failed, if anything did."""
@@ -266,10 +273,18 @@ class Scheduler(Ending):
 
     # --- which step is next ------------------------------------------------------------------------------------
 
+    def _make_ready(self, index: int) -> None:
+        heapq.heappush(self._ready_on_pool if index in self._pool_only else self._ready, index)
+
+    def _drop_ready(self) -> None:
+        self._ready.clear()
+        self._ready_on_pool.clear()
+
     def _call_thread(self) -> None:
-        """Call a thread of the pool to take a step, unless one is on its way."""
+        """Call a thread of the pool to take a step, unless there is none to take, or one is on its way."""
         with self.lock:
-            if self._called:
+            none = not (self._ready or self._ready_on_pool) or len(self._runs) >= self._limit
+            if none or self._called:
                 return
             self._called = True
         self._context.runtime.pool.submit(self._come)
@@ -278,33 +293,29 @@ class Scheduler(Ending):
         self._called = False
         self._work()
 
-    def _work(self, may: Callable[[PlannedStep], bool] | None = None) -> None:
-        """Take steps and run them, of those that this thread *may*; None: all."""
-        thread = threading.current_thread()
-        while not (isinstance(thread, Worker) and thread.given_up):
-            run, leaves = self._take(may)
-            if leaves:
+    def _work(self, *, on_pool: bool = True) -> None:
+        """Take steps and run them, until there is none that this thread may run: on the pool it may run all."""
+        worker = current_worker()
+        while worker is None or not worker.given_up:
+            run = self._take(on_pool)
+            if (self._ready or self._ready_on_pool) and not self._called:
                 self._call_thread()
             if run is None:
                 return
-            self._drive(run)
-        if self._ready:
-            # The pool has replaced this thread; what it would have taken is for another.
-            self._call_thread()
+            self._drive(run, worker)
+        # The pool has replaced this thread; what it would have taken is for another.
+        self._call_thread()
 
-    def _take(self, may: Callable[[PlannedStep], bool] | None) -> tuple[StepRun | None, bool]:
-        """Return the next step for this thread, and whether there is one for another."""
-        run = None
+    def _take(self, on_pool: bool) -> StepRun | None:
         with self.lock:
-            if self.closed or self.failing or len(self._runs) >= self._limit:
-                return None, False
-            for index, planned in enumerate(self._ready):
-                if may is None or may(planned):
-                    del self._ready[index]
-                    run = StepRun(planned, self._inputs_of(planned), self._context, self)
-                    self._runs.add(run)
-                    break
-            return run, bool(self._ready) and len(self._runs) < self._limit and not self._called
+            ready = self._ready_on_pool if on_pool and self._ready_on_pool else self._ready
+            if not ready or self.closed or self.failing or len(self._runs) >= self._limit:
+                return None
+            planned = self._plan.steps[heapq.heappop(ready)]
+            values: list[Any] = list(map(self._values.__getitem__, planned.sources))
+            run = StepRun(planned, values, self._context, self)
+            self._runs.add(run)
+            return run
 
     def _inputs_of(self, planned: PlannedStep) -> list[Value]:
         return [value for slot in planned.sources if (value := self._values[slot]) is not None]
@@ -323,14 +334,3 @@ def join_failures(failures: Sequence[StepFailed]) -> StepFailed | None:
 def _drop_claims(runs: Sequence[StepRun]) -> None:
     for run in runs:
         run.drop_claim()
-
-
-def any_step(_: PlannedStep) -> bool:
-    """For a thread of the pool: it may run all steps."""
-    return True
-
-
-def waits_for_none(planned: PlannedStep) -> bool:
-    """For the caller's thread: it may run synchronous steps that neither persist nor have a deadline."""
-    step = planned.step
-    return not step.is_async and step.persist is None and step.timeout_s is None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from google.protobuf.message import Message
 
 from docket_celery.engine.checkpointing import read_checkpoints
-from docket_celery.engine.execution import Scheduler, any_step, waits_for_none
+from docket_celery.engine.execution import Help, Scheduler
 from docket_celery.engine.process.heartbeat import Heartbeat, HeldLease
 from docket_celery.engine.process.hooks import django_hooks, load_hook
 from docket_celery.engine.process.inline import InlineCancellation, InlineRuntime
@@ -33,7 +33,7 @@ from docket_celery.errors import (
 from docket_celery.observe.events import EventKind
 from docket_celery.plan.context import Cancellation
 from docket_celery.plan.messages import Value
-from docket_celery.plan.plan import Plan, PlannedStep
+from docket_celery.plan.plan import Plan
 from docket_celery.store.contract import Store
 from docket_celery.store.records import Lease, RunRequest, RunRow, RunState
 
@@ -202,14 +202,14 @@ class Run:
             from docket_celery.engine.fan_out import StagedScheduler
 
             return StagedScheduler(plan, self._inputs, context, end)
-        return Scheduler(plan, self._inputs, context, end, may=self._find_may())
+        return Scheduler(plan, self._inputs, context, end, helps=self._find_help())
 
-    def _find_may(self) -> Callable[[PlannedStep], bool] | None:
-        """Tell which steps the thread that starts the execution may run."""
+    def _find_help(self) -> Help:
+        """Return which steps the thread that starts the execution may run."""
         if self._leases:
-            return any_step  # it has opened the run, on the pool
+            return Help.ALL  # it has opened the run, on the pool
         helps = self.inline is None and self._until is None and self.context.submission.may_help
-        return waits_for_none if helps else None
+        return Help.SIMPLE if helps else Help.NONE
 
     def _begin(self, execution: Ending) -> None:
         """Start *execution*, unless the run has been stopped before a stop could find it."""

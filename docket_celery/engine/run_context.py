@@ -226,7 +226,9 @@ class OpenStage:
 
 @dataclass(slots=True, kw_only=True)
 class RunOutcome:
-    """How a delivery ended, not changed once it is told: with the target as *value* (of a batch a list or a `BatchResult`), or with an *error*.
+    """How a delivery ended, not changed once it is told: with the target as *value*, or with an *error*.
+
+    Of a batch the value is a list or a `BatchResult`.
 
     Or another holder advances the run, and its lease expires in *busy_s* seconds; or it is parked, to be delivered
     again in *park_s*; or it waits for the stage that it has *opened*. A *replayed* run had ended before and nothing

@@ -67,20 +67,21 @@ End: TypeAlias = Value | StepFailed | Stop | None
 class StepRun:
     """A step of one delivery on its way to a value, in the execution that is its *gate*."""
 
-    attempts = 0
     attempt: Attempt | None = None
-    _record: StepRecord | None = None
-    _began = 0.0
 
     def __init__(
         self, planned: PlannedStep, values: Sequence[Value], context: RunContext, gate: Ending
     ) -> None:
         self.planned, self.step, self._values = planned, planned.step, values
         self._context, self._gate = context, gate
-        if context.store is not None or context.submission.listeners:
+        self.attempts, self._began = 0, 0.0
+        self._record: StepRecord | None = None
+        store = context.store
+        self._watched = store is not None or bool(context.submission.listeners)
+        if self._watched:
             self._began = context.cancellation.now()
-        if context.store is not None:
-            self._record = StepRecord(self.step, values, context, context.store, self._began)
+            if store is not None:
+                self._record = StepRecord(self.step, values, context, store, self._began)
         self.life = self._live()
 
     @property
@@ -128,7 +129,12 @@ class StepRun:
                 slot = None
                 if step.options.max_concurrent is not None and (slot := self._find_slot()) is not None:
                     yield slot
-                self.attempt = attempt = self._next_attempt(slot)
+                if self._context.held is not None or not step.ends_here:
+                    self._check_start(slot)
+                self.attempts = number = self.attempts + 1
+                self.attempt = attempt = Attempt(
+                    step, number, self._values, self._context, self._gate, slot, self._began
+                )
                 value, error = yield attempt
                 self.attempt = None
                 if error is None:
@@ -147,11 +153,8 @@ class StepRun:
         except GivenUp:
             return self._give_up(failure)
         kept: Value = value
-        if record is not None:
+        if self._watched:
             kept = yield from self._keep(record, value)
-        if (context := self._context).submission.listeners:
-            elapsed_s = context.cancellation.now() - self._began
-            context.tell(EventKind.STEP_SUCCEEDED, step.name, self.attempts, elapsed_s=elapsed_s)
         return kept
 
     def _look_up(self, record: StepRecord) -> Generator[Effect, Any, Value | None]:
@@ -172,8 +175,8 @@ class StepRun:
         slots = process.slots_of(self.step)
         return None if slots is None or slots.lent(self._context.base) else Slot(slots)
 
-    def _next_attempt(self, slot: Slot | None) -> Attempt:
-        """Return the next call of the user's code, if the run may still make one."""
+    def _check_start(self, slot: Slot | None) -> None:
+        """Raise why the run may make no call of the user's code any more, if it may not."""
         step, context = self.step, self._context
         try:
             if (held := context.held) is not None and not held.trusted():
@@ -187,8 +190,6 @@ class StepRun:
             # The run may have ended during the look-up: then nothing else drops the claim.
             self.drop_claim()
             raise
-        self.attempts += 1
-        return Attempt(step, self.attempts, self._values, context, self._gate, slot, self._began)
 
     def _judge(self, error: BaseException, on_host: bool) -> tuple[StepFailed | Stop, float | None]:
         """Return what *error* means for the step, and in how many seconds it is called again, if at all."""
@@ -229,13 +230,17 @@ class StepRun:
             self._report_failed("TIMED_OUT" if isinstance(failure, StepTimedOut) else "FAILED", failure)
         return failure
 
-    def _keep(self, record: StepRecord, value: Value) -> Generator[Effect, Any, Value]:
-        """Save the value; the first saver's counts. Before listeners are told: they may read the row."""
-        if self.step.persist is None:
-            self._report("SUCCEEDED")
-        else:
-            value = yield from self._save(record, value)
-        record.keep(value)
+    def _keep(self, record: StepRecord | None, value: Value) -> Generator[Effect, Any, Value]:
+        """Save the value; the first saver's counts. Then tell the listeners: they may read the row."""
+        step, context = self.step, self._context
+        if record is not None:
+            if step.persist is None:
+                self._report("SUCCEEDED")
+            else:
+                value = yield from self._save(record, value)
+            record.keep(value)
+        elapsed_s = context.cancellation.now() - self._began
+        context.tell(EventKind.STEP_SUCCEEDED, step.name, self.attempts, elapsed_s=elapsed_s)
         return value
 
     def _save(self, record: StepRecord, value: Value) -> Generator[Effect, Any, Value]:

@@ -164,6 +164,5 @@ def current_context() -> StepContext:
     return find()
 
 
-def bind_context(find: Callable[[], StepContext]) -> None:
-    """Make what *find* returns the current one within the present `contextvars` context; called when it is needed."""
-    _current.set(find)
+bind_context = _current.set
+"""Make what a function returns the current one within the present `contextvars` context; called when it is needed."""

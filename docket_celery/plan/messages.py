@@ -73,6 +73,11 @@ def from_bytes(kind: type[M], data: bytes) -> M:
         raise DecodeFailed(type_name(kind), str(error)) from error
 
 
+def may_not_encode(kind: type[Message]) -> bool:
+    """Tell whether there can be messages of this type that `encoding_fault` finds something wrong with."""
+    return any(_encoding_risks(kind.DESCRIPTOR))
+
+
 def encoding_fault(message: Message) -> str | None:
     """Return why *message* could not be written, or not be read back once it is written; None: it can.
 

@@ -55,6 +55,7 @@ class Plan:
         steps: In an order that respects inputs; ties by registration.
         output_slots: The slots that must be filled, the target's first.
         pending: For each step, how many other steps it waits for.
+        pool_only: Indexes of the steps that need more than a thread, of whichever kind: see `Step.simple`.
         known_names: Every present or former step name of the whole graph.
         persists: A step keeps its output; else there is no store.
         keeps_run: A step keeps its output for the run, which then has a row and a lease; GLOBAL ones need neither.
@@ -72,6 +73,7 @@ class Plan:
     steps: tuple[PlannedStep, ...]
     output_slots: tuple[int, ...]
     pending: tuple[int, ...]
+    pool_only: frozenset[int]
     known_names: frozenset[str]
     persists: bool
     keeps_run: bool
@@ -162,6 +164,7 @@ def assemble(
         steps=planned,
         output_slots=tuple(slots[key] for key in outputs),
         pending=tuple(map(len, needs)),
+        pool_only=frozenset(index for index, step in enumerate(steps) if not step.simple),
         known_names=known_names,
         persists=any(step.persist is not None for step in steps),
         keeps_run=any(step.persist is Scope.WORKFLOW for step in steps),

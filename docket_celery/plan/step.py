@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from docket_celery.plan.annotation import SignatureFault
 from docket_celery.plan.context import StepContext
-from docket_celery.plan.messages import Value, encoding_fault, type_name
+from docket_celery.plan.messages import Value, encoding_fault, may_not_encode, type_name
 from docket_celery.plan.options import Scope, StepOptions, to_seconds
 from docket_celery.plan.signature import Signature, is_async, plain, read_signature
 
@@ -61,13 +61,23 @@ class Step(Registration, Signature):
     def identity(self) -> str:
         return self.options.renamed_from[0] if self.options.renamed_from else self.name
 
-    @property
+    @cached_property
     def persist(self) -> Scope | None:
         return self.options.persist
 
     @cached_property
     def is_async(self) -> bool:
         return is_async(self.call)
+
+    @cached_property
+    def ends_here(self) -> bool:
+        """Whether each call ends on the thread that makes it: it is synchronous, and no deadline ends it before."""
+        return not self.is_async and self.timeout_s is None
+
+    @cached_property
+    def simple(self) -> bool:
+        """Whether a step needs nothing but a thread, of whichever kind."""
+        return self.ends_here and self.persist is None
 
     @cached_property
     def timeout_s(self) -> float | None:
@@ -98,6 +108,8 @@ class Step(Registration, Signature):
 
     def wrong_result(self, value: object) -> str | None:
         """Return what *value* is instead of a result: of another type, or not to be kept; None: it is a result."""
+        if type(value) is self._surely_kept:
+            return None
         kind = self.output.kind
         if not self.splits:
             if type(value) is not kind:
@@ -112,6 +124,17 @@ class Step(Registration, Signature):
         else:
             return _kind_name(value)
         return None if fault is None else f"one that cannot be kept ({fault})"
+
+    @cached_property
+    def _surely_kept(self) -> type[Message] | None:
+        """The type of its result, if each message of the type can be written and read back."""
+        return None if self.splits or may_not_encode(self.output.kind) else self.output.kind
+
+    @cached_property
+    def plain_code(self) -> Callable[..., Any] | None:
+        """Its code, if that is called with the inputs as they are, each once, in their order."""
+        special = self.make is not None or self.wrap is not None or self.aggregates or bool(self.keywords)
+        return None if special or self.positional != tuple(range(len(self.inputs))) else self.call
 
     @cached_property
     def takes_context(self) -> bool:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
 from docket_celery.engine.process.heartbeat import Heartbeat
 from docket_celery.engine.process.settings import Settings, check_environment, default_threads
+from docket_celery.engine.process.state import Process
 from docket_celery.errors import InvalidSettings
 from docket_celery.store import MemoryStore
 from docket_celery.testing.clocks import FakeClock
@@ -119,3 +121,34 @@ def test_settings_do_not_show_the_password_of_their_url() -> None:
     shown = Settings.read({"docket_database_url": "postgresql://shop:s3cret-word@host/name"})
     assert "s3cret-word" not in repr(shown)
     assert "threads=" in repr(shown)
+
+
+def test_settings_are_read_again_where_one_has_changed_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that is set, changed or removed between two runs counts for the next; else nothing is read."""
+    process, reads, read = Process(), list[Settings](), Settings.read
+
+    def note(values: Mapping[str, Any]) -> Settings:
+        reads.append(read(values))
+        return reads[-1]
+
+    monkeypatch.setattr(Settings, "read", note)
+    monkeypatch.delenv("DOCKET_CELERY_THREADS", raising=False)
+    first = process.settings()
+    assert process.settings() is first
+    for value in ("3", "4"):
+        monkeypatch.setenv("DOCKET_CELERY_THREADS", value)
+        assert [process.settings().threads, process.settings().threads] == [int(value)] * 2
+    monkeypatch.delenv("DOCKET_CELERY_THREADS")
+    assert process.settings() == first
+    process.set({"docket_lease_seconds": 7})
+    assert [process.settings().lease_seconds, process.settings().lease_seconds] == [7, 7]
+    # One of them to check what is set.
+    assert len(reads) == 6
+
+
+def test_a_list_that_was_set_is_kept_as_it_was() -> None:
+    """Hooks that are added to the list later were never checked."""
+    process, hooks = Process(), ["package.module:hook"]
+    process.set({"docket_step_hooks": hooks})
+    hooks.append("package.module:other")
+    assert process.settings().step_hooks == ("package.module:hook",)

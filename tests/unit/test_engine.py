@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from docket_celery.engine.attempt import Attempt
-from docket_celery.engine.execution import Scheduler, any_step
+from docket_celery.engine.execution import Help, Scheduler
 from docket_celery.engine.process.inline import InlineRuntime
+from docket_celery.engine.process.pool import Worker
 from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
 from docket_celery.engine.run_context import RunContext, Submission
@@ -438,7 +439,7 @@ def test_what_ends_programs_outside_of_a_steps_code_is_no_failure_of_the_step(
     def charge(order: Order) -> Charge:
         return Charge()
 
-    def exit_now(_: Attempt) -> bool:
+    def exit_now(_: Attempt, thread: Worker | None) -> bool:
         raise leave
 
     monkeypatch.setattr(Attempt, "start", exit_now)
@@ -454,14 +455,14 @@ def test_a_step_that_a_stop_keeps_from_beginning_leaves_no_trace(monkeypatch: py
     def charge(order: Order) -> Charge:
         raise AssertionError("called after the stop")
 
-    def stop_first(attempt: Attempt) -> bool:
+    def stop_first(attempt: Attempt, thread: Worker | None) -> bool:
         executions[0].abort(RunCancelled("o-1", "asked to"))
-        return begin(attempt)
+        return begin(attempt, thread)
 
     monkeypatch.setattr(Attempt, "start", stop_first)
     outcomes: list[Ended] = []
     plan = graph.plan(Charge, Order)
-    executions.append(Scheduler(plan, [Order()], context, telling(outcomes.append), may=any_step))
+    executions.append(Scheduler(plan, [Order()], context, telling(outcomes.append), helps=Help.ALL))
     executions[0].start()
     assert [type(outcome.error) for outcome in outcomes] == [RunCancelled]
     assert context.rows == []
@@ -493,7 +494,7 @@ def test_only_what_is_wanted_of_a_plan_is_computed() -> None:
     both = replace(plan, output_slots=(slots["charge"], slots["reserve"]))
     context = make_context(runtime=InlineRuntime())
     end, wanted = telling(outcomes.append), [slots["reserve"]]
-    execution = Scheduler(both, [Order()], context, end, outputs=wanted, may=any_step)
+    execution = Scheduler(both, [Order()], context, end, outputs=wanted, helps=Help.ALL)
     execution.start()
     assert outcomes == [Ended(values=(Reservation(reservation_id="kept"),))]
     assert calls == ["reserve"]
@@ -508,7 +509,7 @@ def test_an_execution_that_has_ended_is_not_aborted_any_more() -> None:
         return Charge(charge_id="paid")
 
     end = telling(outcomes.append)
-    execution = Scheduler(graph.plan(Charge, Order), [Order()], context, end, may=any_step)
+    execution = Scheduler(graph.plan(Charge, Order), [Order()], context, end, helps=Help.ALL)
     execution.start()
     execution.abort(RunCancelled("o-1", "too late"))
     assert outcomes == [Ended(values=(Charge(charge_id="paid"),))]
@@ -527,7 +528,7 @@ def test_an_execution_tells_its_end_while_no_exception_is_handled() -> None:
         handled.append(sys.exception())
 
     context = make_context(runtime=InlineRuntime())
-    Scheduler(graph.plan(Charge, Order), [Order()], context, note, may=any_step).start()
+    Scheduler(graph.plan(Charge, Order), [Order()], context, note, helps=Help.ALL).start()
     assert handled == [None]
 
 
@@ -603,10 +604,10 @@ def test_what_breaks_outside_of_a_steps_code_is_told_with_its_name(
     def charge(order: Order) -> Charge:
         raise ValueError("again")
 
-    def break_down(attempt: Attempt) -> bool:
+    def break_down(attempt: Attempt, thread: Worker | None) -> bool:
         if attempt._number == at:
             raise MemoryError("broken")
-        return begin(attempt)
+        return begin(attempt, thread)
 
     monkeypatch.setattr(Attempt, "start", break_down)
     with caplog.at_level(logging.DEBUG, "docket_celery.engine"), pytest.raises(StepFailed) as caught:
@@ -730,3 +731,28 @@ def test_aborting_one_run_leaves_the_other_runs_of_the_pool_alone() -> None:
     tasks = [start(abort_often), start(run_often)]
     for task in tasks:
         task.result(2 * WAIT_S)
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_ready_steps_are_taken_in_plan_order(helps: bool) -> None:
+    """Also those that become ready later than others; a step that the caller may not run does not stop it."""
+    order: list[str] = []
+
+    def body(name: str) -> Callable[..., Money]:
+        def note(*inputs: Money) -> Money:
+            order.append(name)
+            return total(*inputs)
+
+        return note
+
+    graph = Graph("shop")
+    add_step(graph, "a", [], body("a"))
+    add_step(graph, "timed", [], body("timed"), timeout=3600)
+    add_step(graph, "b", ["a"], body("b"))
+    add_step(graph, "c", [], body("c"))
+    add_step(graph, "end", ["timed", "b", "c"], body("end"))
+    names = list(graph.compiled(key("end"), ()))
+    assert names == ["a", "timed", "b", "c", "end"]
+    assert deliver(graph, "end", threads=1, helps=helps).value is not None
+    here = [name for name in names if name != "timed"] if helps else names
+    assert [name for name in order if name in here] == here

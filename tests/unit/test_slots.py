@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from docket_celery.engine.execution import Scheduler, any_step
+from docket_celery.engine.execution import Help, Scheduler
 from docket_celery.engine.process.inline import InlineRuntime
 from docket_celery.engine.process.limits import Slots
 from docket_celery.engine.process.settings import Settings
@@ -441,7 +441,7 @@ def test_a_run_that_has_ended_takes_no_place_in_the_line(
     context = RunContext(graph="shop", submission=submission, settings=Settings(), runtime=InlineRuntime())
     outcomes: list[Ended] = []
     scheduler = Scheduler(
-        graph.plan(Charge, Order), [Order()], context, telling(outcomes.append), may=any_step
+        graph.plan(Charge, Order), [Order()], context, telling(outcomes.append), helps=Help.ALL
     )
 
     def end_first(*_: object) -> bool:

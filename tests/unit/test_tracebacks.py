@@ -247,7 +247,7 @@ def test_a_fault_of_a_call_without_any_frame_of_the_users_keeps_what_there_is() 
     graph.register(lying)
     failed = failure(lambda: within(lambda: execute(graph, Charge, Order())))
     assert isinstance(failed.__cause__, TypeError)
-    assert frames(failed.__cause__)[-1] == "*invoke"
+    assert frames(failed.__cause__)[-1] == "*_invoke"
 
 
 def test_asking_a_handle_again_does_not_add_frames() -> None:

@@ -41,6 +41,12 @@ class Worker(StepThread):
             del work
 
 
+def current_worker() -> Worker | None:
+    """Return the calling thread, if it is of a pool."""
+    thread = threading.current_thread()
+    return thread if isinstance(thread, Worker) else None
+
+
 class Pool:
     """Threads that run work in the order of submission, grown one by one up to *size*; idle ones end.
 
@@ -87,8 +93,8 @@ class Pool:
 
     def has_thread(self) -> bool:
         """Tell whether the calling thread is of this pool."""
-        thread = threading.current_thread()
-        return isinstance(thread, Worker) and thread.pool is self
+        worker = current_worker()
+        return worker is not None and worker.pool is self
 
     @contextmanager
     def blocking(self) -> Generator[None]:

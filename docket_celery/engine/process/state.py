@@ -66,7 +66,11 @@ class Process:
     def set(self, values: Mapping[str, Any]) -> Settings:
         """Add ``docket_*`` values of this process; None takes one back. `InvalidSettings` leaves all as it was."""
         with self.lock:
-            merged = {key: value for key, value in {**self.own, **values}.items() if value is not None}
+            merged: dict[str, Any] = {}
+            for key, value in {**self.own, **values}.items():
+                if value is not None:
+                    # What is added to a list later would never be checked.
+                    merged[key] = value.copy() if isinstance(value, list) else value
             settings = Settings.read(merged)
             self.own = merged
         return settings
