@@ -250,7 +250,7 @@ class BatchRun(Run):
         steps = [planned.step for planned in stage.plan.steps if key in planned.step.inputs]
         # An async step would read the store on the loop.
         lazy = all(not step.is_async and step.gathered[step.inputs.index(key)] != "list" for step in steps)
-        return items if lazy else list(items)
+        return items if lazy else list(iter(items))
 
     def _items(self, key: ValueKey, job_digest: bytes | None = None) -> StoredItems:
         fan_out = self._layout.fan_outs[key]
@@ -266,4 +266,5 @@ class BatchRun(Run):
         collects = self._options.policy.on_error == "collect"
         errors = self._failures.get(self._layout.fan_outs[target], {})
         batch = StoredBatch(items=items, collects=collects, errors=errors)
-        return batch.load() if items.weight() <= self.context.settings.max_list_bytes else batch
+        small = batch.load_within(self.context.settings.max_list_bytes)
+        return batch if small is None else small

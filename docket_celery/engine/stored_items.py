@@ -42,13 +42,13 @@ class StoredItems(Sequence[Message]):
     job_digest: bytes | None = None
 
     def __len__(self) -> int:
-        return self._measured[0]
+        return self._count
 
     def __iter__(self) -> Iterator[Message]:
         return (message for lo in range(0, self.total, PAGE) for _, message in self.page(lo))
 
     def __getitem__(self, index: int | slice) -> Any:
-        return list(self)[index]
+        return list(iter(self))[index]
 
     def page(self, lo: int) -> list[tuple[int, Message]]:
         """Return index and message of the items of the page that begins at *lo*, in order.
@@ -81,16 +81,12 @@ class StoredItems(Sequence[Message]):
             )
             raise PayloadUnavailable(self._shown, problem)
 
-    def weight(self) -> int:
-        """Return about how many bytes they would have in a message."""
-        count, size = self._measured
-        return count * ENVELOPE_BYTES + size
-
     @functools.cached_property
-    def _measured(self) -> tuple[int, int]:
-        """How many there are, and their bytes together."""
-        found = [self.store.measure_items(self.graph, self.execution_id, name) for name in self.names]
-        return sum(count for count, _ in found), sum(size for _, size in found)
+    def _count(self) -> int:
+        """How many there are. An item that failed may have a value all the same: a later step of it failed."""
+        near = {index - index % PAGE for index in self.failed}
+        made = {index for lo in near for index, _ in self.page(lo)}
+        return self.total - sum(index not in made for index in self.failed)
 
     @property
     def _shown(self) -> str:
@@ -115,7 +111,21 @@ class StoredBatch:
 
     def load(self) -> list[Message] | BatchResult[Any]:
         """Return the whole result."""
-        found = [each for lo in range(0, self.items.total, PAGE) for each in self.page(lo)]
+        return self._whole([each for lo in range(0, self.items.total, PAGE) for each in self.page(lo)])
+
+    def load_within(self, most_bytes: int) -> list[Message] | BatchResult[Any] | None:
+        """Return the whole result; None if it weighs more than *most_bytes* in a message, without reading it all."""
+        weight = (self.items.total - len(self.items.failed)) * ENVELOPE_BYTES
+        found = list[Message | None]()
+        for lo in range(0, self.items.total, PAGE):
+            if weight > most_bytes:
+                break
+            page = self.page(lo)
+            weight += sum(each.ByteSize() for each in page if each is not None)
+            found += page
+        return None if weight > most_bytes else self._whole(found)
+
+    def _whole(self, found: Sequence[Message | None]) -> list[Message] | BatchResult[Any]:
         return BatchResult(tuple(found), self.errors) if self.collects else cast("list[Message]", found)
 
 

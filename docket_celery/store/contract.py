@@ -241,10 +241,6 @@ class BatchStore(Store, Protocol):
         """
         ...
 
-    def measure_items(self, graph: str, execution_id: str, name: str) -> tuple[int, int]:
-        """Return how many items of step *name* are stored, and their bytes together."""
-        ...
-
     def find_names(self, graph: str, execution_id: str) -> set[str]:
         """Return the names of all steps and fan-outs of which something is stored for the run."""
         ...

@@ -76,9 +76,7 @@ def test_items_are_read_by_range_in_order(bench: Bench, batches: BatchStore) -> 
     found = batches.read_items(GRAPH, RUN, ["rate"], 2, 11, [once.key, b"\0" * 32])
     assert [one.item for one in found] == ["", *map(str, range(2, 11))]
     assert [one.output_data for one in found][:3] == [b"\x08\x63", b"\x08\x02", b"\x08\x03"]
-    count, size = batches.measure_items(GRAPH, RUN, "rate")
-    assert count == 12
-    assert size >= 24
+    assert len(batches.read_items(GRAPH, RUN, ["rate"], 0, 99)) == 12
     assert batches.read_items(GRAPH, "another", ["rate"], 0, 12, [once.key]) == []
 
 

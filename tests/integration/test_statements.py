@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import pytest
 
 from docket_celery import Graph, Named, PayloadUnavailable, Scope
-from docket_celery.engine.stored_items import PAGE, StoredItems
+from docket_celery.engine.stored_items import ENVELOPE_BYTES, PAGE, StoredBatch, StoredItems
 from docket_celery.store import SQLStore
 from docket_celery.store.records import Lease
 from tests.conformance.samples import GRAPH, RUN, ending, output, request
@@ -176,7 +176,7 @@ def test_a_refresh_makes_one_round_trip_and_forgetting_one(wire: Wire, store: SQ
 
 
 def test_a_page_of_a_batch_makes_one_round_trip(wire: Wire, store: SQLStore) -> None:
-    """That it is of the same job is part of it; only where nothing is found the run is asked why."""
+    """That it is of the same job is part of it; only where nothing is found the run is asked why. None measures."""
     lease, total = store.acquire(request()), 2 * PAGE + 1
     assert isinstance(lease, Lease)
     kind = Money.DESCRIPTOR.full_name
@@ -193,9 +193,12 @@ def test_a_page_of_a_batch_makes_one_round_trip(wire: Wire, store: SQLStore) -> 
         job_digest=b"d" * 32,
     )
     with wire.counted() as trips:
-        found = list(iter(items))
+        found = list(items)  # which asks how many there are, too
     assert found == [Money(cents=7)] * total
     assert len(trips) == 3, trips
+    with wire.counted() as trips:
+        assert StoredBatch(items=items).load_within(total * ENVELOPE_BYTES - 1) is None
+    assert trips == []
     with wire.counted() as trips, pytest.raises(PayloadUnavailable, match="has another job now"):
         replace(items, job_digest=b"e" * 32).page(0)
     assert len(trips) == 2, trips

@@ -24,7 +24,7 @@ from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
 from docket_celery.engine.run_context import Ending, RunOutcome, Submission
 from docket_celery.engine.run_row import digest_job, find_busy_s
-from docket_celery.engine.stored_items import StoredBatch, StoredItems
+from docket_celery.engine.stored_items import ENVELOPE_BYTES, StoredBatch, StoredItems
 from docket_celery.engine.waiting import run_here
 from docket_celery.errors import (
     CodecFailed,
@@ -38,12 +38,13 @@ from docket_celery.errors import (
 from docket_celery.observe.events import Event, EventKind
 from docket_celery.plan.annotation import ValueKey
 from docket_celery.plan.batch import BatchPolicy, BatchResult
-from docket_celery.store.records import Checkpoint, Progress, RunRow, RunState
+from docket_celery.store.records import Checkpoint, Lease, Progress, RunRow, RunState
 from examples.documents.documents_pb2 import Document, DocumentSummary
 from examples.documents.graph import document_graph
 from examples.movies.graph import movie_graph
 from examples.movies.movies_pb2 import BatchStats, EnrichedMovie, Movie
 from tests.codecs import CODEC
+from tests.conformance.samples import GRAPH, ending, output, request
 from tests.unit.graphs import Ended, telling
 
 RUN = "batch-1"
@@ -173,7 +174,7 @@ def test_a_copy_of_the_job_stores_its_items_once(store: SQLStore) -> None:
     assert copy.opened is not None
     assert [chunk.lo for chunk in copy.opened.chunks] == [0, 4]
     assert copy.opened.progress == Progress(done=2, total=6)
-    assert store.measure_items("changing", RUN, "")[0] == 6
+    assert len(store.read_items("changing", RUN, [""], 0, 99)) == 6
 
 
 class Held(Ending):
@@ -203,7 +204,7 @@ def test_items_beyond_a_memory_of_one_page_are_stored(store: SQLStore) -> None:
     hands = Hands(graph_with("rate", "total", "place"), store, EnrichedMovie, BatchOptions(chunk_size=PAGE))
     opened = hands.open(many, job_digest=digest_job(hands.given, [many]))
     assert opened.opened is not None
-    assert store.measure_items("changing", RUN, "")[0] == PAGE + 500
+    assert len(store.read_items("changing", RUN, [""], 0, 9 * PAGE)) == PAGE + 500
 
 
 def test_pages_end_by_number_by_weight_and_by_time() -> None:
@@ -431,6 +432,43 @@ def test_a_page_leaves_out_what_failed_as_the_whole_result_does(store: SQLStore)
     assert isinstance(whole, BatchResult)
     for results in (batch.page(0), whole.results):
         assert [each is None for each in results] == [False, True, False, False, False, False]
+
+
+def test_items_that_failed_count_if_they_have_a_value(store: SQLStore) -> None:
+    """As many as are iterated over: a later step of an item may have failed, or the one that makes the value."""
+    lease = store.acquire(request(execution_id=RUN))
+    assert isinstance(lease, Lease)
+    made = [index for index in range(2 * PAGE) if index not in {3, PAGE + 1}]
+    kind = Movie.DESCRIPTOR.full_name
+    rows = [output("rate", b"", execution_id=RUN, item=str(n), item_index=n, output_type=kind) for n in made]
+    store.save_many(lease, rows)
+    store.end(lease, ending())
+    items = StoredItems(
+        store=store,
+        graph=GRAPH,
+        execution_id=RUN,
+        names=("rate",),
+        kind=Movie,
+        total=2 * PAGE,
+        failed={3, 4, PAGE + 1},
+    )
+    assert (len(items), len(list(items))) == (2 * PAGE - 2, 2 * PAGE - 2)
+
+
+def test_a_result_is_loaded_if_it_is_small(store: SQLStore) -> None:
+    """Its items weigh what they would in a message: their own bytes, and what each has around it."""
+    hands = Hands(graph_with("rate", "total", "place"), store, EnrichedMovie)
+    hands.open(ITEMS)
+    for lo in (0, 2, 4):
+        hands.work(1, lo)
+    items = StoredItems(
+        store=store, graph="changing", execution_id=RUN, names=("rate",), kind=EnrichedMovie, total=6
+    )
+    batch = StoredBatch(items=items)
+    whole = cast("list[EnrichedMovie]", batch.load())
+    weight = 6 * ENVELOPE_BYTES + sum(each.ByteSize() for each in whole)
+    assert batch.load_within(weight) == whole
+    assert batch.load_within(weight - 1) is None
 
 
 def test_a_page_of_failed_items_is_not_read_from_another_run(store: SQLStore) -> None:

@@ -127,17 +127,6 @@ def find_names(connection: sa.Connection, graph: str, execution_id: str) -> set[
     return set(connection.execute(found, named(graph, execution_id)).scalars())
 
 
-def measure_items(connection: sa.Connection, graph: str, execution_id: str, name: str) -> tuple[int, int]:
-    """See `BatchStore.measure_items`."""
-    is_item = sa.and_(
-        _CACHE.step_name == clean_text(name), _CACHE.item == sa.cast(_CACHE.item_index, sa.Text)
-    )
-    size = sa.func.coalesce(sa.func.sum(sa.func.length(_CACHE.output_data)), 0)
-    statement = sa.select(sa.func.count(), size).where(OF_RUN, is_item)
-    found = connection.execute(statement, named(graph, execution_id)).one()
-    return int(found[0]), int(found[1])
-
-
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 

@@ -195,10 +195,6 @@ class SQLStore:
         )
         return [self._seal.unseal(checkpoint) for checkpoint in found]
 
-    def measure_items(self, graph: str, execution_id: str, name: str) -> tuple[int, int]:
-        """See `BatchStore.measure_items`."""
-        return self._run("measure the items", stages.measure_items, graph, execution_id, name)
-
     def find_names(self, graph: str, execution_id: str) -> set[str]:
         """See `BatchStore.find_names`."""
         return self._run("find what is stored", stages.find_names, graph, execution_id)
