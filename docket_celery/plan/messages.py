@@ -271,7 +271,8 @@ def to_view(message: Value) -> str | None:
     """Return the JSON view for people who read the database, or None if there is none to be had.
 
     Fields marked ``debug_redact`` are left out. A view is a convenience: it is None above `MAX_JSON_BYTES`, when
-    it cannot be rendered (an Any of an unknown type, say) and when it holds U+0000, which jsonb cannot store.
+    it cannot be rendered (an Any of an unknown type, say) and when it holds U+0000, which jsonb cannot store. A view
+    that jsonb refuses would fail the save of the data itself; stores do not look at it again.
     """
     if not isinstance(message, Message):
         views = [to_view(each) for each in message[: MAX_JSON_BYTES // 2]]
@@ -285,7 +286,7 @@ def to_view(message: Value) -> str | None:
         if _holds_secrets(message.DESCRIPTOR):
             shown = copy_message(message)
             _clear_secrets(shown)
-        view = json.dumps(json_format.MessageToDict(shown, preserving_proto_field_name=True))
+        view = json.dumps(json_format.MessageToDict(shown, preserving_proto_field_name=True), allow_nan=False)
     except (KeyError, TypeError, ValueError, RecursionError, DecodeError, json_format.Error):
         return None
     return None if len(view) > MAX_JSON_BYTES or "\\u0000" in view else view

@@ -45,7 +45,7 @@ class Checkpoint:
         execution_id: None for a GLOBAL checkpoint.
         item: Text path of the item in a batch: '', '7', '7/3'.
         input_hash: `input_digest` in hex.
-        output_json: JSON view of *output_data* for people.
+        output_json: JSON view of *output_data* for people, as `plan.messages.to_view` renders it: jsonb takes it.
         output_shape: `plan.messages.message_shape` of the type as it was then; None: not known.
         ttl_s: Seconds to live: from now (GLOBAL), from the run's end (WORKFLOW), or None: for ever.
     """

@@ -55,25 +55,13 @@ def clean_text(value: str) -> str:
 
 
 def clean_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
-    """Return *checkpoint* with every text cleaned, as its checksum must see it, and without a broken view."""
+    """Return *checkpoint* with every text cleaned, as its checksum must see it."""
     changed: dict[str, Any] = {}
     for name in _CHECKPOINT_TEXTS:
         value = getattr(checkpoint, name)
         if value is not None and clean_text(value) != value:
             changed[name] = clean_text(value)
-    if checkpoint.output_json is not None and not _is_storable_json(checkpoint.output_json):
-        changed["output_json"] = None
     return replace(checkpoint, **changed) if changed else checkpoint
-
-
-def _is_storable_json(view: str) -> bool:
-    """Tell whether jsonb takes *view*; a view that it refuses would fail the save of the data itself."""
-    try:
-        # Lone surrogates and numbers without a JSON form are refused here.
-        json.dumps(json.loads(view), ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError):
-        return False
-    return "\\u0000" not in view
 
 
 def dump_json(value: Any) -> str:

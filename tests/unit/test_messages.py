@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import traceback
 from typing import Any
@@ -10,7 +11,7 @@ from google.protobuf.any_pb2 import Any as Packed
 from google.protobuf.descriptor_pb2 import UninterpretedOption
 from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Struct
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from docket_celery.errors import DecodeFailed, InvalidArguments, PayloadTooLarge
@@ -104,6 +105,29 @@ def test_texts_are_one_bounded_line(text: str, limit: int) -> None:
 def test_what_cannot_be_shown_has_no_view(message: Any) -> None:
     """A view is a convenience: None, never an error."""
     assert to_view(message) is None
+
+
+PLAIN = st.none() | st.booleans() | st.floats() | st.text()
+
+
+@given(
+    value=st.dictionaries(
+        st.text(max_size=5), PLAIN | st.lists(PLAIN, max_size=3) | st.dictionaries(st.text(max_size=5), PLAIN)
+    )
+)
+@example(value={"a": "nul \0"})
+@example(value={"nul \0": 1.0})
+@example(value={"a": math.nan})
+@example(value={"a": [math.inf]})
+@example(value={"a": 1.7976931348623157e308})
+def test_a_view_is_json_that_a_database_takes(value: dict[str, Any]) -> None:
+    """Without NaN, U+0000 and lone surrogates: one that jsonb refuses would fail the save of the data itself."""
+    message = Struct()
+    message.update(value)
+    view = to_view(message)
+    if view is not None:
+        assert json.dumps(json.loads(view), ensure_ascii=False, allow_nan=False).encode()
+        assert "\\u0000" not in view
 
 
 def test_a_deep_message_cannot_break_its_save() -> None:
