@@ -114,13 +114,11 @@ def _find_values(app: Celery) -> dict[str, Any]:
     conf: Any = app.conf
     layers = list(_layers(conf))  # loads the configuration; only then is the namespace known
     spellings = _spellings(conf.prefix or "")
-    there = {name for layer in layers for name in filter(layer.__contains__, spellings)}
-    found: dict[str, Any] = {}
-    for name in filter(there.__contains__, spellings if there else ()):
-        value = next(layer[name] for layer in layers if name in layer)
-        # A list may be changed where it is.
-        found.setdefault(spellings[name], value.copy() if isinstance(value, list) else value)
-    return found
+    # What wins, the first layer and the first spelling, is written last.
+    there = {n: layer[n] for layer in reversed(layers) for n in filter(layer.__contains__, spellings)}
+    found = {spellings[name]: there[name] for name in reversed(spellings) if name in there}
+    # A list may be changed where it is.
+    return {key: value.copy() if isinstance(value, list) else value for key, value in found.items()}
 
 
 @functools.cache

@@ -40,7 +40,7 @@ from docket_celery.plan.messages import (
 from docket_celery.plan.plan import Plan
 from docket_celery.plan.signature import read_hints
 from docket_celery.store.identity import job_digest
-from docket_celery.task.envelope import Result, Undecodable
+from docket_celery.task.envelope import Result, Undecodable, is_large
 from docket_celery.task.envelope import types as known_types
 from docket_celery.task.options import (
     check_name_function,
@@ -77,6 +77,7 @@ class Declaration:
     Attributes:
         signature: Binds arguments; parameters in the order of `given`.
         given: What goes in, one for each parameter.
+        named: The parameters that are given by name only.
         labels: What a job's digest calls each of them, as `run_row.digest_job` does.
         target: What comes out.
         batch: Which of `given` comes as a list.
@@ -86,6 +87,7 @@ class Declaration:
     task: str
     signature: inspect.Signature
     given: tuple[ValueKey, ...]
+    named: tuple[str, ...]
     labels: tuple[str, ...]
     target: ValueKey
     batch: ValueKey | None = None
@@ -98,6 +100,10 @@ class Declaration:
     def digest(self, values: Iterable[Value]) -> bytes:
         """Return the digest of the job that `bind` returned."""
         return job_digest(zip(self.labels, map(value_digest, values), strict=True))
+
+    def is_ordinary(self, values: Iterable[Value], settings: Settings) -> bool:
+        """Tell whether a job has single messages only, none too large to travel: it enters no module of others."""
+        return self.batch is None and not any(is_large(value, settings) for value in values)
 
     def check_sizes(self, values: Iterable[Value], settings: Settings, *, lists: bool = True) -> None:
         """Raise PayloadTooLarge for a message that is too large to travel, or, among *lists*, for all of one list."""
@@ -112,8 +118,7 @@ class Declaration:
 
     def blank(self) -> tuple[tuple[None, ...], dict[str, None]]:
         """Return arguments that fit in number only."""
-        named = [n for n, p in self.signature.parameters.items() if p.kind is p.KEYWORD_ONLY]
-        return (None,) * (len(self.given) - len(named)), dict.fromkeys(named)
+        return (None,) * (len(self.given) - len(self.named)), dict.fromkeys(self.named)
 
     def bind(self, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None) -> tuple[Value, ...]:
         """Return the messages for a call's arguments, in the order of `given`.
@@ -124,17 +129,12 @@ class Declaration:
             InvalidArguments: One is missing, too many, or of another type.
             UnknownMessageType, DecodeFailed, PayloadTooLarge: One arrived in a state that cannot be read.
         """
-        try:
-            bound = self.signature.bind(*(args or ()), **(kwargs or {}))
-        except TypeError as error:
-            # Python tells of the missing name first, `celery call` only on the worker.
-            strange = (kwargs or {}).keys() - self.signature.parameters.keys()
-            hints = [
-                f"; {name!r} is none of them{did_you_mean(name, self.signature.parameters)}"
-                for name in strange
-            ]
-            raise self._refusal(str(error) + "".join(sorted(hints))) from None
-        return tuple(self._value(name, key, bound.arguments[name]) for name, key in self._named())
+        values = args or ()
+        if kwargs or len(values) != len(self.given) or self.named:
+            values = self._by_position(values, kwargs or {})
+        return tuple(
+            self._value(name, key, value) for (name, key), value in zip(self._named(), values, strict=True)
+        )
 
     def bind_item(self, index: int, value: Any) -> Message:
         """Return the message for an item of the batch; one of another type raises InvalidArguments."""
@@ -170,6 +170,20 @@ class Declaration:
         rest = iter(others)
         return tuple(items if key == self.batch else next(rest) for key in self.given)
 
+    def _by_position(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+        """Return a call's arguments in the order of the parameters; raise InvalidArguments if they do not fit."""
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            # Python tells of the missing name first, `celery call` only on the worker.
+            strange = kwargs.keys() - self.signature.parameters.keys()
+            hints = [
+                f"; {name!r} is none of them{did_you_mean(name, self.signature.parameters)}"
+                for name in strange
+            ]
+            raise self._refusal(str(error) + "".join(sorted(hints))) from None
+        return [bound.arguments[name] for name in self.signature.parameters]
+
     def _value(self, name: str, key: ValueKey, value: Any) -> Value:
         if key != self.batch:
             return self._message(name, key, value)
@@ -184,6 +198,15 @@ class Declaration:
         return [self._message(f"{name}[{index}]", key, item) for index, item in enumerate(items)]
 
     def _message(self, name: str, key: ValueKey, value: Any) -> Message:
+        if type(value) is not key.kind:
+            value = self._read(name, key, value)
+        fault = encoding_fault(value)
+        if fault is not None:
+            raise self._refusal(f"argument {name!r} of {type_name(value)}: {fault}")
+        return typing.cast("Message", value)
+
+    def _read(self, name: str, key: ValueKey, value: Any) -> Message:
+        """Return the message that an argument stands for; raise InvalidArguments if there is none."""
         if isinstance(value, Undecodable):
             raise value.error
         if isinstance(value, Result):
@@ -191,9 +214,6 @@ class Declaration:
         if is_json_form(key.kind, value):
             value = from_json_object(key.kind, value)
         if type(value) is key.kind:
-            fault = encoding_fault(value)
-            if fault is not None:
-                raise self._refusal(f"argument {name!r} of {type_name(value)}: {fault}")
             return value
         actual = type_name(value) if isinstance(value, Message) else type(value).__name__
         wanted = f"must be a {type_name(key.kind)}, not a {actual}"
@@ -385,6 +405,7 @@ def _declaration(task: str, signature: inspect.Signature, hints: Mapping[str, An
         task=task,
         signature=signature,
         given=tuple(given),
+        named=tuple(name for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY),
         labels=tuple(key.label("list" if key == batch else type_name(key.kind)) for key in given),
         target=target,
         batch=batch,

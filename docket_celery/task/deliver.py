@@ -62,21 +62,27 @@ def deliver(task: AnyTask, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
         raise Ignore("the task has ended before; its message came once more")
     # A part of the job is in the store, perhaps in the run's own row.
     refers = any(isinstance(value, Stored) for value in (*args, *kwargs.values()))
-    values = _read_job(task, args, kwargs, settings, refers=refers)
-    submission = _submission(task, values or (), has_row=refers)
-    outcome = _run(task, values, submission, settings)
+    values = _read_job(task, request, args, kwargs, settings, refers=refers)
+    submission = _submission(task, request, values or (), has_row=refers)
+    outcome = _run(task, request, values, submission, settings)
     if outcome.busy_s is not None:
-        _send_again(task, outcome.busy_s)
+        _send_again(task, request, outcome.busy_s)
     if outcome.error is not None:
-        _retry_or_raise(task, outcome, outcome.error)
-    return _tell(task, outcome, submission, settings)
+        _retry_or_raise(task, request, outcome, outcome.error)
+    return _tell(task, request, outcome, submission, settings)
 
 
 def _read_job(
-    task: AnyTask, args: Sequence[Any], kwargs: Mapping[str, Any], settings: Settings, *, refers: bool
+    task: AnyTask,
+    request: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    settings: Settings,
+    *,
+    refers: bool,
 ) -> tuple[Value, ...] | None:
     """Return the messages of the job; None: its parts are in the store."""
-    request, declared = task.request, task.declaration
+    declared = task.declaration
     direct, headers = bool(request.called_directly), _headers(request)
     if not direct and PART in headers:
         return None
@@ -88,12 +94,12 @@ def _read_job(
             run = None if direct else large_jobs.ask(task, headers, request.id, settings)
             return large_jobs.receive(task, args, kwargs, run, settings, travelled=travelled)
         values = declared.bind(args, kwargs)
-        if travelled:
+        if travelled and not declared.is_ordinary(values, settings):
             # Checked at submit too, but beat and `celery call` send the JSON form past it.
             declared.check_sizes(values, settings)
     except StoreUnavailable as error:
         wait_s = park_s(task, error, None, retries=request.retries, outages=_outages(request))
-        _retry_or_raise(task, RunOutcome(error=error, park_s=None if direct else wait_s), error)
+        _retry_or_raise(task, request, RunOutcome(error=error, park_s=None if direct else wait_s), error)
     except DocketError as error:
         if not direct:
             run = large_jobs.ask(task, headers, request.id, settings)
@@ -103,10 +109,10 @@ def _read_job(
 
 
 def _run(
-    task: AnyTask, values: tuple[Value, ...] | None, submission: Submission, settings: Settings
+    task: AnyTask, request: Any, values: tuple[Value, ...] | None, submission: Submission, settings: Settings
 ) -> RunOutcome:
     """Run the job in this process, or, where its plan fans out, as a batch over several workers."""
-    request, graph, plan = task.request, task.graph, task.plan()
+    graph, plan = task.graph, task.plan()
     if plan.fans_out:
         batch = read_batch_options(task, _headers(request).get(BATCH), max(1, settings.threads))
         alone = request.called_directly or request.is_eager
@@ -120,9 +126,9 @@ def _run(
     return graph.deliver(plan, values, submission, settings)
 
 
-def _submission(task: AnyTask, values: Sequence[Value], *, has_row: bool) -> Submission:
+def _submission(task: AnyTask, request: Any, values: Sequence[Value], *, has_row: bool) -> Submission:
     """Return who asks for the run, and how: the message's headers and the task say."""
-    request, name_run = task.request, task.execution_id
+    name_run = task.execution_id
     if request.called_directly:
         named = None if name_run is None else name_run(*values)
         return Submission(
@@ -163,9 +169,11 @@ def _submission(task: AnyTask, values: Sequence[Value], *, has_row: bool) -> Sub
     )
 
 
-def _tell(task: AnyTask, outcome: RunOutcome, submission: Submission, settings: Settings) -> Any:
+def _tell(
+    task: AnyTask, request: Any, outcome: RunOutcome, submission: Submission, settings: Settings
+) -> Any:
     """Return the value of a run that has ended, as Celery stores it."""
-    request, value = task.request, outcome.value
+    value = outcome.value
     if outcome.receipt is not None:
         return chords.Receipt(outcome.receipt)
     if value is None:
@@ -182,14 +190,14 @@ def _tell(task: AnyTask, outcome: RunOutcome, submission: Submission, settings: 
     return result
 
 
-def _retry_or_raise(task: AnyTask, outcome: RunOutcome, error: BaseException) -> NoReturn:
+def _retry_or_raise(task: AnyTask, request: Any, outcome: RunOutcome, error: BaseException) -> NoReturn:
     """Fail the task, or have Celery deliver it again: raises what tells Celery so."""
     if isinstance(error, RunTimedOut):
         error = SoftTimeLimitExceeded(error.timeout_s)
     countdown = outcome.park_s
     if countdown is None:
         raise error
-    request, outages = task.request, _outages(task.request)
+    outages = _outages(request)
     headers = {**_headers(request)}
     if outcome.held:
         # A delivery that advanced the run must not restart it if others end it before its retry.
@@ -212,12 +220,12 @@ def _retry_or_raise(task: AnyTask, outcome: RunOutcome, error: BaseException) ->
         raise keep(request.id, rejected.reason) from error
 
 
-def _send_again(task: AnyTask, busy_s: float) -> NoReturn:
+def _send_again(task: AnyTask, request: Any, busy_s: float) -> NoReturn:
     """Come back later, since another delivery advances this run: no state is written.
 
     If the copy cannot be published, the broker keeps the original.
     """
-    request, headers = task.request, _headers(task.request)
+    headers = _headers(request)
     most_s = min(busy_s, longest_wait_s(task.app))
     countdown = most_s * random.uniform(0.8, 1.0) + 0.1  # noqa: S311 -- spreads load, keeps no secret
     try:

@@ -19,7 +19,7 @@ from docket_celery.plan.batch import BatchResult
 from docket_celery.store.identity import check_execution_id
 from docket_celery.store.records import RunRequest
 from docket_celery.task import app_settings, chords, large_jobs, upload
-from docket_celery.task.envelope import Result, is_large, wrap
+from docket_celery.task.envelope import Result, wrap
 from docket_celery.task.headers import (
     BATCH,
     CONTEXT,
@@ -57,7 +57,7 @@ def submit(
     options.setdefault("kwargsrepr", f"{{{', '.join(f'{k}={_brief(v)}' for k, v in kwargs.items())}}}")
     # A copy that waits for its turn carries what its original did: only that may have been stored.
     first = not options.get("retries") and PART not in headers and WAITS_FOR_OTHER not in headers
-    if first and not call.is_ordinary((*args, *kwargs.values())):
+    if first and not task.declaration.is_ordinary((*args, *kwargs.values()), call.settings):
         send = upload.send if large_jobs.wants_upload(task, args, kwargs, call.settings) else large_jobs.send
         args, kwargs = send(task, args, kwargs, *call.ask(), call.settings)
     return call.publish(publish, args, kwargs)
@@ -145,13 +145,9 @@ class _Call:
         if self.execution_id is None and self.headers.get(EXECUTION_ID) is None:
             self.execution_id = None if task.execution_id is None else task.execution_id(*messages)
         self.write_headers()
-        if refers or not self.is_ordinary(messages):
+        if refers or not declared.is_ordinary(messages, self.settings):
             return large_jobs.arrange(task, messages, args, kwargs, self.settings, leaves=leaves)
         return declared.as_given(messages, kwargs)
-
-    def is_ordinary(self, values: Iterable[Any]) -> bool:
-        """Tell whether a job has single messages only, none of them too large; it enters no module of other jobs."""
-        return self._task.declaration.batch is None and not any(is_large(v, self.settings) for v in values)
 
     def write_headers(self) -> None:
         """Write what names the run, its context, and what is asked of its batch; raises InvalidArguments."""
