@@ -73,6 +73,19 @@ def test_threads_are_grown_one_by_one_and_reused() -> None:
     assert len(threads) == 1
 
 
+def test_one_thread_wakes_for_each_piece_of_work() -> None:
+    """That which has been idle for the shortest time; the others wait on."""
+    pool, meet, threads = Pool(3), threading.Barrier(3), set[int]()
+    for _ in range(3):
+        pool.submit(lambda: reached_by(meet))
+    for _ in range(20):
+        poll(lambda: len(pool._idle) == 3)
+        pool.submit(lambda: threads.add(threading.get_ident()))
+    poll(lambda: len(pool._idle) == 3)
+    pool.close()
+    assert len(threads) == 1
+
+
 def test_idle_threads_end_and_later_work_starts_new_ones() -> None:
     """All of them, so that nothing bound to a thread outlives the work; and the pool goes on as before."""
     pool, meet = Pool(3, idle_s=0.05), threading.Barrier(3)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -21,16 +21,31 @@ IDLE_S = 30.0
 
 
 class Worker(StepThread):
-    """A pool thread. It ends after its present work once the pool has given it up."""
+    """A pool thread. It ends after its present work once the pool has given it up.
+
+    While it is idle it waits to be `given` work; None: it is to see whether it must leave.
+    """
 
     def __init__(self, pool: Pool, number: int) -> None:
         super().__init__(self._work, f"docket-step-{number}")
         self.pool = pool
         self.given_up = False
+        self.given: Work | None = None
+        self._idles = threading.Lock()
+        self._idles.acquire()
+
+    def give(self, work: Work | None) -> None:
+        """Wake it for *work*; the caller has taken it from the idle ones."""
+        self.given = work
+        self._idles.release()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until it is given work; False: it was given none in time."""
+        return self._idles.acquire(timeout=timeout_s)
 
     def _work(self) -> None:
         while True:
-            if (work := self.pool.take()) is not None:
+            if (work := self.pool.take(self)) is not None:
                 try:
                     work()
                 except BaseException:
@@ -50,6 +65,8 @@ def current_worker() -> Worker | None:
 class Pool:
     """Threads that run work in the order of submission, grown one by one up to *size*; idle ones end.
 
+    The thread that has been idle for the shortest time gets the next work, and no other one wakes.
+
     Nothing that runs here waits for other work of the pool, so one thread is enough for any graph. A step that
     executes a graph itself is the exception, declared by `blocking`. Without threads its owner calls `work_off`.
     """
@@ -57,7 +74,8 @@ class Pool:
     def __init__(self, size: int, idle_s: float | None = None) -> None:
         self._most_abandoned = 2 * size
         self._size, self._idle_s = size, IDLE_S if idle_s is None else idle_s
-        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._queue: deque[Work] = deque()
+        self._idle: list[Worker] = []
         self._lock = threading.Lock()
         self._outstanding = 0
         self._closed = False
@@ -79,16 +97,16 @@ class Pool:
                     self._outstanding -= 1
                     raise
                 _logger.warning("no further step thread can be started; %d continue", len(self._workers))
-        self._queue.put(work)
+            if self._idle:
+                self._idle.pop().give(work)
+            else:
+                self._queue.append(work)
 
     def work_off(self) -> bool:
         """Do the oldest work on the calling thread; False if there is none. For a pool without threads."""
-        try:
-            work = self._queue.get_nowait()
-        except queue.Empty:
+        if not self._queue:
             return False
-        if work is not None:
-            work()
+        self._queue.popleft()()
         return True
 
     def has_thread(self) -> bool:
@@ -118,12 +136,22 @@ class Pool:
             with self._lock:
                 self._size -= 1
 
-    def take(self) -> Work | None:
-        """Wait for the next work; None: look whether it is time to leave."""
-        try:
-            return self._queue.get(timeout=self._idle_s)
-        except queue.Empty:
-            return None
+    def take(self, worker: Worker) -> Work | None:
+        """Wait for *worker*'s next work; None: look whether it is time to leave."""
+        with self._lock:
+            if self._queue:
+                return self._queue.popleft()
+            if self._closed:
+                return None
+            self._idle.append(worker)
+        if not worker.wait(self._idle_s):
+            with self._lock:
+                if worker in self._idle:
+                    self._idle.remove(worker)
+                    return None
+                worker.wait(0.0)  # it was given work in this moment
+        work, worker.given = worker.given, None
+        return work
 
     def leave(self, worker: Worker, *, worked: bool) -> bool:
         """Count *worker*'s work as finished; True if the worker must end: given up, not needed, or closed."""
@@ -137,9 +165,6 @@ class Pool:
             spare = idle or len(self._workers) > self._size or (self._closed and not self._outstanding)
             if spare:
                 self._workers.discard(worker)
-        if spare and self._closed:
-            # Each that leaves wakes the next: a wake-up may have gone to one that found work instead.
-            self._queue.put(None)
         return spare
 
     def abandon(self, worker: Worker, why: str) -> None:
@@ -178,7 +203,8 @@ class Pool:
         with self._lock:
             self._closed = True
             workers = list(self._workers)
-        self._queue.put(None)
+            while self._idle:
+                self._idle.pop().give(None)
         until = time.monotonic() + timeout_s
         for worker in workers:
             if worker is not threading.current_thread():
