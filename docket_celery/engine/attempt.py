@@ -78,17 +78,12 @@ class Attempt:
 
     def start(self, thread: Worker | None) -> bool:
         """Call the user's code on the calling *thread*, unless the execution is closed: then return False."""
-        step, run, gate, timeout_s = self._step, self._run, self._gate, self._step.timeout_s
-        with gate.lock:
-            if gate.closed:
-                return False
-            if thread is not None and (not step.is_async or process.holds_thread(step)):
-                self.worker = thread
-            if timeout_s is not None:
-                context = self.context()
-                ring = functools.partial(self._ring, context, timeout_s)
-                self._alarm = run.runtime.timer.after(timeout_s, ring)
-            self.in_flight = True
+        step, run = self._step, self._run
+        # No deadline ends it, and no pool gives up a thread that is not its own: then nothing else writes here.
+        self._undisturbed = thread is None and step.ends_here
+        self.in_flight = not self._gate.closed if self._undisturbed else self._begin(thread)
+        if not self.in_flight:
+            return False
         if run.submission.listeners:
             run.tell(EventKind.STEP_STARTED, step.name, self._number)
         if step.is_async:
@@ -100,6 +95,21 @@ class Attempt:
             self.on_host = thread is None
             result = None, trim_traceback(error)
         self.result = self._ended(result)
+        return True
+
+    def _begin(self, thread: Worker | None) -> bool:
+        step, timeout_s = self._step, self._step.timeout_s
+        with self._gate.lock:
+            if self._gate.closed:
+                return False
+            if thread is not None and (not step.is_async or process.holds_thread(step)):
+                self.worker = thread
+            if timeout_s is not None:
+                context = self.context()
+                ring = functools.partial(self._ring, context, timeout_s)
+                self._alarm = self._run.runtime.timer.after(timeout_s, ring)
+            # Under the lock: an abort that finds it closes it.
+            self.in_flight = True
         return True
 
     def context(self) -> StepContext:
@@ -228,6 +238,9 @@ class Attempt:
 
     def _close(self, *, late: bool = False) -> bool:
         gate = self._gate
+        if self._undisturbed:
+            self.in_flight = False
+            return not gate.closed
         with gate.lock:
             if not self.in_flight or gate.closed:
                 return False

@@ -74,12 +74,10 @@ class StepRun:
     ) -> None:
         self.planned, self.step, self._values = planned, planned.step, values
         self._context, self._gate = context, gate
-        self.attempts, self._began = 0, 0.0
+        self.attempts, self._began, self._watched = 0, 0.0, False
         self._record: StepRecord | None = None
-        store = context.store
-        self._watched = store is not None or bool(context.submission.listeners)
-        if self._watched:
-            self._began = context.cancellation.now()
+        if (store := context.store) is not None or context.submission.listeners:
+            self._began, self._watched = context.cancellation.now(), True
             if store is not None:
                 self._record = StepRecord(self.step, values, context, store, self._began)
         self.life = self._live()
@@ -138,7 +136,7 @@ class StepRun:
                 value, error = yield attempt
                 self.attempt = None
                 if error is None:
-                    if (wrong := step.wrong_result(value)) is None:
+                    if type(value) is step.sure_kind or not (wrong := step.wrong_result(value)):
                         break
                     error = WrongResult(step.name, self.attempts, step.result_name, wrong)
                 end, delay_s = self._judge(error, attempt.on_host)

@@ -108,8 +108,6 @@ class Step(Registration, Signature):
 
     def wrong_result(self, value: object) -> str | None:
         """Return what *value* is instead of a result: of another type, or not to be kept; None: it is a result."""
-        if type(value) is self._surely_kept:
-            return None
         kind = self.output.kind
         if not self.splits:
             if type(value) is not kind:
@@ -126,8 +124,8 @@ class Step(Registration, Signature):
         return None if fault is None else f"one that cannot be kept ({fault})"
 
     @cached_property
-    def _surely_kept(self) -> type[Message] | None:
-        """The type of its result, if each message of the type can be written and read back."""
+    def sure_kind(self) -> type[Message] | None:
+        """The type of its result, if each message of this type is one: it can always be written and read back."""
         return None if self.splits or may_not_encode(self.output.kind) else self.output.kind
 
     @cached_property
