@@ -319,6 +319,15 @@ def _publish(*, replace: bool, execution: bool) -> Statement:
     return Statement(found.add_cte(_ADD_NEW_EXECUTION.cte("e")) if execution else found)
 
 
+def usual_statements() -> list[Statement]:
+    """Return those that save a step's output, and find and store a shared one."""
+    return [
+        _save(chunk=False, execution=True),
+        _lookup(execution=True),
+        _publish(replace=False, execution=True),
+    ]
+
+
 def publish(
     connection: sa.Connection,
     checkpoint: Checkpoint,

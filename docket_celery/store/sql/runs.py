@@ -280,6 +280,12 @@ def _end(*, ended: bool, failed: bool, executions: bool, checkpoint: bool) -> St
     return Statement(found.add_cte(ADD_EXECUTIONS.after(left).cte("e")) if executions else found)
 
 
+def usual_statements() -> list[Statement]:
+    """Return those that take and end an ordinary run."""
+    ways = [(executions, checkpoint) for executions in (False, True) for checkpoint in (False, True)]
+    return [_ADD_OR_FIND, *(_end(ended=True, failed=False, executions=e, checkpoint=c) for e, c in ways)]
+
+
 def end(connection: sa.Connection, lease: Lease, ending: RunEnd) -> None:
     """See `Store.end`."""
     last = {} if ending.checkpoint is None else checkpoint_values(clean_checkpoint(ending.checkpoint))

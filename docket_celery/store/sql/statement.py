@@ -73,6 +73,10 @@ class Statement:
         except driver.Error as error:
             raise _wrapped(connection, error) from error
 
+    def compile(self) -> None:
+        """Compile it for Postgres now, instead of when it first runs: processes that are forked later have it."""
+        _ = self._text
+
     @cached_property
     def _text(self) -> _Text:
         return _Text(self.core)

@@ -271,8 +271,11 @@ class SQLStore:
         return self._run("migrate its tables", schema.migrate)
 
     def check_schema(self) -> None:
-        """See `Store.check_schema`."""
+        """See `Store.check_schema`. A worker calls this before it forks: its children have what is compiled here."""
         self._database.check_schema()
+        if self._database.url.get_backend_name() == "postgresql":
+            for statement in (*runs.usual_statements(), *checkpoints.usual_statements()):
+                statement.compile()
 
     def clone(self) -> SQLStore:
         """See `Store.clone`; closed with this store."""
