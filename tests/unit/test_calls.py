@@ -18,10 +18,10 @@ import pytest
 from tests.infra.processes import ROOT
 
 BUDGETS = {
-    "chain of three": {"own": 114, "all": 314},
-    "fan of three and join": {"own": 144, "all": 384},
-    "delivery of the chain": {"own": 165, "all": 1061},
-    "submitting it": {"own": 46, "all": 867},
+    "chain of three": {"own": 82, "all": 195},
+    "fan of three and join": {"own": 106, "all": 255},
+    "delivery of the chain": {"own": 156, "all": 1013},
+    "submitting it": {"own": 45, "all": 853},
 }
 
 
