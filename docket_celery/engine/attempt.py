@@ -162,9 +162,13 @@ class Attempt:
             return self._call() if code is None else code(*self._values)
         if slot is not None:
             slot.bind()
+        makes = (*scopes, *hooks)
         try:
+            if len(makes) == 1:
+                with makes[0]():
+                    return self._call()
             with ExitStack() as stack:
-                _enter(stack, (*scopes, *hooks))
+                _enter(stack, makes)
                 return self._call()
         finally:
             # Here and not where the attempt ends: a thread that was given up still does what the limit protects.

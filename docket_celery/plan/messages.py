@@ -248,7 +248,7 @@ def _find_json_fault(kind: type[Message], value: object) -> str:
             field = fields.get(name) if isinstance(name, str) else None
             if field is None:
                 return _find_unknown(kind, {name: item}) or hidden
-            if field.GetOptions().debug_redact:
+            if _is_secret(field):
                 return f"field {name} does not fit its type; it is marked debug_redact, so its value is not shown"
             inner = field.message_type
             if inner is None or not _holds_secrets(inner):
@@ -309,7 +309,7 @@ def _brief(message: Message, depth: int) -> str:
 
 
 def _brief_field(field: FieldDescriptor, value: Any, depth: int) -> str:
-    if field.GetOptions().debug_redact:
+    if _is_secret(field):
         return _REDACTED
     if field.is_repeated:
         return f"[{len(value)}]"
@@ -326,10 +326,15 @@ def _brief_field(field: FieldDescriptor, value: Any, depth: int) -> str:
 
 
 @functools.cache
+def _is_secret(field: FieldDescriptor) -> bool:
+    """Tell whether *field* is marked ``debug_redact``; its options are made again by each call that asks for them."""
+    return bool(field.GetOptions().debug_redact)
+
+
+@functools.cache
 def _holds_secrets(descriptor: Descriptor) -> bool:
     return any(
-        each.full_name == _ANY or any(field.GetOptions().debug_redact for field in each.fields)
-        for each in _types_within(descriptor)
+        each.full_name == _ANY or any(map(_is_secret, each.fields)) for each in _types_within(descriptor)
     )
 
 
@@ -338,7 +343,7 @@ def _clear_secrets(message: Message) -> None:
         _clear_packed(message)
         return
     for field, value in message.ListFields():
-        if field.GetOptions().debug_redact:
+        if _is_secret(field):
             message.ClearField(field.name)
         elif field.message_type is None:
             continue
