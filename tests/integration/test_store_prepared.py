@@ -69,7 +69,7 @@ def advance(store: SQLStore, owner: str = "first") -> None:
     again = store.acquire(asked("second"))
     assert isinstance(again, Lease)
     store.restore(again, [])
-    store.end(again, ending(checkpoint=output("ship"), executions=[execution("ship")]))
+    store.end(again, ending(checkpoint=output("ship"), executions=[execution("ship"), execution("pack")]))
     store.acquire(asked("third"))
     assert store.lookup(shared().key, owner, 30.0) is True
     store.publish(shared(), owner, execution("infer"))

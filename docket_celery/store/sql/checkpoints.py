@@ -68,7 +68,8 @@ def _count(source: sa.CTE) -> Any:
     return sa.select(sa.func.count()).select_from(source).scalar_subquery()
 
 
-def _add_execution(source: sa.CTE | None = None, *where: sa.ColumnElement[bool]) -> sa.Insert:
+def add_execution(source: sa.CTE | None = None, *where: sa.ColumnElement[bool]) -> sa.Insert:
+    """Return what writes the row of a step, if *source* has a row and under these conditions."""
     values = sa.select(*(typed(docket_executions, name, "x_") for name in EXECUTION_COLUMNS)).where(*where)
     chosen = values if source is None else values.select_from(source)
     return sa.insert(docket_executions).from_select(EXECUTION_COLUMNS, chosen)
@@ -183,7 +184,7 @@ def _save(*, chunk: bool, execution: bool) -> Statement:
     )
     found = sa.select(_count(held).label("fenced"), _count(saved).label("saved"))
     # From s, not from f: a repeated save finds its own row and must not count the step twice.
-    return Statement(found.add_cte(_add_execution(saved).cte("e")) if execution else found)
+    return Statement(found.add_cte(add_execution(saved).cte("e")) if execution else found)
 
 
 def save(
@@ -224,7 +225,7 @@ _IS_WRITTEN = sa.exists().where(
 )
 """Whether the step's row is there: a call that is repeated after a lost answer adds none."""
 # A step that did run has its row even where another's output counts.
-_ADD_NEW_EXECUTION = _add_execution(None, sa.not_(_IS_WRITTEN))
+_ADD_NEW_EXECUTION = add_execution(None, sa.not_(_IS_WRITTEN))
 
 _CLAIMED = matches(docket_claims, "cache_key", "owner")
 _IS_CLAIM = sa.and_(_CLAIMED, _CLAIMS.lease_until > now())
@@ -263,7 +264,7 @@ def _lookup(*, execution: bool) -> Statement:
     claimed = _claim(sa.select(ONE).select_from(live)).returning(ONE).cte("claimed")
     claims = sa.select(sa.func.count().label("won")).select_from(claimed).subquery("claims")
     found = sa.select(claims.c.won, *live.c).select_from(claims.outerjoin(live, sa.true()))
-    hit = _add_execution(live, sa.not_(_IS_WRITTEN)).cte("e")
+    hit = add_execution(live, sa.not_(_IS_WRITTEN)).cte("e")
     return Statement(found.add_cte(hit) if execution else found)
 
 
