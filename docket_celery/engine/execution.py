@@ -15,7 +15,7 @@ import enum
 import functools
 import heapq
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from docket_celery.engine.attempt import Attempt, Result
@@ -28,6 +28,7 @@ from docket_celery.engine.step_run import End, GivenUp, Sleep, StepRun, Stop
 from docket_celery.errors import DocketError, StepFailed
 from docket_celery.plan.messages import Value
 from docket_celery.plan.plan import Plan, PlannedStep, count_pending, find_needed
+from docket_celery.store.records import Checkpoint
 
 _logger = logging.getLogger("docket_celery.engine")
 
@@ -57,11 +58,7 @@ class Scheduler(Ending):
     ) -> None:
         super().__init__(context.cancellation, on_end)
         self._plan, self._context, self._helps = plan, context, helps
-        self._checkpoints = {
-            planned.index: context.stored[name]
-            for planned in (plan.steps if context.stored else ())
-            if (name := (planned.step.name, context.item)) in context.stored
-        }
+        self._checkpoints = _find_checkpoints(plan, context) if context.stored else {}
         # In an item the caller's limit is one of items, not of steps.
         limit = context.max_concurrency if not context.item or context.runtime.inline else None
         self._limit = len(plan.steps) if limit is None else limit
@@ -86,15 +83,15 @@ class Scheduler(Ending):
         plan = self._plan
         if not self._checkpoints and len(self._outputs) == len(plan.output_slots):
             self._pending = list(plan.pending)
-            ready: Iterable[int] = (index for index, pending in enumerate(plan.pending) if not pending)
+            ready: Sequence[int] = plan.first
         else:
             needed, restored = find_needed(plan, self._outputs, self._checkpoints)
             self._restore([plan.steps[index] for index in restored])
             self._pending = count_pending(plan, needed)
-            ready = (index for index in needed if not self._pending[index])
+            ready = [index for index in needed if not self._pending[index]]
         for index in ready:
             self._make_ready(index)
-        self._missing = sum(self._values[slot] is None for slot in self._outputs)
+        self._missing = len([slot for slot in self._outputs if self._values[slot] is None])
         if not self._missing:
             self._end()
             return
@@ -319,6 +316,12 @@ class Scheduler(Ending):
 
     def _inputs_of(self, planned: PlannedStep) -> list[Value]:
         return [value for slot in planned.sources if (value := self._values[slot]) is not None]
+
+
+def _find_checkpoints(plan: Plan, context: RunContext) -> dict[int, Checkpoint]:
+    """Return what is stored of the plan's steps, by their indexes."""
+    names = {planned.index: (planned.step.name, context.item) for planned in plan.steps}
+    return {index: context.stored[name] for index, name in names.items() if name in context.stored}
 
 
 def join_failures(failures: Sequence[StepFailed]) -> StepFailed | None:

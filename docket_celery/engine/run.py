@@ -285,7 +285,8 @@ class Run:
         if outcome.busy_s is not None:
             detail = detail or "another delivery advances the run"
         try:
-            _warn_of(outcome.failed, self._plan, context)
+            if outcome.failed and not self._plan.collects:
+                _warn_of(outcome.failed, self._plan, context)
             context.tell(EventKind.RUN_ENDED, elapsed_s=elapsed_s, detail=detail)
         finally:
             self.concluded = True
@@ -334,9 +335,7 @@ def _is_referred_to(result: RunOutcome, context: RunContext) -> bool:
 
 
 def _warn_of(failed: Mapping[int, StepFailed], plan: Plan, context: RunContext) -> None:
-    """Log which items a result is made without, unless it says so itself: the task's state does not."""
-    if not failed or plan.collects:
-        return
+    """Log which items a result is made without: neither it nor the task's state says so."""
     # What a codec hides in the database is not shown in a log either.
     hides = context.store is not None and context.store.codec is not None
     shown = sorted(failed)[:_MOST_SHOWN]

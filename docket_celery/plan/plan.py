@@ -55,6 +55,7 @@ class Plan:
         steps: In an order that respects inputs; ties by registration.
         output_slots: The slots that must be filled, the target's first.
         pending: For each step, how many other steps it waits for.
+        first: Indexes of the steps that wait for no other.
         pool_only: Indexes of the steps that need more than a thread, of whichever kind: see `Step.simple`.
         known_names: Every present or former step name of the whole graph.
         persists: A step keeps its output; else there is no store.
@@ -73,6 +74,7 @@ class Plan:
     steps: tuple[PlannedStep, ...]
     output_slots: tuple[int, ...]
     pending: tuple[int, ...]
+    first: tuple[int, ...]
     pool_only: frozenset[int]
     known_names: frozenset[str]
     persists: bool
@@ -164,6 +166,7 @@ def assemble(
         steps=planned,
         output_slots=tuple(slots[key] for key in outputs),
         pending=tuple(map(len, needs)),
+        first=tuple(index for index, used in enumerate(needs) if not used),
         pool_only=frozenset(index for index, step in enumerate(steps) if not step.simple),
         known_names=known_names,
         persists=any(step.persist is not None for step in steps),
