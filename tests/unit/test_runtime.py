@@ -86,6 +86,44 @@ def test_one_thread_wakes_for_each_piece_of_work() -> None:
     assert len(threads) == 1
 
 
+def test_threads_wake_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three pieces of work that come at once one wakes a thread, which wakes the next: all three soon run."""
+    pool, meet, awake, given = Pool(3), threading.Barrier(4), threading.Event(), list[object]()
+    for _ in range(3):
+        pool.submit(lambda: reached_by(meet))
+    reached_by(meet)
+    poll(lambda: len(pool._idle) == 3)
+    give, wait = Worker.give, Worker.wait
+
+    def note(worker: Worker, work: Callable[[], None] | None) -> None:
+        given.append(work)
+        give(worker, work)
+
+    def wait_longer(worker: Worker, timeout_s: float) -> bool:
+        woken = wait(worker, timeout_s)
+        reached(awake)
+        return woken
+
+    monkeypatch.setattr(Worker, "give", note)
+    monkeypatch.setattr(Worker, "wait", wait_longer)
+    # Each of these finds the threads as they are now, in the old wait: a round of work takes them to the new one.
+    awake.set()
+    for _ in range(3):
+        pool.submit(lambda: reached_by(meet))
+    reached_by(meet)
+    poll(lambda: len(pool._idle) == 3)
+    awake.clear()
+    given.clear()
+    for _ in range(3):
+        pool.submit(lambda: reached_by(meet))
+    assert len(given) == 1
+    awake.set()
+    reached_by(meet)
+    assert len(given) == 3
+    poll(lambda: len(pool._idle) == 3)
+    pool.close()
+
+
 def test_idle_threads_end_and_later_work_starts_new_ones() -> None:
     """All of them, so that nothing bound to a thread outlives the work; and the pool goes on as before."""
     pool, meet = Pool(3, idle_s=0.05), threading.Barrier(3)

@@ -65,7 +65,8 @@ def current_worker() -> Worker | None:
 class Pool:
     """Threads that run work in the order of submission, grown one by one up to *size*; idle ones end.
 
-    The thread that has been idle for the shortest time gets the next work, and no other one wakes.
+    The thread that has been idle for the shortest time gets the next work, and no other one wakes. One wakes at a
+    time: the next wakes by it, unless it finds the work done. Calls for help of many short runs so wake one thread.
 
     Nothing that runs here waits for other work of the pool, so one thread is enough for any graph. A step that
     executes a graph itself is the exception, declared by `blocking`. Without threads its owner calls `work_off`.
@@ -76,6 +77,7 @@ class Pool:
         self._size, self._idle_s = size, IDLE_S if idle_s is None else idle_s
         self._queue: deque[Work] = deque()
         self._idle: list[Worker] = []
+        self._waking = False
         self._lock = threading.Lock()
         self._outstanding = 0
         self._closed = False
@@ -97,10 +99,8 @@ class Pool:
                     self._outstanding -= 1
                     raise
                 _logger.warning("no further step thread can be started; %d continue", len(self._workers))
-            if self._idle:
-                self._idle.pop().give(work)
-            else:
-                self._queue.append(work)
+            self._queue.append(work)
+            self._wake_one()
 
     def work_off(self) -> bool:
         """Do the oldest work on the calling thread; False if there is none. For a pool without threads."""
@@ -144,12 +144,15 @@ class Pool:
             if self._closed:
                 return None
             self._idle.append(worker)
-        if not worker.wait(self._idle_s):
-            with self._lock:
-                if worker in self._idle:
-                    self._idle.remove(worker)
-                    return None
+        woken = worker.wait(self._idle_s)
+        with self._lock:
+            if not woken and worker in self._idle:
+                self._idle.remove(worker)
+                return None
+            if not woken:
                 worker.wait(0.0)  # it was given work in this moment
+            self._waking = False
+            self._wake_one()
         work, worker.given = worker.given, None
         return work
 
@@ -209,6 +212,11 @@ class Pool:
         for worker in workers:
             if worker is not threading.current_thread():
                 worker.join(max(0.0, until - time.monotonic()))
+
+    def _wake_one(self) -> None:
+        if self._queue and self._idle and not self._waking:
+            self._waking = True
+            self._idle.pop().give(self._queue.popleft())
 
     def _grow(self) -> None:
         if self._outstanding > len(self._workers) and len(self._workers) < self._size:
