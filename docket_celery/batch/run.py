@@ -36,7 +36,7 @@ from docket_celery.plan.batch import BatchPolicy
 from docket_celery.plan.messages import Value
 from docket_celery.plan.plan import Plan, Stage
 from docket_celery.store.contract import BatchStore
-from docket_celery.store.records import Checkpoint, ChunkRow, Lease, Progress, RunRequest, RunState
+from docket_celery.store.records import Checkpoint, ChunkRow, Lease, Progress, RunRequest, RunRow, RunState
 
 _UNDONE = (RunState.QUEUED, RunState.RUNNING)
 
@@ -70,6 +70,9 @@ class BatchRun(Run):
         # The items are in rows of their own.
         shared = {key: value for key, value in (self._given or {}).items() if key != self._plan.batch}
         return replace(super()._request(), job=frame_job(shared, shared.values()))
+
+    def _ask(self, request: RunRequest) -> Lease | RunRow:
+        return self._batches.acquire(request)
 
     def _advance(self, lease: Lease) -> None:
         self.context.keeps = frozenset(

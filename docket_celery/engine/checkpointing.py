@@ -184,29 +184,34 @@ def hash_inputs(values: Sequence[Value], store: Store) -> str:
     return store.hmac_digest(bytes.fromhex(plain)).hex()
 
 
-def read_checkpoints(plan: Plan, store: Store, lease: Lease) -> Restored:
-    """Return the run's checkpoints, by step name and path of the item.
+def find_keys(plan: Plan, execution_id: str) -> list[bytes]:
+    """Return under which keys a run of *plan* may have checkpoints, those of steps under former names too."""
+    kept = (planned.step for planned in plan.steps if planned.step.persist is Scope.WORKFLOW)
+    names = (name for step in kept for name in (*step.options.renamed_from, step.name))
+    return [workflow_key(plan.graph, execution_id, name) for name in names]
 
-    Raises `GraphChanged` for one of a step that is gone, or that keeps nothing for the run any more.
+
+def take_checkpoints(plan: Plan, lease: Lease, restored: Sequence[Checkpoint]) -> Restored:
+    """Return what was restored of a run, by step name and path of the item.
+
+    Raises `GraphChanged` for a checkpoint of a step that is gone, or that keeps nothing for the run any more.
     """
-    if lease.epoch == 1:
-        return {}  # no delivery before this one has advanced it
+    if not restored:
+        return {}  # mostly: no delivery before this one has advanced it
     names: dict[str, str] = {}
     other_scope: dict[str, str] = {}
-    keys: list[bytes] = []
     for planned in plan.steps:
         step = planned.step
         for name in (*step.options.renamed_from, step.name):
             if step.persist is Scope.WORKFLOW:
                 names[name] = step.name
-                keys.append(workflow_key(lease.graph, lease.execution_id, name))
             elif not plan.stages:
                 # A run that fans out keeps what its chunks need of such steps, in the same form.
                 now = "has no persist=" if step.persist is None else f"has persist={step.persist}"
                 other_scope[name] = f"{step.name} (kept its output for the run, now {now})"
     found: dict[tuple[str, str], Checkpoint] = {}
     changed: list[str] = []
-    for checkpoint in store.restore(lease, keys, items=bool(plan.stages)):
+    for checkpoint in restored:
         if (present := names.get(checkpoint.step_name)) is not None:
             found.setdefault((present, checkpoint.item), checkpoint)
         elif checkpoint.step_name not in plan.known_names:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import Message
 
-from docket_celery.engine.checkpointing import read_checkpoints
+from docket_celery.engine.checkpointing import find_keys, take_checkpoints
 from docket_celery.engine.execution import Help, Scheduler
 from docket_celery.engine.process.heartbeat import Heartbeat, HeldLease
 from docket_celery.engine.process.hooks import django_hooks, load_hook
@@ -35,7 +35,7 @@ from docket_celery.plan.context import Cancellation
 from docket_celery.plan.messages import Value
 from docket_celery.plan.plan import Plan
 from docket_celery.store.contract import Store
-from docket_celery.store.records import Lease, RunRequest, RunRow, RunState
+from docket_celery.store.records import Checkpoint, Lease, RunRequest, RunRow, RunState
 
 if TYPE_CHECKING:
     from docket_celery.engine.process.loops import StepLoop
@@ -87,6 +87,7 @@ class Run:
         self.concluded = False
         self._leases = store is not None and (plan.keeps_run or submission.has_row)
         self._made: RunOutcome | None = None
+        self._restore: Callable[[], Sequence[Checkpoint]] = tuple
         self._report: Callable[[RunOutcome], None] | None = None
         self._execution: Ending | None = None
         self._began = self.context.cancellation.now()
@@ -169,11 +170,21 @@ class Run:
                 self._wait_for(row)
                 return None
         request = self._request()
-        found = store.acquire(request)
+        found = self._ask(request)
         if isinstance(found, RunRow):
             self._meet(found, request)
             return None
         return self._hold(found, asked_at)
+
+    def _ask(self, request: RunRequest) -> Lease | RunRow:
+        """Ask for the lease, and for what earlier deliveries have kept."""
+        plan = self._plan
+        keys = find_keys(plan, request.execution_id)
+        found = self._store.acquire_and_restore(request, keys, items=bool(plan.stages))
+        if isinstance(found, RunRow):
+            return found
+        lease, self._restore = found
+        return lease
 
     def _hold(self, lease: Lease, asked_at: float) -> HeldLease:
         context = self.context
@@ -189,7 +200,7 @@ class Run:
             assert self.context.held is not None
             self._write_end(self._made, self.context.held, tries=1)
             return
-        self.context.stored = read_checkpoints(self._plan, self._store, lease)
+        self.context.stored = take_checkpoints(self._plan, lease, self._restore())
         self.context.closing = self._plan.closing
         self._begin(self._make())
 

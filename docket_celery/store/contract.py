@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from docket_celery.store.codec import Codec
@@ -73,6 +73,15 @@ class Store(Protocol):
         QUARANTINED instead and its row is returned. The ``retries`` of one task id only grow. The holder itself
         gets its lease again with the same epoch. Resuming FAILED starts ``failures`` from 0. Not taken: another
         live holder, an ended run, and a run of another target or job digest; the caller compares.
+        """
+        ...
+
+    def acquire_and_restore(
+        self, request: RunRequest, keys: Sequence[bytes], *, items: bool = False
+    ) -> tuple[Lease, Callable[[], list[Checkpoint]]] | RunRow:
+        """Acquire the run, and return with its lease what returns its checkpoints, as `restore` does.
+
+        Both take one round trip less than the two calls. A run that no delivery has advanced before has none.
         """
         ...
 

@@ -138,6 +138,15 @@ class MemoryStore:
             run.error = run.result = run.result_checksum = run.expires_at = None
             return lease_from(request, request.target, epoch=run.epoch, lost=run.lost, failures=run.failures)
 
+    def acquire_and_restore(
+        self, request: RunRequest, keys: Sequence[bytes], *, items: bool = False
+    ) -> tuple[Lease, Callable[[], list[Checkpoint]]] | RunRow:
+        """See `Store.acquire_and_restore`."""
+        found = self.acquire(request)
+        if not isinstance(found, Lease):
+            return found
+        return found, lambda: [] if found.epoch == 1 else self.restore(found, keys, items=items)
+
     def restore(self, lease: Lease, keys: Sequence[bytes], *, items: bool = False) -> list[Checkpoint]:
         """See `Store.restore`."""
         wanted = frozenset(keys)

@@ -8,7 +8,7 @@ import pytest
 
 from docket_celery.errors import CorruptCheckpoint, LeaseLost
 from docket_celery.store.identity import workflow_key
-from docket_celery.store.records import Checkpoint, RunState
+from docket_celery.store.records import Checkpoint, RunRow, RunState
 from docket_celery.store.rows import SCHEMA_VERSION
 from tests.conformance.samples import GRAPH, RUN, Bench, ending, execution, output, request, shared
 
@@ -52,6 +52,25 @@ def test_a_stale_owner_saves_nothing_with_its_end(bench: Bench) -> None:
         bench.store.end(stale, ending(checkpoint=output(), executions=[execution()]))
     assert bench.state() is RunState.RUNNING
     assert (bench.store.restore(lease, []), bench.executions()) == ([], [])
+
+
+def test_acquiring_restores_what_earlier_deliveries_saved(bench: Bench) -> None:
+    """With rows that are only found under their keys; there is nothing of a run that none has advanced."""
+    first = bench.store.acquire_and_restore(request(), [])
+    assert isinstance(first, tuple)
+    assert (first[0].epoch, first[1]()) == (1, [])
+    item = output("pack", item="7/3", item_index=7)
+    bench.store.save(first[0], output(ttl_s=60.0), None)
+    bench.store.save(first[0], item, None)
+    bench.store.end(first[0], ending(RunState.FAILED, retention_s=3600.0))
+    second = bench.store.acquire_and_restore(request("second", task_id="t2"), [item.key])
+    assert isinstance(second, tuple)
+    lease, restore = second
+    assert (lease.epoch, {each.item for each in restore()}) == (2, {"", "7/3"})
+    assert isinstance(bench.store.acquire_and_restore(request("third"), []), RunRow)
+    bench.pass_time(61)
+    bench.store.purge(10)
+    assert {each.item for each in bench.store.restore(lease, [item.key])} == {"", "7/3"}
 
 
 def test_a_second_saver_gets_the_first_ones_checkpoint(bench: Bench) -> None:

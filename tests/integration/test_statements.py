@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import pytest
 
-from docket_celery import Graph, Named, PayloadUnavailable, Scope
+from docket_celery import Graph, Named, PayloadUnavailable, Scope, StepFailed
 from docket_celery.engine.stored_items import ENVELOPE_BYTES, PAGE, StoredBatch, StoredItems
 from docket_celery.store import SQLStore
 from docket_celery.store.records import Lease
@@ -119,6 +119,29 @@ def test_a_saved_target_costs_no_round_trip_of_its_own(wire: Wire, store: SQLSto
     with wire.counted() as trips:
         graph.execute(Money, Order(amount_cents=5), store=store)
     assert len(trips) == length + 1, trips
+
+
+def test_a_run_that_is_resumed_restores_in_the_round_trip_that_takes_it(wire: Wire, store: SQLStore) -> None:
+    """Its row is read before: acquire twice, end."""
+    graph, broken = Graph("resumed"), [True]
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def first(order: Order) -> Annotated[Money, Named("1")]:
+        return Money(cents=order.amount_cents)
+
+    @graph.step
+    def last(money: Annotated[Money, Named("1")]) -> Money:
+        if broken.pop():
+            raise ConnectionError
+        return money
+
+    order = Order(amount_cents=5)
+    with pytest.raises(StepFailed):
+        graph.execute(Money, order, store=store, execution_id="resumed")
+    broken.append(False)
+    with wire.counted() as trips:
+        assert graph.execute(Money, order, store=store, execution_id="resumed") == Money(cents=5)
+    assert len(trips) == 3, trips
 
 
 def test_a_fan_makes_as_many_round_trips_as_a_chain(wire: Wire, store: SQLStore) -> None:

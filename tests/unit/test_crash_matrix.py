@@ -146,9 +146,13 @@ class Forgetful(SQLStore):
 class Muddled(SQLStore):
     """Gives back another value than was saved."""
 
-    def restore(self, lease: Any, keys: Any, *, items: bool = False) -> list[Checkpoint]:
-        value = Charge(charge_id="muddled").SerializeToString()
-        return [replace(c, output_data=value) for c in super().restore(lease, keys, items=items)]
+    def acquire_and_restore(self, *arguments: Any, **options: Any) -> Any:
+        found = super().acquire_and_restore(*arguments, **options)
+        if isinstance(found, tuple):
+            lease, read = found
+            value = Charge(charge_id="muddled").SerializeToString()
+            return lease, lambda: [replace(kept, output_data=value) for kept in read()]
+        return found
 
 
 class Deaf(SQLStore):

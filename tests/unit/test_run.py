@@ -710,6 +710,8 @@ def test_a_store_that_breaks_fails_the_run_instead_of_hanging_it(name: str) -> N
     store.faults[name] = ZeroDivisionError("broken store")
     with pytest.raises((StepFailed, ZeroDivisionError), match="broken store"):
         shop.run()
+    if name in {"restore", "save"}:
+        assert state(store) is RunState.FAILED
 
 
 def test_a_store_that_breaks_under_a_second_attempt_is_blamed_on_its_step() -> None:

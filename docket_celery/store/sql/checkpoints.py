@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert as upsert  # SQLite's compiler takes it too
 
 from docket_celery.errors import LeaseLost, StoreUnavailable
-from docket_celery.store.records import Checkpoint, Lease, StepExecution
+from docket_celery.store.records import Checkpoint, Lease, RunRequest, StepExecution
 from docket_celery.store.rows import (
     CHECKPOINT_COLUMNS,
     EXECUTION_COLUMNS,
@@ -49,7 +49,7 @@ from docket_celery.store.sql.schema import (
     docket_executions,
     docket_runs,
 )
-from docket_celery.store.sql.statement import Statement
+from docket_celery.store.sql.statement import Found, Statement, Values
 
 _TRIES = 3  # for a row that goes away between two statements: twice in a row is no accident
 _KEYS_AT_ONCE = 500  # SQLite before 3.32 binds at most 999 values
@@ -105,9 +105,21 @@ def restore(
     connection: sa.Connection, lease: Lease, keys: Sequence[bytes], items: bool = False
 ) -> list[Checkpoint]:
     """See `Store.restore`."""
-    values = bound(fence_values(lease))
-    first, rest = list(keys[:_KEYS_AT_ONCE]), keys[_KEYS_AT_ONCE:]
-    found = _RESTORE[items, bool(first)].run(connection, values | {"p_keys": first})
+    statement, values = restoring(lease, keys, items)
+    return read_restored(connection, lease, keys, statement.run(connection, values))
+
+
+def restoring(run: Lease | RunRequest, keys: Sequence[bytes], items: bool) -> tuple[Statement, Values]:
+    """Return the first statement of `restore` with its values; `read_restored` reads what it finds."""
+    first = list(keys[:_KEYS_AT_ONCE])
+    return _RESTORE[items, bool(first)], named(run.graph, run.execution_id) | {"p_keys": first}
+
+
+def read_restored(
+    connection: sa.Connection, lease: Lease, keys: Sequence[bytes], found: Found
+) -> list[Checkpoint]:
+    """Return the checkpoints of a run, those under further *keys* too, and take back until when they are kept."""
+    values, rest = bound(fence_values(lease)), keys[_KEYS_AT_ONCE:]
     rows = {bytes(row["cache_key"]): row for row in found.rows}
     for start in range(0, len(rest), _KEYS_AT_ONCE):
         more = {"p_keys": list(rest[start : start + _KEYS_AT_ONCE])}

@@ -6,7 +6,7 @@ Each call may be repeated after a lost answer: acquire finds its owner, end its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from typing import Any
@@ -39,12 +39,19 @@ from docket_celery.store.sql.binds import (
     matches,
     named,
 )
-from docket_celery.store.sql.checkpoints import ADD_LAST, PAGE, add_execution, add_last, date_checkpoints
+from docket_celery.store.sql.checkpoints import (
+    ADD_LAST,
+    PAGE,
+    add_execution,
+    add_last,
+    date_checkpoints,
+    restoring,
+)
 from docket_celery.store.sql.clock import after, later, now, seconds_left, writing
 from docket_celery.store.sql.constructs import greatest, one_of
 from docket_celery.store.sql.fenced import ADD_EXECUTIONS
 from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_runs
-from docket_celery.store.sql.statement import Statement
+from docket_celery.store.sql.statement import Found, Statement, Values
 
 _TRIES = 5  # for a row that changes or goes between two statements
 
@@ -175,12 +182,31 @@ _TAKE = {state: Statement(change) for state, change in _CHANGES.items()}
 
 def acquire(connection: sa.Connection, request: RunRequest) -> Lease | RunRow:
     """See `Store.acquire`."""
+    found = _acquire(connection, request)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def acquire_and_restore(
+    connection: sa.Connection, request: RunRequest, keys: Sequence[bytes], items: bool
+) -> tuple[Lease, Found | None] | RunRow:
+    """Take the run and read in the same round trip what is restored; None: it is still to be read.
+
+    On Postgres both are one transaction: what cannot be read is not taken. On SQLite they would not be.
+    """
+    together = connection.dialect.name == "postgresql"
+    return _acquire(connection, request, restoring(request, keys, items) if together else None)
+
+
+def _acquire(
+    connection: sa.Connection, request: RunRequest, restore: tuple[Statement, Values] | None = None
+) -> tuple[Lease, Found | None] | RunRow:
+    """Take the run; of one that was advanced before, also run *restore*."""
     asked = request_values(request)
     values = bound(asked) | {"p_lease_s": request.lease_s}
     for _ in range(_TRIES):
         row = _add(connection, values)
         if row is None:
-            return lease_from(request, request.target, epoch=1)
+            return lease_from(request, request.target, epoch=1), None
         waits = row["state"] == RunState.WAITING and row["lease_until"] is not None
         kept = waits and bool(connection.execute(_FIND_KEPT, values).scalar())
         cleaned = replace(request, **{name: asked[name] for name in ("target", "owner", "task_id")})
@@ -188,11 +214,15 @@ def acquire(connection: sa.Connection, request: RunRequest) -> Lease | RunRow:
         if changes is None:
             return read_run(row)
         changed = values | bound(changes) | {f"was_{name}": row[name] for name in _WAS}
-        if _TAKE[changes["state"]].run(connection, changed).count:
+        calls: list[tuple[Statement, Values]] = [(_TAKE[changes["state"]], changed)]
+        if restore is not None and changes.get("epoch", 1) > 1:
+            calls.append(restore)
+        taken, *read = Statement.run_together(connection, *calls)
+        if taken.count:
             if changes["state"] is RunState.QUARANTINED:
                 return read_run({**row, **changes, "lease_left_s": None})
             granted = {name: changes[name] for name in ("epoch", "lost", "failures")}
-            return lease_from(request, request.target, **granted)
+            return lease_from(request, request.target, **granted), read[0] if read else None
     raise StoreUnavailable("acquire the run", "others change it at the same time")
 
 

@@ -84,6 +84,8 @@ class Statement:
     @staticmethod
     def run_together(connection: sa.Connection, *calls: tuple[Statement, Values]) -> list[Found]:
         """Run statements one after the other; on Postgres in one round trip and one transaction: all or none."""
+        if len(calls) == 1:
+            return [statement.run(connection, values) for statement, values in calls]
         driver = _driver(connection)
         if not (_is_direct(connection) and driver.Pipeline.is_supported()):
             return [_run_in_core(connection, statement.core, values) for statement, values in calls]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import URL, Engine
@@ -88,6 +88,26 @@ class SQLStore:
         """See `Store.acquire`."""
         found = self._run("acquire the run", runs.acquire, self._seal.seal(request))
         return found if isinstance(found, Lease) else self._seal.unseal(found)
+
+    def acquire_and_restore(
+        self, request: RunRequest, keys: Sequence[bytes], *, items: bool = False
+    ) -> tuple[Lease, Callable[[], list[Checkpoint]]] | RunRow:
+        """See `Store.acquire_and_restore`."""
+        sealed = self._seal.seal(request)
+        found = self._run("acquire the run", runs.acquire_and_restore, sealed, keys, items)
+        if not isinstance(found, tuple):
+            return self._seal.unseal(found)
+        lease, restored = found
+
+        def read() -> list[Checkpoint]:
+            if lease.epoch == 1:
+                return []
+            if restored is None:
+                return self.restore(lease, keys, items=items)
+            read = self._run("restore the run", checkpoints.read_restored, lease, keys, restored)
+            return [self._seal.unseal(checkpoint) for checkpoint in read]
+
+        return lease, read
 
     def restore(self, lease: Lease, keys: Sequence[bytes], *, items: bool = False) -> list[Checkpoint]:
         """See `Store.restore`."""
