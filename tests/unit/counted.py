@@ -111,7 +111,7 @@ def count_runs() -> dict[str, dict[str, int]]:
 
 
 def count_task() -> dict[str, dict[str, int]]:
-    """Count what the chain calls as a task: to be submitted to a broker in memory, and from a worker's request on."""
+    """Count what the chain calls as a task: from a worker's request on, and to be submitted to a broker in memory."""
     from celery import Celery
     from kombu.utils.imports import symbol_by_name
 
@@ -123,6 +123,10 @@ def count_task() -> dict[str, dict[str, int]]:
     def ship_order(order: Order) -> Shipment:
         raise NotImplementedError
 
+    @app.task(name="counted.plain")
+    def plain(order_id: str) -> str:
+        return order_id
+
     def next_request() -> Any:
         ship_order.delay(ORDER)
         with app.connection_for_read() as connection, connection.SimpleQueue("celery") as queue:
@@ -132,6 +136,7 @@ def count_task() -> dict[str, dict[str, int]]:
     return {
         "delivery of the chain": count(lambda request: request.execute(), next_request),
         "submitting it": count(lambda _: ship_order.delay(ORDER)),
+        "submitting a plain task": count(lambda _: plain.delay(ORDER.order_id)),
     }
 
 
