@@ -126,6 +126,17 @@ class TestPreparing:
         assert len(prepared(store)) == found
         store.close()
 
+    def test_a_column_may_change_its_type_while_a_worker_runs(
+        self, store: SQLStore, database_url: str
+    ) -> None:
+        """What was prepared on open connections returns another type then; they are replaced."""
+        for _ in range(2):
+            assert store.find_run(GRAPH, RUN) is None
+        with connect(database_url) as admin:
+            for kind in ("varchar(500)", "text"):
+                admin.execute(f"ALTER TABLE docket_runs ALTER COLUMN target TYPE {kind}")
+                assert store.find_run(GRAPH, RUN) is None
+
 
 class TestPlans:
     """A statement that is planned once must be planned well before there are any rows."""

@@ -18,8 +18,9 @@ from docket_celery.errors import (
 from docket_celery.store.sql.engines import SETTING
 
 _PASSING_CLASSES = ("08", "53", "57")
-_PASSING_STATES = frozenset({"25006", "25P03", "40001", "40P01", "55P03"})
-_LEFT_STATES = frozenset({"25006", "57P01", "57P02", "57P03"})
+_PASSING_STATES = frozenset({"0A000", "25006", "25P03", "40001", "40P01", "55P03"})
+# 0A000: a migration has changed the type of what a prepared statement returns.
+_LEFT_STATES = frozenset({"0A000", "25006", "57P01", "57P02", "57P03"})
 _PREPARED_STATES = frozenset({"26000", "42P05"})
 _ADVICE = {
     "42501": "grant the right to the role in docket_database_url",
@@ -55,7 +56,7 @@ def sqlstate(error: DBAPIError) -> str | None:
 
 
 def leaves_server(error: DBAPIError) -> bool:
-    """Tell whether all connections are to be closed: one is dead, or the server is read-only now or shutting down."""
+    """Tell whether all connections are to be closed: dead, of a server that is read-only now or ends, or outdated."""
     return error.connection_invalidated or sqlstate(error) in _LEFT_STATES
 
 
