@@ -300,8 +300,9 @@ class Scheduler(Ending):
             if run is None:
                 return
             self._drive(run, worker)
-        # The pool has replaced this thread; what it would have taken is for another.
-        self._call_thread()
+        if self._ready or self._ready_on_pool:
+            # The pool has replaced this thread; what it would have taken is for another.
+            self._context.runtime.submit_or_retry(self._work)
 
     def _take(self, on_pool: bool) -> StepRun | None:
         with self.lock:

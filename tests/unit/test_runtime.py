@@ -193,9 +193,15 @@ def test_an_abandoned_thread_is_replaced_counted_and_forgotten_when_it_ends() ->
     pool.close()
 
 
-def test_a_thread_that_was_given_up_hands_on_what_it_would_have_taken() -> None:
-    """A step's thread that the pool has replaced by the time it returns leaves the next step to another."""
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_thread_that_was_given_up_hands_on_what_it_would_have_taken(
+    refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's thread that the pool has replaced leaves the next step to another, as soon as there can be one."""
     pool, workers = process.runtime(4).pool, list[Worker]()
+    monkeypatch.setattr("docket_celery.engine.process.runtime._LATER_S", 0.01)
+    refusing = Refusing(pool, lambda _: refused and bool(workers))
+    monkeypatch.setattr(pool, "submit", refusing)
 
     def body(*inputs: Money) -> Money:
         worker = threading.current_thread()
@@ -208,6 +214,7 @@ def test_a_thread_that_was_given_up_hands_on_what_it_would_have_taken() -> None:
     outcome = deliver(build({"a": [], "b": ["a"], "c": ["b"]}, body), "c", threads=4, helps=False)
     assert outcome.value == Money(cents=3)
     assert workers[0] not in workers[1:]
+    assert refusing.refused.is_set() is refused
 
 
 def test_too_many_abandoned_threads_refuse_new_runs() -> None:
