@@ -182,8 +182,14 @@ bench-compare: $(READY) ## Measure this library at REF=COMMIT and as it is, in t
 	@exec $(BIN)/python -m benchmarks compare "$(REF)" --only "$(ONLY)"
 
 .PHONY: bench-keep
-bench-keep: $(READY) ## Make what `make bench` measured of this code the committed results
+bench-keep: $(READY) ## Make what `make bench` measured of this code the committed results, and write the page
 	@$(BIN)/python -m benchmarks keep
+	@$(MAKE) bench-report
+
+.PHONY: bench-report
+bench-report: $(READY) $(VENV)/.stamps/bench ## Write docs/performance.md and its plots from the committed results
+	@$(BIN)/python -m benchmarks report
+	@$(PEERS)/bin/python -m benchmarks.plots
 
 # ---------------------------------------------------------- lock and delivery
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks import results, table
+from benchmarks import report, results, table
 from benchmarks.measure import ratios, spread
 from benchmarks.process import PEERS_PYTHON, ROOT
 from benchmarks.runner import Entrant, Runner
@@ -215,6 +215,7 @@ def main() -> None:
         else:
             command.add_argument("commit", help="what the checkout is compared with")
     commands.add_parser("keep")
+    commands.add_parser("report")
     options = parser.parse_args()
     for number in SIGNALS:
         signal.signal(number, lambda number, _frame: sys.exit(128 + number))
@@ -223,8 +224,10 @@ def main() -> None:
             bench(options.only, fresh=options.fresh, full=options.full, hurry=options.hurry)
         elif options.command == "compare":
             compare(options.commit, options.only, hurry=options.hurry)
-        else:
+        elif options.command == "keep":
             keep()
+        else:
+            report.write(results.COMMITTED, SCENARIOS, BUDGETS)
     except KeyboardInterrupt:
         sys.exit(130)
 

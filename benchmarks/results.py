@@ -89,7 +89,6 @@ def describe(scenario: Scenario, figure: Figure) -> Result:
         "heading": scenario.title,
         "title": figure.title,
         "unit": figure.unit,
-        "note": figure.note,
     }
 
 
@@ -129,11 +128,22 @@ def _versions() -> dict[str, str]:
 
 
 def write(path: Path, figures: Mapping[str, Result], state: str) -> None:
-    """Write *figures* as one file, a line for each way, so that a difference can be read."""
+    """Write *figures* as one file, each list on a line, so that a difference can be read."""
+    figures = {
+        name: {**figure, "ways": _without_tracebacks(figure["ways"])} for name, figure in figures.items()
+    }
     about = {"commit": state, "machine": machine(), "figures": {}}
     text = json.dumps({**about, "figures": figures}, indent=1, sort_keys=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_joined(text) + "\n")
+
+
+def _without_tracebacks(ways: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave of each error its last line: the others name folders of the machine."""
+    return {
+        way: {"error": found["error"].strip().splitlines()[-1]} if "error" in found else found
+        for way, found in ways.items()
+    }
 
 
 def _joined(text: str) -> str:

@@ -20,13 +20,14 @@ class Way:
         target: ``module:function`` below ``benchmarks.ways``; the function returns a context manager of figures.
         options: What the function gets beside the addresses of the servers.
         peer: Whether it needs the packages of requirements/bench.txt.
-        ours: Whether it measures this library: then it is compared over commits.
+        why: Why it takes less than this library where it does, for the page.
     """
 
     name: str
     target: str
     options: Mapping[str, object] = field(default_factory=dict[str, object])
     peer: bool = False
+    why: str = ""
 
     @property
     def ours(self) -> bool:
@@ -43,7 +44,6 @@ class Figure:
         title: What one run is.
         unit: What is shown; all times are kept in seconds a run.
         runs: How many runs make a round; None: as many as take the scenario's `round_s`.
-        note: Why a row is as it is, for the page.
         full: Measured only when everything is asked for: it takes minutes.
     """
 
@@ -51,7 +51,6 @@ class Figure:
     title: str
     unit: Unit = "s"
     runs: int | None = None
-    note: str = ""
     full: bool = False
 
 

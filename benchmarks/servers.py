@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Generator, Iterable
@@ -50,17 +51,21 @@ class Servers:
             # What the tests run: no wheel holds one.
             from tests.infra.rabbitmq import RabbitMQ
 
-            folder = self._folder / name
-            folder.mkdir(parents=True, exist_ok=True)
+            folder = self._own_folder(name)
+            folder.mkdir(parents=True)
             return self._stack.enter_context(RabbitMQ(folder)).url
         if name == "postgres-nofsync":
             return self._stack.enter_context(dev_servers(redis=False, private=True)).database_url
-        # Durable data outlives its server: what an interrupted measurement left is of no use.
-        data = self._folder / name
-        shutil.rmtree(data, ignore_errors=True)
-        self._stack.callback(shutil.rmtree, data, ignore_errors=True)
+        data = self._own_folder(name)
         servers = dev_servers(data_dir=data, durable=True, redis=False, private=True)
         return self._stack.enter_context(servers).database_url
+
+    def _own_folder(self, name: str) -> Path:
+        """Name a folder that no other measurement at this time uses; it is removed at the end."""
+        folder = self._folder / f"{name}-{os.getpid()}"
+        shutil.rmtree(folder, ignore_errors=True)
+        self._stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
 
 def has_rabbitmq() -> bool:

@@ -39,17 +39,25 @@ def quartiles(found: Spread, unit: str) -> str:
     return f"{text_of(low, unit)} - {text_of(high, unit)}"
 
 
+def reference(figure: Mapping[str, Any]) -> tuple[str, Sequence[float]]:
+    """Return the way that others are held against, the first one of this library, and its rounds, if it has any."""
+    for way, found in figure["ways"].items():
+        if way.startswith(OURS):
+            return way, found.get("seconds", ())
+    return "", ()
+
+
 def rows(figures: Results) -> Iterator[tuple[str, str, str, str, str, str]]:
     """Yield figure, way, median, quartiles, CPU and "ours / it" for each way of each figure."""
     for figure in figures.values():
-        ours = figure["ways"].get(OURS, {}).get("seconds")
+        first, ours = reference(figure)
         for number, (way, found) in enumerate(figure["ways"].items()):
             title = "" if number else figure["title"]
             if "error" in found:
                 yield title, way, "failed", "", "", ""
                 continue
             seen = spread(found["seconds"])
-            against = ratios(ours, found["seconds"]) if ours and way != OURS else None
+            against = ratios(ours, found["seconds"]) if ours and way != first else None
             yield (
                 title,
                 way,

@@ -6,6 +6,8 @@ from benchmarks.budgets import Budget
 from benchmarks.scenario import OURS, Figure, Scenario, Way
 
 POOL, DIRECT, HAMILTON = "by hand on a pool", "direct calls", "Hamilton"
+WHY_DIRECT = "functions that call one another: no graph, no thread, no retry, no deadline, one step at a time"
+WHY_HAMILTON = "it runs one step after the other on the calling thread, without retries, deadlines and events"
 
 SCENARIOS = (
     Scenario(
@@ -15,17 +17,17 @@ SCENARIOS = (
             Figure(name="fan", title="3 steps and a join"),
             Figure(name="chain_10", title="chain of 10 steps"),
             Figure(name="chain_100", title="chain of 100 steps"),
-            Figure(
-                name="sleeps",
-                title="3 steps that sleep 50 ms, and a join",
-                note="What runs independent steps at the same time takes little more than 50 ms.",
-            ),
+            Figure(name="sleeps", title="3 steps that sleep 50 ms, and a join"),
         ),
         ways=(
             Way(name=OURS, target="ours:in_process"),
-            Way(name=POOL, target="by_hand:pool"),
-            Way(name=DIRECT, target="by_hand:direct"),
-            Way(name=HAMILTON, target="hamilton:sequential", peer=True),
+            Way(
+                name=POOL,
+                target="by_hand:pool",
+                why="four futures and nothing else, written for this one graph",
+            ),
+            Way(name=DIRECT, target="by_hand:direct", why=WHY_DIRECT),
+            Way(name=HAMILTON, target="hamilton:sequential", peer=True, why=WHY_HAMILTON),
             Way(name="Hamilton, threads", target="hamilton:threads", peer=True),
             Way(name="pydantic-graph", target="pydantic_graph:graphs", peer=True),
             Way(name="dask", target="dask:threads", peer=True),
@@ -42,8 +44,8 @@ SCENARIOS = (
         ),
         ways=(
             Way(name=OURS, target="ours:random_graphs"),
-            Way(name=DIRECT, target="by_hand:direct"),
-            Way(name=HAMILTON, target="hamilton:random_graphs", peer=True),
+            Way(name=DIRECT, target="by_hand:direct", why=WHY_DIRECT),
+            Way(name=HAMILTON, target="hamilton:random_graphs", peer=True, why=WHY_HAMILTON),
         ),
         rounds=5,
     ),

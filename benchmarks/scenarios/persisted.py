@@ -20,11 +20,20 @@ FIGURES = (
 )
 WAYS = (
     Way(name=OURS, target="ours:persisted"),
-    Way(name=SEVEN, target="by_hand:seven_statements"),
-    Way(name=INSERTS, target="by_hand:inserts"),
-    Way(name=SELECTS, target="by_hand:selects"),
+    Way(
+        name=SEVEN,
+        target="by_hand:seven_statements",
+        why="rows of one or two columns on a connection of the caller's: no lease, no fence, no history, no checksum",
+    ),
+    Way(name=INSERTS, target="by_hand:inserts", why="the outputs alone: nobody could resume a run from them"),
+    Way(name=SELECTS, target="by_hand:selects", why="a row by its key: no job that is compared, no checksum"),
     Way(name=DBOS, target="dbos:steps", peer=True),
-    Way(name=LANGGRAPH, target="langgraph:tasks", peer=True),
+    Way(
+        name=LANGGRAPH,
+        target="langgraph:tasks",
+        peer=True,
+        why="submitted again, it reads the state of the thread and compares no job",
+    ),
 )
 
 SCENARIOS = (
@@ -41,6 +50,7 @@ SCENARIOS = (
         figures=FIGURES,
         ways=WAYS,
         servers=("postgres-nofsync",),
+        rounds=5,
     ),
 )
 

@@ -14,9 +14,19 @@ SCENARIOS = (
         figures=(Figure(name="import", title="a Python that imports it and ends"),),
         ways=(
             Way(name=OURS, target="starting:imports", options={"what": "ours"}),
-            Way(name=CELERY, target="starting:imports", options={"what": "celery"}),
+            Way(
+                name=CELERY,
+                target="starting:imports",
+                options={"what": "celery"},
+                why="part of what is imported here",
+            ),
             Way(name="SQLAlchemy and psycopg", target="starting:imports", options={"what": "sql"}),
-            Way(name="Python alone", target="starting:imports", options={"what": "nothing"}),
+            Way(
+                name="Python alone",
+                target="starting:imports",
+                options={"what": "nothing"},
+                why="it imports nothing",
+            ),
         ),
         round_s=1.0,
     ),
@@ -28,7 +38,13 @@ SCENARIOS = (
             Figure(name="idle", title="memory when idle (PSS of all its processes)", unit="MB", runs=1),
         ),
         ways=tuple(
-            Way(name=name, target="starting:workers", options={"app": app, "plugin": plugin}, peer=True)
+            Way(
+                name=name,
+                target="starting:workers",
+                options={"app": app, "plugin": plugin},
+                peer=True,
+                why="its app declares no GraphTask: Protocol Buffers and this library are not imported",
+            )
             for name, app, plugin in (
                 (OURS, "celery_app", True),
                 (PLUGIN, "celery_plain_app", True),
@@ -45,7 +61,10 @@ SCENARIOS = (
             Figure(name="run", title="held by a run that waits in a coroutine", unit="KB", runs=1),
             Figure(name="item", title="peak of a batch of no-op items, an item", unit="KB", runs=1),
         ),
-        ways=(Way(name=OURS, target="memory:ours"), Way(name="by hand", target="memory:by_hand")),
+        ways=(
+            Way(name=OURS, target="memory:ours"),
+            Way(name="by hand", target="memory:by_hand", why="a coroutine, and a list of results"),
+        ),
         rounds=3,
     ),
 )

@@ -40,6 +40,8 @@ def worker(app: str, *arguments: str, python: str = sys.executable) -> Generator
         RuntimeError: It ended instead.
     """
     command = [python, "-P", "-m", "celery", "-A", app, "worker", "-c", "2", "-l", "WARNING"]
+    # RabbitMQ refuses a second worker of one name.
+    command += ["-n", f"bench-{os.getpid()}@%h"]
     ready, told = os.pipe()
     with subprocess.Popen(
         [*command, "--without-gossip", "--without-mingle", *arguments],
