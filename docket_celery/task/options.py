@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -104,12 +105,18 @@ def take_batch_options(options: dict[str, Any]) -> dict[str, Any]:
     An option that reads like one of ours and is none, or an unfit serializer, raises InvalidArguments.
     """
     check_serializer(options.get("serializer"))
-    ours = (*_BATCH_OPTIONS, "execution_id")
-    for name in options.keys() - set(ours):
+    for name in options:
         # Celery takes any option and drops what it does not know: a misspelt limit would be none.
-        if close := difflib.get_close_matches(name, ours, n=1, cutoff=0.85):
-            raise InvalidArguments(name, f"is not known; did you mean {close[0]}?")
+        if (meant := _find_meant(name)) is not None:
+            raise InvalidArguments(name, f"is not known; did you mean {meant}?")
     return {name: value for name in _BATCH_OPTIONS if (value := options.pop(name, None)) is not None}
+
+
+@functools.lru_cache(maxsize=256)
+def _find_meant(name: str) -> str | None:
+    """Return the option of ours that *name* reads like and is not; a comparison takes longer than all the rest."""
+    ours = (*_BATCH_OPTIONS, "execution_id")
+    return None if name in ours else next(iter(difflib.get_close_matches(name, ours, n=1, cutoff=0.85)), None)
 
 
 def take_routing(cls: type) -> dict[str, Any]:
