@@ -66,6 +66,7 @@ class TestConnections:
             "search_path",
             "plan_cache_mode",
             "enable_seqscan",
+            "jit",
         ]
         with store.engine.connect() as connection:
             found = {name: str(connection.execute(text(f"SHOW {name}")).scalar_one()) for name in names}
@@ -91,6 +92,7 @@ class TestConnections:
             "search_path": '"$user", public',
             "plan_cache_mode": "force_generic_plan",
             "enable_seqscan": "off",
+            "jit": "off",
             "prepare_threshold": "1000000000",
             "autocommit": "True",
             "connect_timeout": "5",
