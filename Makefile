@@ -191,6 +191,10 @@ bench-report: $(READY) $(VENV)/.stamps/bench ## Write docs/performance.md and it
 	@$(BIN)/python -m benchmarks report
 	@$(PEERS)/bin/python -m benchmarks.plots
 
+.PHONY: simulate
+simulate: $(READY) ## Measure what runs cost on each server, simulate larger sites, write docs/scaling.md
+	@exec $(BIN)/python -m benchmarks.simulate --measure
+
 # ---------------------------------------------------------- lock and delivery
 
 COMPILE := pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \

@@ -23,7 +23,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LEAVE_S = 5.0
 
 
-@pytest.mark.parametrize("page", ["beat", "deploying", "fastapi", "logging", "retries"])
+@pytest.mark.parametrize("page", ["beat", "deploying", "fastapi", "logging", "retries", "scaling"])
 def test_the_code_of_a_page_runs(page: str, tmp_path: Path) -> None:
     """All blocks of a page are one program, whose own assertions hold."""
     blocks = BLOCK.findall((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"))
