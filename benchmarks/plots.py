@@ -53,12 +53,17 @@ def draw_bars(axes: Any, figure: Mapping[str, Any]) -> None:
         axes.plot([seen.low, seen.high], [at, at], color=GREY, linewidth=2)
         text = text_of(1 / seen.median if rate else seen.median, unit)
         axes.text(max(seen.median, seen.high), at, f" {text}", va="center", color=GREY, fontsize=8)
-    axes.set_yticks(range(len(ways)), list(reversed(ways)), color=GREY, fontsize=8)
+    axes.set_yticks(
+        range(len(ways)),
+        [way.removeprefix("docket_celery, ") for way in reversed(ways)],
+        color=GREY,
+        fontsize=8,
+    )
     title = f"{figure['title']} ({'more' if rate else 'less'} is better)"
-    axes.set_title("\n".join(wrap(title, 45)), color=GREY, fontsize=9, loc="left")
+    axes.set_title("\n".join(wrap(title, 36)), color=GREY, fontsize=9, loc="left")
     axes.set_xticks([])
-    axes.margins(x=0.25)
-    axes.set_xlim(left=0)
+    # Room for the figures at the ends of the bars.
+    axes.set_xlim(0, 1.5 * axes.dataLim.x1)
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
@@ -76,7 +81,12 @@ def draw(name: str, figures: Sequence[Mapping[str, Any]]) -> None:
         axes.set_visible(False)
     sheet.tight_layout()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    sheet.savefig(FOLDER / f"{name}.svg", transparent=True, metadata={"Date": None, "Creator": None})
+    sheet.savefig(
+        FOLDER / f"{name}.svg",
+        transparent=True,
+        bbox_inches="tight",
+        metadata={"Date": None, "Creator": None},
+    )
     pyplot.close(sheet)
 
 

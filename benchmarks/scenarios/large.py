@@ -35,7 +35,6 @@ SCENARIOS = (
             Figure(name="items_10000", title="10,000 items", runs=1),
             Figure(name="items_100000", title="100,000 items", runs=1, full=True),
             Figure(name="worker_peak", title="largest process of the worker, peak", unit="MB", runs=1),
-            Figure(name="broker_peak", title="Redis, peak", unit="MB", runs=1),
         ),
         ways=(
             Way(name=OURS, target="batches:batch"),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import redis
 from celery import chord
 
 from benchmarks.host import Run
@@ -54,17 +53,13 @@ def _figures(
 ) -> Generator[Mapping[str, Run]]:
     # Both ways have the same worker, which holds the batch's task.
     SQLStore(options["database"]).migrate()
-    clients: Any = redis.Redis
-    broker_mb = [0.0]
-    with clients.from_url(options["redis"]) as client, worker("benchmarks.ways.batch_app") as process:
+    with worker("benchmarks.ways.batch_app") as process:
 
         def measured(items: int) -> Run:
             def once(count: int) -> None:
-                client.config_resetstat()
                 for _ in range(count):
                     if (made := run(items)) != items:
                         raise AssertionError(f"{made} of {items} items came back")
-                broker_mb[0] = int(client.info("memory")["used_memory_peak"]) / 2**20
 
             return once
 
@@ -72,7 +67,6 @@ def _figures(
             **{f"items_{size}": measured(size) for size in sizes},
             # Of the largest batch until then.
             "worker_peak": lambda _count: _peak_mb(process.pid),
-            "broker_peak": lambda _count: broker_mb[0],
         }
 
 
