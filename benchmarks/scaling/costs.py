@@ -40,7 +40,7 @@ class Effort:
         rounds: Of which the one is kept that other work has disturbed least, after one of warm-up.
     """
 
-    jobs: int = 120
+    jobs: int = 200
     rounds: int = 4
 
 

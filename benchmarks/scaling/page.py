@@ -53,6 +53,7 @@ def values(found: Found) -> dict[str, str]:
     purge, beat = found["upkeep"]["purge"], found["upkeep"]["heartbeat"]
     beats = 100 * 4 / (30 / 4)  # a second: 100 nodes of 4 children, a lease of 30 s
     return {
+        "jobs": str(found["jobs"]),
         "parent_rate": f"{1 / plain.parent_s:,.0f}",
         "broker_rate": f"{1 / plain.broker_s:,.0f}",
         "core_rate": f"{1 / four.postgres_s:,.0f}",

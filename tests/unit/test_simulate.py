@@ -69,6 +69,7 @@ def test_the_wall_is_named_and_no_run_passes_it(
     outcome = Model(demand, there).saturate(2000)
     assert (computed, outcome.wall) == (wall, wall)
     assert outcome.rate == pytest.approx(rate, rel=0.02)
+    assert outcome.used[wall] == pytest.approx(1, rel=0.05)
 
 
 def test_more_nodes_carry_more_until_a_server_is_full() -> None:
