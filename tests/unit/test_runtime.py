@@ -1,20 +1,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gc
 import itertools
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from docket_celery.engine.process import pool as pool_module
 from docket_celery.engine.process.loops import LoopThread
 from docket_celery.engine.process.pool import Pool, Worker
 from docket_celery.engine.process.state import process
@@ -35,6 +39,9 @@ from docket_celery.store import MemoryStore
 from docket_celery.store.records import RunState
 from tests.unit.graphs import WAIT_S, build, deliver, execute, pass_on, reached, start, total, within
 from tests.unit.protos.shop_pb2 import Charge, Money, Order, Reservation, Shipment
+
+if TYPE_CHECKING:
+    from _typeshed import TraceFunction
 
 
 def poll(condition: Callable[[], bool]) -> None:
@@ -122,6 +129,55 @@ def test_threads_wake_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(given) == 3
     poll(lambda: len(pool._idle) == 3)
     pool.close()
+
+
+def interrupted_at(line: int, call: Callable[[], object]) -> bool:
+    """Raise in *call* at the *line*-th line of what `Pool.submit` calls, as a signal does; False: it has fewer."""
+    left = itertools.count(line, -1)
+
+    def stop(frame: FrameType, event: str, _argument: object) -> TraceFunction | None:
+        if frame.f_code.co_filename != pool_module.__file__:
+            return None
+        # Not where `with` gives its lock back: there Python looks for no signal.
+        if frame.f_code.co_name != Pool.submit.__name__ and event == "line" and next(left) == 0:
+            raise InterruptedError
+        return stop
+
+    traced = sys.gettrace()
+    sys.settrace(stop)
+    try:
+        call()
+    except InterruptedError:
+        return True
+    finally:
+        sys.settrace(traced)
+    return False
+
+
+def interrupt_submission(line: int) -> bool:
+    """Interrupt a submission to a pool of idle threads, check that the next work is done; tell whether it was cut."""
+    pool, meet, done = Pool(3, idle_s=3600.0), threading.Barrier(4), threading.Event()
+    for _ in range(3):
+        pool.submit(lambda: reached_by(meet))
+    reached_by(meet)
+    poll(lambda: len(pool._idle) == 3)
+    workers = list(pool._workers)
+    interrupted = interrupted_at(line, lambda: pool.submit(lambda: None))
+    pool.submit(done.set)
+    reached(done)
+    pool.close(timeout_s=0.0)
+    for worker in workers:
+        # One that was to be woken may have been taken from the idle ones; it would wake by itself after an hour.
+        with contextlib.suppress(RuntimeError):
+            worker.give(None)
+        worker.join(WAIT_S)
+    assert not pool._workers
+    return interrupted
+
+
+def test_a_signal_at_any_moment_of_a_submission_leaves_no_thread_asleep() -> None:
+    """Whatever it interrupts, other threads that are idle still wake for the work that comes next."""
+    assert next(line for line in itertools.count() if not interrupt_submission(line)) > 3
 
 
 def test_idle_threads_end_and_later_work_starts_new_ones() -> None:

@@ -35,9 +35,9 @@ class Worker(StepThread):
         self._idles.acquire()
 
     def give(self, work: Work | None) -> None:
-        """Wake it for *work*; the caller has taken it from the idle ones."""
-        self.given = work
+        """Wake it for *work*; the caller has taken it from the idle ones, and holds the pool's lock."""
         self._idles.release()
+        self.given = work
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until it is given work; False: it was given none in time."""
@@ -77,7 +77,7 @@ class Pool:
         self._size, self._idle_s = size, IDLE_S if idle_s is None else idle_s
         self._queue: deque[Work] = deque()
         self._idle: list[Worker] = []
-        self._waking = False
+        self._waking: Worker | None = None
         self._lock = threading.Lock()
         self._outstanding = 0
         self._closed = False
@@ -151,9 +151,8 @@ class Pool:
                 return None
             if not woken:
                 worker.wait(0.0)  # it was given work in this moment
-            self._waking = False
+            work, worker.given = worker.given, None
             self._wake_one()
-        work, worker.given = worker.given, None
         return work
 
     def leave(self, worker: Worker, *, worked: bool) -> bool:
@@ -165,7 +164,7 @@ class Pool:
             self._outstanding -= worked
             # Idle: whatever is outstanding, be it handed in this moment, has one of the others to do it.
             idle = not worked and self._outstanding < len(self._workers)
-            spare = idle or len(self._workers) > self._size or (self._closed and not self._outstanding)
+            spare = idle or len(self._workers) > self._size or (self._closed and not self._queue)
             if spare:
                 self._workers.discard(worker)
         return spare
@@ -214,9 +213,11 @@ class Pool:
                 worker.join(max(0.0, until - time.monotonic()))
 
     def _wake_one(self) -> None:
-        if self._queue and self._idle and not self._waking:
-            self._waking = True
-            self._idle.pop().give(self._queue.popleft())
+        # A signal may raise in the thread that submits, between any two of these steps: one that was given nothing
+        # must not seem to be waking.
+        if self._queue and self._idle and (self._waking is None or self._waking.given is None):
+            self._waking = self._idle.pop()
+            self._waking.give(self._queue.popleft())
 
     def _grow(self) -> None:
         if self._outstanding > len(self._workers) and len(self._workers) < self._size:
