@@ -15,7 +15,7 @@ from benchmarks.ways.peers import load
 
 @contextmanager
 def steps(options: Mapping[str, Any]) -> Generator[Mapping[str, Run]]:
-    """Workflows that are called by a fresh id; steps in parallel by asyncio.gather, as the tutorial does it.
+    """Workflows that are called by a fresh id; steps in parallel by asyncio.gather.
 
     Outputs are integers: it writes what it is given by pickle.
     """

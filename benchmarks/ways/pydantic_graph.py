@@ -1,4 +1,4 @@
-"""pydantic-graph: steps, a broadcast and a join (ai.pydantic.dev, graph/parallel and graph/joins).
+"""pydantic-graph: steps, a broadcast and a join (ai.pydantic.dev, graph/beta/parallel and graph/beta/joins).
 
 Its steps are coroutines. What blocks goes to a thread, as asyncio's own docs advise.
 """
