@@ -120,7 +120,11 @@ class Scheduler(Ending):
         # Taken under the lock, they are ours to end, even where an alarm has rung: it finds them gone.
         for run, waits_for in waiting.items():
             waits_for.cancel()
-            self._drive(run, None, GivenUp())
+            give_up = functools.partial(self._drive, run, None, GivenUp())
+            if run.claims and not self._context.runtime.pool.has_thread():
+                self._context.runtime.submit_or_retry(give_up)  # it drops the claim, which is SQL
+            else:
+                give_up()
         if over:
             self._end()
 

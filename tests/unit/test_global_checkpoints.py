@@ -271,6 +271,43 @@ def test_a_run_aborted_beside_a_claim_gives_it_up() -> None:
     assert waiting.result(WAIT_S) == "7 2"
 
 
+def test_a_claim_is_dropped_on_the_pool_when_the_calling_thread_fails() -> None:
+    """The thread that waits for a run may run its simple steps, but no SQL."""
+    threads, retrying = list[threading.Thread](), threading.Event()
+
+    class NotingStore(MemoryStore):
+        def release_claim(self, key: bytes, owner: str) -> None:
+            threads.append(threading.current_thread())
+            super().release_claim(key, owner)
+
+    graph = Graph("rates", store=NotingStore())
+    graph.listeners.append(lambda event: retrying.set() if event.kind is EventKind.STEP_RETRYING else None)
+
+    @graph.step(persist=Scope.GLOBAL, retry=RetryPolicy(backoff=FixedBackoff(3600)))
+    def charge(order: Order) -> Charge:
+        raise ConnectionError("again")
+
+    @graph.step
+    def reserve(order: Order) -> Reservation:
+        reached(retrying)
+        raise KeyError("none left")
+
+    @graph.step
+    def ship(charge: Charge, reservation: Reservation) -> Shipment:
+        return Shipment()
+
+    caller = list[threading.Thread]()
+
+    def ask() -> None:
+        caller.append(threading.current_thread())
+        graph.execute(Shipment, Order(order_id="7"))
+
+    with pytest.raises(StepFailed, match="none left"):
+        within(ask)
+    assert len(threads) == 1
+    assert threads[0] is not caller[0]
+
+
 def ship(charge: Charge) -> Shipment:
     """Ship what was charged."""
     return Shipment(tracking_id=charge.charge_id)

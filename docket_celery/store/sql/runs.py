@@ -47,7 +47,7 @@ from docket_celery.store.sql.checkpoints import (
     date_checkpoints,
     restoring,
 )
-from docket_celery.store.sql.clock import after, later, now, seconds_left, writing
+from docket_celery.store.sql.clock import after, began, later, now, seconds_left, writing
 from docket_celery.store.sql.constructs import greatest, one_of
 from docket_celery.store.sql.fenced import ADD_EXECUTIONS
 from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_runs
@@ -87,12 +87,12 @@ _ASKED = ("task_name", "task_id", "retries")
 _NEW = {
     **{name: given(docket_runs, name) for name in (*NAME, *_ASKED, "target", "job", "job_digest")},
     **dict.fromkeys(("stage", "lost", "failures"), 0),
-    **dict.fromkeys(("created_at", "updated_at"), now()),
+    **dict.fromkeys(("created_at", "updated_at"), began()),
 }
 _TAKEN = {"owner": given(docket_runs, "owner"), "lease_until": after(LEASE_S)}
 _ADD = (
     upsert(docket_runs)
-    .values({**_NEW, **_TAKEN, "state": RunState.RUNNING.value, "epoch": 1, "started_at": now()})
+    .values({**_NEW, **_TAKEN, "state": RunState.RUNNING.value, "epoch": 1, "started_at": began()})
     .on_conflict_do_nothing(index_elements=NAME)
     .execution_options(preserve_rowcount=True)
 )
