@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("docket_celery.run")
 _SLICE_S = 0.5
-_END_TRIES = 4
+_END_TRIES = 5  # as a save has: with the end goes the checkpoint of the target
 _LOST_BUSY_S = 1.0
 _MOST_SHOWN, _MOST_CHARS = 3, 300
 
@@ -263,7 +263,7 @@ class Run:
                 again = functools.partial(self._write_end, result, held, tries + 1)
                 runtime.timer.after(0.2 * 2**tries, functools.partial(runtime.submit_or_retry, again))
                 return
-            # What is saved stays saved; the next delivery restores it and writes the end.
+            # What is saved stays saved: the next delivery restores it, makes the rest and writes the end.
             result = self.parked_or_failed(error, held.lease)
         except (CodecFailed, PayloadTooLarge) as error:
             if result.error is None:

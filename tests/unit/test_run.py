@@ -672,6 +672,35 @@ def test_a_save_is_given_up_at_the_fifth_refusal() -> None:
     assert store.saves == 5
 
 
+class Unending(MemoryStore):
+    """A store that refuses its first *refusals* ends."""
+
+    def __init__(self, refusals: int) -> None:
+        super().__init__()
+        self._left = refusals
+
+    def end(self, lease: Lease, end: RunEnd) -> None:
+        if self._left:
+            self._left -= 1
+            raise down()
+        super().end(lease, end)
+
+
+def test_an_end_that_saves_the_target_is_tried_as_often_as_a_save() -> None:
+    """Its step would be called again for an outage that a save outlives."""
+    store, graph = Unending(4), Graph("shop")
+    timer = process.runtime(2).timer = Hasty()
+
+    @graph.step(persist=Scope.WORKFLOW)
+    def charge(order: Order) -> Charge:
+        return Charge()
+
+    made = within(lambda: execute(graph, Charge, Order(order_id="7"), threads=2, store=store))
+    assert made == Charge()
+    assert timer.waits == [0.4, 0.8, 1.6, 3.2]
+    assert [row.step_name for row in store.executions] == ["charge"]
+
+
 def test_a_save_is_not_tried_again_under_a_lease_that_may_be_another_workers() -> None:
     """The store did not answer for so long that somebody else may have the run."""
 
