@@ -124,7 +124,8 @@ class Run:
 
     def watch(self) -> None:
         """Poll from the timer until the run ends: no thread waits for it."""
-        if not self.concluded and (self._until is not None or self._leases):
+        beats = self.context.beats is not None  # by the thread that runs the steps, of claims too
+        if not self.concluded and (self._until is not None or self._leases or beats):
             self.context.runtime.timer.after(self.poll(), self.watch)
 
     def stop(self, error: BaseException) -> None:

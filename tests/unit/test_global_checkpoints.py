@@ -1,22 +1,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeAlias
 
 import pytest
 
 from docket_celery.engine.execution import Scheduler
+from docket_celery.engine.process.settings import Settings
 from docket_celery.engine.process.state import process
 from docket_celery.engine.process.timer import Alarm, Timer
+from docket_celery.engine.run_context import Submission
 from docket_celery.errors import AbortError, InvalidArguments, LeaseLost, StepFailed, StoreUnavailable
 from docket_celery.graph import Graph
 from docket_celery.observe.events import Event, EventKind
-from docket_celery.plan.annotation import Named
+from docket_celery.plan.annotation import Named, ValueKey
 from docket_celery.plan.context import StepContext
 from docket_celery.plan.options import FixedBackoff, RetryPolicy, Scope
 from docket_celery.store import MemoryStore
-from docket_celery.store.records import Checkpoint, StepExecution
+from docket_celery.store.records import Checkpoint, Halt, Lease, StepExecution
 from tests.unit.graphs import WAIT_S, execute, pass_on, reached, start, within
 from tests.unit.protos.shop_pb2 import Charge, Label, Order, Reservation, Shipment
 
@@ -438,6 +441,33 @@ def test_a_claim_outlives_the_attempts_of_its_step() -> None:
     runs = [start(rates.ask) for _ in range(2)]
     assert [run.result(WAIT_S) for run in runs] == ["7 2"] * 2
     assert [event.kind for event in heard].count(EventKind.STEP_RESTORED) == 1
+
+
+def test_a_claim_is_extended_on_the_calling_thread_too() -> None:
+    """With `docket_threads` = 0, although such a run has no lease that would be extended beside it."""
+    extended = threading.Event()
+
+    class Extending(MemoryStore):
+        def extend(
+            self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
+        ) -> dict[tuple[str | int, ...], Halt | None]:
+            if claims:
+                extended.set()
+            return super().extend(leases, claims)
+
+    graph, store = Graph("shop"), Extending()
+
+    @graph.step(persist=Scope.GLOBAL)
+    def charge(order: Order, ctx: StepContext) -> Charge:
+        until = time.monotonic() + WAIT_S
+        while not extended.is_set() and time.monotonic() < until:
+            ctx.sleep(0.01)
+        return Charge()
+
+    settings = Settings(threads=0, lease_seconds=1)
+    plan = graph.plan_for(ValueKey(Charge), (Order(),))
+    within(lambda: graph.deliver(plan, (Order(),), Submission(execution_id="run"), settings, store=store))
+    assert extended.is_set()
 
 
 def test_of_equal_items_one_computes() -> None:
