@@ -102,7 +102,7 @@ class TestInterleaving:
         """The holder has restored what there was: this is a defect, and two values may not both count."""
         lease = bench.take()
         bench.store.save(lease, output(data=b"first"), None)
-        with pytest.raises(StoreRefused):
+        with pytest.raises(StoreRefused, match="delete that, too"):
             bench.store.end(lease, ending(checkpoint=output(data=b"second")))
         assert bench.state() is RunState.RUNNING
 

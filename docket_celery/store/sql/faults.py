@@ -26,6 +26,7 @@ _ADVICE = {
     "42501": "grant the right to the role in docket_database_url",
     "22021": "use a database whose encoding is UTF8",
     "22P05": "use a database whose encoding is UTF8",
+    "23505": "a run that was deleted has left a checkpoint in docket_cache; delete that, too",
 }
 _OPTIONS_ADVICE = (
     "the pooler refuses start-up options; add '?options=' (an empty value) to docket_database_url, and set "
