@@ -62,16 +62,16 @@ def park_s(
 ) -> float | None:
     """Return in how many seconds Celery delivers a run again that *error* ended, or None to end it.
 
-    Its lease counts its ordinary retries; without one Celery does, so far *retries*, beside *outages*: deliveries
-    that did not reach the database.
+    Its lease counts its ordinary retries; without one they are Celery's *retries* but for *outages*: deliveries that
+    did not reach the database.
     """
     if isinstance(error, StoreUnavailable):
         # Growing and spread, as all tasks wait for the database.
         longest_s = min(LONGEST_WAIT_S, task.default_retry_delay * 2.0 ** min(outages, 10))
         return longest_s * random.uniform(0.5, 1.0)  # noqa: S311 -- spreads load, keeps no secret
-    failures = retries if lease is None else lease.failures
+    failures = retries - outages if lease is None else lease.failures
     limit = task.retry_kwargs.get("max_retries", task.declared_max_retries)
-    is_last = lease is not None and limit is not None and failures >= limit
+    is_last = limit is not None and failures >= limit
     return None if is_last or not _may_retry(task, error) else backoff_s(task, failures)
 
 

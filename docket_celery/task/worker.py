@@ -35,8 +35,8 @@ def _on_after_finalize(sender: Any = None, **_: Any) -> None:
     """Look at the wiring once all tasks are declared; a fault is logged here and stops a worker's start."""
     for task in graph_tasks(sender):
         try:
-            if task.plan().keeps_run:
-                # The run's row has the bound on retries, not Celery: both end alike.
+            if task.plan().persists:
+                # The run's row has the bound on retries, or `park_s`, not Celery: both end alike.
                 type(task).max_retries = None
         except DocketError as error:
             # The report names places and fixes; a traceback would only bury it.
@@ -58,7 +58,7 @@ def _on_worker_init(sender: Any = None, **_: Any) -> None:
         for task in () if faults else graph_tasks(sender.app):
             # Those that were declared after the app was finalized have not been looked at.
             plan = task.plan()
-            if plan.keeps_run or task.graph.find_batch_store(plan, app_settings(sender.app)) is not None:
+            if plan.persists or task.graph.find_batch_store(plan, app_settings(sender.app)) is not None:
                 # Parts of a batch too outlast outages and dead workers for as long as their rows say.
                 type(task).max_retries = None
     except Exception as error:  # noqa: BLE001 -- Celery would log it and start the worker all the same

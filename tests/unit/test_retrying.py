@@ -113,6 +113,13 @@ def test_the_row_counts_the_retries(options: dict[str, Any], last: int) -> None:
     assert park_s(task, OSError(), lease(last + 1)) is None
 
 
+def test_without_a_row_celerys_count_bounds_the_retries() -> None:
+    """A job that only caches has none; deliveries that did not reach the database do not count."""
+    task = task_with(autoretry_for=(OSError,))
+    assert park_s(task, OSError(), None, retries=6, outages=4) == 7.0
+    assert park_s(task, OSError(), None, retries=7, outages=4) is None
+
+
 def test_no_number_is_no_bound() -> None:
     """max_retries=None means what it means to Celery."""
     task = task_with(autoretry_for=(OSError,), declared_max_retries=None)
