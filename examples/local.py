@@ -184,7 +184,8 @@ def _start(command: Sequence[str], environment: Mapping[str, str], output: int) 
         stderr=output,
         # Ctrl-C at a terminal reaches the whole group; the worker is told to stop by us, once and in order.
         start_new_session=True,
-        preexec_fn=signal_on_parent_death(signal.SIGTERM),  # noqa: PLW1509 -- no thread runs yet
+        # Not SIGTERM: a task that ends now would wait for the broker, which dies too, and the worker for the task.
+        preexec_fn=signal_on_parent_death(signal.SIGKILL),  # noqa: PLW1509 -- no thread runs yet
     )
 
 
