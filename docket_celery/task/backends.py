@@ -8,7 +8,6 @@ store: its task is sent again instead, finds the run ended, and tells its outcom
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Mapping
 from typing import Any, Final, cast
@@ -17,7 +16,6 @@ from celery import states
 from celery.exceptions import OperationalError
 from kombu.exceptions import EncodeError
 
-from docket_celery.task.app_settings import this_worker
 from docket_celery.task.envelope import to_stored
 from docket_celery.task.headers import UNTOLD, WAITS_FOR_OTHER
 from docket_celery.task.retries import LONGEST_WAIT_S, send_copy
@@ -95,11 +93,6 @@ class _Patient:
 
     app: Any
 
-    def exception_safe_to_retry(self, exc: Exception) -> bool:
-        """Tell whether to wait for the server; a child whose worker is gone does not wait, so that it ends."""
-        owner: Any = super()
-        return not _is_orphan() and bool(owner.exception_safe_to_retry(exc))
-
     def _get_result_meta(self, result: Any, state: str, *more: Any, **options: Any) -> Any:
         """Return what is kept of a task; its result in a form that a process without this library can read."""
         owner: Any = super()
@@ -118,11 +111,6 @@ class _Patient:
         owner.mark_as_failure(task_id, exc, traceback=traceback, request=request, **options)
 
 
-def _is_orphan() -> bool:
-    """Tell whether this is a child of a worker whose main process has ended."""
-    return this_worker.forks and os.getpid() != this_worker.main_pid and os.getppid() != this_worker.main_pid
-
-
 def _told_success(backend: Any, request: Any) -> bool:
     """Tell whether *request* is a copy of a delivery whose success is stored: its own error is nobody's."""
     headers: Mapping[str, Any] = request.headers or {}
@@ -137,8 +125,6 @@ def _sent_again(app: Any, request: Any, error: BaseException) -> bool:
     tries = int(headers.get(UNTOLD) or 0) + 1
     if not getattr(request, _ENDED, False) or isinstance(error, EncodeError) or tries > _MOST_TRIES:
         return False
-    if _is_orphan():
-        return False  # the broker delivers the message again, which nobody acknowledges any more
     for attempt in range(1, _MOST_TRIES + 1):
         try:
             send_copy(app.tasks[request.task], request, _wait_s(tries), {UNTOLD: tries})

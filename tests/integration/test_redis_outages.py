@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from docket_celery.devserver.processes import ServerProcess
@@ -136,27 +133,6 @@ def test_a_run_whose_link_cannot_be_sent_is_not_told_as_failed(
         assert isinstance(result.get(timeout=WITHIN_S), Shipment)
         wait_until(lambda: bool(book.acts("link", "note")), within_s=WITHIN_S, what="the linked task runs")
     assert len(book.acts("linked", "charge")) == 1
-
-
-def test_a_child_whose_worker_is_gone_does_not_wait_for_redis(
-    start_worker: StartWorker, book: Book, redis: Redis
-) -> None:
-    """Nobody acknowledges its message any more; it ends, and another worker will find the run ended."""
-    servers = Servers(broker_url=redis.url, result_url=redis.url, database_url=book.url)
-    worker = start_worker("prefork", 1, app=APP, env=environment(servers))
-    with pointed_at(app, servers):
-        order = Order(order_id="orphan", stock={"ship:gate": 1})
-        process.apply_async((order,), execution_id="orphan")
-    wait_until(lambda: bool(book.acts("orphan", "ship")), within_s=WITHIN_S, what="ship begins")
-    child = psutil.Process(book.acts("orphan", "ship")[0].pid)
-    redis.stop()
-    book.open_gate("orphan")
-    wait_until(lambda: state_of(book, "orphan") == "SUCCEEDED", within_s=WITHIN_S, what="the run ends")
-    wait_until(
-        lambda: "Failed operation" in worker.read_log(), within_s=WITHIN_S, what="its result waits for Redis"
-    )
-    os.kill(worker.pid, signal.SIGKILL)
-    wait_until(lambda: not child.is_running(), within_s=WITHIN_S, what="the child ends")
 
 
 def state_of(book: Book, execution_id: str) -> str | None:
