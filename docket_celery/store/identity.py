@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import uuid
 from collections.abc import Iterable, Iterator
 
@@ -59,13 +58,6 @@ def _parts(inputs: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
 def idempotency_key(graph: str, execution_id: str, step: str, item: str = "") -> str:
     """Return the UUID that names this step of this run to the outside world, the same on every attempt."""
     return str(uuid.uuid5(_KEY_NAMESPACE, workflow_key(graph, execution_id, step, item).hex()))
-
-
-def random_id() -> str:
-    """Return the text of a random UUID, as ``str(uuid.uuid4())`` does in four times as long."""
-    digits = os.urandom(16).hex()
-    variant = "89ab"[int(digits[16], 16) % 4]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
 def check_execution_id(value: object) -> str:

@@ -269,3 +269,18 @@ def test_times_compare_with_the_databases_own(store: SQLStore) -> None:
         assert connection.exec_driver_sql(query).one() == (1, 1, 26, 1)
         row = connection.execute(schema.docket_runs.select()).one()
     assert row.lease_until > row.created_at
+
+
+def test_a_run_is_not_taken_whose_checkpoints_cannot_be_read(sql_bench: SQLBench) -> None:
+    """Both are one transaction; else nobody would hold the lease, and nobody else would get it before it is over."""
+    sql_bench.store.end(sql_bench.take(), ending(RunState.FAILED))
+
+    def refuse(*arguments: Any) -> None:
+        if "FROM docket_cache" in arguments[2]:
+            raise OSError("gone")
+
+    event.listen(sql_bench.engine, "before_cursor_execute", refuse)
+    with pytest.raises(OSError, match="gone"):
+        sql_bench.store.acquire_and_restore(request("second", task_id="t2"), [])
+    event.remove(sql_bench.engine, "before_cursor_execute", refuse)
+    assert sql_bench.state() is RunState.FAILED

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import uuid
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,6 @@ from docket_celery.store.identity import (
     idempotency_key,
     input_digest,
     job_digest,
-    random_id,
     workflow_key,
 )
 from docket_celery.store.records import Checkpoint
@@ -103,13 +101,3 @@ def test_a_damaged_row_is_named() -> None:
     with pytest.raises(CorruptCheckpoint) as caught:
         CHECKPOINT.verify(b"other")
     assert caught.value.args == ("docket_cache", "cache_key=6b", "checksum mismatch")
-
-
-def test_a_random_name_is_a_random_uuid() -> None:
-    """Of the version and variant that say so, in the usual writing, and none twice."""
-    names = [random_id() for _ in range(1000)]
-    read = [uuid.UUID(name) for name in names]
-    assert [str(each) for each in read] == names
-    assert {(each.version, each.variant) for each in read} == {(4, uuid.RFC_4122)}
-    assert len(set(names)) == len(names)
-    assert {name[19] for name in names} == set("89ab")

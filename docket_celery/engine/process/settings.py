@@ -74,7 +74,7 @@ class Settings:
         Keys without the prefix are not looked at; None counts as not set. Raises `InvalidSettings` where a
         ``docket_*`` key is unknown, or a value is of the wrong kind or out of range.
         """
-        environ = _read_environment() if environ is None else environ
+        environ = os.environ if environ is None else environ
         for key in values:
             if key.startswith(PREFIX) and key not in _TWINS:
                 raise InvalidSettings(key, _unknown(key, PREFIX, [name for name, _ in _TWINS.values()]))
@@ -113,11 +113,6 @@ ENVIRONMENT: Final[Mapping[Any, Any]] = _environ._data
 """The environment now, encoded; `os.environ` itself raises and catches an error for each variable that is not set."""
 VARIABLES: Final = tuple(_environ.encodekey(twin) for _, twin in _TWINS.values())
 """The variables that settings are read from, encoded."""
-
-
-def _read_environment() -> dict[str, str]:
-    twins = (twin for _, twin in _TWINS.values())
-    return {twin: os.environ[twin] for twin, key in zip(twins, VARIABLES, strict=True) if key in ENVIRONMENT}
 
 
 def _text(key: str, value: Any) -> str:

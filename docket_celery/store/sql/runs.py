@@ -189,12 +189,11 @@ def acquire(connection: sa.Connection, request: RunRequest) -> Lease | RunRow:
 def acquire_and_restore(
     connection: sa.Connection, request: RunRequest, keys: Sequence[bytes], items: bool
 ) -> tuple[Lease, Found | None] | RunRow:
-    """Take the run and read in the same round trip what is restored; None: it is still to be read.
+    """Take the run and read what is restored in the same transaction; None: there is nothing to restore.
 
-    On Postgres both are one transaction: what cannot be read is not taken. On SQLite they would not be.
+    What cannot be read is not taken.
     """
-    together = connection.dialect.name == "postgresql"
-    return _acquire(connection, request, restoring(request, keys, items) if together else None)
+    return _acquire(connection, request, restoring(request, keys, items))
 
 
 def _acquire(

@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
+from docket_celery.store.sql.clock import writing
+
 PREPARING = "docket_preparing"
 """The execution option of an engine that holds its `Preparing`."""
 
@@ -84,12 +86,13 @@ class Statement:
 
     @staticmethod
     def run_together(connection: sa.Connection, *calls: tuple[Statement, Values]) -> list[Found]:
-        """Run statements one after the other; on Postgres in one round trip and one transaction: all or none."""
+        """Run statements in one transaction, all or none; where the driver runs them, in one round trip."""
         if len(calls) == 1:
             return [statement.run(connection, values) for statement, values in calls]
         driver = _driver(connection)
         if not (_is_direct(connection) and driver.Pipeline.is_supported()):
-            return [_run_in_core(connection, statement.core, values) for statement, values in calls]
+            with writing(connection):
+                return [_run_in_core(connection, statement.core, values) for statement, values in calls]
         session, prepare, sent = _session(connection), _is_prepared(connection), list[Any]()
         try:
             with session.pipeline():

@@ -100,10 +100,8 @@ class SQLStore:
         lease, restored = found
 
         def read() -> list[Checkpoint]:
-            if lease.epoch == 1:
-                return []
             if restored is None:
-                return self.restore(lease, keys, items=items)
+                return []
             read = self._run("restore the run", checkpoints.read_restored, lease, keys, restored)
             return [self._seal.unseal(checkpoint) for checkpoint in read]
 
