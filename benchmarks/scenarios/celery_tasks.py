@@ -13,7 +13,12 @@ CHAIN, FAN = f"{OURS}, chain", f"{OURS}, 3 steps and a join"
 JOBS = 200
 
 
-WHY = {NO_OP: "a function that returns: no message type is checked, no graph runs"}
+SEVEN = "plain task with seven statements"
+
+WHY = {
+    SEVEN: "rows of one or two columns on a connection of the child's: no lease, no fence, no history, no checksum",
+    NO_OP: "a function that returns: no message type is checked, no graph runs",
+}
 
 
 def _ways(pool: str, tasks: dict[str, str]) -> tuple[Way, ...]:
@@ -61,7 +66,9 @@ def _persisted() -> Iterator[Scenario]:
             name=name,
             title=f"GraphTask, 4 persisted steps, Postgres {title}: redis, prefork",
             figures=(THROUGHPUT, LATENCY),
-            ways=_ways("prefork", {CHAIN: "persisted_chain", FAN: "persisted_fan"}),
+            ways=_ways(
+                "prefork", {CHAIN: "persisted_chain", FAN: "persisted_fan", SEVEN: "seven_statements"}
+            ),
             servers=("redis", server),
             rounds=5,
         )

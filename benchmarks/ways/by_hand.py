@@ -85,22 +85,32 @@ def connect(options: Mapping[str, Any]) -> psycopg.Connection[tuple[Any, ...]]:
     return psycopg.connect(address.render_as_string(hide_password=False), autocommit=True)
 
 
+def make_tables(options: Mapping[str, Any]) -> psycopg.Connection[tuple[Any, ...]]:
+    """Make the tables; return the connection on which they were made."""
+    connection = connect(options)
+    for table in TABLES:
+        connection.execute(table)
+    return connection
+
+
+def run_seven(on: psycopg.Connection[tuple[Any, ...]], name: str) -> None:
+    """Run the seven statements of a run of four steps on a connection of `connect`."""
+    on.execute(BEGIN_RUN, (name, OUTPUT))
+    on.execute(RESTORE, (name,)).fetchall()
+    for step in ("v1", "v2", "v3", "v4"):
+        on.execute(SAVE, (name, step, OUTPUT))
+    on.execute(END_RUN, (OUTPUT, name))
+
+
 @contextmanager
 def seven_statements(options: Mapping[str, Any]) -> Generator[Mapping[str, Run]]:
     """A run row, a look for checkpoints, four saves, the end: what the durability itself takes."""
     names = itertools.count()
     local = threading.local()
-    with connect(options) as connection:
-        for table in TABLES:
-            connection.execute(table)
+    with make_tables(options) as connection:
 
         def run(on: psycopg.Connection[tuple[Any, ...]] = connection) -> None:
-            name = f"run-{next(names)}"
-            on.execute(BEGIN_RUN, (name, OUTPUT))
-            on.execute(RESTORE, (name,)).fetchall()
-            for step in ("v1", "v2", "v3", "v4"):
-                on.execute(SAVE, (name, step, OUTPUT))
-            on.execute(END_RUN, (OUTPUT, name))
+            run_seven(on, f"run-{next(names)}")
 
         def run_on_own_connection() -> None:
             if not hasattr(local, "connection"):
@@ -120,9 +130,7 @@ def seven_statements(options: Mapping[str, Any]) -> Generator[Mapping[str, Run]]
 def inserts(options: Mapping[str, Any]) -> Generator[Mapping[str, Run]]:
     """As many INSERTs as steps, each committed."""
     names = itertools.count()
-    with connect(options) as connection:
-        for table in TABLES:
-            connection.execute(table)
+    with make_tables(options) as connection:
 
         def run(count: int) -> None:
             name = f"run-{next(names)}"
@@ -139,9 +147,7 @@ def inserts(options: Mapping[str, Any]) -> Generator[Mapping[str, Run]]:
 @contextmanager
 def selects(options: Mapping[str, Any]) -> Generator[Mapping[str, Run]]:
     """A stored row by its key."""
-    with connect(options) as connection:
-        for table in TABLES:
-            connection.execute(table)
+    with make_tables(options) as connection:
         connection.execute(BEGIN_RUN, ("again", OUTPUT))
         for step in range(8):
             connection.execute(SAVE, ("again", f"v{step}", OUTPUT))

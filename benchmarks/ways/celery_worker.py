@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from benchmarks.host import Run, repeat
-from benchmarks.ways import celery_ready
+from benchmarks.ways import by_hand, celery_ready
 from docket_celery.devserver.processes import signal_on_parent_death
 from docket_celery.store import SQLStore
 
@@ -74,6 +74,7 @@ def task(options: Mapping[str, Any]) -> Generator[Mapping[str, Run]]:
     app = importlib.import_module(f"benchmarks.ways.{name}")
     if "database" in options:
         SQLStore(options["database"]).migrate()
+        by_hand.make_tables(options).close()
     send, unread = _senders(str(options["task"]), app)
     with worker(f"benchmarks.ways.{name}", "-P", str(options["pool"])):
 
@@ -109,6 +110,6 @@ def _senders(name: str, app: Any) -> tuple[Callable[[], Any], Callable[[], Any] 
     argument: Any = "u"
     if name == "persisted_chain":
         argument = app.Int64Value()
-    elif name != "no_op":
+    elif name not in {"no_op", "seven_statements"}:
         argument = app.UserID(id="u")
     return lambda: task.delay(argument), lambda: task.apply_async((argument,), queue="unread")
