@@ -180,8 +180,7 @@ def _named_key(step: Step, named: object) -> tuple[str, bytes]:
 
 def hash_inputs(values: Sequence[Value], store: Store) -> str:
     """Return `input_digest` of a step's input values in hex, as *store* keeps it."""
-    plain = input_digest((value_name(value), value_bytes(value)) for value in values)
-    return store.hmac_digest(bytes.fromhex(plain)).hex()
+    return store.hmac_digest(input_digest((value_name(value), value_bytes(value)) for value in values)).hex()
 
 
 def find_keys(plan: Plan, execution_id: str) -> list[bytes]:

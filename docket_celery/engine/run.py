@@ -180,7 +180,7 @@ class Run:
     def _ask(self, request: RunRequest) -> Lease | RunRow:
         """Ask for the lease, and for what earlier deliveries have kept."""
         plan = self._plan
-        keys = find_keys(plan, request.execution_id)
+        keys = functools.partial(find_keys, plan, request.execution_id)
         found = self._store.acquire_and_restore(request, keys, items=bool(plan.stages))
         if isinstance(found, RunRow):
             return found

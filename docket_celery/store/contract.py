@@ -77,11 +77,12 @@ class Store(Protocol):
         ...
 
     def acquire_and_restore(
-        self, request: RunRequest, keys: Sequence[bytes], *, items: bool = False
+        self, request: RunRequest, keys: Callable[[], Sequence[bytes]], *, items: bool = False
     ) -> tuple[Lease, Callable[[], list[Checkpoint]]] | RunRow:
         """Acquire the run, and return with its lease what returns its checkpoints, as `restore` does.
 
-        Both take one round trip less than the two calls. A run that no delivery has advanced before has none.
+        Both take one round trip less than the two calls. A run that no delivery has advanced before has none, and
+        nobody asks for its *keys*.
         """
         ...
 
@@ -98,7 +99,8 @@ class Store(Protocol):
     def save(self, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None) -> Checkpoint:
         """Store a WORKFLOW checkpoint under the lease's fence and return the one that counts.
 
-        The first save wins: a second one gets the first one's checkpoint back, read in a new statement.
+        The first save wins, and gets *checkpoint* itself back. A second one gets the first one's, read in a new
+        statement.
         """
         ...
 

@@ -14,11 +14,8 @@ _KEY_NAMESPACE = uuid.UUID("5f0c1f2e-6f5d-5b0a-9a53-6d1c0d0b6c11")
 
 def digest(tag: bytes, *parts: bytes) -> bytes:
     """Return SHA-256 over *tag* and *parts*, each prefixed with its length as 8 bytes."""
-    sha = hashlib.sha256()
-    for part in (tag, *parts):
-        sha.update(len(part).to_bytes(8, "big"))
-        sha.update(part)
-    return sha.digest()
+    framed = [each for part in (tag, *parts) for each in (len(part).to_bytes(8, "big"), part)]
+    return hashlib.sha256(b"".join(framed)).digest()
 
 
 def workflow_key(graph: str, execution_id: str, step: str, item: str = "") -> bytes:
@@ -41,9 +38,9 @@ def cache_key(cache: str, version: str, inputs: Iterable[tuple[str, bytes]]) -> 
     return digest(b"docket.cache.1", cache.encode(), version.encode(), *_parts(inputs))
 
 
-def input_digest(inputs: Iterable[tuple[str, bytes]]) -> str:
-    """Return the hex digest of a step's inputs, kept beside its checkpoint as a check."""
-    return digest(b"docket.inputs.1", *_parts(inputs)).hex()
+def input_digest(inputs: Iterable[tuple[str, bytes]]) -> bytes:
+    """Return the digest of a step's inputs, kept beside its checkpoint as a check."""
+    return digest(b"docket.inputs.1", *_parts(inputs))
 
 
 def job_digest(inputs: Iterable[tuple[str, bytes]]) -> bytes:

@@ -29,7 +29,6 @@ from docket_celery.store.rows import (
     end_values,
     lease_from,
     read_run,
-    without_view,
 )
 from docket_celery.store.rules import KEPT_FOR_DELIVERY, take
 
@@ -139,13 +138,13 @@ class MemoryStore:
             return lease_from(request, request.target, epoch=run.epoch, lost=run.lost, failures=run.failures)
 
     def acquire_and_restore(
-        self, request: RunRequest, keys: Sequence[bytes], *, items: bool = False
+        self, request: RunRequest, keys: Callable[[], Sequence[bytes]], *, items: bool = False
     ) -> tuple[Lease, Callable[[], list[Checkpoint]]] | RunRow:
         """See `Store.acquire_and_restore`."""
         found = self.acquire(request)
         if not isinstance(found, Lease):
             return found
-        return found, lambda: [] if found.epoch == 1 else self.restore(found, keys, items=items)
+        return found, lambda: [] if found.epoch == 1 else self.restore(found, keys(), items=items)
 
     def restore(self, lease: Lease, keys: Sequence[bytes], *, items: bool = False) -> list[Checkpoint]:
         """See `Store.restore`."""
@@ -339,9 +338,9 @@ class MemoryStore:
         return stored
 
     def _store(self, checkpoint: Checkpoint, expires_at: float | None = None) -> Checkpoint:
-        kept = without_view(checkpoint)
+        kept = replace(checkpoint, output_json=None)
         self._cache[kept.key] = _Stored(kept, kept.checksum(), expires_at)
-        return kept
+        return checkpoint
 
     def _may_go(self, stored: _Stored, now: float, purged: Collection[tuple[str, str | None]]) -> bool:
         """Tell whether a checkpoint is of a purged run, or past its date and of no run that may still need it."""

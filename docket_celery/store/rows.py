@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from datetime import UTC
+from functools import cache
+from operator import attrgetter
 from typing import Any, Protocol
 
 from docket_celery.errors import CorruptCheckpoint
@@ -39,6 +41,7 @@ EXECUTION_COLUMNS = tuple(f.name for f in fields(StepExecution))
 """The columns of ``docket_executions`` but its number; they are named as the fields are."""
 
 _CHECKPOINT_TEXTS = tuple(f.name for f in fields(Checkpoint) if f.type in {"str", "str | None"})
+_READ_TEXTS, _READ_CHECKPOINT = attrgetter(*_CHECKPOINT_TEXTS), attrgetter(*_CHECKPOINT_FIELDS)
 
 
 class Row(Protocol):
@@ -54,14 +57,21 @@ def clean_text(value: str) -> str:
     return value.replace("\0", "").encode("utf-8", "replace").decode()
 
 
+def _clean_texts(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return *values* with every text among them cleaned."""
+    texts = "".join([value for value in values if isinstance(value, str)])
+    if texts.isascii() and "\0" not in texts:
+        return values  # mostly; found in two calls for all of them
+    return tuple(clean_text(value) if isinstance(value, str) else value for value in values)
+
+
 def clean_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """Return *checkpoint* with every text cleaned, as its checksum must see it."""
-    changed: dict[str, Any] = {}
-    for name in _CHECKPOINT_TEXTS:
-        value = getattr(checkpoint, name)
-        if value is not None and clean_text(value) != value:
-            changed[name] = clean_text(value)
-    return replace(checkpoint, **changed) if changed else checkpoint
+    values = _READ_TEXTS(checkpoint)
+    cleaned = _clean_texts(values)
+    if cleaned is values:
+        return checkpoint
+    return replace(checkpoint, **dict(zip(_CHECKPOINT_TEXTS, cleaned, strict=True)))
 
 
 def dump_json(value: Any) -> str:
@@ -82,23 +92,28 @@ def _clean_value(value: Any) -> Any:
 
 def checkpoint_values(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the columns of a cleaned *checkpoint*, its checksum among them; times are the statement's."""
-    values = {column: getattr(checkpoint, field) for field, column in _CHECKPOINT_FIELDS.items()}
-    return values | {"output_json": checkpoint.output_json, "checksum": checkpoint.checksum()}
+    values = dict(zip(_CHECKPOINT_FIELDS.values(), _READ_CHECKPOINT(checkpoint), strict=True))
+    values["output_json"], values["checksum"] = checkpoint.output_json, checkpoint.checksum()
+    return values
 
 
-def cleaned_values(record: object, names: Iterable[str]) -> dict[str, Any]:
+def cleaned_values(record: object, names: tuple[str, ...]) -> dict[str, Any]:
     """Return these fields of *record* with every text cleaned."""
-    return {
-        name: clean_text(value) if isinstance(value := getattr(record, name), str) else value
-        for name in names
-    }
+    return dict(zip(names, _clean_texts(_reader(names)(record)), strict=True))
+
+
+@cache
+def _reader(names: tuple[str, ...]) -> Callable[[object], tuple[Any, ...]]:
+    """Return what reads these fields, at least two, of a record at once."""
+    return attrgetter(*names)
 
 
 def execution_values(execution: StepExecution) -> dict[str, Any]:
     """Return the columns of *execution* with every text cleaned, its time in UTC."""
-    # SQLite keeps the hour of the day as it is given.
     values = cleaned_values(execution, EXECUTION_COLUMNS)
-    return values | {"started_at": execution.started_at.astimezone(UTC)}
+    # SQLite keeps the hour of the day as it is given.
+    values["started_at"] = execution.started_at.astimezone(UTC)
+    return values
 
 
 _OF_RUN = ("graph", "execution_id")
@@ -203,11 +218,6 @@ def read_chunk(row: Row) -> ChunkRow:
     except ValueError as problem:
         name = f"stage={row['stage']}, lo={row['lo']}"
         raise CorruptCheckpoint("docket_chunks", name, str(problem)) from problem
-
-
-def without_view(checkpoint: Checkpoint) -> Checkpoint:
-    """Return *checkpoint* as it would be read back."""
-    return checkpoint if checkpoint.output_json is None else replace(checkpoint, output_json=None)
 
 
 def read_progress(text: str | None) -> Progress | None:

@@ -149,12 +149,6 @@ class Seal:
                 changed[field] = decoded
         return replace(record, **changed) if changed else record
 
-    def unseal_saved(self, stored: Checkpoint, sealed: Checkpoint, ours: Checkpoint) -> Checkpoint:
-        """Return what counts after a save: *ours*, of which *sealed* is the encoded form, or another one decoded."""
-        if stored.output_data == sealed.output_data:
-            return replace(stored, output_data=ours.output_data)
-        return self.unseal(stored)
-
     def seal_value(self, value: V, place: Place, record: object = None, **names: object) -> V:
         """Return one *value* of the user's encoded: bytes, an error's text or record, or a mapping of such records.
 

@@ -281,6 +281,6 @@ def test_a_run_is_not_taken_whose_checkpoints_cannot_be_read(sql_bench: SQLBench
 
     event.listen(sql_bench.engine, "before_cursor_execute", refuse)
     with pytest.raises(OSError, match="gone"):
-        sql_bench.store.acquire_and_restore(request("second", task_id="t2"), [])
+        sql_bench.store.acquire_and_restore(request("second", task_id="t2"), list[bytes])
     event.remove(sql_bench.engine, "before_cursor_execute", refuse)
     assert sql_bench.state() is RunState.FAILED

@@ -45,7 +45,7 @@ def test_keys_stay_what_they_are() -> None:
         "item": workflow_key("checkout", "order-17", "charge_card", "7/3").hex(),
         "global": global_key("ml", "infer", "2", [("shop.Order", b"\x08\x11")]).hex(),
         "cache": cache_key("rates", "2", [("shop.Order", b"\x08\x11")]).hex(),
-        "inputs": input_digest([("shop.Order", b"\x08\x11")]),
+        "inputs": input_digest([("shop.Order", b"\x08\x11")]).hex(),
         "job": job_digest([("shop.Order", b"\x08\x11")]).hex(),
         "idempotency": idempotency_key("checkout", "order-17", "charge_card"),
     } == GOLDEN

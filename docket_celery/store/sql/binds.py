@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from docket_celery.store.records import StepExecution
-from docket_celery.store.rows import clean_text, execution_values
+from docket_celery.store.rows import EXECUTION_COLUMNS, clean_text, execution_values
 from docket_celery.store.sql.constructs import as_json
 from docket_celery.store.sql.schema import docket_cache, docket_chunks, docket_runs
 
@@ -51,6 +51,7 @@ NAME = ("graph", "execution_id")
 IS_RUN = matches(docket_runs, *NAME)
 OF_RUN = matches(docket_cache, *NAME)
 LEASE_S: sa.ColumnElement[float] = sa.bindparam("p_lease_s", type_=sa.Double())
+_EXECUTION = tuple(f"x_{name}" for name in EXECUTION_COLUMNS)
 _FENCE = (*NAME, "epoch", "owner")
 HOLDS_RUN = sa.and_(matches(docket_runs, *_FENCE), is_state(docket_runs, "RUNNING"))
 """Whether a lease holds its run."""
@@ -79,5 +80,6 @@ def named(graph: str, execution_id: str) -> dict[str, str]:
 
 def execution_binds(execution: StepExecution | None) -> dict[str, Any]:
     """Return the values of a step execution; none without one."""
-    values = {} if execution is None else execution_values(execution)
-    return {f"x_{name}": value for name, value in values.items()}
+    if execution is None:
+        return {}
+    return dict(zip(_EXECUTION, execution_values(execution).values(), strict=True))

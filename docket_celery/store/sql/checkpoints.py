@@ -24,7 +24,6 @@ from docket_celery.store.rows import (
     clean_text,
     fence_values,
     read_checkpoint,
-    without_view,
 )
 from docket_celery.store.sql.binds import (
     HOLDS_CHUNK,
@@ -201,10 +200,9 @@ def _save(*, chunk: bool, execution: bool) -> Statement:
 
 def save(
     connection: sa.Connection, lease: Lease, checkpoint: Checkpoint, execution: StepExecution | None
-) -> Checkpoint:
-    """See `Store.save`."""
-    ours = clean_checkpoint(checkpoint)
-    row = checkpoint_values(ours)
+) -> Checkpoint | None:
+    """See `Store.save`; None: the given checkpoint counts."""
+    row = checkpoint_values(clean_checkpoint(checkpoint))
     values = bound(row | fence_values(lease)) | execution_binds(execution)
     chunk = lease.chunk is not None
     for _ in range(_TRIES):
@@ -221,7 +219,7 @@ def save(
         if not fenced:
             raise LeaseLost(lease.graph, lease.execution_id, lease.epoch)
         if saved:
-            return without_view(ours)
+            return None
         winner = _FIND.run(connection, values).first
         if winner is not None:
             return read_checkpoint(winner, values["p_graph"], values["p_execution_id"])
@@ -348,10 +346,10 @@ def publish(
     execution: StepExecution | None,
     *,
     replace: bool = False,
-) -> Checkpoint:
-    """See `Store.publish`."""
-    ours = clean_checkpoint(checkpoint)
-    values = bound(checkpoint_values(ours)) | execution_binds(execution) | {"p_owner": clean_text(owner)}
+) -> Checkpoint | None:
+    """See `Store.publish`; None: the given checkpoint counts."""
+    values = bound(checkpoint_values(clean_checkpoint(checkpoint))) | execution_binds(execution)
+    values["p_owner"] = clean_text(owner)
     for _ in range(_TRIES):
         if connection.dialect.name == "postgresql":
             statement = _publish(replace=replace, execution=execution is not None)
@@ -363,7 +361,7 @@ def publish(
                     connection.execute(_ADD_NEW_EXECUTION, values)
                 stored = connection.execute(_PUT[replace], values).rowcount
         if stored:
-            return without_view(ours)
+            return None
         row = _FIND_LIVE.run(connection, values).first
         if row is not None:
             return read_checkpoint(row, "", None)

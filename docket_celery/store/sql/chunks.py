@@ -260,7 +260,7 @@ _STOP = (
 
 def lease_chunk(connection: sa.Connection, request: ChunkRequest) -> Lease | ChunkRefusal:
     """See `BatchStore.lease_chunk`."""
-    values = bound(cleaned_values(request, (field.name for field in fields(request))))
+    values = bound(cleaned_values(request, tuple(field.name for field in fields(request))))
     taken = _TAKE_CHUNK.run(connection, values)
     if taken is not None and taken["state"] == RunState.RUNNING:
         chunk = Chunk(request.stage, request.lo, taken["hi"])

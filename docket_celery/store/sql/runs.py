@@ -6,7 +6,7 @@ Each call may be repeated after a lost answer: acquire finds its owner, end its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from typing import Any
@@ -187,17 +187,19 @@ def acquire(connection: sa.Connection, request: RunRequest) -> Lease | RunRow:
 
 
 def acquire_and_restore(
-    connection: sa.Connection, request: RunRequest, keys: Sequence[bytes], items: bool
+    connection: sa.Connection, request: RunRequest, keys: Callable[[], Sequence[bytes]], items: bool
 ) -> tuple[Lease, Found | None] | RunRow:
     """Take the run and read what is restored in the same transaction; None: there is nothing to restore.
 
     What cannot be read is not taken.
     """
-    return _acquire(connection, request, restoring(request, keys, items))
+    return _acquire(connection, request, lambda: restoring(request, keys(), items))
 
 
 def _acquire(
-    connection: sa.Connection, request: RunRequest, restore: tuple[Statement, Values] | None = None
+    connection: sa.Connection,
+    request: RunRequest,
+    restore: Callable[[], tuple[Statement, Values]] | None = None,
 ) -> tuple[Lease, Found | None] | RunRow:
     """Take the run; of one that was advanced before, also run *restore*."""
     asked = request_values(request)
@@ -215,7 +217,7 @@ def _acquire(
         changed = values | bound(changes) | {f"was_{name}": row[name] for name in _WAS}
         calls: list[tuple[Statement, Values]] = [(_TAKE[changes["state"]], changed)]
         if restore is not None and changes.get("epoch", 1) > 1:
-            calls.append(restore)
+            calls.append(restore())
         taken, *read = Statement.run_together(connection, *calls)
         if taken.count:
             if changes["state"] is RunState.QUARANTINED:

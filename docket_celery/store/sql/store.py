@@ -90,7 +90,7 @@ class SQLStore:
         return found if isinstance(found, Lease) else self._seal.unseal(found)
 
     def acquire_and_restore(
-        self, request: RunRequest, keys: Sequence[bytes], *, items: bool = False
+        self, request: RunRequest, keys: Callable[[], Sequence[bytes]], *, items: bool = False
     ) -> tuple[Lease, Callable[[], list[Checkpoint]]] | RunRow:
         """See `Store.acquire_and_restore`."""
         sealed = self._seal.seal(request)
@@ -102,7 +102,7 @@ class SQLStore:
         def read() -> list[Checkpoint]:
             if restored is None:
                 return []
-            read = self._run("restore the run", checkpoints.read_restored, lease, keys, restored)
+            read = self._run("restore the run", checkpoints.read_restored, lease, keys(), restored)
             return [self._seal.unseal(checkpoint) for checkpoint in read]
 
         return lease, read
@@ -116,7 +116,7 @@ class SQLStore:
         """See `Store.save`."""
         sealed, row = self._seal.seal(checkpoint), self._seal.seal(execution)
         found = self._run("save the checkpoint", checkpoints.save, lease, sealed, row)
-        return self._seal.unseal_saved(found, sealed, checkpoint)
+        return checkpoint if found is None else self._seal.unseal(found)
 
     def extend(
         self, leases: Sequence[Lease], claims: Sequence[tuple[bytes, str, float]] = ()
@@ -163,7 +163,7 @@ class SQLStore:
         """See `Store.publish`."""
         sealed, row = self._seal.seal(checkpoint), self._seal.seal(execution)
         found = self._run("publish the checkpoint", checkpoints.publish, sealed, owner, row, replace=replace)
-        return self._seal.unseal_saved(found, sealed, checkpoint)
+        return checkpoint if found is None else self._seal.unseal(found)
 
     def forget(self, key: bytes) -> bool:
         """See `Store.forget`; True may come back as False where an answer was lost and the call repeated."""
