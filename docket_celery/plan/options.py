@@ -208,10 +208,11 @@ class StepOptions:
         return replace(self, **changes)
 
 
+_UNSET = [(field.name, field.default) for field in fields(StepOptions)]
+
+
 def _given(options: StepOptions) -> dict[str, Any]:
-    unset = StepOptions()
-    values = {field.name: getattr(options, field.name) for field in fields(options)}
-    return {name: value for name, value in values.items() if value != getattr(unset, name)}
+    return {name: value for name, unset in _UNSET if (value := getattr(options, name)) != unset}
 
 
 _ATTEMPTS = "retry=RetryPolicy(max_attempts=...)"
