@@ -15,6 +15,7 @@ import enum
 import functools
 import heapq
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,10 @@ from docket_celery.plan.plan import Plan, PlannedStep, count_pending, find_neede
 from docket_celery.store.records import Checkpoint
 
 _logger = logging.getLogger("docket_celery.engine")
+_LATE_S = 0.001
+"""A thread that has waited for longer has waited for others that compute: `sys.getswitchinterval` is 5 ms."""
+_LOOK_S = 0.0001
+"""Long enough for a thread that only waits for the interpreter to continue with its steps."""
 
 
 class Help(enum.Enum):
@@ -70,7 +75,7 @@ class Scheduler(Ending):
         self._ready: list[int] = []
         self._ready_on_pool: list[int] = []
         self._pool_only = plan.pool_only if helps is Help.SIMPLE else frozenset[int]()
-        self._called = False
+        self._called, self._taken = False, 0
         self._runs: set[StepRun] = set()
         self._waiting: dict[StepRun, Alarm | Slot] = {}
         self._seized: dict[StepRun, Alarm | Slot] = {}
@@ -287,10 +292,18 @@ class Scheduler(Ending):
             none = not (self._ready or self._ready_on_pool) or len(self._runs) >= self._limit
             if none or self._called:
                 return
-            self._called = True
-        self._context.runtime.pool.submit(self._come)
+            self._called, taken = True, self._taken
+        self._context.runtime.pool.submit(functools.partial(self._come, taken, time.monotonic()))
 
-    def _come(self) -> None:
+    def _come(self, taken: int, called_at: float) -> None:
+        """Take steps too, now or once the others are held up by one.
+
+        The interpreter lets one thread at a time compute. Where the others do that all the while, this one gets its
+        turn late, and while they finish step after step it could only take turns with them.
+        """
+        while taken != self._taken and time.monotonic() - called_at > _LATE_S:
+            taken, called_at = self._taken, time.monotonic()
+            time.sleep(_LOOK_S)
         self._called = False
         self._work()
 
@@ -317,6 +330,7 @@ class Scheduler(Ending):
             values: list[Any] = list(map(self._values.__getitem__, planned.sources))
             run = StepRun(planned, values, self._context, self)
             self._runs.add(run)
+            self._taken += 1
             return run
 
     def _inputs_of(self, planned: PlannedStep) -> list[Value]:

@@ -83,6 +83,64 @@ def test_a_thread_is_called_once_until_it_comes(handed_over: list[str]) -> None:
     assert len(handed_over) == 1
 
 
+@pytest.fixture
+def occupied(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Keep the only thread of a pool busy until this is set; when it comes then, it has always come late."""
+    monkeypatch.setattr("docket_celery.engine.execution._LATE_S", 0.0)
+    go = threading.Event()
+    process.runtime(1).pool.submit(lambda: reached(go))
+    yield go
+    go.set()
+
+
+def test_a_thread_that_comes_late_takes_no_step_while_others_end_one_after_the_other(
+    occupied: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step on the caller's thread ends after the pool's has looked, and before it looks again."""
+    ran_on: list[threading.Thread] = []
+    looked, moved = threading.Semaphore(0), threading.Semaphore(0)
+
+    def look(_: float) -> None:
+        looked.release()
+        assert moved.acquire(timeout=WAIT_S)
+
+    def step(*inputs: Money) -> Money:
+        ran_on.append(threading.current_thread())
+        if len(ran_on) == 2:
+            occupied.set()
+        elif len(ran_on) > 2:
+            moved.release(9 if inputs else 1)
+        if len(ran_on) in (2, 3):
+            assert looked.acquire(timeout=WAIT_S)
+        return total(*inputs)
+
+    monkeypatch.setattr("docket_celery.engine.execution.time.sleep", look)
+    sides = ["a", "b", "c", "d"]
+    graph = build({**{side: [] for side in sides}, "end": sides}, step)
+    assert deliver(graph, "end", threads=1).value == Money(cents=5)
+    assert ran_on == [ran_on[0]] * 5
+
+
+def test_a_thread_that_comes_late_takes_a_step_while_another_holds_up_the_others(
+    occupied: threading.Event,
+) -> None:
+    """The second step ends only once the third has begun, which the pool's thread alone can begin."""
+    ran_on: list[threading.Thread] = []
+    third = threading.Event()
+
+    def step(*inputs: Money) -> Money:
+        ran_on.append(threading.current_thread())
+        if len(ran_on) == 2:
+            occupied.set()
+            reached(third)
+        elif len(ran_on) == 3:
+            third.set()
+        return total(*inputs)
+
+    assert deliver(build(FAN, step), "end", threads=1).value == Money(cents=4)
+    assert ran_on[1] is ran_on[0] is not ran_on[2]
+
+
 class Noting(MemoryStore):
     """A store that keeps the names of the threads that write the end of a run."""
 
