@@ -15,7 +15,7 @@ from typing import Protocol
 from benchmarks.scaling import loads
 from benchmarks.scaling.loads import Demand, Site
 
-CONNECTIONS = 5
+CONNECTIONS = 8
 """Of a process to Postgres."""
 _WARM_UP = 0.25
 """Share of the jobs that are not looked at: the queues fill meanwhile."""

@@ -329,7 +329,7 @@ class TestStatements:
         assert isinstance(bench.store, SQLStore)
         pool = bench.store.engine.pool
         assert isinstance(pool, QueuePool)
-        assert (pool.checkedout(), pool.size()) == (0, 5)
+        assert (pool.checkedout(), pool.size()) == (0, 8)
         held = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in%' AND datname = current_database()"
         assert bench.sql(held)[0][0] == 0
 
