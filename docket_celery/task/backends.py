@@ -7,9 +7,11 @@ store: its task is sent again instead, finds the run ended, and tells its outcom
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
 from celery import states
@@ -23,9 +25,17 @@ from docket_celery.task.retries import LONGEST_WAIT_S, send_copy
 _logger = logging.getLogger("docket_celery.task")
 _TWIN: Final = "docket_patient"
 _ENDED: Final = "docket_run_ended"
+_WRITTEN: Final = "docket_written"
 _MOST_TRIES: Final = 20
 """Most deliveries that only have to tell an outcome, and most tries to publish one: five minutes of waits each."""
 _LONGEST_SLEEP_MS: Final = 1000
+_REPLACE: Final = """
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
+if ARGV[3] == '0' then redis.call('SET', KEYS[1], ARGV[2]) else redis.call('SETEX', KEYS[1], ARGV[3], ARGV[2]) end
+redis.call('PUBLISH', KEYS[1], ARGV[2])
+return 1
+"""
+"""Puts a state in the place of the one before it, as Celery does in a pipeline, unless there is another one."""
 
 
 def patient(backend: Any) -> Any:
@@ -36,7 +46,8 @@ def patient(backend: Any) -> Any:
     found = backend.__dict__.get(_TWIN)
     if found is None:
         kind: Any = backend.__class__
-        found = cast("Any", object).__new__(type(f"Patient{kind.__name__}", (_Patient, kind), {}))
+        added = _PatientRedis if _is_redis(backend) else _Patient
+        found = cast("Any", object).__new__(type(f"Patient{kind.__name__}", (added, kind), {}))
         # A client that is made on first use is made for both.
         getattr(backend, "client", None)
         found.__dict__.update(backend.__dict__)
@@ -82,10 +93,13 @@ def is_stored(backend: Any, request: Any, result: object = None) -> bool:
 
 def counts_parts_by_id(backend: Any) -> bool:
     """Tell whether a backend counts a chord's parts by their ids, once each and without their results."""
-    # It imports the client of Redis, which an app may not use.
-    from celery.backends.redis import RedisBackend
+    return _is_redis(backend)
 
-    return isinstance(backend, RedisBackend)
+
+def _is_redis(backend: Any) -> bool:
+    # Importing it would import the client of Redis, which an app may not use.
+    redis: Any = sys.modules.get("celery.backends.redis")
+    return redis is not None and isinstance(backend, redis.RedisBackend)
 
 
 class _Patient:
@@ -109,6 +123,55 @@ class _Patient:
             return
         owner: Any = super()
         owner.mark_as_failure(task_id, exc, traceback=traceback, request=request, **options)
+
+
+class _PatientRedis(_Patient):
+    """Writes the usual states of a delivery in one round trip each: STARTED over nothing, SUCCESS over that.
+
+    Celery first reads what is kept, to leave a SUCCESS as it is. Here the server compares it with what this delivery
+    knows. Where it is anything else, Celery reads and writes as ever.
+    """
+
+    client: Any
+    expires: int | None
+    encode: Callable[[Any], Any]
+    get_key_for_task: Callable[[str], Any]
+
+    @functools.cached_property
+    def _replace(self) -> Callable[..., int]:
+        script: Callable[..., int] = self.client.register_script(_REPLACE)
+        return script
+
+    def _store_result(
+        self, task_id: str, result: Any, state: str, traceback: Any = None, request: Any = None, **more: Any
+    ) -> Any:
+        before = None if request is None else _find_written(request, state)
+        if before is None or not self._written(before, task_id, result, state, request):
+            owner: Any = super()
+            owner._store_result(task_id, result, state, traceback, request=request, **more)
+        return result
+
+    def _written(self, before: Any, task_id: str, result: Any, state: str, request: Any) -> bool:
+        """Write a state over the one *before*; False: there is another one, or the server runs no scripts."""
+        from redis.exceptions import ResponseError
+
+        text = self.encode({**self._get_result_meta(result, state, None, request), "task_id": task_id})
+        try:
+            found = self._replace([self.get_key_for_task(task_id)], [before, text, self.expires or 0])
+        except ResponseError as problem:
+            _logger.debug("Celery stores state %s of task %s: %s", state, task_id, problem)
+            return False
+        if found:
+            setattr(request, _WRITTEN, text)
+        return bool(found)
+
+
+def _find_written(request: Any, state: str) -> Any:
+    """Return what is kept of a delivery's task before it writes *state*, '' for nothing; None: it does not know."""
+    if state == states.SUCCESS:
+        return getattr(request, _WRITTEN, None)
+    # Before a later delivery there is what the one before it has written.
+    return "" if state == states.STARTED and not request.retries and not is_redelivered(request) else None
 
 
 def _told_success(backend: Any, request: Any) -> bool:

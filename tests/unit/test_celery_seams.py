@@ -17,7 +17,8 @@ import pytest
 from celery import Celery, Task
 from celery.app import autoretry, base
 from celery.app.task import Context
-from celery.backends.base import Backend
+from celery.backends.base import Backend, KeyValueStoreBackend
+from celery.backends.redis import RedisBackend
 from celery.signals import worker_init
 from celery.worker import WorkController, request
 from kombu.utils.json import dumps, loads
@@ -131,6 +132,29 @@ def backends_have(name: str) -> Callable[[], None]:
     return check
 
 
+def states_are_kept_as_ours_are() -> None:
+    """The same facts under the same key, written and published in one transaction unless a SUCCESS is there."""
+    owner: Any = KeyValueStoreBackend
+    redis: Any = RedisBackend
+    store, put = inspect.getsource(owner._store_result), inspect.getsource(redis._set)
+    assert list(inspect.signature(owner._store_result).parameters)[1:6] == [
+        "task_id",
+        "result",
+        "state",
+        "traceback",
+        "request",
+    ]
+    for line in (
+        "meta = self._get_result_meta(",
+        "meta['task_id'] = ",
+        "self.encode(meta)",
+        "states.SUCCESS",
+    ):
+        assert line in store
+    for line in ("pipe.setex(key, expires, value)", "pipe.set(key, value)", "pipe.publish(key, value)"):
+        assert line in put
+
+
 def failures_are_told_with_their_request() -> None:
     """By keyword, also where storing a result fails."""
     assert "request" in inspect.signature(Backend.mark_as_failure).parameters
@@ -218,6 +242,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "_decorated": classes_of_decorated_functions_are_marked,
     "always_retry": backends_have("always_retry"),
     "max_sleep_between_retries_ms": backends_have("max_sleep_between_retries_ms"),
+    "_store_result": states_are_kept_as_ours_are,
+    "expires": sources_name(RedisBackend, "expires = self.expires"),
     "mark_as_failure": failures_are_told_with_their_request,
     "request_stack": stacks_of_a_bound_task,
     "add_to_parent": has_parameter(Celery.send_task, "add_to_parent"),
