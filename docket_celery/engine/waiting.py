@@ -57,9 +57,10 @@ def run_here(run: Run) -> RunOutcome:
         # A step may execute a graph: its thread then waits for work of the pool that it belongs to.
         with run.pool.blocking():
             while True:
-                wait_s = run.poll()
-                with contextlib.suppress(queue.Empty):
-                    return outcomes.get(timeout=wait_s)
+                try:
+                    return outcomes.get(timeout=run.poll())
+                except queue.Empty:
+                    continue
     except BaseException as interruption:
         run.stop(interruption)
         parked = _leave(run, outcomes, interruption)

@@ -115,7 +115,9 @@ def _find_values(app: Celery) -> dict[str, Any]:
     layers = list(_layers(conf))  # loads the configuration; only then is the namespace known
     spellings = _spellings(conf.prefix or "")
     # What wins, the first layer and the first spelling, is written last.
-    there = {n: layer[n] for layer in reversed(layers) for n in filter(layer.__contains__, spellings)}
+    there = {name: layer[name] for layer in reversed(layers) for name in spellings.keys() & layer.keys()}
+    if not there:
+        return {}
     found = {spellings[name]: there[name] for name in reversed(spellings) if name in there}
     # A list may be changed where it is.
     return {key: value.copy() if isinstance(value, list) else value for key, value in found.items()}

@@ -57,7 +57,9 @@ def submit(
     options.setdefault("kwargsrepr", f"{{{', '.join(f'{k}={_brief(v)}' for k, v in kwargs.items())}}}")
     # A copy that waits for its turn carries what its original did: only that may have been stored.
     first = not options.get("retries") and PART not in headers and WAITS_FOR_OTHER not in headers
-    if first and not task.declaration.is_ordinary((*args, *kwargs.values()), call.settings):
+    if first and not (
+        call.ordinary or task.declaration.is_ordinary((*args, *kwargs.values()), call.settings)
+    ):
         send = upload.send if large_jobs.wants_upload(task, args, kwargs, call.settings) else large_jobs.send
         args, kwargs = send(task, args, kwargs, *call.ask(), call.settings)
     return call.publish(publish, args, kwargs)
@@ -121,7 +123,12 @@ def find_handle(task: AnyTask, execution_id: str) -> RunHandle:
 
 
 class _Call:
-    """What a caller says of a job besides its messages; Celery's own options are left in *options*."""
+    """What a caller says of a job besides its messages; Celery's own options are left in *options*.
+
+    It is `ordinary` once `prepare` has found that no part of the job can have to go to the store.
+    """
+
+    ordinary = False
 
     def __init__(self, task: AnyTask, options: dict[str, Any]) -> None:
         self.headers: dict[str, Any] = dict(options.pop("headers", None) or {})
@@ -134,20 +141,24 @@ class _Call:
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, leaves: bool = True) -> Arguments:
         """Check a job, write what names it into the headers, and return its arguments; not *leaves*: it runs here."""
         task, declared = self._task, self._task.declaration
-        steps = len(task.graph.registrations)
-        if task.checked_steps != steps:
+        steps, checked = len(task.graph.registrations), task.checked_plan
+        if checked is None or checked[0] != steps:
             # A wiring fault is the caller's to see, not first the worker's.
-            task.plan()
-            type(task).checked_steps = steps
+            checked = type(task).checked_plan = steps, task.plan()
+        plan = checked[1]
         refers = any(isinstance(value, Stored) for value in (*args, *kwargs.values()))
         messages = declared.bind(*(read_arguments(args, kwargs, task.app) if refers else (args, kwargs)))
-        self.headers[DIGEST] = base64.b64encode(declared.digest(messages)).decode("ascii")
+        self.ordinary = not refers and declared.is_ordinary(messages, self.settings)
+        self.headers.pop(DIGEST, None)
+        if plan.persists or plan.fans_out or not self.ordinary:
+            # Else no row has it; a worker whose graph keeps something takes it from the messages.
+            self.headers[DIGEST] = base64.b64encode(declared.digest(messages)).decode("ascii")
         if self.execution_id is None and self.headers.get(EXECUTION_ID) is None:
             self.execution_id = None if task.execution_id is None else task.execution_id(*messages)
         self.write_headers()
-        if refers or not declared.is_ordinary(messages, self.settings):
-            return large_jobs.arrange(task, messages, args, kwargs, self.settings, leaves=leaves)
-        return declared.as_given(messages, kwargs)
+        if self.ordinary:
+            return declared.as_given(messages, kwargs) if kwargs else (messages, {})
+        return large_jobs.arrange(task, messages, args, kwargs, self.settings, leaves=leaves)
 
     def write_headers(self) -> None:
         """Write what names the run, its context, and what is asked of its batch; raises InvalidArguments."""

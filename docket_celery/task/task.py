@@ -43,7 +43,7 @@ class GraphTask(Task[P, R]):
     chunk_size: int | None = None
     max_concurrency: int | None = None
     declaration: Declaration
-    checked_steps: int | None = None
+    checked_plan: tuple[int, Plan] | None = None
     declared: Callable[..., Any] | None = None
     declared_max_retries: int | None = 3
     routing: Mapping[str, Any] = {}

@@ -117,7 +117,7 @@ def test_a_retry_that_cannot_be_published_stays_with_the_broker() -> None:
 
 def test_headers_passed_on_from_a_running_task_name_no_other_job() -> None:
     """Those that speak of one delivery are made anew; others, such as a trace's, travel on."""
-    task = declare(make_app(), make_graph("forwarded"))
+    task = declare(make_app(), make_graph("forwarded", Scope.WORKFLOW, MemoryStore()))
     plain = published(task)
     taken = {
         "docket_job_digest": "AAAA",
@@ -130,6 +130,9 @@ def test_headers_passed_on_from_a_running_task_name_no_other_job() -> None:
     assert found["docket_job_digest"] == plain["docket_job_digest"]
     assert found["traceparent"] == "00-1"
     assert not {"docket_attached", "docket_released", "docket_skipped"} & found.keys()
+    assert "docket_job_digest" not in published(
+        declare(make_app(), make_graph("kept-nowhere")), headers=taken
+    )
     with pytest.raises(InvalidArguments, match="must be a"):
         task.apply_async((Shipment(),), headers=taken)
     with pytest.raises(InvalidArguments):

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from docket_celery.engine.process.hooks import StepThread
 from docket_celery.engine.process.timer import Work
@@ -114,15 +114,15 @@ class Pool:
         worker = current_worker()
         return worker is not None and worker.pool is self
 
-    @contextmanager
-    def blocking(self) -> Generator[None]:
+    def blocking(self) -> AbstractContextManager[None]:
         """Put another thread in the place of the calling one, if it is of this pool, while it waits for its work.
 
         Raises `RuntimeError` if no other thread can be started; the caller must not wait.
         """
-        if not self.has_thread():
-            yield
-            return
+        return self._replacing() if self.has_thread() else nullcontext()
+
+    @contextmanager
+    def _replacing(self) -> Generator[None]:
         with self._lock:
             self._size += 1
             try:
