@@ -133,6 +133,9 @@ def _spellings(prefix: str) -> dict[str, str]:
 def _layers(conf: ConfigurationView) -> Iterator[Mapping[str, Any]]:
     """Yield the mappings that *conf* looks in, the first one first."""
     for layer in conf.maps or ():
+        if type(layer) is dict:
+            yield layer
+            continue
         loaded: Any = cast("Any", layer).data if isinstance(layer, UserDict) else layer
         if isinstance(loaded, ConfigurationView):
             yield from _layers(loaded)

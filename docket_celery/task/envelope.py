@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
 from celery.backends.base import Backend
 from google.protobuf.message import Message
-from kombu.utils.json import dumps, loads, register_type
+from kombu.utils.json import dumps, object_hook, register_type
 
 from docket_celery.engine.process.settings import Settings
 from docket_celery.errors import (
@@ -122,6 +123,8 @@ class Types:
 
 
 types: Final = Types()
+_read_text: Final = json.JSONDecoder(object_hook=object_hook).decode
+"""What kombu's ``loads`` does, which makes a decoder for each text."""
 
 
 def encode(message: Message) -> dict[str, str]:
@@ -200,7 +203,7 @@ def read_stored(meta: dict[str, Any]) -> dict[str, Any]:
     result: Any = meta.get("result")
     if _has_keys(result, {STORED}):
         try:
-            result = meta["result"] = loads(result[STORED])
+            result = meta["result"] = _read_text(result[STORED])
         except (TypeError, ValueError) as error:
             return _Unreadable(meta, DecodeFailed("result", f"it is damaged: {error}"))
     fault = find_fault(result)

@@ -8,7 +8,7 @@ import functools
 import importlib
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from celery.result import EagerResult
 from google.protobuf.message import Message
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from docket_celery.task.task import AnyTask
 
 Publish = Callable[..., GraphResult[Any]]
+_NOT_PASSED_ON: Final = {*OF_ONE_DELIVERY, BATCH}
 
 
 def submit(
@@ -163,9 +164,9 @@ class _Call:
     def write_headers(self) -> None:
         """Write what names the run, its context, and what is asked of its batch; raises InvalidArguments."""
         headers, task = self.headers, self._task
-        for name in (*OF_ONE_DELIVERY, BATCH):
+        for name in headers.keys() & _NOT_PASSED_ON:
             # They speak of one delivery; a caller that passes on a running task's headers passes on these too.
-            headers.pop(name, None)
+            del headers[name]
         named = headers.get(EXECUTION_ID) if self.execution_id is None else self.execution_id
         if named is not None:
             headers[EXECUTION_ID] = check_execution_id(named)
