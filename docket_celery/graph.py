@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack, cast, overload
@@ -28,7 +27,7 @@ from docket_celery.plan.override import overridings
 from docket_celery.plan.plan import Plan
 from docket_celery.plan.registry import Registry, value_key
 from docket_celery.store.contract import BatchStore, Store
-from docket_celery.store.identity import check_execution_id
+from docket_celery.store.identity import check_execution_id, new_name
 
 if TYPE_CHECKING:
     from docket_celery.engine.process.loops import StepLoop
@@ -353,7 +352,7 @@ def _submission(
     if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
         raise InvalidArguments("execute", f"max_concurrency must be at least 1, got {most!r}")
     return Submission(
-        execution_id=str(uuid.uuid4()) if named is None else check_execution_id(named),
+        execution_id=new_name() if named is None else check_execution_id(named),
         values=given.get("context") or {},
         timeout_s=None if timeout is None else to_seconds(timeout, "timeout"),
         max_concurrency=most,

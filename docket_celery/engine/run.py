@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -35,6 +34,7 @@ from docket_celery.plan.context import Cancellation
 from docket_celery.plan.messages import Value
 from docket_celery.plan.plan import Plan
 from docket_celery.store.contract import Store
+from docket_celery.store.identity import new_name
 from docket_celery.store.records import Checkpoint, Lease, RunRequest, RunRow, RunState
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Run:
             runtime=inline or process.runtime(settings.threads),
             cancellation=Cancellation() if inline is None else InlineCancellation(inline),
             store=store,
-            owner=str(uuid.uuid4()) if store is not None else "",
+            owner=new_name() if store is not None else "",
             beats=None if inline is None or store is None else Heartbeat(store, inline.clock),
             number=submission.number,
             loop=loop,

@@ -113,11 +113,11 @@ class RunContext:
     item: str = ""
     loop: StepLoop | None = None
     hooks: Sequence[MakeContext] = ()
-    rows: list[StepExecution] = field(default_factory=list[StepExecution])
+    rows: list[StepExecution] = field(default_factory=list)
     closing: str = ""
     last: Checkpoint | None = None
     keeps: frozenset[str] = frozenset()
-    kept: list[Checkpoint] = field(default_factory=list[Checkpoint])
+    kept: list[Checkpoint] = field(default_factory=list)
     failed: Mapping[int, StepFailed] = field(default_factory=dict[int, StepFailed])
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import uuid
 from collections.abc import Iterable, Iterator
 
@@ -55,6 +56,11 @@ def _parts(inputs: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
 def idempotency_key(graph: str, execution_id: str, step: str, item: str = "") -> str:
     """Return the UUID that names this step of this run to the outside world, the same on every attempt."""
     return str(uuid.uuid5(_KEY_NAMESPACE, workflow_key(graph, execution_id, step, item).hex()))
+
+
+def new_name() -> str:
+    """Return a name that nothing else has: 128 random bits in hexadecimal digits."""
+    return os.urandom(16).hex()
 
 
 def check_execution_id(value: object) -> str:
