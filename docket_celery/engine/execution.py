@@ -32,10 +32,9 @@ from docket_celery.plan.plan import Plan, PlannedStep, count_pending, find_neede
 from docket_celery.store.records import Checkpoint
 
 _logger = logging.getLogger("docket_celery.engine")
-_LATE_S = 0.001
-"""A thread that has waited for longer has waited for others that compute: `sys.getswitchinterval` is 5 ms."""
 _LOOK_S = 0.0001
-"""Long enough for a thread that only waits for the interpreter to continue with its steps."""
+_MANY = 20
+"""Steps since a thread was called, or has looked: it waits for its turn to compute for up to 5 ms each time."""
 
 
 class Help(enum.Enum):
@@ -293,16 +292,16 @@ class Scheduler(Ending):
             if none or self._called:
                 return
             self._called, taken = True, self._taken
-        self._context.runtime.pool.submit(functools.partial(self._come, taken, time.monotonic()))
+        self._context.runtime.pool.submit(functools.partial(self._come, taken))
 
-    def _come(self, taken: int, called_at: float) -> None:
-        """Take steps too, now or once the others are held up by one.
+    def _come(self, taken: int) -> None:
+        """Take steps too, at once, or as soon as the others take them no longer one right after the other.
 
-        The interpreter lets one thread at a time compute. Where the others do that all the while, this one gets its
-        turn late, and while they finish step after step it could only take turns with them.
+        The interpreter lets one thread at a time compute: one more could then only take turns with the others. What
+        they leave to the pool does not wait for them.
         """
-        while taken != self._taken and time.monotonic() - called_at > _LATE_S:
-            taken, called_at = self._taken, time.monotonic()
+        while self._taken - taken > _MANY and not self._ready_on_pool:
+            taken = self._taken
             time.sleep(_LOOK_S)
         self._called = False
         self._work()

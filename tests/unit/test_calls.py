@@ -19,8 +19,8 @@ from tests.infra.processes import ROOT
 
 BUDGETS = {
     "chain of three": {"own": 81, "all": 190},
-    "fan of three and join": {"own": 107, "all": 255},
-    "delivery of the chain": {"own": 153, "all": 956},
+    "fan of three and join": {"own": 107, "all": 253},
+    "delivery of the chain": {"own": 153, "all": 955},
     "submitting it": {"own": 36, "all": 789},
     "submitting a plain task": {"own": 0, "all": 826},
 }

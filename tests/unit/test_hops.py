@@ -85,8 +85,8 @@ def test_a_thread_is_called_once_until_it_comes(handed_over: list[str]) -> None:
 
 @pytest.fixture
 def occupied(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Keep the only thread of a pool busy until this is set; when it comes then, it has always come late."""
-    monkeypatch.setattr("docket_celery.engine.execution._LATE_S", 0.0)
+    """Keep the only thread of a pool busy until this is set; when it comes then, one step is many."""
+    monkeypatch.setattr("docket_celery.engine.execution._MANY", 0)
     go = threading.Event()
     process.runtime(1).pool.submit(lambda: reached(go))
     yield go
@@ -139,6 +139,29 @@ def test_a_thread_that_comes_late_takes_a_step_while_another_holds_up_the_others
 
     assert deliver(build(FAN, step), "end", threads=1).value == Money(cents=4)
     assert ran_on[1] is ran_on[0] is not ran_on[2]
+
+
+def test_a_step_for_the_pool_does_not_wait_until_others_end(
+    occupied: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step with a deadline is taken by the pool's thread while the caller's is at its second one."""
+    taken, begun = list[int](), threading.Event()
+
+    def step(*inputs: Money) -> Money:
+        taken.append(len(inputs))
+        if len(taken) == 2:
+            occupied.set()
+            reached(begun)
+        return total(*inputs)
+
+    def timed() -> Money:
+        begun.set()
+        return total()
+
+    monkeypatch.setattr("docket_celery.engine.execution.time.sleep", lambda _: reached(begun))
+    graph = build({**{side: [] for side in SIDES}, "end": [*SIDES, "timed"]}, step)
+    add_step(graph, "timed", [], timed, timeout=WAIT_S)
+    assert deliver(graph, "end", threads=1).value == Money(cents=5)
 
 
 class Noting(MemoryStore):
