@@ -10,13 +10,20 @@ from collections.abc import Iterable, Iterator
 from docket_celery.errors import InvalidArguments
 
 MAX_EXECUTION_ID = 255
+_MOST_COPIED = 64 * 1024
+"""Parts with at most that many bytes are hashed in one call, which takes less time than a call for each."""
 _KEY_NAMESPACE = uuid.UUID("5f0c1f2e-6f5d-5b0a-9a53-6d1c0d0b6c11")
 
 
 def digest(tag: bytes, *parts: bytes) -> bytes:
     """Return SHA-256 over *tag* and *parts*, each prefixed with its length as 8 bytes."""
     framed = [each for part in (tag, *parts) for each in (len(part).to_bytes(8, "big"), part)]
-    return hashlib.sha256(b"".join(framed)).digest()
+    if sum(map(len, parts)) <= _MOST_COPIED:
+        return hashlib.sha256(b"".join(framed)).digest()
+    sha = hashlib.sha256()
+    for each in framed:
+        sha.update(each)
+    return sha.digest()
 
 
 def workflow_key(graph: str, execution_id: str, step: str, item: str = "") -> bytes:

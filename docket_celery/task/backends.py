@@ -29,6 +29,17 @@ _WRITTEN: Final = "docket_written"
 _MOST_TRIES: Final = 20
 """Most deliveries that only have to tell an outcome, and most tries to publish one: five minutes of waits each."""
 _LONGEST_SLEEP_MS: Final = 1000
+_STORING: Final = (
+    "store_result",
+    "_store_result",
+    "_set_with_state",
+    "set",
+    "_set",
+    "ensure",
+    "get",
+    "_get_task_meta_for",
+)
+"""The methods with which a backend keeps and finds states: what a user has overridden is called."""
 _REPLACE: Final = """
 if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
 if ARGV[3] == '0' then redis.call('SET', KEYS[1], ARGV[2]) else redis.call('SETEX', KEYS[1], ARGV[3], ARGV[2]) end
@@ -46,7 +57,7 @@ def patient(backend: Any) -> Any:
     found = backend.__dict__.get(_TWIN)
     if found is None:
         kind: Any = backend.__class__
-        added = _PatientRedis if _is_redis(backend) else _Patient
+        added = _PatientRedis if _is_redis(backend) and _keeps_as_celery(kind) else _Patient
         found = cast("Any", object).__new__(type(f"Patient{kind.__name__}", (added, kind), {}))
         # A client that is made on first use is made for both.
         getattr(backend, "client", None)
@@ -102,6 +113,12 @@ def _is_redis(backend: Any) -> bool:
     return redis is not None and isinstance(backend, redis.RedisBackend)
 
 
+def _keeps_as_celery(kind: Any) -> bool:
+    """Tell whether a class of Redis backends stores results as Celery's own does, not in a way of its user's."""
+    owner: Any = sys.modules["celery.backends.redis"].RedisBackend
+    return all(getattr(kind, name) is getattr(owner, name) for name in _STORING)
+
+
 class _Patient:
     """Added to the class of a result backend."""
 
@@ -134,6 +151,7 @@ class _PatientRedis(_Patient):
 
     client: Any
     expires: int | None
+    _MAX_STR_VALUE_SIZE: int
     encode: Callable[[Any], Any]
     get_key_for_task: Callable[[str], Any]
 
@@ -152,17 +170,20 @@ class _PatientRedis(_Patient):
         return result
 
     def _written(self, before: Any, task_id: str, result: Any, state: str, request: Any) -> bool:
-        """Write a state over the one *before*; False: there is another one, or the server runs no scripts."""
+        """Write a state over the one *before*; False: there is another one, it is too large, or no script runs."""
         from redis.exceptions import ResponseError
 
         text = self.encode({**self._get_result_meta(result, state, None, request), "task_id": task_id})
+        if len(text) > self._MAX_STR_VALUE_SIZE:
+            return False  # Celery refuses it with its own words
         try:
             found = self._replace([self.get_key_for_task(task_id)], [before, text, self.expires or 0])
         except ResponseError as problem:
             _logger.debug("Celery stores state %s of task %s: %s", state, task_id, problem)
             return False
         if found:
-            setattr(request, _WRITTEN, text)
+            # Over a SUCCESS nothing is written, not even by the delivery that wrote it.
+            setattr(request, _WRITTEN, text if state == states.STARTED else None)
         return bool(found)
 
 

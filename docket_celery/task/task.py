@@ -63,6 +63,7 @@ class GraphTask(Task[P, R]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.checked_plan = None  # not that of the task whose class this one is made from
         declare(cls, GraphTask)
 
     @classmethod

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from celery import Celery, states, uuid
 from celery.app.task import Context
+from celery.backends.redis import RedisBackend
+from celery.exceptions import BackendStoreError
 from redis import Redis
 
 from docket_celery.task.backends import patient
@@ -109,6 +111,49 @@ def test_a_success_stays(app: Celery, client: Any) -> None:
     backend.store_result(task_id, STARTED, states.STARTED, request=third)
     backend.store_result(task_id, 19, states.SUCCESS, request=third)
     assert kept(client, backend, task_id)["result"] == 17
+
+
+def test_a_success_of_the_steps_own_stays_too(app: Celery, client: Any) -> None:
+    """As with Celery, also where the same delivery wrote it: subscribers have been told."""
+    backend, task_id = patient(app.backend), uuid()
+    request = delivery(task_id)
+    backend.store_result(task_id, STARTED, states.STARTED, request=request)
+    backend.store_result(task_id, "early", states.SUCCESS, request=request)
+    backend.store_result(task_id, "late", states.SUCCESS, request=request)
+    assert kept(client, backend, task_id)["result"] == "early"
+
+
+@pytest.mark.parametrize("name", ["set", "_store_result"])
+def test_a_backend_of_the_users_own_is_called_as_ever(
+    name: str, broker_url: str, result_url: str, client: Any
+) -> None:
+    """It may encrypt what is kept, or count it."""
+    calls: list[str] = []
+
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return getattr(RedisBackend, name)(self, *args, **kwargs)
+
+    own = type("Own", (RedisBackend,), {name: called})
+    backend = patient(own(app=Celery("states", broker=broker_url), url=result_url))
+    task_id = uuid()
+    request, before = delivery(task_id), counts(client)
+    for state in (states.STARTED, states.SUCCESS):
+        backend.store_result(task_id, None, state, request=request)
+    assert calls == [name] * 2
+    assert counts(client) == before | {"multi": before["multi"] + 2}
+
+
+def test_what_is_too_large_for_redis_is_refused_by_celery(
+    app: Celery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server would close the connection, and the worker try for ever."""
+    backend, task_id = patient(app.backend), uuid()
+    monkeypatch.setattr(RedisBackend, "_MAX_STR_VALUE_SIZE", 300)
+    request = delivery(task_id)
+    backend.store_result(task_id, STARTED, states.STARTED, request=request)
+    with pytest.raises(BackendStoreError, match="too large"):
+        backend.store_result(task_id, "x" * 300, states.SUCCESS, request=request)
 
 
 @pytest.mark.parametrize("between", ["PROGRESS", "REVOKED", None])

@@ -244,6 +244,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "max_sleep_between_retries_ms": backends_have("max_sleep_between_retries_ms"),
     "_store_result": states_are_kept_as_ours_are,
     "expires": sources_name(RedisBackend, "expires = self.expires"),
+    "_MAX_STR_VALUE_SIZE": sources_name(RedisBackend, "len(value) > self._MAX_STR_VALUE_SIZE"),
+    "_set_with_state": sources_name(RedisBackend, "def _set_with_state(self, key, value, state)"),
     "mark_as_failure": failures_are_told_with_their_request,
     "request_stack": stacks_of_a_bound_task,
     "add_to_parent": has_parameter(Celery.send_task, "add_to_parent"),

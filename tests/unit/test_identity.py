@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import pytest
@@ -49,6 +50,13 @@ def test_keys_stay_what_they_are() -> None:
         "job": job_digest([("shop.Order", b"\x08\x11")]).hex(),
         "idempotency": idempotency_key("checkout", "order-17", "charge_card"),
     } == GOLDEN
+
+
+def test_large_parts_have_the_digest_that_small_ones_have() -> None:
+    """They are hashed one by one: nothing is copied."""
+    large = b"x" * 200_000
+    framed = b"".join(len(part).to_bytes(8, "big") + part for part in (b"tag", large, b""))
+    assert digest(b"tag", large, b"") == hashlib.sha256(framed).digest()
 
 
 @pytest.mark.parametrize(

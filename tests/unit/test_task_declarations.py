@@ -240,6 +240,26 @@ def test_a_base_class_of_ones_own_may_hold_options(app: Celery, graph: Graph) ->
     assert task(Order(order_id="1")) == Shipment(tracking_id="T-1")
 
 
+def test_a_task_made_from_another_ones_class_has_its_own_wiring_looked_at(app: Celery, graph: Graph) -> None:
+    """Its graph may have as many steps as the other one's, of which all is well."""
+    broken, sound = Graph(f"broken-{uuid.uuid4().hex}"), graph
+
+    @broken.step
+    def ship(order: Charge) -> Shipment:
+        del order
+        return Shipment()
+
+    class ShipOrder(GraphTask[[Order], Shipment]):
+        graph = sound
+
+    class ShipBroken(ShipOrder, GraphTask[[Order], Shipment]):
+        graph = broken
+
+    app.register_task(ShipOrder()).delay(Order(order_id="1"))
+    with pytest.raises(GraphError):
+        app.register_task(ShipBroken()).delay(Order(order_id="1"))
+
+
 def test_two_tasks_share_a_graph(app: Celery, graph: Graph) -> None:
     """Each has its own types."""
 
