@@ -21,7 +21,7 @@ from docket_celery.store.sql.statement import PREPARING, Preparing
 SETTING = "docket_database_url"
 _DRIVERS = {"postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg", "sqlite": "sqlite+pysqlite"}
 # What is opened is kept: overflow connections would be closed on return, and opening one costs as much as a run.
-# Threads that wait for a connection cost as well: of 8 busy ones with 5, a fifth to a third of the runs a second.
+# Threads that wait for one cost as well: 8 busy ones with 4 or 5, a tenth to a quarter of their runs a second.
 # What an error leaves open is rolled back where it is caught, so nothing is left to reset on return.
 _POOL: Mapping[str, Any] = {
     "pool_size": 8,
